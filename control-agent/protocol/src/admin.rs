@@ -1,0 +1,118 @@
+//! Messages between the operator's command line and the agent, over the admin socket.
+
+use minicbor::{Decode, Encode};
+
+use crate::control::VolumeStatus;
+use crate::identity::{SocketName, VolumeId};
+use crate::keys::EnvelopeDigest;
+use crate::rot::{Measurement, Role};
+
+/// From the CLI to the agent; one request per connection.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum AdminRequest {
+    /// Verify an envelope and make the host what it says. Descriptor: the envelope.
+    #[n(0)]
+    Apply {
+        /// Only verify and plan.
+        #[n(0)]
+        dry_run: bool,
+    },
+    /// What runs here?
+    #[n(1)]
+    Status,
+}
+
+/// From the agent to the CLI.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum AdminReply {
+    /// The host is what the bundle says (or would be: dry run).
+    #[n(0)]
+    Applied {
+        /// Epoch of the bundle.
+        #[n(0)]
+        epoch: u64,
+        /// Each step taken, as a line for the operator.
+        #[n(1)]
+        steps: Vec<String>,
+        /// Steps that failed and are tried again, with the reason.
+        #[n(2)]
+        pending: Vec<String>,
+    },
+    /// Refused; the running state is as before.
+    #[n(1)]
+    Refused {
+        /// For the operator: what, where, what to do.
+        #[n(0)]
+        reason: String,
+    },
+    /// Answer to [`AdminRequest::Status`].
+    #[n(2)]
+    Status {
+        /// The answer.
+        #[n(0)]
+        status: HostStatus,
+    },
+}
+
+/// What runs on a host.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct HostStatus {
+    /// Its name, as bundles target it.
+    #[n(0)]
+    pub host: String,
+    /// Epoch of the bundle applied last.
+    #[n(1)]
+    pub epoch: Option<u64>,
+    /// Lowest epoch that would be refused no more: the next must be above it.
+    #[n(2)]
+    pub epoch_floor: u64,
+    /// Digest of the envelope applied last.
+    #[n(3)]
+    pub digest: Option<EnvelopeDigest>,
+    /// One entry per process that rot started, rot aside.
+    #[n(4)]
+    pub processes: Vec<ProcessStatus>,
+    /// One entry per volume of the bundle.
+    #[n(5)]
+    pub volumes: Vec<VolumeEntry>,
+    /// Steps that failed and are tried again, with the reason.
+    #[n(6)]
+    pub pending: Vec<String>,
+}
+
+/// A process on the host.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct ProcessStatus {
+    /// Which.
+    #[n(0)]
+    pub role: Role,
+    /// Its process id.
+    #[n(1)]
+    pub pid: u32,
+    /// How many times it was started, from 1.
+    #[n(2)]
+    pub generation: u64,
+    /// What rot measured.
+    #[n(3)]
+    pub measurement: Measurement,
+}
+
+/// A volume of the applied bundle.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct VolumeEntry {
+    /// Which.
+    #[n(0)]
+    pub volume: VolumeId,
+    /// The name people gave it.
+    #[n(1)]
+    pub name: String,
+    /// Its listener.
+    #[n(2)]
+    pub socket: SocketName,
+    /// Path of the socket file, for the frontend's command line.
+    #[n(3)]
+    pub socket_path: String,
+    /// What the data plane says; none while it does not answer.
+    #[n(4)]
+    pub state: Option<VolumeStatus>,
+}

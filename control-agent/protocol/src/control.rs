@@ -1,0 +1,137 @@
+//! Messages between the agent and the data plane: which file a granted volume lives in,
+//! and what the volumes are doing. Nothing here can widen what keyd granted.
+
+use minicbor::{Decode, Encode};
+
+use crate::identity::{SocketName, VolumeId};
+
+/// From the agent to the data plane. Each is answered by one [`DataplaneToAgent`].
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum AgentToDataplane {
+    /// Serve a granted volume from this file on this listener. Descriptor: the opened file or
+    /// block device. Refused unless keyd granted exactly this volume for exactly this socket.
+    /// Attaching what is attached answers Done and keeps the file it has.
+    #[n(0)]
+    Attach {
+        /// Chosen by the agent, repeated in the answer.
+        #[n(0)]
+        request_id: u64,
+        /// Which volume.
+        #[n(1)]
+        volume: VolumeId,
+        /// On which listener.
+        #[n(2)]
+        socket: SocketName,
+    },
+    /// Stop serving: requests in flight end first, the key is wiped, the connection closes.
+    #[n(1)]
+    Detach {
+        /// Chosen by the agent, repeated in the answer.
+        #[n(0)]
+        request_id: u64,
+        /// Which volume.
+        #[n(1)]
+        volume: VolumeId,
+    },
+    /// From now on accept no new frontend for this volume. Refused if one is connected and
+    /// `force` is not set, so that "is it in use" can't change between asking and removing.
+    #[n(2)]
+    PrepareRemove {
+        /// Chosen by the agent, repeated in the answer.
+        #[n(0)]
+        request_id: u64,
+        /// Which volume.
+        #[n(1)]
+        volume: VolumeId,
+        /// Also if a frontend is connected (it stays connected until Detach).
+        #[n(2)]
+        force: bool,
+    },
+    /// Undo of [`AgentToDataplane::PrepareRemove`].
+    #[n(3)]
+    CancelRemove {
+        /// Chosen by the agent, repeated in the answer.
+        #[n(0)]
+        request_id: u64,
+        /// Which volume.
+        #[n(1)]
+        volume: VolumeId,
+    },
+    /// What are the volumes doing?
+    #[n(4)]
+    Status {
+        /// Chosen by the agent, repeated in the answer.
+        #[n(0)]
+        request_id: u64,
+    },
+}
+
+/// From the data plane to the agent.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum DataplaneToAgent {
+    /// Done.
+    #[n(0)]
+    Done {
+        /// Of the request.
+        #[n(0)]
+        request_id: u64,
+    },
+    /// Refused; nothing changed.
+    #[n(1)]
+    Refused {
+        /// Of the request.
+        #[n(0)]
+        request_id: u64,
+        /// For the operator.
+        #[n(1)]
+        reason: String,
+    },
+    /// Answer to [`AgentToDataplane::Status`].
+    #[n(2)]
+    Status {
+        /// Of the request.
+        #[n(0)]
+        request_id: u64,
+        /// One entry per granted volume.
+        #[n(1)]
+        volumes: Vec<VolumeStatus>,
+    },
+}
+
+/// What one volume is doing.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct VolumeStatus {
+    /// Which volume.
+    #[n(0)]
+    pub volume: VolumeId,
+    /// It has its file.
+    #[n(1)]
+    pub attached: bool,
+    /// A frontend is connected.
+    #[n(2)]
+    pub connected: bool,
+    /// Its key is held (false for a plain volume).
+    #[n(3)]
+    pub encrypted: bool,
+    /// Queues that run.
+    #[n(4)]
+    pub running_queues: u16,
+    /// Queues retired after a driver error.
+    #[n(5)]
+    pub retired_queues: u16,
+    /// Requests completed with VIRTIO_BLK_S_OK.
+    #[n(6)]
+    pub requests_ok: u64,
+    /// Requests completed with an error status.
+    #[n(7)]
+    pub requests_failed: u64,
+    /// Bytes read for the guest.
+    #[n(8)]
+    pub read_bytes: u64,
+    /// Bytes written for the guest.
+    #[n(9)]
+    pub written_bytes: u64,
+    /// Why the device failed, if it did (for people).
+    #[n(10)]
+    pub fault: Option<String>,
+}

@@ -1,0 +1,228 @@
+//! The names of things that processes agree on: volume ids, socket names, and the
+//! policies that travel with them. A value of these types is well-formed.
+
+use std::fmt;
+use std::str::FromStr;
+
+use minicbor::decode::{self, Decoder};
+use minicbor::encode::{self, Encoder, Write};
+use minicbor::{Decode, Encode};
+
+/// A name or id that is not well-formed, with what is expected.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what} {given:?} is not valid: {expected}")]
+pub struct InvalidName {
+    /// What kind of name it was meant to be.
+    pub what: &'static str,
+    /// The text as given, cut to 80 characters.
+    pub given: String,
+    /// What a valid one looks like.
+    pub expected: &'static str,
+}
+
+impl InvalidName {
+    fn new(what: &'static str, given: &str, expected: &'static str) -> Self {
+        Self {
+            what,
+            given: given.chars().take(80).collect(),
+            expected,
+        }
+    }
+}
+
+/// Identity of a volume: 128 bits, written as a UUID (8-4-4-4-12 lower-case hex digits).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct VolumeId(pub [u8; 16]);
+
+impl fmt::Display for VolumeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, byte) in self.0.iter().enumerate() {
+            if matches!(i, 4 | 6 | 8 | 10) {
+                f.write_str("-")?;
+            }
+            write!(f, "{byte:02x}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for VolumeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "VolumeId({self})")
+    }
+}
+
+impl FromStr for VolumeId {
+    type Err = InvalidName;
+
+    fn from_str(text: &str) -> Result<Self, InvalidName> {
+        let invalid = || {
+            InvalidName::new(
+                "volume id",
+                text,
+                "a UUID like 0b5f6d1e-9d4c-4d0a-8f5e-2f6a1c3b7e90",
+            )
+        };
+        let bytes = text.as_bytes();
+        if bytes.len() != 36 {
+            return Err(invalid());
+        }
+        let mut id = [0u8; 16];
+        let mut digits = 0usize;
+        for (i, &c) in bytes.iter().enumerate() {
+            if matches!(i, 8 | 13 | 18 | 23) {
+                if c != b'-' {
+                    return Err(invalid());
+                }
+                continue;
+            }
+            let value = match c {
+                b'0'..=b'9' => c - b'0',
+                b'a'..=b'f' => c - b'a' + 10,
+                _ => return Err(invalid()),
+            };
+            if let Some(byte) = id.get_mut(digits / 2) {
+                *byte = (*byte << 4) | value;
+            }
+            digits += 1;
+        }
+        Ok(Self(id))
+    }
+}
+
+impl<C> Encode<C> for VolumeId {
+    fn encode<W: Write>(
+        &self,
+        e: &mut Encoder<W>,
+        _: &mut C,
+    ) -> Result<(), encode::Error<W::Error>> {
+        e.bytes(&self.0)?.ok()
+    }
+}
+
+impl<'b, C> Decode<'b, C> for VolumeId {
+    fn decode(d: &mut Decoder<'b>, _: &mut C) -> Result<Self, decode::Error> {
+        let bytes = d.bytes()?;
+        bytes
+            .try_into()
+            .map(Self)
+            .map_err(|_| decode::Error::message("a volume id has 16 bytes"))
+    }
+}
+
+/// Name of a vhost-user socket: the listener is `<run dir>/vhost/<name>.sock`.
+///
+/// 1 to 64 characters of `a-z 0-9 . _ -`, the first a letter or digit, so that it is
+/// one path component that can't climb, and fits `sockaddr_un`.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SocketName(String);
+
+impl SocketName {
+    /// Longest name in bytes.
+    pub const MAX_BYTES: usize = 64;
+
+    /// The name as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for SocketName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for SocketName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SocketName({})", self.0)
+    }
+}
+
+impl FromStr for SocketName {
+    type Err = InvalidName;
+
+    fn from_str(text: &str) -> Result<Self, InvalidName> {
+        let first_ok = text.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit());
+        let all_ok = text
+            .chars()
+            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '_' | '-'));
+        if !first_ok || !all_ok || text.len() > Self::MAX_BYTES {
+            return Err(InvalidName::new(
+                "socket name",
+                text,
+                "1 to 64 characters of a-z 0-9 . _ -, the first a letter or digit",
+            ));
+        }
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl<C> Encode<C> for SocketName {
+    fn encode<W: Write>(
+        &self,
+        e: &mut Encoder<W>,
+        _: &mut C,
+    ) -> Result<(), encode::Error<W::Error>> {
+        e.str(&self.0)?.ok()
+    }
+}
+
+impl<'b, C> Decode<'b, C> for SocketName {
+    fn decode(d: &mut Decoder<'b>, _: &mut C) -> Result<Self, decode::Error> {
+        d.str()?
+            .parse()
+            .map_err(|e: InvalidName| decode::Error::message(e.to_string()))
+    }
+}
+
+/// What a volume does with DISCARD. Discarding tells the storage which blocks are free;
+/// under encryption that leaks the free map, so the bundle says which is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(index_only)]
+pub enum DiscardPolicy {
+    /// DISCARD is not offered to the guest.
+    #[n(0)]
+    Ignore,
+    /// DISCARD reaches the storage.
+    #[n(1)]
+    Pass,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn volume_id_text_round_trips() {
+        let text = "0b5f6d1e-9d4c-4d0a-8f5e-2f6a1c3b7e90";
+        let id: VolumeId = text.parse().expect("valid");
+        assert_eq!(id.to_string(), text);
+    }
+
+    #[test]
+    fn volume_id_refuses_other_shapes() {
+        for bad in [
+            "",
+            "0b5f6d1e9d4c4d0a8f5e2f6a1c3b7e90",
+            "0B5F6D1E-9D4C-4D0A-8F5E-2F6A1C3B7E90",
+            "0b5f6d1e-9d4c-4d0a-8f5e-2f6a1c3b7e9g",
+            "0b5f6d1e-9d4c-4d0a-8f5e-2f6a1c3b7e901",
+            "0b5f6d1e-9d4c-4d0a-8f5e+2f6a1c3b7e90",
+        ] {
+            assert!(bad.parse::<VolumeId>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn socket_name_is_one_safe_path_component() {
+        for good in ["a", "vm-7.disk_0", "0"] {
+            assert!(good.parse::<SocketName>().is_ok(), "{good}");
+        }
+        let long = "a".repeat(65);
+        for bad in ["", ".", "..", "a/b", "A", "-a", "a b", "a\0", long.as_str()] {
+            assert!(bad.parse::<SocketName>().is_err(), "{bad:?}");
+        }
+    }
+}

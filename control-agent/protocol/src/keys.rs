@@ -1,0 +1,162 @@
+//! Messages around keyd: the agent asks it to accept a bundle, and keyd grants the
+//! volumes of that bundle, with their keys, to the data plane over a channel of which
+//! the agent has no end.
+//!
+//! keyd trusts an [`AgentToKeyd`] message only if its `SCM_PIDFD` names the process
+//! that rot said is the agent.
+
+use minicbor::{Decode, Encode};
+
+use crate::identity::{DiscardPolicy, SocketName, VolumeId};
+
+/// Length of an AES-256-XTS key: data key, then tweak key.
+pub const XTS_KEY_BYTES: usize = 64;
+
+/// SHA-384 of an envelope's bytes.
+pub type EnvelopeDigest = minicbor::bytes::ByteArray<48>;
+
+/// From the agent to keyd.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum AgentToKeyd {
+    /// Verify this envelope and grant its volumes to the data plane. Descriptor: the
+    /// envelope, a regular file or memfd ([`crate::envelope`]).
+    ///
+    /// The envelope accepted last is granted again, even after its expiry.
+    #[n(0)]
+    Accept {
+        /// Chosen by the agent, repeated in the answer.
+        #[n(0)]
+        request_id: u64,
+    },
+}
+
+/// From keyd to the agent.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum KeydToAgent {
+    /// keyd accepted it (floor and digest persisted), and the data plane has answered each grant.
+    #[n(0)]
+    Accepted {
+        /// Of the request.
+        #[n(0)]
+        request_id: u64,
+        /// Epoch of the bundle.
+        #[n(1)]
+        epoch: u64,
+        /// Volumes whose grant did not arrive, with the reason; empty when all did.
+        #[n(2)]
+        undelivered: Vec<Undelivered>,
+    },
+    /// keyd refused it; its floor and its grants are as before.
+    #[n(1)]
+    Refused {
+        /// Of the request.
+        #[n(0)]
+        request_id: u64,
+        /// For the operator.
+        #[n(1)]
+        reason: String,
+    },
+}
+
+/// A grant that the data plane did not take.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Undelivered {
+    /// Which volume.
+    #[n(0)]
+    pub volume: VolumeId,
+    /// For the operator.
+    #[n(1)]
+    pub reason: String,
+}
+
+/// What keyd vouches for: one volume of the bundle it verified. The data plane serves a
+/// volume only as its grant says, whatever the agent asks.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct VolumeGrant {
+    /// Which volume.
+    #[n(0)]
+    pub volume: VolumeId,
+    /// The only listener it may be served on.
+    #[n(1)]
+    pub socket: SocketName,
+    /// The only uid whose frontend may connect (`SO_PEERCRED`).
+    #[n(2)]
+    pub allowed_uid: u32,
+    /// Capacity in bytes, a multiple of the logical block and of the data unit.
+    #[n(3)]
+    pub size_bytes: u64,
+    /// Logical block in bytes: 512 or 4096.
+    #[n(4)]
+    pub logical_block_bytes: u32,
+    /// XTS data unit in bytes (512 or 4096, at most the logical block); none for a plain volume.
+    #[n(5)]
+    pub data_unit_bytes: Option<u32>,
+    /// Writes are refused.
+    #[n(6)]
+    pub read_only: bool,
+    /// GET_ID, at most 20 bytes of ASCII.
+    #[n(7)]
+    pub serial: String,
+    /// Request queues, 1 to 64.
+    #[n(8)]
+    pub queues: u16,
+    /// What DISCARD does.
+    #[n(9)]
+    pub discard: DiscardPolicy,
+    /// Epoch of the bundle it stands in.
+    #[n(10)]
+    pub epoch: u64,
+}
+
+/// From keyd to the data plane.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum KeydToDataplane {
+    /// A volume may be served. Descriptor: for an encrypted volume its key, one page of secret
+    /// memory that begins with the [`XTS_KEY_BYTES`]; the data plane expands it and wipes the
+    /// page. None for a plain volume.
+    ///
+    /// A grant equal to the one held (the epoch aside) changes nothing but the epoch; one that
+    /// differs replaces it, and a volume served under the old one is detached first.
+    #[n(0)]
+    Grant {
+        /// The grant.
+        #[n(0)]
+        grant: VolumeGrant,
+    },
+    /// The volume is no longer in the bundle: it is detached if it is served, and its key wiped.
+    #[n(1)]
+    Revoke {
+        /// Which volume.
+        #[n(0)]
+        volume: VolumeId,
+    },
+}
+
+/// From the data plane to keyd.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum DataplaneToKeyd {
+    /// The grant is held.
+    #[n(0)]
+    Granted {
+        /// Which volume.
+        #[n(0)]
+        volume: VolumeId,
+    },
+    /// The grant can't be held; an earlier one stays as it was.
+    #[n(1)]
+    GrantRefused {
+        /// Which volume.
+        #[n(0)]
+        volume: VolumeId,
+        /// For the operator.
+        #[n(1)]
+        reason: String,
+    },
+    /// The volume is detached and its key wiped.
+    #[n(2)]
+    Revoked {
+        /// Which volume.
+        #[n(0)]
+        volume: VolumeId,
+    },
+}

@@ -1,0 +1,34 @@
+//! Every message and file descriptor that crosses one of Bulkhead's process
+//! boundaries, and the little that each process does the same way at its start.
+//!
+//! Four processes talk over `SOCK_SEQPACKET` socketpairs that the root of trust
+//! makes: one CBOR message per datagram, descriptors as `SCM_RIGHTS` beside it.
+//!
+//! | edge | messages |
+//! | --- | --- |
+//! | rot -> any child | [`rot::FromRot`] |
+//! | any child -> rot | [`rot::ToRot`] |
+//! | agent -> keyd | [`keys::AgentToKeyd`] |
+//! | keyd -> agent | [`keys::KeydToAgent`] |
+//! | keyd -> data plane | [`keys::KeydToDataplane`] |
+//! | data plane -> keyd | [`keys::DataplaneToKeyd`] |
+//! | agent -> data plane | [`control::AgentToDataplane`] |
+//! | data plane -> agent | [`control::DataplaneToAgent`] |
+//! | CLI -> agent | [`admin::AdminRequest`] |
+//! | agent -> CLI | [`admin::AdminReply`] |
+//!
+//! The doc of each variant names the descriptors that travel with it; a receiver
+//! takes exactly that many ([`channel::Received::take_fds`]) and closes any other.
+//! The agent links this crate and so never links the data path.
+
+pub mod admin;
+pub mod channel;
+pub mod control;
+pub mod envelope;
+pub mod identity;
+pub mod keys;
+pub mod process;
+pub mod rot;
+
+pub use channel::{Channel, ChannelError, Received};
+pub use identity::{DiscardPolicy, InvalidName, SocketName, VolumeId};

@@ -1,0 +1,168 @@
+//! What every process that rot starts does the same way: takes its one inherited
+//! descriptor, writes its log to standard error, and locks itself in.
+//!
+//! UNSAFETY: taking ownership of the inherited descriptor (a contract with rot: nobody else
+//! in the process owns number [`ROT_FD`]), and `prctl` calls on plain integers.
+#![expect(unsafe_code, reason = "adopting the inherited descriptor; prctl")]
+
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetArch};
+
+use crate::channel::Channel;
+
+/// Number of the descriptor that a child inherits from rot.
+pub const ROT_FD: RawFd = 3;
+
+/// Environment variable that rot sets for its children: `1` when they inherited [`ROT_FD`].
+pub const ROT_ENV: &str = "BULKHEAD_ROT";
+
+/// Why a process can't start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Started by hand.
+    #[error(
+        "this program is started by bulkhead-rot, which gives it its channel; start that instead"
+    )]
+    NotAChild,
+    /// The channel was taken before.
+    #[error("the channel to rot was already taken")]
+    Taken,
+    /// A lock-down step failed.
+    #[error("can't lock the process in ({step}): {source}")]
+    Lockdown {
+        /// Which.
+        step: &'static str,
+        /// With what.
+        source: io::Error,
+    },
+}
+
+/// The channel to rot. Succeeds once.
+///
+/// # Errors
+/// [`StartError::NotAChild`] if rot did not start this process.
+pub fn inherited_channel() -> Result<Channel, StartError> {
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    if std::env::var_os(ROT_ENV).is_none_or(|v| v != "1") {
+        return Err(StartError::NotAChild);
+    }
+    if TAKEN.swap(true, Ordering::SeqCst) {
+        return Err(StartError::Taken);
+    }
+    // SAFETY: fcntl on an integer; tells whether the descriptor is open. Closing on exec is set
+    // because nothing this process might start is meant to have it.
+    let rc = unsafe { libc::fcntl(ROT_FD, libc::F_SETFD, libc::FD_CLOEXEC) };
+    if rc != 0 {
+        return Err(StartError::NotAChild);
+    }
+    // SAFETY: rot passed this number for this purpose, and TAKEN makes this the only owner.
+    Ok(Channel::from(unsafe { OwnedFd::from_raw_fd(ROT_FD) }))
+}
+
+/// Log lines to standard error, `BULKHEAD_LOG` as the filter (`info` without it), each with the
+/// process name. Standard error is inherited from rot.
+pub fn init_logging(process: &'static str) {
+    use tracing_subscriber::fmt::format::{Format, Writer};
+    struct Prefixed(&'static str);
+    impl tracing_subscriber::fmt::time::FormatTime for Prefixed {
+        fn format_time(&self, w: &mut Writer<'_>) -> std::fmt::Result {
+            tracing_subscriber::fmt::time::SystemTime.format_time(w)?;
+            write!(w, " {}", self.0)
+        }
+    }
+    let filter = tracing_subscriber::EnvFilter::try_from_env("BULKHEAD_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let format = Format::default()
+        .with_timer(Prefixed(process))
+        .with_target(false);
+    // A second initialisation (tests) keeps the first.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .event_format(format)
+        .try_init();
+}
+
+/// Not dumpable and no new privileges: no core file, no ptrace or `/proc/<pid>/mem` by the same
+/// uid, and no set-uid way out.
+///
+/// # Errors
+/// [`StartError::Lockdown`].
+pub fn no_dump_no_privileges() -> Result<(), StartError> {
+    prctl("PR_SET_DUMPABLE", libc::PR_SET_DUMPABLE, 0)?;
+    prctl("PR_SET_NO_NEW_PRIVS", libc::PR_SET_NO_NEW_PRIVS, 1)
+}
+
+fn prctl(step: &'static str, option: libc::c_int, value: libc::c_ulong) -> Result<(), StartError> {
+    // SAFETY: both options take plain integers; the unused arguments are zero as the kernel demands.
+    let rc = unsafe { libc::prctl(option, value, 0, 0, 0) };
+    if rc != 0 {
+        return Err(StartError::Lockdown {
+            step,
+            source: io::Error::last_os_error(),
+        });
+    }
+    Ok(())
+}
+
+/// For agent and keyd: from now on, in this thread and those it starts, making sockets, executing,
+/// attaching to processes, io_uring, namespaces, mounts and kernel modules end the process.
+/// (The data plane has a filter of its own, an allow list.)
+///
+/// # Errors
+/// [`StartError::Lockdown`].
+pub fn refuse_network_and_exec() -> Result<(), StartError> {
+    const DEADLY: &[libc::c_long] = &[
+        libc::SYS_socket,
+        libc::SYS_connect,
+        libc::SYS_bind,
+        libc::SYS_listen,
+        libc::SYS_execve,
+        libc::SYS_execveat,
+        libc::SYS_ptrace,
+        libc::SYS_process_vm_readv,
+        libc::SYS_process_vm_writev,
+        libc::SYS_pidfd_getfd,
+        libc::SYS_io_uring_setup,
+        libc::SYS_io_uring_enter,
+        libc::SYS_io_uring_register,
+        libc::SYS_bpf,
+        libc::SYS_perf_event_open,
+        libc::SYS_userfaultfd,
+        libc::SYS_unshare,
+        libc::SYS_setns,
+        libc::SYS_mount,
+        libc::SYS_umount2,
+        libc::SYS_pivot_root,
+        libc::SYS_chroot,
+        libc::SYS_init_module,
+        libc::SYS_finit_module,
+        libc::SYS_kexec_load,
+        libc::SYS_keyctl,
+        libc::SYS_add_key,
+        libc::SYS_request_key,
+    ];
+    let lockdown = |source: io::Error| StartError::Lockdown {
+        step: "seccomp",
+        source,
+    };
+    let rules = DEADLY
+        .iter()
+        .map(|&call| (call, Vec::<SeccompRule>::new()))
+        .collect();
+    let filter = SeccompFilter::new(
+        rules,
+        SeccompAction::Allow,
+        SeccompAction::KillProcess,
+        TargetArch::x86_64,
+    )
+    .map_err(|e| lockdown(io::Error::other(e)))?;
+    let program: BpfProgram = filter
+        .try_into()
+        .map_err(|e| lockdown(io::Error::other(e)))?;
+    seccompiler::apply_filter(&program).map_err(|e| lockdown(io::Error::other(e)))
+}

@@ -1,0 +1,154 @@
+//! Messages between the root of trust and the processes it starts.
+//!
+//! A child starts with one inherited descriptor ([`crate::process::ROT_FD`]): its
+//! channel to rot. Everything else arrives over it. The order at a start is:
+//! [`ToRot::Hello`] from the child, then [`FromRot::Peer`] for each peer that is
+//! alive. When a child is restarted, the survivors get a new `Peer` for its role with
+//! a higher generation and drop the channel they had.
+
+use minicbor::{Decode, Encode};
+
+use crate::identity::SocketName;
+
+/// Which process is meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Encode, Decode)]
+#[cbor(index_only)]
+pub enum Role {
+    /// `bulkhead-keyd`.
+    #[n(0)]
+    Keyd,
+    /// `bulkhead-agent`.
+    #[n(1)]
+    Agent,
+    /// `bulkhead-dataplane`.
+    #[n(2)]
+    Dataplane,
+}
+
+impl Role {
+    /// Every role, in start order.
+    pub const ALL: [Self; 3] = [Self::Keyd, Self::Dataplane, Self::Agent];
+
+    /// The process name, as it stands in logs and in status.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Keyd => "keyd",
+            Self::Agent => "agent",
+            Self::Dataplane => "dataplane",
+        }
+    }
+}
+
+impl std::fmt::Display for Role {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// SHA-384 of the bytes of the executed binary.
+pub type Measurement = minicbor::bytes::ByteArray<48>;
+
+/// From rot to a child.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum FromRot {
+    /// A peer process is there. Descriptors: the socket to it, then its pidfd.
+    /// A channel held for an earlier generation of the same role is dead.
+    #[n(0)]
+    Peer {
+        /// Who it is.
+        #[n(0)]
+        role: Role,
+        /// How many times this role was started before, from 1.
+        #[n(1)]
+        generation: u64,
+        /// What rot measured before it executed it.
+        #[n(2)]
+        measurement: Measurement,
+        /// Its process id, for people to read; trust hangs on the pidfd.
+        #[n(3)]
+        pid: u32,
+    },
+    /// To the data plane: a vhost-user listener. Descriptor: the listening socket.
+    #[n(1)]
+    Listener {
+        /// Its name.
+        #[n(0)]
+        name: SocketName,
+    },
+    /// To the data plane: the listener of that name is gone; stop accepting from it.
+    #[n(2)]
+    ListenerGone {
+        /// Its name.
+        #[n(0)]
+        name: SocketName,
+    },
+    /// To the agent: the operator's socket. Descriptor: the listening socket.
+    #[n(3)]
+    AdminListener,
+    /// To the agent: the listener is bound and the data plane has been sent it.
+    #[n(4)]
+    Bound {
+        /// Of the request.
+        #[n(0)]
+        request_id: u64,
+    },
+    /// To the agent: the listener is gone (also if it never was there).
+    #[n(5)]
+    Unbound {
+        /// Of the request.
+        #[n(0)]
+        request_id: u64,
+    },
+    /// To the agent: the request failed; nothing changed.
+    #[n(6)]
+    Failed {
+        /// Of the request.
+        #[n(0)]
+        request_id: u64,
+        /// For the operator.
+        #[n(1)]
+        reason: String,
+    },
+    /// End in good order.
+    #[n(7)]
+    Stop,
+}
+
+/// From a child to rot.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum ToRot {
+    /// The process runs, is locked in and takes messages. No descriptors.
+    #[n(0)]
+    Hello,
+    /// From the agent: bind a vhost-user listener. Binding a name that is bound with the
+    /// same owner and mode answers [`FromRot::Bound`] and keeps the listener.
+    #[n(1)]
+    Bind {
+        /// Chosen by the agent, repeated in the answer.
+        #[n(0)]
+        request_id: u64,
+        /// The name; rot makes the path from it.
+        #[n(1)]
+        name: SocketName,
+        /// Owner of the socket file.
+        #[n(2)]
+        uid: u32,
+        /// Group of the socket file.
+        #[n(3)]
+        gid: u32,
+        /// Permission bits of the socket file; at most 0o777.
+        #[n(4)]
+        mode: u32,
+    },
+    /// From the agent: close and remove a listener.
+    #[n(2)]
+    Unbind {
+        /// Chosen by the agent, repeated in the answer.
+        #[n(0)]
+        request_id: u64,
+        /// The name.
+        #[n(1)]
+        name: SocketName,
+    },
+}
