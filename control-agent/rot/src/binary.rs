@@ -2,6 +2,7 @@
 //!
 //! What is measured is what is executed: the SHA-384 is taken over the sealed memfd, after the
 //! seals, and restarts use the same memfd. The disk is read once.
+#![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::fs::File;
