@@ -164,7 +164,6 @@ fn check_static_pie(file: &File) -> Result<(), &'static str> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
 

@@ -203,7 +203,6 @@ fn to_exec(p: &Prepared) -> Result<std::convert::Infallible, &'static CStr> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
     use crate::binary::MeasuredBinary;
