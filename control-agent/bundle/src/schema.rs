@@ -1,0 +1,147 @@
+//! The schema of a host bundle. Each field's number is its key in the CBOR map and never
+//! changes its meaning; `docs/formats/bundle.md` is the same list for people.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use bulkhead_protocol::keys::EnvelopeDigest;
+use bulkhead_protocol::{DiscardPolicy, SocketName, VolumeId};
+use minicbor::{Decode, Encode};
+
+/// Everything one host is to serve.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct HostBundle {
+    /// Name of the host it is meant for.
+    #[n(0)]
+    pub host: String,
+    /// Grows with every bundle of this host; gaps are allowed.
+    #[n(1)]
+    pub epoch: u64,
+    /// If not empty: digests of the envelopes it may follow. A host whose last accepted envelope
+    /// is none of them refuses it; a host that accepted none yet takes it.
+    #[n(2)]
+    pub supersedes: Vec<EnvelopeDigest>,
+    /// First second of its validity, Unix time.
+    #[n(3)]
+    pub not_before: u64,
+    /// First second after its validity, Unix time.
+    #[n(4)]
+    pub expires: u64,
+    /// The volumes; one that was there before and is not in the list is removed.
+    #[n(5)]
+    pub volumes: Vec<Volume>,
+    /// Volumes that may be removed while a frontend is connected; none of them is in `volumes`.
+    #[n(6)]
+    pub force_remove: Vec<VolumeId>,
+}
+
+/// One volume.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Volume {
+    /// Its identity, bound into its sealed keys.
+    #[n(0)]
+    pub id: VolumeId,
+    /// The name people gave it.
+    #[n(1)]
+    pub name: String,
+    /// File or block device: absolute, or relative to the agent's volume directory.
+    #[n(2)]
+    pub path: String,
+    /// Capacity in bytes, a multiple of the logical block.
+    #[n(3)]
+    pub size_bytes: u64,
+    /// XTS data unit in bytes, 512 or 4096, at most the logical block; none for a plain volume.
+    #[n(4)]
+    pub data_unit_bytes: Option<u32>,
+    /// Logical block in bytes, 512 or 4096.
+    #[n(5)]
+    pub logical_block_bytes: u32,
+    /// Writes are refused.
+    #[n(6)]
+    pub read_only: bool,
+    /// What GET_ID answers: at most 20 printable ASCII characters.
+    #[n(7)]
+    pub serial: String,
+    /// What DISCARD does.
+    #[n(8)]
+    pub discard: DiscardPolicy,
+    /// Request queues, 1 to 64.
+    #[n(9)]
+    pub queues: u16,
+    /// Its listener.
+    #[n(10)]
+    pub socket: SocketSpec,
+    /// The only uid whose frontend may connect.
+    #[n(11)]
+    pub allowed_uid: u32,
+    /// What this bundle changes about the volume, and its removal by a later one, go ahead while
+    /// a frontend is connected.
+    #[n(12)]
+    pub force_removal: bool,
+    /// Its key, sealed to each recipient; empty for a plain volume.
+    #[n(13)]
+    pub sealed_keys: Vec<SealedKeyEntry>,
+}
+
+/// A vhost-user listener: rot makes the path from the name.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct SocketSpec {
+    /// Its name.
+    #[n(0)]
+    pub name: SocketName,
+    /// Owner of the socket file.
+    #[n(1)]
+    pub uid: u32,
+    /// Group of the socket file.
+    #[n(2)]
+    pub gid: u32,
+    /// Permission bits of the socket file, at most 0o777.
+    #[n(3)]
+    pub mode: u32,
+}
+
+/// A volume key, sealed to one recipient.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct SealedKeyEntry {
+    /// Host name, or [`crate::RECOVERY_RECIPIENT`].
+    #[n(0)]
+    pub recipient: String,
+    /// Fingerprint of the recipient's public key.
+    #[n(1)]
+    #[cbor(with = "minicbor::bytes")]
+    pub fingerprint: Vec<u8>,
+    /// HPKE encapsulated key.
+    #[n(2)]
+    #[cbor(with = "minicbor::bytes")]
+    pub enc: Vec<u8>,
+    /// HPKE ciphertext of the volume key.
+    #[n(3)]
+    #[cbor(with = "minicbor::bytes")]
+    pub ciphertext: Vec<u8>,
+}
+
+impl HostBundle {
+    /// The volume of that id.
+    #[must_use]
+    pub fn volume(&self, id: VolumeId) -> Option<&Volume> {
+        self.volumes.iter().find(|volume| volume.id == id)
+    }
+}
+
+impl Volume {
+    /// The key sealed to a recipient (a host's name, or [`crate::RECOVERY_RECIPIENT`]).
+    #[must_use]
+    pub fn sealed_for(&self, recipient: &str) -> Option<&SealedKeyEntry> {
+        self.sealed_keys
+            .iter()
+            .find(|entry| entry.recipient == recipient)
+    }
+
+    /// Whether it has a key.
+    #[must_use]
+    pub fn is_encrypted(&self) -> bool {
+        self.data_unit_bytes.is_some()
+    }
+}

@@ -1,0 +1,296 @@
+//! What a bundle has to be to make sense, beyond its encoding. Signing and verification both
+//! call [`validate`], so that nothing is signed that a host then refuses for its content.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::collections::HashMap;
+use std::fmt;
+use std::hash::Hash;
+
+use crate::RECOVERY_RECIPIENT;
+use crate::schema::{HostBundle, SealedKeyEntry, Volume};
+
+/// Longest host or volume name in bytes.
+pub const MAX_NAME_BYTES: usize = 64;
+/// Longest path in bytes.
+pub const MAX_PATH_BYTES: usize = 1024;
+/// Longest serial in bytes (`VIRTIO_BLK_ID_BYTES`).
+pub const MAX_SERIAL_BYTES: usize = 20;
+/// Most request queues of a volume.
+pub const MAX_QUEUES: u16 = 64;
+/// Longest fingerprint, encapsulated key or ciphertext in a sealed key, in bytes.
+pub const MAX_SEALED_BYTES: usize = 4096;
+
+/// One reason why a bundle makes no sense.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ValidationError {
+    /// The volume meant: its index in the list and its name; none for a field of the bundle.
+    pub volume: Option<(usize, String)>,
+    /// The field meant, as the source has it.
+    pub field: &'static str,
+    /// What is wrong and what to do.
+    pub problem: String,
+}
+
+impl std::error::Error for ValidationError {}
+
+impl fmt::Display for ValidationError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some((_, name)) = &self.volume {
+            write!(f, "volume {name:?}: ")?;
+        }
+        write!(f, "{}: {}", self.field, self.problem)
+    }
+}
+
+/// What is wrong with a field.
+type Problem = (&'static str, String);
+
+/// Checks everything that can be said about a bundle without a host.
+///
+/// # Errors
+/// The first [`ValidationError`].
+pub fn validate(bundle: &HostBundle) -> Result<(), ValidationError> {
+    check_bundle(bundle).map_err(|(field, problem)| ValidationError {
+        volume: None,
+        field,
+        problem,
+    })?;
+    for (index, volume) in bundle.volumes.iter().enumerate() {
+        check_volume(volume, &bundle.host).map_err(|(field, problem)| ValidationError {
+            volume: Some((index, volume.name.clone())),
+            field,
+            problem,
+        })?;
+    }
+    check_unique(bundle)
+}
+
+/// Whether a text can name a host or a volume.
+///
+/// # Errors
+/// What a name has to look like.
+pub fn check_name(name: &str) -> Result<(), String> {
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let starts = name.starts_with(|c: char| c.is_ascii_alphanumeric());
+    if !starts || name.len() > MAX_NAME_BYTES || !name.chars().all(good) {
+        return Err(format!(
+            "{:?} is not a name: it has 1 to {MAX_NAME_BYTES} characters of A-Z a-z 0-9 . _ -, \
+             the first a letter or digit",
+            name.chars().take(MAX_NAME_BYTES + 1).collect::<String>()
+        ));
+    }
+    Ok(())
+}
+
+/// Whether a text can name a host: a name, and not that of the recovery recipient.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_host_name(name: &str) -> Result<(), String> {
+    check_name(name)?;
+    if name == RECOVERY_RECIPIENT {
+        return Err(format!(
+            "{name:?} is the name of the recovery recipient; no host can have it"
+        ));
+    }
+    Ok(())
+}
+
+fn check_bundle(bundle: &HostBundle) -> Result<(), Problem> {
+    check_host_name(&bundle.host).map_err(|e| ("host", e))?;
+    if bundle.epoch == 0 {
+        return Err(("epoch", "the lowest epoch is 1".to_owned()));
+    }
+    if bundle.expires <= bundle.not_before {
+        return Err((
+            "expires",
+            format!(
+                "{} is not after not_before, {}: the bundle would never be valid",
+                bundle.expires, bundle.not_before
+            ),
+        ));
+    }
+    for (index, id) in bundle.force_remove.iter().enumerate() {
+        if bundle
+            .force_remove
+            .iter()
+            .take(index)
+            .any(|other| other == id)
+        {
+            return Err(("force_remove", format!("volume {id} is named twice")));
+        }
+        if let Some(volume) = bundle.volume(*id) {
+            return Err((
+                "force_remove",
+                format!(
+                    "volume {id} ({:?}) is also among the volumes: it can't be both kept and removed",
+                    volume.name
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn check_volume(volume: &Volume, host: &str) -> Result<(), Problem> {
+    check_name(&volume.name).map_err(|e| ("name", e))?;
+    check_path(&volume.path).map_err(|e| ("path", e))?;
+    check_geometry(volume)?;
+    let printable = |c: char| c.is_ascii_graphic() || c == ' ';
+    if volume.serial.len() > MAX_SERIAL_BYTES || !volume.serial.chars().all(printable) {
+        return Err((
+            "serial",
+            format!("at most {MAX_SERIAL_BYTES} printable ASCII characters"),
+        ));
+    }
+    if volume.queues == 0 || volume.queues > MAX_QUEUES {
+        return Err((
+            "queues",
+            format!("{} is not between 1 and {MAX_QUEUES}", volume.queues),
+        ));
+    }
+    if volume.socket.mode > 0o777 {
+        return Err((
+            "socket",
+            format!(
+                "mode 0o{:o} has more than permission bits (0o777)",
+                volume.socket.mode
+            ),
+        ));
+    }
+    check_sealed_keys(volume, host).map_err(|e| ("sealed_key", e))
+}
+
+fn check_path(path: &str) -> Result<(), String> {
+    if path.is_empty() || path.len() > MAX_PATH_BYTES {
+        return Err(format!("a path has 1 to {MAX_PATH_BYTES} bytes"));
+    }
+    if path.chars().any(char::is_control) {
+        return Err("a path has no control characters".to_owned());
+    }
+    let relative = path.strip_prefix('/').unwrap_or(path);
+    if relative
+        .split('/')
+        .any(|part| matches!(part, "" | "." | ".."))
+    {
+        return Err(format!(
+            "{path:?} has an empty component, `.` or `..`: write the path out"
+        ));
+    }
+    Ok(())
+}
+
+fn check_geometry(volume: &Volume) -> Result<(), Problem> {
+    let block = volume.logical_block_bytes;
+    if !matches!(block, 512 | 4096) {
+        return Err(("logical_block", format!("{block} is neither 512 nor 4096")));
+    }
+    if let Some(unit) = volume.data_unit_bytes {
+        if !matches!(unit, 512 | 4096) {
+            return Err(("data_unit", format!("{unit} is neither 512 nor 4096")));
+        }
+        if unit > block {
+            return Err((
+                "data_unit",
+                format!(
+                    "{unit} is larger than the logical block of {block} bytes: \
+                     a write of one block would have to read first"
+                ),
+            ));
+        }
+    }
+    let size = volume.size_bytes;
+    // The data unit divides the logical block, so that a multiple of this is one of that.
+    if size == 0 || !size.is_multiple_of(u64::from(block)) {
+        return Err((
+            "size",
+            format!("{size} bytes are not a positive multiple of the logical block of {block}"),
+        ));
+    }
+    if i64::try_from(size).is_err() {
+        return Err(("size", "no file is that large (2^63 bytes)".to_owned()));
+    }
+    Ok(())
+}
+
+fn check_sealed_keys(volume: &Volume, host: &str) -> Result<(), String> {
+    if !volume.is_encrypted() {
+        return match volume.sealed_keys.len() {
+            0 => Ok(()),
+            n => Err(format!(
+                "a plain volume has no key, but {n} sealed key(s) are given: \
+                 set data_unit, or take them out"
+            )),
+        };
+    }
+    for (index, entry) in volume.sealed_keys.iter().enumerate() {
+        let recipient = &entry.recipient;
+        check_name(recipient)?;
+        let mut earlier = volume.sealed_keys.iter().take(index);
+        if earlier.any(|other| other.recipient == *recipient) {
+            return Err(format!("two keys are sealed to {recipient:?}"));
+        }
+        check_sealed_lengths(entry)?;
+    }
+    if volume.sealed_for(host).is_none() {
+        return Err(format!(
+            "no key is sealed to the host {host:?}: make the volume with \
+             `bulkhead volume create --host` and that host's public key"
+        ));
+    }
+    Ok(())
+}
+
+fn check_sealed_lengths(entry: &SealedKeyEntry) -> Result<(), String> {
+    let parts = [
+        ("fingerprint", &entry.fingerprint),
+        ("enc", &entry.enc),
+        ("ciphertext", &entry.ciphertext),
+    ];
+    for (what, bytes) in parts {
+        if bytes.is_empty() || bytes.len() > MAX_SEALED_BYTES {
+            return Err(format!(
+                "the {what} of the key sealed to {:?} has {} bytes, not 1 to {MAX_SEALED_BYTES}",
+                entry.recipient,
+                bytes.len()
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn check_unique(bundle: &HostBundle) -> Result<(), ValidationError> {
+    unique(bundle, "id", |v| v.id, |v| v.id.to_string())?;
+    unique(bundle, "name", |v| v.name.as_str(), |v| v.name.clone())?;
+    unique(
+        bundle,
+        "socket",
+        |v| v.socket.name.as_str(),
+        |v| v.socket.name.to_string(),
+    )?;
+    unique(bundle, "path", |v| v.path.as_str(), |v| v.path.clone())
+}
+
+fn unique<'a, K: Eq + Hash>(
+    bundle: &'a HostBundle,
+    field: &'static str,
+    key: impl Fn(&'a Volume) -> K,
+    show: impl Fn(&Volume) -> String,
+) -> Result<(), ValidationError> {
+    let mut seen: HashMap<K, &Volume> = HashMap::with_capacity(bundle.volumes.len());
+    for (index, volume) in bundle.volumes.iter().enumerate() {
+        if let Some(other) = seen.insert(key(volume), volume) {
+            return Err(ValidationError {
+                volume: Some((index, volume.name.clone())),
+                field,
+                problem: format!(
+                    "{:?} is also that of volume {:?} ({}): each volume has its own",
+                    show(volume),
+                    other.name,
+                    other.id
+                ),
+            });
+        }
+    }
+    Ok(())
+}
