@@ -34,3 +34,6 @@ pub use verify::{Inspected, Policy, Verified, VerifyError, digest_of, inspect, v
 
 /// Recipient name of the offline recovery key in a volume's sealed keys; no host may have it.
 pub const RECOVERY_RECIPIENT: &str = "recovery";
+
+#[cfg(test)]
+mod tests;

@@ -48,6 +48,13 @@ pub(crate) fn normalised(mut signature: Vec<u8>) -> Vec<u8> {
     signature
 }
 
+/// Turns a signature into its other, equally valid form.
+#[cfg(test)]
+pub(crate) fn negate_for_test(signature: &mut [u8]) {
+    let s = signature.last_chunk_mut().expect("a whole signature");
+    *s = negated(s);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

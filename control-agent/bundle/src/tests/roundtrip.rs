@@ -1,0 +1,213 @@
+//! What is signed is what is verified; keys and trust roots survive their files.
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+use super::*;
+use crate::private_file::PrivateFileError;
+use crate::{KeyError, OperatorPublicKey, encoding, inspect, verify};
+
+#[test]
+fn a_signed_bundle_verifies_to_itself() {
+    let envelope = signed(&bundle());
+    let trust = trust(1);
+    let verified = verify(&envelope, &policy(&trust)).expect("verifies");
+    assert_eq!(*verified, bundle());
+    assert_eq!(verified.digest(), crate::digest_of(&envelope));
+    assert_eq!(verified.signers(), ["alice"]);
+    let seen = inspect(&envelope).expect("reads");
+    assert_eq!(seen.claimed, bundle());
+    assert_eq!(seen.claimed_signers.len(), 2);
+}
+
+fn any_volume() -> impl Strategy<Value = Volume> {
+    let geometry = (0u8..5, 1u64..1 << 40);
+    let sealed = vec(
+        (
+            "[a-z]{1,64}",
+            vec(any::<u8>(), 0..60),
+            vec(any::<u8>(), 0..2000),
+        ),
+        0..4,
+    );
+    let socket = ("[a-z0-9][a-z0-9._-]{0,63}", any::<(u32, u32, u32)>());
+    (
+        any::<[u8; 16]>(),
+        any::<String>(),
+        geometry,
+        any::<(bool, bool, bool, u16, u32)>(),
+        socket,
+        sealed,
+    )
+        .prop_map(
+            |(id, text, (unit, size), (read_only, pass, force, queues, uid), socket, sealed)| {
+                Volume {
+                    id: VolumeId(id),
+                    name: text.clone(),
+                    path: text.clone(),
+                    size_bytes: size,
+                    data_unit_bytes: (unit > 0).then(|| u32::from(unit) * 512),
+                    logical_block_bytes: uid,
+                    read_only,
+                    serial: text,
+                    discard: if pass {
+                        DiscardPolicy::Pass
+                    } else {
+                        DiscardPolicy::Ignore
+                    },
+                    queues,
+                    socket: SocketSpec {
+                        name: socket.0.parse().expect("a name"),
+                        uid: socket.1.0,
+                        gid: socket.1.1,
+                        mode: socket.1.2,
+                    },
+                    allowed_uid: uid,
+                    force_removal: force,
+                    sealed_keys: sealed
+                        .into_iter()
+                        .map(|(recipient, short, long)| SealedKeyEntry {
+                            recipient,
+                            fingerprint: short,
+                            enc: long.clone(),
+                            ciphertext: long,
+                        })
+                        .collect(),
+                }
+            },
+        )
+}
+
+fn any_bundle() -> impl Strategy<Value = HostBundle> {
+    let ids = vec(any::<[u8; 16]>().prop_map(VolumeId), 0..4);
+    let digests = vec(any::<[u8; 48]>().prop_map(Into::into), 0..3);
+    (
+        any::<String>(),
+        any::<(u64, u64, u64)>(),
+        digests,
+        vec(any_volume(), 0..4),
+        ids,
+    )
+        .prop_map(
+            |(host, (epoch, not_before, expires), supersedes, volumes, force_remove)| HostBundle {
+                host,
+                epoch,
+                supersedes,
+                not_before,
+                expires,
+                volumes,
+                force_remove,
+            },
+        )
+}
+
+proptest! {
+    #[test]
+    fn every_bundle_has_one_encoding(bundle in any_bundle()) {
+        let bytes = encoding::encode(&bundle);
+        prop_assert_eq!(encoding::decode(&bytes).expect("decodes"), bundle);
+    }
+
+    #[test]
+    fn no_bytes_decode_to_what_encodes_otherwise(
+        bundle in any_bundle(), at: prop::sample::Index, to: u8,
+    ) {
+        let mut bytes = encoding::encode(&bundle);
+        let at = at.index(bytes.len());
+        bytes[at] = to;
+        if let Ok(other) = encoding::decode(&bytes) {
+            prop_assert_eq!(encoding::encode(&other), bytes);
+        }
+    }
+
+    #[test]
+    fn no_bytes_panic(bytes: Vec<u8>) {
+        let trust = trust(1);
+        prop_assert!(verify(&bytes, &policy(&trust)).is_err());
+        prop_assert!(encoding::decode(&bytes).is_err());
+    }
+}
+
+#[test]
+fn a_key_file_brings_the_same_key_back() {
+    let folder = tempfile::tempdir().expect("folder");
+    let path = folder.path().join("alice.key");
+    alice().save(&path).expect("saves");
+    let loaded = OperatorKey::load(&path).expect("loads");
+    assert_eq!(loaded.public(), alice().public());
+    let envelope = sign(&bundle(), &[&loaded]).expect("signs");
+    let trust = trust(1);
+    verify(&envelope, &policy(&trust)).expect("verifies");
+    assert!(matches!(
+        alice().save(&path),
+        Err(KeyError::File(PrivateFileError::Exists(_)))
+    ));
+}
+
+#[test]
+fn refused_key_file_that_others_can_read() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().expect("folder");
+    let path = folder.path().join("alice.key");
+    alice().save(&path).expect("saves");
+    let mode = std::fs::metadata(&path)
+        .expect("there")
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o7777, 0o600);
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o640)).expect("chmod");
+    let error = OperatorKey::load(&path).expect_err("refused").to_string();
+    assert!(
+        error.contains("can be read by others (mode 0640)"),
+        "{error}"
+    );
+}
+
+#[test]
+fn public_keys_and_trust_roots_survive_their_text() {
+    let text = bob().public().to_text();
+    let back = OperatorPublicKey::from_text("bob.pub", &text).expect("reads");
+    assert_eq!(back, *bob().public());
+    let root = trust(2);
+    assert_eq!(
+        TrustRoot::from_text("t", &root.to_text()).expect("reads"),
+        root
+    );
+}
+
+#[test]
+fn refused_trust_roots() {
+    let text = trust(2).to_text();
+    let alice_print = alice().public().fingerprint().to_string();
+    let bob_print = bob().public().fingerprint().to_string();
+    for (changed, expected) in [
+        (
+            text.replace("threshold = 2", "threshold = 3"),
+            "not between 1 and the number",
+        ),
+        (
+            text.replace("threshold = 2", "threshold = 0"),
+            "not between 1 and the number",
+        ),
+        (
+            text.replace("name = \"bob\"", "name = \"alice\""),
+            "share a name or a key",
+        ),
+        (
+            text.replace(&bob_print, &alice_print),
+            "does not belong to these keys",
+        ),
+        (
+            text.replace("kind = \"bulkhead trust root v1\"", "kind = \"x\""),
+            "where a \"bulkhead trust root v1\" belongs",
+        ),
+        (
+            format!("extra = 1\n{text}"),
+            "trust.toml:1: extra: is an unknown field",
+        ),
+    ] {
+        let error = TrustRoot::from_text("trust.toml", &changed).expect_err("refused");
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+    assert!(TrustRoot::new(Vec::new(), 1).is_err());
+}
