@@ -1,1 +1,15 @@
-//! Placeholder.
+//! What whole-system tests are made of: a vhost-user frontend and a virtio driver that share
+//! no code with the data plane, processes that end with their test, and a complete host.
+//!
+//! - [`frontend`]: the vhost-user protocol, from the specification, down to raw bytes.
+//! - [`driver`]: guest memory, split virtqueues and virtio-blk requests, down to raw descriptors.
+//! - [`disk`]: both together: an attached block device.
+//! - [`arena`]: a `serve` process with two devices, and what must hold of it after any test.
+//! - [`processes`], [`host`]: programs under test.
+
+pub mod arena;
+pub mod disk;
+pub mod driver;
+pub mod frontend;
+pub mod processes;
+pub mod random;
