@@ -1,1 +1,15 @@
-//! Placeholder.
+//! Ciphers of the data path and the secret memory their keys live in.
+//!
+//! | module | owns |
+//! | --- | --- |
+//! | [`secret`] | memory that other processes, core dumps and the kernel's direct map can't show |
+//! | [`xts`] | AES-256-XTS over data units, its key schedule in that memory |
+//!
+//! XTS does not authenticate: whoever can write the storage can put old or random ciphertext
+//! under a data unit unnoticed.
+
+pub mod secret;
+pub mod xts;
+
+pub use secret::{SecretArena, SecretMemory};
+pub use xts::{BufferError, DataUnit, KeyError, XtsKey};
