@@ -65,6 +65,10 @@ pub struct Options {
     pub protocol_features: u64,
     /// Put each request into an indirect table.
     pub indirect: bool,
+    /// Guest address and bytes of one region more.
+    pub extra_region: Option<(u64, u64)>,
+    /// Send each message in pieces of so many bytes.
+    pub piece_bytes: Option<usize>,
 }
 
 impl Default for Options {
@@ -82,6 +86,8 @@ impl Default for Options {
                 | protocol_feature::REPLY_ACK
                 | protocol_feature::CONFIG,
             indirect: false,
+            extra_region: None,
+            piece_bytes: None,
         }
     }
 }
@@ -158,12 +164,15 @@ impl Disk {
     /// See [`DiskError`].
     pub fn negotiate(path: &Path, options: &Options) -> Result<Self, DiskError> {
         let mut frontend = Frontend::connect(path, PATIENCE)?;
+        frontend.piece_bytes = options.piece_bytes;
         let features = negotiate_features(&mut frontend, options)?;
-        let memory = GuestMemory::new(&[
+        let mut layout = vec![
             (LOW, LOW_BYTES, 0),
             (DATA, DATA_BYTES, 0x1_0000),
             (HIGH, HIGH_BYTES, 0),
-        ])?;
+        ];
+        layout.extend(options.extra_region.map(|(addr, bytes)| (addr, bytes, 0)));
+        let memory = GuestMemory::new(&layout)?;
         let mut rings = Vec::new();
         for i in 0..u64::from(options.queues) {
             let base = LOW + i * Ring::SPAN_BYTES;

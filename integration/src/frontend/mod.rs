@@ -67,6 +67,8 @@ pub struct Frontend {
     stream: UnixStream,
     /// Protocol features as negotiated.
     pub protocol_features: u64,
+    /// Send each message in pieces of so many bytes.
+    pub piece_bytes: Option<usize>,
 }
 
 impl Frontend {
@@ -84,6 +86,7 @@ impl Frontend {
                     return Ok(Self {
                         stream,
                         protocol_features: 0,
+                        piece_bytes: None,
                     });
                 }
                 Err(e) if Instant::now() >= deadline => return Err(e.into()),
@@ -117,7 +120,9 @@ impl Frontend {
             match sent {
                 Ok(n) => rest = rest.get(n..).unwrap_or_default(),
                 Err(Errno::EINTR) => continue,
-                Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(FrontendError::Closed),
+                Err(Errno::EPIPE | Errno::ECONNRESET | Errno::ENOTCONN) => {
+                    return Err(FrontendError::Closed);
+                }
                 Err(e) => return Err(io::Error::from(e).into()),
             }
             first = false;
@@ -191,8 +196,15 @@ impl Frontend {
         body: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<Vec<u8>, FrontendError> {
-        self.send_raw(&message::encode(request, VERSION, body), fds)?;
+        self.send(&message::encode(request, VERSION, body), fds)?;
         self.answer(request)
+    }
+
+    fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), FrontendError> {
+        match self.piece_bytes {
+            Some(piece) => self.send_pieces(bytes, piece, fds),
+            None => self.send_raw(bytes, fds),
+        }
     }
 
     /// The answer to `request`, checked for its header.
@@ -231,10 +243,10 @@ impl Frontend {
         fds: &[BorrowedFd<'_>],
     ) -> Result<(), FrontendError> {
         if !self.has_acks() {
-            return self.send_raw(&message::encode(request, VERSION, body), fds);
+            return self.send(&message::encode(request, VERSION, body), fds);
         }
         let flags = VERSION | FLAG_NEED_REPLY;
-        self.send_raw(&message::encode(request, flags, body), fds)?;
+        self.send(&message::encode(request, flags, body), fds)?;
         let code = word(request, &self.answer(request)?)?;
         if code != 0 {
             return Err(FrontendError::Refused { request, code });
