@@ -132,7 +132,10 @@ fn judge_used(disk: &Disk, used_len: u32, descs: &[Desc]) -> Attack {
     Ok(End::Status(byte))
 }
 
-fn snapshot(disk: &Disk) -> Result<Vec<(u64, Vec<u8>)>, Box<dyn Error>> {
+/// Guest address and bytes of each region.
+type Snapshot = Vec<(u64, Vec<u8>)>;
+
+fn snapshot(disk: &Disk) -> Result<Snapshot, Box<dyn Error>> {
     disk.memory
         .regions()
         .iter()
