@@ -1,1 +1,6 @@
-//! Placeholder.
+//! The data plane.
+
+pub mod blk;
+pub mod memory;
+pub mod storage;
+pub mod worker;

@@ -1,0 +1,9 @@
+//! virtio-blk (virtio 1.2, 5.2): the device, its configuration space, typed requests and their
+//! way to the storage and back.
+
+pub mod config_space;
+mod device;
+mod metrics;
+
+pub use device::{BlkDevice, Cipher, Geometry, SECTOR_BYTES};
+pub use metrics::{Counter, Metrics};

@@ -1,0 +1,253 @@
+//! A guest buffer: the ranges of one direction of a descriptor chain, each checked to lie in
+//! guest memory, held together with that memory.
+//!
+//! UNSAFETY: a piece is a raw range. It is only reachable through the buffer that holds the lease
+//! on the memory it lies in, and it is made from a checked lookup only.
+#![expect(unsafe_code, reason = "copying to and from guest memory")]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::ptr::NonNull;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use super::GuestMemory;
+
+/// A worker's hold on guest memory: cheap to copy within its thread.
+pub type Lease = Rc<Arc<GuestMemory>>;
+
+/// A contiguous part of a buffer; what an iovec needs.
+#[derive(Debug, Clone, Copy)]
+pub struct Piece {
+    host: NonNull<u8>,
+    bytes: u32,
+}
+
+impl Piece {
+    /// Its length in bytes.
+    #[must_use]
+    pub fn bytes(self) -> u32 {
+        self.bytes
+    }
+
+    /// Where it begins in this process; valid for as long as its buffer.
+    #[must_use]
+    pub fn host(self) -> NonNull<u8> {
+        self.host
+    }
+}
+
+/// A range outside guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{bytes} bytes at guest address {guest_addr:#x} don't lie in guest memory")]
+pub struct OutsideMemory {
+    /// First address.
+    pub guest_addr: u64,
+    /// Length.
+    pub bytes: u32,
+}
+
+/// Ranges of guest memory, in order.
+#[derive(Debug, Default)]
+pub struct GuestBuffer {
+    lease: Option<Lease>,
+    pieces: Vec<Piece>,
+    /// Pieces before this one were taken off the front.
+    first: usize,
+    bytes: u64,
+}
+
+impl GuestBuffer {
+    /// An empty buffer with room for `pieces`.
+    #[must_use]
+    pub fn with_capacity(pieces: usize) -> Self {
+        Self {
+            lease: None,
+            pieces: Vec::with_capacity(pieces),
+            first: 0,
+            bytes: 0,
+        }
+    }
+
+    /// Empties it, for ranges of this memory.
+    #[inline]
+    pub fn reset(&mut self, lease: &Lease) {
+        self.pieces.clear();
+        self.first = 0;
+        self.bytes = 0;
+        match &self.lease {
+            Some(held) if Rc::ptr_eq(held, lease) => {}
+            _ => self.lease = Some(Rc::clone(lease)),
+        }
+    }
+
+    /// Empties it and lets go of the memory.
+    pub fn release(&mut self) {
+        self.pieces.clear();
+        self.first = 0;
+        self.bytes = 0;
+        self.lease = None;
+    }
+
+    /// Adds a range, which may span adjacent regions. Nothing is added for no bytes.
+    ///
+    /// # Errors
+    /// [`OutsideMemory`]; the buffer is then of no use.
+    #[inline]
+    pub fn push(&mut self, guest_addr: u64, bytes: u32) -> Result<(), OutsideMemory> {
+        let outside = OutsideMemory { guest_addr, bytes };
+        let memory = self.lease.as_ref().ok_or(outside)?;
+        let mut at = guest_addr;
+        let mut left = bytes;
+        while left > 0 {
+            let (host, here) = memory.run(at, left).ok_or(outside)?;
+            self.pieces.push(Piece { host, bytes: here });
+            left -= here;
+            at = at.checked_add(u64::from(here)).ok_or(outside)?;
+        }
+        self.bytes += u64::from(bytes);
+        Ok(())
+    }
+
+    /// Its length in bytes.
+    #[must_use]
+    #[inline]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Whether it has no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// Its parts, in order; none is empty.
+    #[must_use]
+    #[inline]
+    pub fn pieces(&self) -> &[Piece] {
+        self.pieces.get(self.first..).unwrap_or_default()
+    }
+
+    /// Whether memory that it lies in went away.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.lease.as_ref().is_some_and(|memory| memory.is_lost())
+    }
+
+    /// Takes the last byte off, as the place of a status.
+    #[inline]
+    pub fn split_last_byte(&mut self) -> Option<StatusByte> {
+        let last = self.pieces.last_mut().filter(|p| p.bytes > 0)?;
+        last.bytes -= 1;
+        // SAFETY: the piece had at least one byte; this is its last.
+        let at = unsafe { last.host.add(last.bytes as usize) };
+        if last.bytes == 0 {
+            self.pieces.pop();
+        }
+        self.bytes -= 1;
+        Some(StatusByte(at))
+    }
+
+    /// Takes `N` bytes off the front and copies them, each byte once; none if it is shorter.
+    #[inline]
+    pub fn take_front<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let mut out = [0u8; N];
+        if !self.copy_out(0, &mut out) {
+            return None;
+        }
+        let mut left = N;
+        while let Some(piece) = self.pieces.get_mut(self.first).filter(|_| left > 0) {
+            let here = left.min(piece.bytes as usize);
+            // SAFETY: at most the piece's own length further.
+            piece.host = unsafe { piece.host.add(here) };
+            // `here` is at most the piece's length, which is a u32.
+            piece.bytes -= u32::try_from(here).unwrap_or(piece.bytes);
+            left -= here;
+            self.first += usize::from(piece.bytes == 0);
+        }
+        self.bytes -= N as u64;
+        Some(out)
+    }
+
+    /// Copies from offset `at` into `to`; false, with nothing copied, where it is too short.
+    pub fn copy_out(&self, at: u64, to: &mut [u8]) -> bool {
+        let mut done = 0;
+        self.each(at, to.len(), |host, bytes| {
+            if let Some(part) = to.get_mut(done..done + bytes) {
+                // SAFETY: `host` has that many bytes; `part` is ours and as long.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(host.as_ptr(), part.as_mut_ptr(), bytes);
+                }
+            }
+            done += bytes;
+        })
+    }
+
+    /// Copies `from` to offset `at`; false, with nothing copied, where it is too short.
+    pub fn copy_in(&self, at: u64, from: &[u8]) -> bool {
+        let mut done = 0;
+        self.each(at, from.len(), |host, bytes| {
+            if let Some(part) = from.get(done..done + bytes) {
+                // SAFETY: as in copy_out, the other way.
+                unsafe { std::ptr::copy_nonoverlapping(part.as_ptr(), host.as_ptr(), bytes) };
+            }
+            done += bytes;
+        })
+    }
+
+    /// Writes zeroes to `bytes` bytes from offset `at`; false where it is too short.
+    pub fn zero(&self, at: u64, bytes: usize) -> bool {
+        self.each(at, bytes, |host, bytes| {
+            // SAFETY: `host` has that many bytes.
+            unsafe { std::ptr::write_bytes(host.as_ptr(), 0, bytes) };
+        })
+    }
+
+    /// Calls `f` for each contiguous run of `bytes` bytes from offset `at`; false, without a
+    /// call, where the buffer ends before.
+    #[inline]
+    pub fn each(&self, at: u64, bytes: usize, mut f: impl FnMut(NonNull<u8>, usize)) -> bool {
+        if at
+            .checked_add(bytes as u64)
+            .is_none_or(|end| end > self.bytes)
+        {
+            return false;
+        }
+        let mut skip = at;
+        let mut left = bytes;
+        for piece in self.pieces() {
+            if left == 0 {
+                break;
+            }
+            let length = u64::from(piece.bytes);
+            if skip >= length {
+                skip -= length;
+                continue;
+            }
+            // Both fit: skip < length <= u32::MAX.
+            let offset = usize::try_from(skip).unwrap_or(0);
+            let here = (piece.bytes as usize - offset).min(left);
+            // SAFETY: offset lies inside the piece.
+            f(unsafe { piece.host.add(offset) }, here);
+            skip = 0;
+            left -= here;
+        }
+        true
+    }
+}
+
+/// Where a request's status goes: one byte of guest memory. Used with the buffer it was split from.
+#[derive(Debug, Clone, Copy)]
+pub struct StatusByte(NonNull<u8>);
+
+impl StatusByte {
+    /// Writes it.
+    ///
+    /// # Safety
+    /// The buffer that it was split from still holds its memory.
+    #[inline]
+    pub(crate) unsafe fn write(self, status: u8) {
+        // SAFETY: passed on to the caller.
+        unsafe { self.0.as_ptr().write_volatile(status) };
+    }
+}

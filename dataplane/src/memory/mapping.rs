@@ -1,0 +1,113 @@
+//! One mapping of a file that a frontend shares.
+//!
+//! UNSAFETY: the mapping must cover exactly the file's bytes that were checked, be known to
+//! [`sigbus`](super::sigbus) before anybody reads it, and be unmapped once, when nobody can.
+#![expect(unsafe_code, reason = "mmap and munmap")]
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::BorrowedFd;
+use std::ptr::NonNull;
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::stat::{SFlag, fstat};
+
+use super::sigbus;
+
+const PAGE_BYTES: u64 = 4096;
+/// `HUGETLBFS_MAGIC`, `include/uapi/linux/magic.h`.
+const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+
+/// A mapped range of a shared file; unmapped when it drops.
+#[derive(Debug)]
+pub(super) struct Mapping {
+    address: NonNull<u8>,
+    bytes: usize,
+    guard: sigbus::Guard,
+}
+
+// SAFETY: the address is only ever read, and unmapped once, on drop.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps `bytes` bytes at `offset` of a file; where they begin in this process. Offsets and
+    /// lengths need not be whole pages (the mapping is).
+    pub(super) fn new(
+        fd: BorrowedFd<'_>,
+        offset: u64,
+        bytes: u64,
+    ) -> io::Result<(Self, NonNull<u8>)> {
+        let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidInput, what);
+        let stat = fstat(fd)?;
+        if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
+            return Err(invalid("its descriptor is not a regular file or memfd".into()));
+        }
+        let length = u64::try_from(stat.st_size).unwrap_or(0);
+        let end = offset.checked_add(bytes);
+        if end.is_none_or(|end| end > length) {
+            return Err(invalid(format!("its file has only {length} bytes")));
+        }
+        let unit = page_unit(fd, stat.st_blksize)?;
+        let start = offset - offset % unit;
+        let lead = offset - start;
+        let whole = (lead + bytes).next_multiple_of(unit);
+        let size = usize::try_from(whole).map_err(|_| invalid("it is too large".into()))?;
+        let size = NonZeroUsize::new(size).ok_or_else(|| invalid("it is empty".into()))?;
+        let lead = usize::try_from(lead).map_err(|_| invalid("it is too large".into()))?;
+        let start = i64::try_from(start).map_err(|_| invalid("its offset is too large".into()))?;
+        // SAFETY: a fresh shared mapping at an address of the kernel's choice.
+        let address = unsafe {
+            mmap(
+                None,
+                size,
+                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
+                MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE,
+                fd,
+                start,
+            )
+        }?;
+        let address = address.cast::<u8>();
+        let guard = match sigbus::guard(address, size.get()) {
+            Ok(guard) => guard,
+            Err(error) => {
+                // SAFETY: mapped above, and nobody knows it yet.
+                let _ = unsafe { munmap(address.cast(), size.get()) };
+                return Err(error);
+            }
+        };
+        let mapping = Self {
+            address,
+            bytes: size.get(),
+            guard,
+        };
+        // SAFETY: lead is less than the mapping's length.
+        let host = unsafe { address.add(lead) };
+        Ok((mapping, host))
+    }
+
+    /// Whether pages of it went away.
+    pub(super) fn is_lost(&self) -> bool {
+        self.guard.is_lost()
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // The handler must not put pages back where another mapping may come to lie.
+        self.guard.release();
+        // SAFETY: mapped by `new`; the value ends here, and with it everybody who knows it.
+        let result = unsafe { munmap(self.address.cast(), self.bytes) };
+        debug_assert!(result.is_ok(), "munmap of an own mapping: {result:?}");
+    }
+}
+
+/// What offsets and lengths of a mapping must be multiples of.
+fn page_unit(fd: BorrowedFd<'_>, block_bytes: i64) -> io::Result<u64> {
+    let kind = nix::sys::statfs::fstatfs(fd)?.filesystem_type().0;
+    match u64::try_from(block_bytes) {
+        Ok(huge) if kind == HUGETLBFS_MAGIC && huge.is_power_of_two() => Ok(huge.max(PAGE_BYTES)),
+        _ => Ok(PAGE_BYTES),
+    }
+}

@@ -1,0 +1,158 @@
+//! A frontend may cut the file behind guest memory: the next access raises SIGBUS. The handler
+//! here puts zeroed private pages in its place and marks the mapping as lost, so that only the
+//! device that uses it fails, and the access that was interrupted goes on.
+//!
+//! UNSAFETY: the handler runs anywhere, so it may only touch atomics and make system calls. The
+//! table's ranges must be mappings of this module's callers, and leave the table before they are
+//! unmapped, so that it never replaces pages that are something else by then.
+#![expect(unsafe_code, reason = "a signal handler")]
+
+use std::io;
+use std::ptr::NonNull;
+use std::sync::Once;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+/// Most mappings at a time in one process: 256 devices with 16 regions each.
+const MAX_MAPPINGS: usize = 4096;
+
+struct Entry {
+    /// Taken by a guard (0: free).
+    taken: AtomicBool,
+    start: AtomicUsize,
+    /// Exclusive; 0 while the entry is free or being filled.
+    end: AtomicUsize,
+    lost: AtomicBool,
+}
+
+static TABLE: [Entry; MAX_MAPPINGS] = [const {
+    Entry {
+        taken: AtomicBool::new(false),
+        start: AtomicUsize::new(0),
+        end: AtomicUsize::new(0),
+        lost: AtomicBool::new(false),
+    }
+}; MAX_MAPPINGS];
+
+/// One past the highest entry ever taken: as far as the handler has to look.
+static HIGHEST: AtomicUsize = AtomicUsize::new(0);
+
+/// A mapping that the handler knows, until it is released.
+#[derive(Debug)]
+pub(super) struct Guard {
+    index: usize,
+    released: AtomicBool,
+}
+
+/// Makes a mapping known.
+///
+/// # Errors
+/// When the table is full, or the handler can't be installed.
+pub(super) fn guard(address: NonNull<u8>, bytes: usize) -> io::Result<Guard> {
+    install()?;
+    for (index, entry) in TABLE.iter().enumerate() {
+        if entry.taken.swap(true, Ordering::AcqRel) {
+            continue;
+        }
+        entry.lost.store(false, Ordering::Relaxed);
+        entry.start.store(address.addr().get(), Ordering::Relaxed);
+        entry
+            .end
+            .store(address.addr().get() + bytes, Ordering::Release);
+        HIGHEST.fetch_max(index + 1, Ordering::AcqRel);
+        return Ok(Guard {
+            index,
+            released: AtomicBool::new(false),
+        });
+    }
+    Err(io::Error::other(format!(
+        "this process already maps {MAX_MAPPINGS} regions of guest memory: detach a device first"
+    )))
+}
+
+impl Guard {
+    fn entry(&self) -> &'static Entry {
+        &TABLE[self.index]
+    }
+
+    /// Whether pages of it were replaced.
+    pub(super) fn is_lost(&self) -> bool {
+        self.entry().lost.load(Ordering::Acquire)
+    }
+
+    /// Takes the mapping off the table, before it is unmapped.
+    pub(super) fn release(&self) {
+        if !self.released.swap(true, Ordering::AcqRel) {
+            self.entry().end.store(0, Ordering::Release);
+            self.entry().taken.store(false, Ordering::Release);
+        }
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+/// Installs the handler, once per process; before the process locks itself in.
+///
+/// # Errors
+/// What `sigaction` fails with.
+pub fn install() -> io::Result<()> {
+    static INSTALLED: Once = Once::new();
+    static FAILED: AtomicBool = AtomicBool::new(false);
+    INSTALLED.call_once(|| {
+        // SAFETY: an all-zero sigaction is a valid value of this plain C struct.
+        let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+        action.sa_sigaction = handler as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER;
+        // SAFETY: the handler keeps to atomics and system calls.
+        let rc = unsafe { libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut()) };
+        FAILED.store(rc != 0, Ordering::Release);
+    });
+    if FAILED.load(Ordering::Acquire) {
+        return Err(io::Error::other("the SIGBUS handler can't be installed"));
+    }
+    Ok(())
+}
+
+extern "C" fn handler(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // SAFETY: the kernel passes a siginfo of a SIGBUS, which has an address.
+    let address = unsafe { (*info).si_addr() }.addr();
+    // SAFETY: the thread's own errno: the interrupted code may be about to read it.
+    let errno = unsafe { *libc::__errno_location() };
+    if !replace(address) {
+        // Not guest memory: a fault of this process. With the default action the access, which is
+        // made again on return, ends it.
+        // SAFETY: signal takes plain integers.
+        unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
+    }
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() = errno };
+}
+
+/// Puts zeroed pages in the place of the mapping that has this address; whether there is one.
+fn replace(address: usize) -> bool {
+    for entry in TABLE.iter().take(HIGHEST.load(Ordering::Acquire)) {
+        let end = entry.end.load(Ordering::Acquire);
+        let start = entry.start.load(Ordering::Relaxed);
+        if end == 0 || address < start || address >= end {
+            continue;
+        }
+        entry.lost.store(true, Ordering::Release);
+        // SAFETY: the range is a mapping of a guard that is still on the table; whoever reads it
+        // reads zeroes from now on.
+        let mapped = unsafe {
+            libc::mmap(
+                std::ptr::without_provenance_mut(start),
+                end - start,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        return mapped != libc::MAP_FAILED;
+    }
+    false
+}

@@ -1,0 +1,178 @@
+//! Messages between the control thread and the workers: the only thing they share besides
+//! the devices' read-only description and counters.
+//!
+//! A worker answers every [`ToWorker::Start`], [`ToWorker::Stop`], [`ToWorker::SetMemory`],
+//! [`ToWorker::Attach`] and [`ToWorker::Detach`] with exactly one [`FromWorker`], in the order in
+//! which it finished them; a stop is finished once nothing of its queue is in flight.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use crate::blk::BlkDevice;
+use crate::memory::GuestMemory;
+
+/// Number of an attached device; never used again within a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DeviceId(pub u64);
+
+/// A queue of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct QueueId {
+    /// The device.
+    pub device: DeviceId,
+    /// The queue's number in it, from 0.
+    pub index: u16,
+}
+
+/// Where a split ring lies in guest memory, fixed while the queue runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RingLayout {
+    /// Entries: a power of two, 1 to 32768 (virtio 1.2, 2.7).
+    pub size: u16,
+    /// Guest address of the descriptor table.
+    pub desc: u64,
+    /// Guest address of the avail ring.
+    pub avail: u64,
+    /// Guest address of the used ring.
+    pub used: u64,
+}
+
+/// A queue to be served.
+#[derive(Debug)]
+pub struct QueueStart {
+    /// Which.
+    pub queue: QueueId,
+    /// The memory that the guest and we share.
+    pub memory: Arc<GuestMemory>,
+    /// Where its ring lies.
+    pub layout: RingLayout,
+    /// Index of the first avail entry that is new.
+    pub next_avail: u16,
+    /// Negotiated virtio features.
+    pub features: u64,
+    /// Nothing is served while false (SET_VRING_ENABLE).
+    pub enabled: bool,
+    /// The driver kicks here; none: the queue is polled all the time.
+    pub kick: Option<OwnedFd>,
+    /// We call here; none: the driver polls.
+    pub call: Option<OwnedFd>,
+    /// A retired queue is signalled here.
+    pub error: Option<OwnedFd>,
+}
+
+/// From the control thread to a worker.
+#[derive(Debug)]
+pub enum ToWorker {
+    /// Take a device: its storage descriptor is registered. Answered by [`FromWorker::Attached`].
+    Attach {
+        /// Its number.
+        id: DeviceId,
+        /// What it is.
+        device: Arc<BlkDevice>,
+    },
+    /// Forget a device whose queues were all stopped. Answered by [`FromWorker::Detached`], after
+    /// which this worker holds neither its storage nor its key.
+    Detach {
+        /// Its number.
+        id: DeviceId,
+    },
+    /// Serve a queue. Answered by [`FromWorker::Started`] or [`FromWorker::StartFailed`].
+    Start(Box<QueueStart>),
+    /// Take no more requests, finish what is in flight, give the queue up. Answered by
+    /// [`FromWorker::Stopped`], also for a queue that does not run or is retired.
+    Stop {
+        /// Which.
+        queue: QueueId,
+    },
+    /// Serve this queue from other memory from now on: its rings are looked up again; what is in
+    /// flight keeps the memory it has. Answered by [`FromWorker::MemorySet`].
+    SetMemory {
+        /// Which.
+        queue: QueueId,
+        /// The memory.
+        memory: Arc<GuestMemory>,
+    },
+    /// SET_VRING_ENABLE of a running queue.
+    SetEnabled {
+        /// Which.
+        queue: QueueId,
+        /// Whether requests are taken.
+        enabled: bool,
+    },
+    /// Another kick descriptor for a running queue.
+    SetKick {
+        /// Which.
+        queue: QueueId,
+        /// The descriptor; none: polled.
+        fd: Option<OwnedFd>,
+    },
+    /// Another call descriptor for a running queue.
+    SetCall {
+        /// Which.
+        queue: QueueId,
+        /// The descriptor; none: the driver polls.
+        fd: Option<OwnedFd>,
+    },
+    /// Another error descriptor for a running queue.
+    SetError {
+        /// Which.
+        queue: QueueId,
+        /// The descriptor.
+        fd: Option<OwnedFd>,
+    },
+    /// End: what is in flight is waited for, then the thread returns.
+    End,
+}
+
+/// From a worker to the control thread.
+#[derive(Debug)]
+pub enum FromWorker {
+    /// The device is known to this worker, or why not.
+    Attached {
+        /// Which device.
+        id: DeviceId,
+        /// The worker that says so.
+        worker: usize,
+        /// Why it can't be served.
+        result: Result<(), String>,
+    },
+    /// The worker holds nothing of the device.
+    Detached {
+        /// Which device.
+        id: DeviceId,
+        /// The worker that says so.
+        worker: usize,
+    },
+    /// The queue is served.
+    Started {
+        /// Which.
+        queue: QueueId,
+    },
+    /// The queue is not served: its ring does not lie in the memory.
+    StartFailed {
+        /// Which.
+        queue: QueueId,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The queue is given up and nothing of it is in flight.
+    Stopped {
+        /// Which.
+        queue: QueueId,
+        /// Index of the next avail entry, for GET_VRING_BASE; none if it did not run.
+        next_avail: Option<u16>,
+    },
+    /// The queue is served from the new memory, or was retired because its ring does not lie in it.
+    MemorySet {
+        /// Which.
+        queue: QueueId,
+    },
+    /// The driver broke the ring, or guest memory went away: the queue takes no more requests
+    /// until it is stopped and started again. Comes unasked.
+    Retired {
+        /// Which.
+        queue: QueueId,
+        /// What it did.
+        reason: String,
+    },
+}
