@@ -3,4 +3,5 @@
 pub mod blk;
 pub mod memory;
 pub mod storage;
+pub mod virtqueue;
 pub mod worker;

@@ -4,6 +4,7 @@
 pub mod config_space;
 mod device;
 mod metrics;
+pub mod request;
 
 pub use device::{BlkDevice, Cipher, Geometry, SECTOR_BYTES};
 pub use metrics::{Counter, Metrics};

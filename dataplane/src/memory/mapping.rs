@@ -42,7 +42,9 @@ impl Mapping {
         let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidInput, what);
         let stat = fstat(fd)?;
         if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
-            return Err(invalid("its descriptor is not a regular file or memfd".into()));
+            return Err(invalid(
+                "its descriptor is not a regular file or memfd".into(),
+            ));
         }
         let length = u64::try_from(stat.st_size).unwrap_or(0);
         let end = offset.checked_add(bytes);

@@ -21,7 +21,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
-pub use buffer::{GuestBuffer, Lease, Piece};
+pub use buffer::{GuestBuffer, Lease, OutsideMemory, Piece, StatusByte};
 use mapping::Mapping;
 
 /// A region as a frontend describes it (vhost-user, "Memory region description").
@@ -78,10 +78,14 @@ unsafe impl Send for GuestMemory {}
 // SAFETY: as above; the value itself never changes.
 unsafe impl Sync for GuestMemory {}
 
-/// The value with these bytes, wherever it lies.
-pub(crate) fn read_once<T: Copy>(at: NonNull<T>) -> T {
-    // SAFETY: callers in this crate pass pointers from `GuestMemory::span`, aligned and alive, to
-    // types for which every bit pattern is a value.
+/// The value at a place that others may change meanwhile, read once.
+///
+/// # Safety
+/// `at` comes from a [`GuestMemory::span`] that covers a `T`, of memory that is held, is aligned for
+/// `T`, and every bit pattern is a `T`.
+#[inline]
+pub(crate) unsafe fn read_once<T: Copy>(at: NonNull<T>) -> T {
+    // SAFETY: passed on to the caller.
     unsafe { at.read_volatile() }
 }
 
@@ -223,11 +227,7 @@ pub(crate) fn full_fence() {
     std::sync::atomic::fence(Ordering::SeqCst);
 }
 
-fn map_region(
-    index: usize,
-    spec: &RegionSpec,
-    fd: BorrowedFd<'_>,
-) -> Result<Region, MemoryError> {
+fn map_region(index: usize, spec: &RegionSpec, fd: BorrowedFd<'_>) -> Result<Region, MemoryError> {
     let refused = |problem: String| MemoryError::Region {
         index,
         guest_addr: spec.guest_addr,

@@ -37,9 +37,8 @@ static TABLE: [Entry; MAX_MAPPINGS] = [const {
 static HIGHEST: AtomicUsize = AtomicUsize::new(0);
 
 /// A mapping that the handler knows, until it is released.
-#[derive(Debug)]
 pub(super) struct Guard {
-    index: usize,
+    entry: &'static Entry,
     released: AtomicBool,
 }
 
@@ -60,7 +59,7 @@ pub(super) fn guard(address: NonNull<u8>, bytes: usize) -> io::Result<Guard> {
             .store(address.addr().get() + bytes, Ordering::Release);
         HIGHEST.fetch_max(index + 1, Ordering::AcqRel);
         return Ok(Guard {
-            index,
+            entry,
             released: AtomicBool::new(false),
         });
     }
@@ -70,21 +69,25 @@ pub(super) fn guard(address: NonNull<u8>, bytes: usize) -> io::Result<Guard> {
 }
 
 impl Guard {
-    fn entry(&self) -> &'static Entry {
-        &TABLE[self.index]
-    }
-
     /// Whether pages of it were replaced.
     pub(super) fn is_lost(&self) -> bool {
-        self.entry().lost.load(Ordering::Acquire)
+        self.entry.lost.load(Ordering::Acquire)
     }
 
     /// Takes the mapping off the table, before it is unmapped.
     pub(super) fn release(&self) {
         if !self.released.swap(true, Ordering::AcqRel) {
-            self.entry().end.store(0, Ordering::Release);
-            self.entry().taken.store(false, Ordering::Release);
+            self.entry.end.store(0, Ordering::Release);
+            self.entry.taken.store(false, Ordering::Release);
         }
+    }
+}
+
+impl std::fmt::Debug for Guard {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Guard")
+            .field("lost", &self.is_lost())
+            .finish_non_exhaustive()
     }
 }
 

@@ -1,23 +1,21 @@
 //! Where blocks live.
+//!
+//! A [`StorageSpec`] belongs to the device; a worker reaches a file through its own io_uring, in which
+//! the file has a fixed number, and memory and nothing directly.
 
-use std::os::fd::OwnedFd;
+mod file;
+mod ram;
 
-/// What a device's storage is; every worker makes its own way to it.
+pub use file::{FileSpec, StorageError};
+pub use ram::RamSpec;
+
+/// What a device's storage is.
 #[derive(Debug)]
 pub enum StorageSpec {
     /// A file or block device, through io_uring.
     File(FileSpec),
-    /// Reads give zeroes, writes are taken and forgotten.
+    /// Nothing, for measuring: reads leave the buffer as it is, writes are forgotten.
     Null,
-    /// Memory of this process.
+    /// Memory of this process, for measuring.
     Ram(RamSpec),
 }
-/// A file or block device.
-#[derive(Debug)]
-pub struct FileSpec {
-    /// Opened for what the device does with it.
-    pub fd: OwnedFd,
-}
-/// Memory of this process.
-#[derive(Debug)]
-pub struct RamSpec {}

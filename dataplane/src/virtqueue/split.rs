@@ -1,0 +1,413 @@
+//! The split virtqueue (virtio 1.2, 2.7), device side.
+//!
+//! Geometry is fixed when the queue starts. An avail entry is read once, a descriptor is read
+//! once; what is checked is the copy. Used entries are written as requests end and made visible by
+//! one store per batch ([`SplitQueue::publish`]).
+//!
+//! UNSAFETY: the parts of a ring are raw addresses in guest memory. They are looked up, aligned and
+//! with their whole length, when the queue starts or gets other memory, and the queue holds a
+//! lease on that memory for as long as it has them. Indexes into them are masked or compared first.
+#![expect(unsafe_code, reason = "rings in guest memory")]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::ptr::NonNull;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
+
+use super::RingError;
+use super::chain::{Chain, Descriptor, INDIRECT, NEXT};
+use super::notify::{NO_INTERRUPT, NO_NOTIFY, passed};
+use crate::blk::config_space::SEG_MAX;
+use crate::memory::{GuestMemory, Lease, full_fence, read_once, shared_u16};
+use crate::worker::message::RingLayout;
+
+/// Largest queue (2.7).
+const MAX_SIZE: u16 = 32768;
+
+/// An entry of the used ring (2.7.8).
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct UsedEntry {
+    id: u32,
+    len: u32,
+}
+
+/// Where the parts of a ring lie in this process.
+#[derive(Debug, Clone, Copy)]
+struct Parts {
+    desc: NonNull<Descriptor>,
+    /// flags, idx, ring[size], used_event
+    avail: NonNull<u16>,
+    /// flags, idx
+    used: NonNull<u16>,
+    used_ring: NonNull<UsedEntry>,
+    avail_event: NonNull<u16>,
+}
+
+/// What was negotiated about a queue.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct QueueFeatures {
+    /// VIRTIO_F_EVENT_IDX.
+    pub event_idx: bool,
+    /// VIRTIO_F_INDIRECT_DESC.
+    pub indirect: bool,
+}
+
+/// A running split queue.
+#[derive(Debug)]
+pub struct SplitQueue {
+    lease: Lease,
+    parts: Parts,
+    layout: RingLayout,
+    features: QueueFeatures,
+    /// Longest chain that is followed.
+    longest: u32,
+    /// The avail entry that is next.
+    next_avail: u16,
+    /// The avail index as it was read last.
+    seen_avail: u16,
+    /// The used entry that is written next.
+    next_used: u16,
+    /// The used index as the driver sees it.
+    published: u16,
+    /// One bit per head that was taken and not yet used.
+    in_flight: Box<[u64]>,
+    in_flight_count: u16,
+    /// The driver was told not to kick.
+    quiet: bool,
+}
+
+fn locate(memory: &GuestMemory, layout: &RingLayout) -> Result<Parts, RingError> {
+    let place = |part: &'static str, guest_addr: u64| move || RingError::Place { part, guest_addr };
+    let size = usize::from(layout.size);
+    let desc = memory
+        .aligned_span(layout.desc, size)
+        .ok_or_else(place("descriptor table", layout.desc))?;
+    // flags, idx, the ring, and the event field behind it (2.7: also without EVENT_IDX).
+    let avail = memory
+        .aligned_span(layout.avail, size + 3)
+        .ok_or_else(place("avail ring", layout.avail))?;
+    let at_used = place("used ring", layout.used);
+    let used_bytes = 4 + 8 * size + 2;
+    let used = memory
+        .span(layout.used, used_bytes as u64)
+        .filter(|at| at.cast::<u32>().is_aligned())
+        .ok_or_else(at_used)?;
+    // SAFETY: both lie inside the span just looked up.
+    let (used_ring, avail_event) = unsafe { (used.add(4), used.add(4 + 8 * size)) };
+    Ok(Parts {
+        desc,
+        avail,
+        used: used.cast(),
+        used_ring: used_ring.cast(),
+        avail_event: avail_event.cast(),
+    })
+}
+
+impl SplitQueue {
+    /// A queue over a ring in guest memory.
+    ///
+    /// # Errors
+    /// [`RingError::Size`], [`RingError::Place`].
+    pub fn new(
+        memory: &Arc<GuestMemory>,
+        layout: RingLayout,
+        next_avail: u16,
+        features: QueueFeatures,
+    ) -> Result<Self, RingError> {
+        if !layout.size.is_power_of_two() || layout.size > MAX_SIZE {
+            return Err(RingError::Size(layout.size));
+        }
+        let parts = locate(memory, &layout)?;
+        let words = usize::from(layout.size).div_ceil(64);
+        let mut queue = Self {
+            lease: Rc::new(Arc::clone(memory)),
+            parts,
+            layout,
+            features,
+            // A driver may put SEG_MAX segments into an indirect table of a shorter queue.
+            longest: u32::from(layout.size).max(SEG_MAX + 2),
+            next_avail,
+            seen_avail: next_avail,
+            next_used: 0,
+            published: 0,
+            in_flight: vec![0; words].into_boxed_slice(),
+            in_flight_count: 0,
+            quiet: false,
+        };
+        // The driver's view of the used ring is the truth about it (a restart goes on there).
+        queue.published = queue.used(1).load(Ordering::Relaxed);
+        queue.next_used = queue.published;
+        queue.disarm();
+        Ok(queue)
+    }
+
+    /// Serves the same ring from other memory from now on. Chains that are in flight keep theirs.
+    ///
+    /// # Errors
+    /// [`RingError::Place`]; the queue is then as before.
+    pub fn set_memory(&mut self, memory: &Arc<GuestMemory>) -> Result<(), RingError> {
+        self.parts = locate(memory, &self.layout)?;
+        self.lease = Rc::new(Arc::clone(memory));
+        Ok(())
+    }
+
+    /// The memory it is served from.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        &self.lease
+    }
+
+    /// Index of the next avail entry, as GET_VRING_BASE has it.
+    #[must_use]
+    pub fn next_avail(&self) -> u16 {
+        self.next_avail
+    }
+
+    /// Entries.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.layout.size
+    }
+
+    /// Chains that were taken and not used yet.
+    #[must_use]
+    pub fn in_flight(&self) -> u16 {
+        self.in_flight_count
+    }
+
+    fn avail(&self, index: usize) -> &AtomicU16 {
+        debug_assert!(index < usize::from(self.layout.size) + 3);
+        // SAFETY: the avail ring has size + 3 fields; the lease keeps it.
+        unsafe { shared_u16(self.parts.avail.add(index)) }
+    }
+
+    /// flags (0) or idx (1) of the used ring.
+    fn used(&self, index: usize) -> &AtomicU16 {
+        debug_assert!(index < 2);
+        // SAFETY: both fields lie at the front of the used ring; the lease keeps it.
+        unsafe { shared_u16(self.parts.used.add(index)) }
+    }
+
+    /// Whether the driver has made entries available that were not taken yet. Reads the index.
+    ///
+    /// # Errors
+    /// [`RingError::IndexJump`].
+    #[inline]
+    pub fn has_work(&mut self) -> Result<bool, RingError> {
+        if self.seen_avail != self.next_avail {
+            return Ok(true);
+        }
+        // Acquire: entries and descriptors are read after the index that announced them.
+        let given = self.avail(1).load(Ordering::Acquire);
+        if given.wrapping_sub(self.next_avail) > self.layout.size {
+            return Err(RingError::IndexJump {
+                given,
+                expected: self.next_avail,
+                size: self.layout.size,
+            });
+        }
+        self.seen_avail = given;
+        Ok(given != self.next_avail)
+    }
+
+    /// Takes the next available chain; its head, or none if there is none.
+    ///
+    /// # Errors
+    /// See [`RingError`]: the driver broke the ring, nothing was taken.
+    #[inline]
+    pub fn pop(&mut self, chain: &mut Chain) -> Result<Option<u16>, RingError> {
+        if !self.has_work()? {
+            return Ok(None);
+        }
+        let slot = usize::from(self.next_avail & (self.layout.size - 1));
+        let head = self.avail(2 + slot).load(Ordering::Relaxed);
+        if head >= self.layout.size {
+            return Err(RingError::OutOfTable {
+                index: head,
+                size: u32::from(self.layout.size),
+            });
+        }
+        let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
+        if self.in_flight.get(word).is_none_or(|w| w & bit != 0) {
+            return Err(RingError::HeadInFlight(head));
+        }
+        self.walk(head, chain)?;
+        if let Some(w) = self.in_flight.get_mut(word) {
+            *w |= bit;
+        }
+        self.in_flight_count += 1;
+        self.next_avail = self.next_avail.wrapping_add(1);
+        Ok(Some(head))
+    }
+
+    /// Follows a chain through the queue's table, and an indirect one at its end.
+    #[inline]
+    fn walk(&self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
+        chain.reset(&self.lease);
+        let size = u32::from(self.layout.size);
+        let mut index = head;
+        for _ in 0..self.longest {
+            if u32::from(index) >= size {
+                return Err(RingError::OutOfTable { index, size });
+            }
+            // SAFETY: index is below the table's length; the lease keeps the table.
+            let descriptor = unsafe { read_once(self.parts.desc.add(usize::from(index))) };
+            if descriptor.has(INDIRECT) {
+                return self.walk_table(descriptor, chain);
+            }
+            chain.push(descriptor)?;
+            if !descriptor.has(NEXT) {
+                return Ok(());
+            }
+            index = descriptor.next;
+        }
+        Err(RingError::ChainTooLong(self.longest))
+    }
+
+    /// Follows a chain inside an indirect table (2.7.5.3).
+    fn walk_table(&self, table: Descriptor, chain: &mut Chain) -> Result<(), RingError> {
+        const ENTRY_BYTES: u32 = 16;
+        if !self.features.indirect {
+            return Err(RingError::Indirect("it was not negotiated"));
+        }
+        if table.has(NEXT) {
+            return Err(RingError::Indirect("a descriptor follows it"));
+        }
+        if table.len == 0 || !table.len.is_multiple_of(ENTRY_BYTES) {
+            return Err(RingError::Indirect("its length is not whole descriptors"));
+        }
+        let size = table.len / ENTRY_BYTES;
+        let entries = self
+            .lease
+            .span(table.addr, u64::from(table.len))
+            .ok_or(RingError::Indirect("it is not in guest memory"))?
+            .cast::<[u8; ENTRY_BYTES as usize]>();
+        let mut index = 0u16;
+        for _ in 0..self.longest {
+            if u32::from(index) >= size {
+                return Err(RingError::OutOfTable { index, size });
+            }
+            // SAFETY: index is below the table's length; the lease keeps it. Bytes need no alignment.
+            let raw = unsafe { read_once(entries.add(usize::from(index))) };
+            let descriptor = decode(raw);
+            if descriptor.has(INDIRECT) {
+                return Err(RingError::Indirect("it holds another one"));
+            }
+            chain.push(descriptor)?;
+            if !descriptor.has(NEXT) {
+                return Ok(());
+            }
+            index = descriptor.next;
+        }
+        Err(RingError::ChainTooLong(self.longest))
+    }
+
+    /// Gives a chain back: `len` bytes of its writable part were written, from its front on.
+    /// The driver sees it after the next [`SplitQueue::publish`].
+    #[inline]
+    pub fn push_used(&mut self, head: u16, len: u32) {
+        let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
+        if let Some(w) = self.in_flight.get_mut(word).filter(|w| **w & bit != 0) {
+            *w &= !bit;
+            self.in_flight_count -= 1;
+        } else {
+            debug_assert!(false, "head {head} was not in flight");
+            return;
+        }
+        let slot = usize::from(self.next_used & (self.layout.size - 1));
+        let entry = UsedEntry {
+            id: u32::from(head),
+            len,
+        };
+        // SAFETY: the slot is masked to the ring's length; the lease keeps it.
+        unsafe { self.parts.used_ring.add(slot).write_volatile(entry) };
+        self.next_used = self.next_used.wrapping_add(1);
+    }
+
+    /// Shows the driver what was used since the last time; whether it wants to be called.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        if self.next_used == self.published {
+            return false;
+        }
+        let old = self.published;
+        self.published = self.next_used;
+        // Release: the entries and everything that the requests wrote come before the index.
+        self.used(1).store(self.published, Ordering::Release);
+        // The index is visible before the driver's wish is read (2.7.7.1).
+        full_fence();
+        if self.features.event_idx {
+            let event = self
+                .avail(2 + usize::from(self.layout.size))
+                .load(Ordering::Relaxed);
+            passed(event, self.published, old)
+        } else {
+            self.avail(0).load(Ordering::Relaxed) & NO_INTERRUPT == 0
+        }
+    }
+
+    /// Asks the driver to kick for the next entry; whether one came in the meantime, so that
+    /// there is no reason to wait.
+    ///
+    /// # Errors
+    /// [`RingError::IndexJump`].
+    pub fn arm(&mut self) -> Result<bool, RingError> {
+        self.quiet = false;
+        if self.features.event_idx {
+            self.avail_event().store(self.next_avail, Ordering::Relaxed);
+        } else {
+            self.used(0).store(0, Ordering::Relaxed);
+        }
+        // The wish is visible before the index is read again (2.7.10.1).
+        full_fence();
+        self.has_work()
+    }
+
+    /// Tells the driver that a kick is not needed: the queue is being polled.
+    #[inline]
+    pub fn disarm(&mut self) {
+        if self.quiet {
+            return;
+        }
+        self.quiet = true;
+        // With EVENT_IDX the event stays behind: it is passed once in 2^16 entries, which costs one
+        // needless kick; a store per batch would cost more.
+        if !self.features.event_idx {
+            self.used(0).store(NO_NOTIFY, Ordering::Relaxed);
+        }
+    }
+
+    fn avail_event(&self) -> &AtomicU16 {
+        // SAFETY: the field lies behind the used ring, inside its span; the lease keeps it.
+        unsafe { shared_u16(self.parts.avail_event) }
+    }
+}
+
+fn decode(raw: [u8; 16]) -> Descriptor {
+    let [
+        a0,
+        a1,
+        a2,
+        a3,
+        a4,
+        a5,
+        a6,
+        a7,
+        l0,
+        l1,
+        l2,
+        l3,
+        f0,
+        f1,
+        n0,
+        n1,
+    ] = raw;
+    Descriptor {
+        addr: u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
+        len: u32::from_le_bytes([l0, l1, l2, l3]),
+        flags: u16::from_le_bytes([f0, f1]),
+        next: u16::from_le_bytes([n0, n1]),
+    }
+}
