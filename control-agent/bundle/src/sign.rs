@@ -40,8 +40,12 @@ pub fn sign(bundle: &HostBundle, keys: &[&OperatorKey]) -> Result<Vec<u8>, SignE
     sign_payload(encoding::encode(bundle), keys)
 }
 
-/// Signs bytes as they are.
-pub(crate) fn sign_payload(payload: Vec<u8>, keys: &[&OperatorKey]) -> Result<Vec<u8>, SignError> {
+/// Signs a payload as it is, whatever it says: what a verifier's tests need and [`sign`] refuses to
+/// make. It gives nobody more than their key does, and every host refuses what is no valid bundle.
+///
+/// # Errors
+/// See [`SignError`].
+pub fn sign_payload(payload: Vec<u8>, keys: &[&OperatorKey]) -> Result<Vec<u8>, SignError> {
     if keys.is_empty() {
         return Err(SignError::NoKeys);
     }
