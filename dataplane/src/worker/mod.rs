@@ -1,6 +1,8 @@
 //! Workers: one thread on one core each, which owns its queues and one io_uring.
 
 pub mod message;
+pub mod ring;
+pub mod staging;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};

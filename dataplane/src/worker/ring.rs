@@ -1,0 +1,595 @@
+//! A worker's io_uring: made disabled, restricted to a handful of operations on fixed files, then
+//! enabled. It owns the buffers that the kernel uses until their completion was seen.
+//!
+//! What a process that was broken into could do with it: read, write and flush the volumes and read the
+//! eventfds that this worker has anyway. It can't open, connect or pass anything.
+//!
+//! UNSAFETY: the kernel reads and writes the buffers of a submitted entry at any time until its
+//! completion. They are moved into the ring's table with the submission and leave it with the
+//! completion only; the table never moves; dropping the ring waits for all of them.
+#![expect(unsafe_code, reason = "io_uring submission")]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
+
+use io_uring::register::Restriction;
+use io_uring::squeue::{self, Flags};
+use io_uring::types::{Fixed, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::{IoUring, opcode};
+
+use super::staging::{Chunk, Staging};
+use crate::memory::GuestBuffer;
+
+/// Transfers that can be in flight, and the completion queue's length, so that it can't overflow.
+pub const MAX_IN_FLIGHT: u32 = 4096;
+/// Entries of the submission queue: it is submitted when it is full.
+const SUBMISSION_ENTRIES: u32 = 256;
+/// Fixed files at most: volumes and kicks.
+const MAX_FILES: u32 = 8192;
+/// How often a transfer that the kernel could not take right now is tried again.
+const MAX_RETRIES: u8 = 16;
+/// The kernel's limit on segments of one transfer (`UIO_MAXIOV`).
+pub const MAX_SEGMENTS: usize = 1024;
+/// `RWF_DSYNC`.
+const RWF_DSYNC: i32 = 0x2;
+/// `IORING_ENTER_GETEVENTS`.
+const ENTER_GETEVENTS: u32 = 1;
+/// `IORING_REGISTER_FILES_UPDATE`.
+const REGISTER_FILES_UPDATE: u8 = 6;
+/// User data of cancellations, whose completions say nothing.
+const NO_ENTRY: u64 = u64::MAX;
+
+/// Number of a file in the ring's table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FixedFile(u32);
+
+/// What the kernel is to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// From the file into the buffer.
+    Read,
+    /// From the buffer to the file; `durable`: completed only when stable.
+    Write {
+        /// Write-through.
+        durable: bool,
+    },
+    /// Make completed writes stable.
+    Flush,
+    /// Wait for an eventfd and clear it.
+    Event,
+}
+
+/// Where the bytes are.
+#[derive(Debug)]
+pub enum Buffer {
+    /// Nowhere (flush, event).
+    None,
+    /// The first `bytes` of a chunk.
+    Staging {
+        /// The chunk.
+        chunk: Chunk,
+        /// How many bytes of it.
+        bytes: u32,
+    },
+    /// All of a guest buffer.
+    Guest(GuestBuffer),
+}
+
+/// A transfer to be submitted.
+#[derive(Debug)]
+pub struct Transfer {
+    /// What to do.
+    pub action: Action,
+    /// With which file.
+    pub file: FixedFile,
+    /// At which byte of it.
+    pub offset_bytes: u64,
+    /// With which buffer.
+    pub buffer: Buffer,
+}
+
+/// A transfer that ended.
+#[derive(Debug)]
+pub struct Completion {
+    /// As it was given with the submission.
+    pub token: u64,
+    /// The buffer back.
+    pub buffer: Buffer,
+    /// Done in full; or the errno, EIO for a short transfer.
+    pub result: Result<(), i32>,
+}
+
+/// A transfer's entry in the table: what to cancel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EntryId(u32);
+
+#[derive(Debug)]
+struct InFlight {
+    token: u64,
+    transfer: Transfer,
+    retries: u8,
+}
+
+#[derive(Debug, Default)]
+struct Entry {
+    in_flight: Option<InFlight>,
+    /// Segments of a guest transfer; the kernel reads them at submission or later.
+    iovecs: Vec<libc::iovec>,
+    /// What an eventfd gives.
+    word: u64,
+}
+
+/// The ring.
+pub struct Ring {
+    uring: IoUring,
+    /// As long as MAX_IN_FLIGHT, never moved.
+    entries: Box<[Entry]>,
+    free: Vec<u32>,
+    free_files: Vec<u32>,
+    /// Events in flight: they end only when something happens.
+    events: u32,
+    /// The staging memory is registered as buffer 0.
+    registered: bool,
+}
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ring")
+            .field("in_flight", &self.in_flight())
+            .field("events", &self.events)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Ring {
+    /// Makes, restricts and enables a ring. To be called on the thread that will use it.
+    ///
+    /// # Errors
+    /// What the kernel refuses; ENOSYS or EPERM where io_uring is switched off
+    /// (`kernel.io_uring_disabled`).
+    pub fn new(staging: &Staging) -> io::Result<Self> {
+        let uring = IoUring::builder()
+            .setup_cqsize(MAX_IN_FLIGHT)
+            .setup_clamp()
+            .setup_submit_all()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_taskrun_flag()
+            .setup_r_disabled()
+            .build(SUBMISSION_ENTRIES)?;
+        let submitter = uring.submitter();
+        // SAFETY: the staging memory is mapped for as long as any of its chunks, and the worker
+        // drops its ring before its staging.
+        let registered = match unsafe { submitter.register_buffers(&[staging.iovec()]) } {
+            Ok(()) => true,
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOMEM | libc::EPERM)) => {
+                tracing::warn!(
+                    "staging memory can't be registered ({e}): raise RLIMIT_MEMLOCK for a little \
+                     more speed"
+                );
+                false
+            }
+            Err(e) => return Err(e),
+        };
+        let files = file_slots()?;
+        submitter.register_files_sparse(files)?;
+        submitter.register_restrictions(&mut restrictions())?;
+        submitter.register_enable_rings()?;
+        let mut entries = Vec::with_capacity(MAX_IN_FLIGHT as usize);
+        entries.resize_with(MAX_IN_FLIGHT as usize, Entry::default);
+        Ok(Self {
+            uring,
+            entries: entries.into_boxed_slice(),
+            free: (0..MAX_IN_FLIGHT).rev().collect(),
+            free_files: (0..files).rev().collect(),
+            events: 0,
+            registered,
+        })
+    }
+
+    /// Transfers in flight, events aside.
+    #[must_use]
+    #[inline]
+    pub fn in_flight(&self) -> usize {
+        self.entries.len() - self.free.len() - self.events as usize
+    }
+
+    /// Gives a descriptor a number in the ring's table; the caller may close its own.
+    ///
+    /// # Errors
+    /// ENFILE when the table is full.
+    pub fn register_file(&mut self, fd: BorrowedFd<'_>) -> io::Result<FixedFile> {
+        let index = self
+            .free_files
+            .pop()
+            .ok_or_else(|| io::Error::from_raw_os_error(libc::ENFILE))?;
+        let submitter = self.uring.submitter();
+        match submitter.register_files_update(index, &[fd.as_raw_fd()]) {
+            Ok(_) => Ok(FixedFile(index)),
+            Err(error) => {
+                self.free_files.push(index);
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes a file off the table. Transfers in flight keep it open until they end.
+    pub fn forget_file(&mut self, file: FixedFile) {
+        let submitter = self.uring.submitter();
+        match submitter.register_files_update(file.0, &[-1]) {
+            Ok(_) => self.free_files.push(file.0),
+            // The number is lost, the file stays open: better than using it for another one.
+            Err(error) => tracing::error!("a fixed file can't be taken off its ring: {error}"),
+        }
+    }
+
+    /// Queues a transfer; it is submitted by the next [`Ring::turn`] or [`Ring::wait`].
+    ///
+    /// # Errors
+    /// Gives the transfer back when as many are in flight as can be; the caller tries again
+    /// after a completion.
+    #[inline]
+    pub fn push(&mut self, token: u64, transfer: Transfer) -> Result<EntryId, Transfer> {
+        let Some(id) = self.free.pop() else {
+            return Err(transfer);
+        };
+        if transfer.action == Action::Event {
+            self.events += 1;
+        }
+        if let Some(entry) = self.entries.get_mut(id as usize) {
+            entry.in_flight = Some(InFlight {
+                token,
+                transfer,
+                retries: 0,
+            });
+        }
+        self.queue(id);
+        Ok(EntryId(id))
+    }
+
+    /// Asks for the end of a transfer; its completion comes with ECANCELED, or as it was.
+    pub fn cancel(&mut self, id: EntryId) {
+        let sqe = opcode::AsyncCancel::new(u64::from(id.0))
+            .build()
+            .user_data(NO_ENTRY);
+        self.queue_sqe(sqe);
+    }
+
+    /// Puts the submission queue entry of a table entry into the queue.
+    #[inline]
+    fn queue(&mut self, id: u32) {
+        let registered = self.registered;
+        let Some(sqe) = self
+            .entries
+            .get_mut(id as usize)
+            .and_then(|entry| submission(entry, registered))
+        else {
+            debug_assert!(false, "entry {id} has no transfer");
+            return;
+        };
+        self.queue_sqe(sqe.user_data(u64::from(id)));
+    }
+
+    #[inline]
+    fn queue_sqe(&mut self, sqe: squeue::Entry) {
+        let sqe = sqe.flags(Flags::FIXED_FILE);
+        loop {
+            // SAFETY: the entry's buffers lie in the table (or are nothing) until its completion.
+            if unsafe { self.uring.submission().push(&sqe) }.is_ok() {
+                return;
+            }
+            self.enter();
+        }
+    }
+
+    /// Submits what is queued and lets the kernel finish what it can.
+    fn enter(&mut self) {
+        let queued = u32::try_from(self.uring.submission().len()).unwrap_or(u32::MAX);
+        // SAFETY: no argument structure is passed; the counts are those of our own queue.
+        let result = unsafe {
+            self.uring
+                .submitter()
+                .enter::<libc::sigset_t>(queued, 0, ENTER_GETEVENTS, None)
+        };
+        Self::entered(result.map(drop));
+    }
+
+    /// What is left of an error of `io_uring_enter`: entries stay queued on a temporary one.
+    fn entered(result: io::Result<()>) {
+        if let Err(error) = result {
+            match error.raw_os_error() {
+                Some(libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ETIME | libc::ENOMEM) => {}
+                _ => tracing::error!("io_uring_enter failed: {error}"),
+            }
+        }
+    }
+
+    /// Submits what is queued, if something is, and takes up what the kernel has for us.
+    #[inline]
+    pub fn turn(&mut self) {
+        let queue = self.uring.submission();
+        let needed = !queue.is_empty() || queue.taskrun() || queue.cq_overflow();
+        drop(queue);
+        if needed {
+            self.enter();
+        }
+    }
+
+    /// Submits what is queued and sleeps until a completion, at most for `timeout`.
+    pub fn wait(&mut self, timeout: Option<Duration>) {
+        let result = match timeout {
+            None => self.uring.submit_and_wait(1),
+            Some(timeout) => {
+                let timespec = Timespec::from(timeout);
+                let args = SubmitArgs::new().timespec(&timespec);
+                self.uring.submitter().submit_with_args(1, &args)
+            }
+        };
+        Self::entered(result.map(drop));
+    }
+
+    /// The next completion, if there is one.
+    #[inline]
+    pub fn reap(&mut self) -> Option<Completion> {
+        loop {
+            let cqe = self.uring.completion().next()?;
+            if let Some(completion) = self.finish(cqe.user_data(), cqe.result()) {
+                return Some(completion);
+            }
+        }
+    }
+
+    #[inline]
+    fn finish(&mut self, user_data: u64, result: i32) -> Option<Completion> {
+        let id = u32::try_from(user_data).ok()?;
+        let entry = self.entries.get_mut(id as usize)?;
+        let in_flight = entry.in_flight.as_mut()?;
+        let again = matches!(-result, libc::EAGAIN | libc::EINTR);
+        if again && in_flight.retries < MAX_RETRIES {
+            in_flight.retries += 1;
+            self.queue(id);
+            return None;
+        }
+        let in_flight = entry.in_flight.take()?;
+        self.free.push(id);
+        if in_flight.transfer.action == Action::Event {
+            self.events -= 1;
+        }
+        Some(Completion {
+            token: in_flight.token,
+            result: judge(&in_flight.transfer, result),
+            buffer: in_flight.transfer.buffer,
+        })
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        let used = |e: &Entry| e.in_flight.is_some();
+        let ids: Vec<u32> = (0u32..)
+            .zip(self.entries.iter())
+            .filter_map(|(id, entry)| used(entry).then_some(id))
+            .collect();
+        for id in ids {
+            self.cancel(EntryId(id));
+        }
+        while self.free.len() < self.entries.len() {
+            self.wait(None);
+            while self.reap().is_some() {}
+        }
+    }
+}
+
+/// A result: done in full, or why not.
+#[inline]
+fn judge(transfer: &Transfer, result: i32) -> Result<(), i32> {
+    let Ok(done) = u64::try_from(result) else {
+        return Err(-result);
+    };
+    let expected = match &transfer.buffer {
+        Buffer::None => return Ok(()),
+        Buffer::Staging { bytes, .. } => u64::from(*bytes),
+        Buffer::Guest(buffer) => buffer.bytes(),
+    };
+    if done == expected {
+        Ok(())
+    } else {
+        Err(libc::EIO)
+    }
+}
+
+/// The kernel's form of an entry's transfer.
+#[inline]
+fn submission(entry: &mut Entry, registered: bool) -> Option<squeue::Entry> {
+    let transfer = &entry.in_flight.as_ref()?.transfer;
+    let file = Fixed(transfer.file.0);
+    let offset = transfer.offset_bytes;
+    let flags = match transfer.action {
+        Action::Write { durable: true } => RWF_DSYNC,
+        _ => 0,
+    };
+    let write = matches!(transfer.action, Action::Write { .. });
+    Some(match (&transfer.buffer, transfer.action) {
+        (_, Action::Flush) => opcode::Fsync::new(file)
+            .flags(FsyncFlags::DATASYNC)
+            .build(),
+        (_, Action::Event) => {
+            let word = (&raw mut entry.word).cast::<u8>();
+            opcode::Read::new(file, word, 8).build()
+        }
+        (Buffer::None, _) => return None,
+        (Buffer::Staging { chunk, bytes }, _) => {
+            let at = chunk.at().as_ptr();
+            match (registered, write) {
+                (true, true) => opcode::WriteFixed::new(file, at, *bytes, 0)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build(),
+                (true, false) => opcode::ReadFixed::new(file, at, *bytes, 0)
+                    .offset(offset)
+                    .build(),
+                (false, true) => opcode::Write::new(file, at, *bytes)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build(),
+                (false, false) => opcode::Read::new(file, at, *bytes).offset(offset).build(),
+            }
+        }
+        (Buffer::Guest(buffer), _) => {
+            entry.iovecs.clear();
+            entry
+                .iovecs
+                .extend(buffer.pieces().iter().map(|piece| libc::iovec {
+                    iov_base: piece.host().as_ptr().cast(),
+                    iov_len: piece.bytes() as usize,
+                }));
+            let list = entry.iovecs.as_ptr();
+            let count = u32::try_from(entry.iovecs.len()).ok()?;
+            if write {
+                opcode::Writev::new(file, list, count)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build()
+            } else {
+                opcode::Readv::new(file, list, count).offset(offset).build()
+            }
+        }
+    })
+}
+
+/// What the ring may ever be asked for.
+fn restrictions() -> Vec<Restriction> {
+    let fixed = Flags::FIXED_FILE.bits();
+    vec![
+        // Volumes and eventfds come and go while the worker runs.
+        Restriction::register_op(REGISTER_FILES_UPDATE),
+        // Guest memory, and staging memory where it could not be registered.
+        Restriction::sqe_op(opcode::Readv::CODE),
+        Restriction::sqe_op(opcode::Writev::CODE),
+        Restriction::sqe_op(opcode::Read::CODE),
+        Restriction::sqe_op(opcode::Write::CODE),
+        // Staging memory.
+        Restriction::sqe_op(opcode::ReadFixed::CODE),
+        Restriction::sqe_op(opcode::WriteFixed::CODE),
+        // FLUSH.
+        Restriction::sqe_op(opcode::Fsync::CODE),
+        // A kick that is no longer waited for.
+        Restriction::sqe_op(opcode::AsyncCancel::CODE),
+        // Nothing but files of the table, and no other flag.
+        Restriction::sqe_flags_allowed(fixed),
+        Restriction::sqe_flags_required(fixed),
+    ]
+}
+
+/// Size of the file table: the kernel allows no more than the process may open.
+fn file_slots() -> io::Result<u32> {
+    let (soft, _) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)?;
+    Ok(u32::try_from(soft).unwrap_or(u32::MAX).min(MAX_FILES))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    fn completions(ring: &mut Ring, count: usize) -> Vec<Completion> {
+        let mut out = Vec::new();
+        while out.len() < count {
+            ring.wait(Some(Duration::from_secs(5)));
+            while let Some(completion) = ring.reap() {
+                out.push(completion);
+            }
+        }
+        out
+    }
+
+    fn chunk_transfer(staging: &mut Staging, file: FixedFile, action: Action) -> Transfer {
+        Transfer {
+            action,
+            file,
+            offset_bytes: 0,
+            buffer: Buffer::Staging {
+                chunk: staging.take(4096).expect("free"),
+                bytes: 4096,
+            },
+        }
+    }
+
+    #[test]
+    fn bytes_go_there_and_back_and_a_short_read_fails() {
+        let mut staging = Staging::new().expect("staging");
+        let mut ring = Ring::new(&staging).expect("ring");
+        let file = tempfile::tempfile().expect("file");
+        let fixed = ring.register_file(file.as_fd()).expect("register");
+        let write = chunk_transfer(&mut staging, fixed, Action::Write { durable: true });
+        if let Buffer::Staging { chunk, .. } = &write.buffer {
+            // SAFETY: the chunk has more than 4096 bytes and is ours.
+            unsafe { chunk.at().write_bytes(0xa5, 4096) };
+        }
+        ring.push(1, write).expect("room");
+        let done = completions(&mut ring, 1);
+        assert_eq!((done[0].token, done[0].result), (1, Ok(())));
+        let mut read = chunk_transfer(&mut staging, fixed, Action::Read);
+        ring.push(2, read).expect("room");
+        let done = completions(&mut ring, 1);
+        assert_eq!(done[0].result, Ok(()));
+        let Buffer::Staging { chunk, .. } = &done[0].buffer else {
+            panic!("another buffer came back");
+        };
+        // SAFETY: as above.
+        assert_eq!(unsafe { chunk.at().add(4095).read() }, 0xa5);
+        read = chunk_transfer(&mut staging, fixed, Action::Read);
+        read.offset_bytes = 512;
+        ring.push(3, read).expect("room");
+        assert_eq!(completions(&mut ring, 1)[0].result, Err(libc::EIO));
+    }
+
+    #[test]
+    fn a_full_ring_gives_the_transfer_back_and_a_drop_waits() {
+        let staging = Staging::new().expect("staging");
+        let mut ring = Ring::new(&staging).expect("ring");
+        let event = nix::sys::eventfd::EventFd::new().expect("eventfd");
+        let fixed = ring.register_file(event.as_fd()).expect("register");
+        let wait = || Transfer {
+            action: Action::Event,
+            file: fixed,
+            offset_bytes: 0,
+            buffer: Buffer::None,
+        };
+        for token in 0..u64::from(MAX_IN_FLIGHT) {
+            ring.push(token, wait()).expect("room");
+        }
+        assert!(ring.push(0, wait()).is_err());
+        assert_eq!(ring.in_flight(), 0);
+        event.write(1).expect("write");
+        assert_eq!(completions(&mut ring, 1)[0].result, Ok(()));
+        ring.push(0, wait()).expect("room again");
+        drop(ring);
+    }
+
+    #[test]
+    fn an_event_can_be_cancelled() {
+        let staging = Staging::new().expect("staging");
+        let mut ring = Ring::new(&staging).expect("ring");
+        let event = nix::sys::eventfd::EventFd::new().expect("eventfd");
+        let file = ring.register_file(event.as_fd()).expect("register");
+        let id = ring
+            .push(
+                9,
+                Transfer {
+                    action: Action::Event,
+                    file,
+                    offset_bytes: 0,
+                    buffer: Buffer::None,
+                },
+            )
+            .expect("room");
+        ring.turn();
+        ring.cancel(id);
+        assert_eq!(completions(&mut ring, 1)[0].result, Err(libc::ECANCELED));
+        ring.forget_file(file);
+    }
+}
