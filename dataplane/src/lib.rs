@@ -1,6 +1,7 @@
 //! The data plane.
 
 pub mod blk;
+pub mod log_limit;
 pub mod memory;
 pub mod storage;
 pub mod virtqueue;

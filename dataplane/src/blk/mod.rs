@@ -4,7 +4,9 @@
 pub mod config_space;
 mod device;
 mod metrics;
+pub mod pipeline;
 pub mod request;
+pub mod transform;
 
 pub use device::{BlkDevice, Cipher, Geometry, SECTOR_BYTES};
 pub use metrics::{Counter, Metrics};

@@ -3,7 +3,6 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use super::device::{Geometry, SECTOR_BYTES};
-use crate::memory::StatusByte;
 use crate::virtqueue::{Chain, RingError};
 
 /// Request types (virtio 1.2, 5.2.6).
@@ -50,34 +49,28 @@ pub enum Operation {
     GetId,
 }
 
-/// A parsed request. Header and status are split off the chain's buffers.
-#[derive(Debug, Clone, Copy)]
-pub struct Request {
-    /// What is asked; or why it can't be done.
-    pub operation: Result<Operation, Status>,
-    /// Where the answer goes.
-    pub status: StatusByte,
-}
-
 const HEADER_BYTES: usize = 16;
 /// Longest buffer of a GET_ID that is filled.
 const MAX_ID_BYTES: u64 = 512;
 
-/// Parses a chain.
+/// Parses a chain, and splits header and status off its buffers: what is asked, or the status
+/// that says why it can't be done.
 ///
 /// # Errors
 /// [`RingError::NoStatus`]: there is no way to answer.
 #[inline]
-pub fn parse(chain: &mut Chain, geometry: &Geometry, flush: bool) -> Result<Request, RingError> {
-    let status = chain
-        .writable
-        .split_last_byte()
-        .ok_or(RingError::NoStatus)?;
-    let operation = match chain.readable.take_front::<HEADER_BYTES>() {
+pub fn parse(
+    chain: &mut Chain,
+    geometry: &Geometry,
+    flush: bool,
+) -> Result<Result<Operation, Status>, RingError> {
+    if !chain.writable.split_last_byte() {
+        return Err(RingError::NoStatus);
+    }
+    Ok(match chain.readable.take_front::<HEADER_BYTES>() {
         Some(header) => decide(header, chain, geometry, flush),
         None => Err(Status::IoError),
-    };
-    Ok(Request { operation, status })
+    })
 }
 
 #[inline]

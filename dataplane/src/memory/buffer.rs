@@ -54,6 +54,8 @@ pub struct GuestBuffer {
     /// Pieces before this one were taken off the front.
     first: usize,
     bytes: u64,
+    /// The byte that was split off its end.
+    last: Option<NonNull<u8>>,
 }
 
 impl GuestBuffer {
@@ -65,6 +67,7 @@ impl GuestBuffer {
             pieces: Vec::with_capacity(pieces),
             first: 0,
             bytes: 0,
+            last: None,
         }
     }
 
@@ -74,6 +77,7 @@ impl GuestBuffer {
         self.pieces.clear();
         self.first = 0;
         self.bytes = 0;
+        self.last = None;
         match &self.lease {
             Some(held) if Rc::ptr_eq(held, lease) => {}
             _ => self.lease = Some(Rc::clone(lease)),
@@ -85,6 +89,7 @@ impl GuestBuffer {
         self.pieces.clear();
         self.first = 0;
         self.bytes = 0;
+        self.last = None;
         self.lease = None;
     }
 
@@ -134,18 +139,29 @@ impl GuestBuffer {
         self.lease.as_ref().is_some_and(|memory| memory.is_lost())
     }
 
-    /// Takes the last byte off, as the place of a status.
+    /// Takes the last byte off, as the place of a status; false if there is none.
     #[inline]
-    pub fn split_last_byte(&mut self) -> Option<StatusByte> {
-        let last = self.pieces.last_mut().filter(|p| p.bytes > 0)?;
+    pub fn split_last_byte(&mut self) -> bool {
+        let Some(last) = self.pieces.last_mut().filter(|p| p.bytes > 0) else {
+            return false;
+        };
         last.bytes -= 1;
         // SAFETY: the piece had at least one byte; this is its last.
-        let at = unsafe { last.host.add(last.bytes as usize) };
+        self.last = Some(unsafe { last.host.add(last.bytes as usize) });
         if last.bytes == 0 {
             self.pieces.pop();
         }
         self.bytes -= 1;
-        Some(StatusByte(at))
+        true
+    }
+
+    /// Writes the byte that was split off.
+    #[inline]
+    pub fn write_last_byte(&self, value: u8) {
+        if let Some(at) = self.last {
+            // SAFETY: it lies in the memory that the lease still holds.
+            unsafe { at.as_ptr().write_volatile(value) };
+        }
     }
 
     /// Takes `N` bytes off the front and copies them, each byte once; none if it is shorter.
@@ -233,21 +249,5 @@ impl GuestBuffer {
             left -= here;
         }
         true
-    }
-}
-
-/// Where a request's status goes: one byte of guest memory. Used with the buffer it was split from.
-#[derive(Debug, Clone, Copy)]
-pub struct StatusByte(NonNull<u8>);
-
-impl StatusByte {
-    /// Writes it.
-    ///
-    /// # Safety
-    /// The buffer that it was split from still holds its memory.
-    #[inline]
-    pub(crate) unsafe fn write(self, status: u8) {
-        // SAFETY: passed on to the caller.
-        unsafe { self.0.as_ptr().write_volatile(status) };
     }
 }

@@ -412,9 +412,7 @@ fn submission(entry: &mut Entry, registered: bool) -> Option<squeue::Entry> {
     };
     let write = matches!(transfer.action, Action::Write { .. });
     Some(match (&transfer.buffer, transfer.action) {
-        (_, Action::Flush) => opcode::Fsync::new(file)
-            .flags(FsyncFlags::DATASYNC)
-            .build(),
+        (_, Action::Flush) => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
         (_, Action::Event) => {
             let word = (&raw mut entry.word).cast::<u8>();
             opcode::Read::new(file, word, 8).build()

@@ -1,0 +1,136 @@
+//! A queue that a worker serves: its ring, its eventfds, and what ended since the last publish.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+
+use super::message::{QueueId, QueueStart};
+use super::ring::{EntryId, FixedFile};
+use crate::blk::config_space::feature;
+use crate::blk::pipeline::{Local, Outcome};
+use crate::blk::request::Status;
+use crate::virtqueue::split::QueueFeatures;
+use crate::virtqueue::{RingError, SplitQueue};
+
+/// VIRTIO_F_INDIRECT_DESC.
+pub const INDIRECT_DESC: u64 = 1 << 28;
+/// VIRTIO_F_EVENT_IDX.
+pub const EVENT_IDX: u64 = 1 << 29;
+
+/// Where the driver kicks.
+#[derive(Debug)]
+pub struct Kick {
+    /// The eventfd in the worker's ring.
+    pub file: FixedFile,
+    /// The wait for it that is in the ring, with its serial number, if one is.
+    pub wait: Option<(EntryId, u32)>,
+}
+
+/// Requests that ended since the last publish.
+#[derive(Debug, Default)]
+struct Tally {
+    ok: u64,
+    failed: u64,
+    read_bytes: u64,
+    written_bytes: u64,
+}
+
+/// A queue.
+#[derive(Debug)]
+pub struct Queue {
+    /// Which.
+    pub id: QueueId,
+    /// The way to its device.
+    pub local: Rc<Local>,
+    /// The ring.
+    pub ring: SplitQueue,
+    /// SET_VRING_ENABLE.
+    pub enabled: bool,
+    /// No more requests are taken; it is given up once nothing is in flight.
+    pub stopping: bool,
+    /// The driver broke it: no requests are taken, and none are given back.
+    pub retired: bool,
+    /// Where the driver kicks; none: it is polled.
+    pub kick: Option<Kick>,
+    /// Where the driver is called; none: it polls.
+    pub call: Option<OwnedFd>,
+    /// Where the frontend hears that it retired.
+    pub error: Option<OwnedFd>,
+    /// FLUSH was negotiated.
+    pub flush: bool,
+    tally: Tally,
+}
+
+impl Queue {
+    /// A queue as it starts, without a kick.
+    ///
+    /// # Errors
+    /// [`RingError`]: its ring can't lie where it was said to.
+    pub fn new(start: QueueStart, local: Rc<Local>) -> Result<Self, RingError> {
+        let features = QueueFeatures {
+            event_idx: start.features & EVENT_IDX != 0,
+            indirect: start.features & INDIRECT_DESC != 0,
+        };
+        let ring = SplitQueue::new(&start.memory, start.layout, start.next_avail, features)?;
+        Ok(Self {
+            id: start.queue,
+            local,
+            ring,
+            enabled: start.enabled,
+            stopping: false,
+            retired: false,
+            kick: None,
+            call: start.call,
+            error: start.error,
+            flush: start.features & feature::FLUSH != 0,
+            tally: Tally::default(),
+        })
+    }
+
+    /// Whether requests are taken from it.
+    #[must_use]
+    #[inline]
+    pub fn is_served(&self) -> bool {
+        self.enabled && !self.stopping && !self.retired
+    }
+
+    /// Notes the end of a request whose status is written.
+    #[inline]
+    pub fn ended(&mut self, head: u16, outcome: Outcome) {
+        if outcome.status == Status::Ok {
+            self.tally.ok += 1;
+        } else {
+            self.tally.failed += 1;
+        }
+        self.tally.read_bytes += u64::from(outcome.read_bytes);
+        self.tally.written_bytes += u64::from(outcome.stored_bytes);
+        // The status is the byte behind what was written; of a failed request it is all there is.
+        self.ring.push_used(head, outcome.written.saturating_add(1));
+    }
+
+    /// Shows the driver what ended, and calls it if it wants that. A retired queue shows nothing.
+    #[inline]
+    pub fn publish(&mut self) {
+        let tally = std::mem::take(&mut self.tally);
+        if tally.ok | tally.failed == 0 {
+            return;
+        }
+        let metrics = &self.local.device.metrics;
+        metrics.requests_ok.add(tally.ok);
+        metrics.requests_failed.add(tally.failed);
+        metrics.read_bytes.add(tally.read_bytes);
+        metrics.written_bytes.add(tally.written_bytes);
+        if !self.retired
+            && self.ring.publish()
+            && let Some(call) = &self.call
+        {
+            signal(call);
+        }
+    }
+}
+
+/// Adds one to an eventfd. The descriptor does not block: a counter that is full is a signal too.
+pub fn signal(event: &OwnedFd) {
+    let _ = nix::unistd::write(event.as_fd(), &1u64.to_ne_bytes());
+}
