@@ -14,15 +14,14 @@ pub mod cose;
 mod encoding;
 mod low_s;
 pub mod operator;
-pub mod private_file;
-pub mod reader;
 pub mod schema;
 pub mod sign;
 pub mod source;
-pub mod text;
 pub mod trust;
 pub mod validate;
 pub mod verify;
+
+pub use bulkhead_files::{private_file, reader, text};
 
 pub use operator::{Fingerprint, KeyError, OperatorKey, OperatorPublicKey};
 pub use reader::SourceError;

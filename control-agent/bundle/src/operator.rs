@@ -151,8 +151,8 @@ impl OperatorPublicKey {
         check_name(name).map_err(|problem| table.error("name", problem))?;
         let key = Self {
             name: name.to_owned(),
-            esp384: bytes_field(table, "esp384", ESP384_PUBLIC_BYTES)?.to_vec(),
-            mldsa87: bytes_field(table, "mldsa87", MLDSA87_PUBLIC_BYTES)?.to_vec(),
+            esp384: table.base64("esp384", ESP384_PUBLIC_BYTES)?.to_vec(),
+            mldsa87: table.base64("mldsa87", MLDSA87_PUBLIC_BYTES)?.to_vec(),
         };
         let fingerprint = table.string("fingerprint")?;
         if fingerprint != key.fingerprint().to_string() {
@@ -181,7 +181,7 @@ impl OperatorPublicKey {
         let document = Document { file, text };
         let parsed = document.parse()?;
         let table = Table::root(document, &parsed);
-        expect_kind(&table, PUBLIC_KIND)?;
+        table.expect_kind(PUBLIC_KIND)?;
         let key = Self::from_table(&table)?;
         table.finish()?;
         Ok(key)
@@ -198,27 +198,6 @@ impl OperatorPublicKey {
         })?;
         Ok(Self::from_text(&path.display().to_string(), &text)?)
     }
-}
-
-/// Refuses a file of another kind, by name.
-pub(crate) fn expect_kind(table: &Table<'_, '_>, expected: &str) -> Result<(), SourceError> {
-    match table.string("kind")? {
-        kind if kind == expected => Ok(()),
-        kind => Err(table.error(
-            "kind",
-            format!("this is a {kind:?}, where a {expected:?} belongs"),
-        )),
-    }
-}
-
-fn bytes_field(
-    table: &Table<'_, '_>,
-    field: &'static str,
-    length: usize,
-) -> Result<Zeroizing<Vec<u8>>, SourceError> {
-    text::from_base64(table.string(field)?)
-        .filter(|bytes| bytes.len() == length)
-        .ok_or_else(|| table.error(field, format!("is not base64 of {length} bytes")))
 }
 
 /// Both private keys of an operator.
@@ -340,12 +319,12 @@ impl OperatorKey {
         let document = Document { file: &file, text };
         let parsed = document.parse()?;
         let table = Table::root(document, &parsed);
-        expect_kind(&table, PRIVATE_KIND)?;
+        table.expect_kind(PRIVATE_KIND)?;
         let name = table.string("name")?;
         check_name(name).map_err(|problem| table.error("name", problem))?;
-        let public = bytes_field(&table, "esp384_public", ESP384_PUBLIC_BYTES)?;
-        let scalar = bytes_field(&table, "esp384_private", ESP384_PRIVATE_BYTES)?;
-        let seed_bytes = bytes_field(&table, "mldsa87_seed", SEED_BYTES)?;
+        let public = table.base64("esp384_public", ESP384_PUBLIC_BYTES)?;
+        let scalar = table.base64("esp384_private", ESP384_PRIVATE_BYTES)?;
+        let seed_bytes = table.base64("mldsa87_seed", SEED_BYTES)?;
         table.finish()?;
         let esp384 = EcdsaKeyPair::from_private_key_and_public_key(
             &ECDSA_P384_SHA384_FIXED_SIGNING,

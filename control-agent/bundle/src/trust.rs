@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use crate::operator::{KeyError, OperatorPublicKey, expect_kind};
+use crate::operator::{KeyError, OperatorPublicKey};
 use crate::reader::{Document, SourceError, Table};
 
 /// Most operators of a trust root.
@@ -82,7 +82,7 @@ impl TrustRoot {
         let document = Document { file, text };
         let parsed = document.parse()?;
         let root = Table::root(document, &parsed);
-        expect_kind(&root, KIND)?;
+        root.expect_kind(KIND)?;
         let threshold = root.integer("threshold", MAX_OPERATORS as u64)?;
         let mut operators = Vec::new();
         for table in root.tables("operator")? {

@@ -6,11 +6,11 @@ use std::collections::HashMap;
 use std::fmt;
 use std::hash::Hash;
 
+pub use bulkhead_files::name::{MAX_NAME_BYTES, check_name};
+
 use crate::RECOVERY_RECIPIENT;
 use crate::schema::{HostBundle, SealedKeyEntry, Volume};
 
-/// Longest host or volume name in bytes.
-pub const MAX_NAME_BYTES: usize = 64;
 /// Longest path in bytes.
 pub const MAX_PATH_BYTES: usize = 1024;
 /// Longest serial in bytes (`VIRTIO_BLK_ID_BYTES`).
@@ -63,23 +63,6 @@ pub fn validate(bundle: &HostBundle) -> Result<(), ValidationError> {
         })?;
     }
     check_unique(bundle)
-}
-
-/// Whether a text can name a host or a volume.
-///
-/// # Errors
-/// What a name has to look like.
-pub fn check_name(name: &str) -> Result<(), String> {
-    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    let starts = name.starts_with(|c: char| c.is_ascii_alphanumeric());
-    if !starts || name.len() > MAX_NAME_BYTES || !name.chars().all(good) {
-        return Err(format!(
-            "{:?} is not a name: it has 1 to {MAX_NAME_BYTES} characters of A-Z a-z 0-9 . _ -, \
-             the first a letter or digit",
-            name.chars().take(MAX_NAME_BYTES + 1).collect::<String>()
-        ));
-    }
-    Ok(())
 }
 
 /// Whether a text can name a host: a name, and not that of the recovery recipient.

@@ -10,6 +10,9 @@ use std::ops::Range;
 
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
+use zeroize::Zeroizing;
+
+use crate::text;
 
 /// A mistake in a file, where it is and what to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -140,6 +143,34 @@ impl<'d, 'i> Table<'d, 'i> {
             Some(DeValue::String(text)) => Ok(Some(text)),
             Some(other) => Err(self.wrong_type(field, "a string", other)),
         }
+    }
+
+    /// Refuses a file of another kind, by name: its field `kind`.
+    ///
+    /// # Errors
+    /// Says which kind it is and which was wanted.
+    pub fn expect_kind(&self, expected: &str) -> Result<(), SourceError> {
+        match self.string("kind")? {
+            kind if kind == expected => Ok(()),
+            kind => Err(self.error(
+                "kind",
+                format!("this is a {kind:?}, where a {expected:?} belongs"),
+            )),
+        }
+    }
+
+    /// A field as base64 of so many bytes, which are wiped when dropped.
+    ///
+    /// # Errors
+    /// If it is not there, or anything else.
+    pub fn base64(
+        &self,
+        field: &'static str,
+        length_bytes: usize,
+    ) -> Result<Zeroizing<Vec<u8>>, SourceError> {
+        text::from_base64(self.string(field)?)
+            .filter(|bytes| bytes.len() == length_bytes)
+            .ok_or_else(|| self.error(field, format!("is not base64 of {length_bytes} bytes")))
     }
 
     /// A field as a number from 0 to `max`, if it is there.
