@@ -37,6 +37,17 @@ pub enum Backend {
     Qemu,
 }
 
+impl Backend {
+    /// Sectors of a logical block of its devices, of which every request has whole ones.
+    #[must_use]
+    pub fn block_sectors(self) -> u64 {
+        match self {
+            Self::Xts(unit) => u64::from(unit) / SECTOR_BYTES,
+            Self::Plain | Self::Reference | Self::Qemu => 1,
+        }
+    }
+}
+
 /// Why an arena failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ArenaError {

@@ -125,10 +125,11 @@ fn ensure(holds: bool, what: impl Fn() -> String) -> Outcome {
     if holds { Ok(()) } else { Err(what().into()) }
 }
 
-/// A run of whole sectors: first sector and bytes.
-fn run_of_sectors(random: &mut Random, most: u64, sectors: u64) -> (u64, usize) {
-    let count = 1 + random.below(most);
-    let sector = random.below(sectors - count);
+/// A run of whole logical blocks of `block` sectors, of at most `most` sectors: first sector
+/// and bytes.
+fn run_of_blocks(random: &mut Random, block: u64, most: u64, sectors: u64) -> (u64, usize) {
+    let count = (1 + random.below(most)).next_multiple_of(block);
+    let sector = random.below(sectors - count) / block * block;
     (
         sector,
         usize::try_from(count * SECTOR_BYTES).expect("small"),
@@ -174,12 +175,13 @@ fn gather(disk: &Disk, list: &[(u64, u32)]) -> Result<Vec<u8>, Box<dyn Error>> {
 fn against_shadow(
     disk: &mut Disk,
     random: &mut Random,
+    block: u64,
     shadow: &mut [u8],
     rounds: usize,
 ) -> Outcome {
     let sectors = shadow.len() as u64 / SECTOR_BYTES;
     for round in 0..rounds {
-        let (sector, len) = run_of_sectors(random, 200, sectors);
+        let (sector, len) = run_of_blocks(random, block, 200, sectors);
         let at = usize::try_from(sector * SECTOR_BYTES)?;
         let segments = segments(random, DATA, len);
         let mut request = Request {
@@ -208,6 +210,7 @@ fn against_shadow(
 }
 
 fn random_io(arena: &mut Arena, random: &mut Random, features: u64, indirect: bool) -> Outcome {
+    let block = arena.backend.block_sectors();
     let mut options = Options::default();
     options.features |= features;
     options.indirect = indirect;
@@ -216,7 +219,7 @@ fn random_io(arena: &mut Arena, random: &mut Random, features: u64, indirect: bo
         format!("features {features:#x} are not offered")
     })?;
     let mut shadow = arena.contents.clone();
-    against_shadow(&mut disk, random, &mut shadow, 200)?;
+    against_shadow(&mut disk, random, block, &mut shadow, 200)?;
     disk.flush(0)?;
     arena.contents = shadow;
     arena.touch(0..FILE_BYTES);
@@ -228,11 +231,12 @@ fn random_io(arena: &mut Arena, random: &mut Random, features: u64, indirect: bo
 }
 
 fn random_io_memory(arena: &mut Arena, random: &mut Random) -> Outcome {
+    let block = arena.backend.block_sectors();
     let mut disk = Disk::attach(&arena.other_socket, &Options::default())?;
     let sectors = disk.capacity_sectors()?;
     ensure(sectors == 131_072, || format!("{sectors} sectors"))?;
     let mut shadow = disk.read_all(8192)?;
-    against_shadow(&mut disk, random, &mut shadow, 200)
+    against_shadow(&mut disk, random, block, &mut shadow, 200)
 }
 
 /// Fills a group of slots at once, eight different places, and checks each completion once.
@@ -275,23 +279,25 @@ fn collect(disk: &mut Disk, queue: usize, requests: &[Request], first_slot: u16)
 }
 
 /// Eight places in memory and on disk that don't overlap.
-fn places(random: &mut Random, lane: u64) -> Vec<(u64, u64, u32)> {
+fn places(random: &mut Random, block: u64, lane: u64) -> Vec<(u64, u64, u32)> {
     (0..u64::from(GROUP))
         .map(|i| {
-            let len = 512 * (1 + u32::try_from(random.below(32)).expect("small"));
-            let sector = lane * 512 + i * 64 + random.below(32);
+            let sectors = (1 + random.below(32)).next_multiple_of(block);
+            let len = u32::try_from(sectors * SECTOR_BYTES).expect("small");
+            let sector = lane * 512 + i * 64 + random.below(32) / block * block;
             (sector, DATA + lane * 0x10_0000 + i * 0x8000, len)
         })
         .collect()
 }
 
 fn many_in_flight(arena: &mut Arena, random: &mut Random, features: u64) -> Outcome {
+    let block = arena.backend.block_sectors();
     let mut options = Options::default();
     options.features |= features;
     let mut disk = arena.attach(&options)?;
     arena.touch(0..FILE_BYTES);
     for _ in 0..50 {
-        let places = places(random, 0);
+        let places = places(random, block, 0);
         let data: Vec<_> = places.iter().map(|p| random.bytes(p.2 as usize)).collect();
         for (place, bytes) in places.iter().zip(&data) {
             disk.memory.write(place.1, bytes)?;
@@ -312,6 +318,7 @@ fn many_in_flight(arena: &mut Arena, random: &mut Random, features: u64) -> Outc
 }
 
 fn several_queues(arena: &mut Arena, random: &mut Random) -> Outcome {
+    let block = arena.backend.block_sectors();
     let options = Options {
         queues: 4,
         ..Options::default()
@@ -319,7 +326,7 @@ fn several_queues(arena: &mut Arena, random: &mut Random) -> Outcome {
     let mut disk = arena.attach(&options)?;
     arena.touch(0..FILE_BYTES);
     for _ in 0..20 {
-        let lanes: Vec<_> = (0..4).map(|lane| places(random, lane)).collect();
+        let lanes: Vec<_> = (0..4).map(|lane| places(random, block, lane)).collect();
         for kind in [kind::OUT, kind::IN] {
             let mut all = Vec::new();
             for (queue, places) in lanes.iter().enumerate() {
@@ -364,11 +371,12 @@ fn first_slot(queue: usize) -> u16 {
 }
 
 fn two_at_once(arena: &mut Arena, random: &mut Random) -> Outcome {
+    let block = arena.backend.block_sectors();
     let mut a = arena.attach(&Options::default())?;
     let mut b = Disk::attach(&arena.other_socket, &Options::default())?;
     arena.touch(0..FILE_BYTES);
     for _ in 0..50 {
-        let (sector, len) = run_of_sectors(random, 64, FILE_SECTORS);
+        let (sector, len) = run_of_blocks(random, block, 64, FILE_SECTORS);
         let (left, right) = (random.bytes(len), random.bytes(len));
         a.write(0, sector, &left)?;
         b.write(0, sector, &right)?;
@@ -385,10 +393,11 @@ fn two_at_once(arena: &mut Arena, random: &mut Random) -> Outcome {
 
 /// Segments at odd addresses and of odd lengths, whole sectors only in their sum.
 fn unaligned_segments(arena: &mut Arena, random: &mut Random) -> Outcome {
+    let block = arena.backend.block_sectors();
     let mut disk = arena.attach(&Options::default())?;
     arena.touch(0..FILE_BYTES);
     for round in 0..100 {
-        let (sector, len) = run_of_sectors(random, 40, FILE_SECTORS);
+        let (sector, len) = run_of_blocks(random, block, 40, FILE_SECTORS);
         let mut list = Vec::new();
         let (mut left, mut at) = (len, DATA);
         while left > 0 {
@@ -428,6 +437,7 @@ fn unaligned_segments(arena: &mut Arena, random: &mut Random) -> Outcome {
 
 /// As many segments as the device says it takes, in both memory files.
 fn many_segments(arena: &mut Arena, random: &mut Random) -> Outcome {
+    let block = arena.backend.block_sectors();
     let mut disk = arena.attach(&Options::default())?;
     let seg_max = disk.frontend.get_config(12, 4)?;
     let seg_max = u32::from_le_bytes(seg_max.try_into().unwrap_or_default());
@@ -436,16 +446,17 @@ fn many_segments(arena: &mut Arena, random: &mut Random) -> Outcome {
         || "SEG_MAX is not offered".to_owned(),
     )?;
     let count = u64::from(seg_max.min(126));
+    let bytes_each = u32::try_from(block * SECTOR_BYTES)?;
     let list: Vec<_> = (0..count)
         .map(|i| {
             if i % 2 == 0 {
-                (DATA + i * 4096, 512)
+                (DATA + i * 4096, bytes_each)
             } else {
-                (HIGH + i * 4096, 512)
+                (HIGH + i * 4096, bytes_each)
             }
         })
         .collect();
-    let bytes = random.bytes(usize::try_from(count * 512)?);
+    let bytes = random.bytes(usize::try_from(count * u64::from(bytes_each))?);
     scatter(&disk, &list, &bytes)?;
     arena.touch(0..bytes.len());
     let mut request = Request {
@@ -518,11 +529,12 @@ fn config_space(arena: &mut Arena, _: &mut Random) -> Outcome {
 }
 
 fn stop_and_restart(arena: &mut Arena, random: &mut Random) -> Outcome {
+    let block = arena.backend.block_sectors();
     let mut disk = arena.attach(&Options::default())?;
     arena.touch(0..FILE_BYTES);
     let mut requests = 0u16;
     for round in 0..10 {
-        let (sector, len) = run_of_sectors(random, 16, FILE_SECTORS);
+        let (sector, len) = run_of_blocks(random, block, 16, FILE_SECTORS);
         let bytes = random.bytes(len);
         disk.write(0, sector, &bytes)?;
         requests += 1;
@@ -556,10 +568,11 @@ fn stop_and_restart(arena: &mut Arena, random: &mut Random) -> Outcome {
 /// GET_VRING_BASE answers when what was taken is done: everything below the base is used.
 /// Only ours: `qemu-storage-daemon` 10.0 answers with requests still in flight.
 fn stop_drains(arena: &mut Arena, random: &mut Random) -> Outcome {
+    let block = arena.backend.block_sectors();
     let mut disk = arena.attach(&Options::default())?;
     arena.touch(0..FILE_BYTES);
     for round in 0..30 {
-        let places = places(random, 0);
+        let places = places(random, block, 0);
         let requests: Vec<_> = places
             .iter()
             .map(|&(sector, addr, len)| Request {
@@ -593,11 +606,16 @@ fn stop_drains(arena: &mut Arena, random: &mut Random) -> Outcome {
 }
 
 fn index_wraps(arena: &mut Arena, random: &mut Random) -> Outcome {
+    let block = arena.backend.block_sectors();
     let mut options = Options::default();
     options.features |= feature::EVENT_IDX;
     let mut disk = arena.attach(&options)?;
     let places: Vec<_> = (0..u64::from(GROUP))
-        .map(|i| (random.below(4096), DATA + i * 512, 512))
+        .map(|i| {
+            let len = block * SECTOR_BYTES;
+            let sector = random.below(4096) / block * block;
+            (sector, DATA + i * len, u32::try_from(len).expect("small"))
+        })
         .collect();
     for _ in 0..(66_000 / u32::from(GROUP)) {
         burst(&mut disk, 0, kind::IN, &places, 0)?;
@@ -613,13 +631,14 @@ fn index_wraps(arena: &mut Arena, random: &mut Random) -> Outcome {
 }
 
 fn first_index_near_wrap(arena: &mut Arena, random: &mut Random) -> Outcome {
+    let block = arena.backend.block_sectors();
     let options = Options::default();
     let mut disk = Disk::negotiate(&arena.socket, &options)?;
     disk.rings[0].rebase(&disk.memory, 0xfffb)?;
     disk.share_memory()?;
     disk.start_queue(0)?;
     for _ in 0..20 {
-        let sector = random.below(FILE_SECTORS - 8);
+        let sector = random.below(FILE_SECTORS - 8) / block * block;
         let at = usize::try_from(sector * SECTOR_BYTES)?;
         ensure(
             disk.read(0, sector, 4096)? == arena.contents[at..at + 4096],
@@ -641,6 +660,7 @@ fn no_acknowledgements(arena: &mut Arena, random: &mut Random) -> Outcome {
 
 /// A driver that polls and wants no calls gets its completions, and few or no calls.
 fn calls_suppressed(arena: &mut Arena, _: &mut Random) -> Outcome {
+    let block = arena.backend.block_sectors();
     let mut disk = arena.attach(&Options::default())?;
     let _ = disk.rings[0].call.read();
     disk.rings[0].suppress_calls(&disk.memory)?;
@@ -648,7 +668,7 @@ fn calls_suppressed(arena: &mut Arena, _: &mut Random) -> Outcome {
         let request = Request {
             kind: kind::IN,
             sector: 0,
-            segments: vec![(DATA, 512)],
+            segments: vec![(DATA, u32::try_from(block * SECTOR_BYTES)?)],
         };
         disk.push(0, 0, &request)?;
         disk.publish(0)?;

@@ -23,22 +23,22 @@ const ID: &str = "a device may fill what there is, or fail the request; it never
 /// The table.
 pub const CASES: &[Case] = &[
     Case::new("read_past_end", &[IOERR], RANGE, |a| {
-        range(a, kind::IN, FILE_SECTORS, 512)
+        range(a, kind::IN, FILE_SECTORS, 4096)
     }),
     Case::new("write_past_end", &[IOERR], RANGE, |a| {
-        range(a, kind::OUT, FILE_SECTORS, 512)
+        range(a, kind::OUT, FILE_SECTORS, 4096)
     }),
     Case::new("read_far_past_end", &[IOERR], RANGE, |a| {
         range(a, kind::IN, FILE_SECTORS * 1000, 4096)
     }),
     Case::new("read_across_end", &[IOERR], RANGE, |a| {
-        range(a, kind::IN, FILE_SECTORS - 1, 1024)
+        range(a, kind::IN, FILE_SECTORS - 8, 8192)
     }),
     Case::new("write_across_end", &[IOERR], RANGE, |a| {
         range(a, kind::OUT, FILE_SECTORS - 8, 8192)
     }),
-    Case::new("read_last_sector", &[OK], "the end itself is inside", |a| {
-        range(a, kind::IN, FILE_SECTORS - 1, 512)
+    Case::new("read_last_block", &[OK], "the end itself is inside", |a| {
+        range(a, kind::IN, FILE_SECTORS - 8, 4096)
     }),
     Case::new("read_sector_overflow", &[IOERR], RANGE, |a| {
         range(a, kind::IN, u64::MAX, 512)
@@ -51,18 +51,18 @@ pub const CASES: &[Case] = &[
         range(a, kind::OUT, 1 << 55, 4096)
     }),
     Case::new("read_byte_offset_negative", &[IOERR], RANGE, |a| {
-        range(a, kind::IN, 1 << 54, 512)
+        range(a, kind::IN, 1 << 54, 4096)
     }),
     Case::new(
         "read_lengths_past_u32",
         &[IOERR, Retired],
-        "2^32 + 512 bytes are not 512 bytes",
+        "2^32 + 4096 bytes are not 4096 bytes",
         |a| lengths_past_u32(a, kind::IN),
     ),
     Case::new(
         "write_lengths_past_u32",
         &[IOERR, Retired],
-        "2^32 + 512 bytes are not 512 bytes",
+        "2^32 + 4096 bytes are not 4096 bytes",
         |a| lengths_past_u32(a, kind::OUT),
     ),
     Case::new("read_not_whole_sectors", &[IOERR], LENGTH, |a| {
@@ -128,28 +128,28 @@ pub const CASES: &[Case] = &[
         get_id_readable,
     ),
     Case::new("data_in_hole", &[IOERR, Retired], ADDRESS, |a| {
-        segments(a, kind::IN, &[(0x1000, 512)])
+        segments(a, kind::IN, &[(0x1000, 4096)])
     }),
     Case::new("write_data_in_hole", &[IOERR, Retired], ADDRESS, |a| {
-        segments(a, kind::OUT, &[(0x1000, 512)])
+        segments(a, kind::OUT, &[(0x1000, 4096)])
     }),
     Case::new("data_wraps", &[IOERR, Retired], ADDRESS, |a| {
-        segments(a, kind::IN, &[(u64::MAX - 511, 1024)])
+        segments(a, kind::IN, &[(u64::MAX - 4095, 8192)])
     }),
     Case::new("data_at_last_address", &[IOERR, Retired], ADDRESS, |a| {
-        segments(a, kind::OUT, &[(u64::MAX - 511, 512)])
+        segments(a, kind::OUT, &[(u64::MAX - 4095, 4096)])
     }),
     Case::new("data_leaves_memory", &[IOERR, Retired], ADDRESS, |a| {
-        segments(a, kind::IN, &[(HIGH + HIGH_BYTES - 256, 512)])
+        segments(a, kind::IN, &[(HIGH + HIGH_BYTES - 256, 4096)])
     }),
     Case::new("data_one_byte_outside", &[IOERR, Retired], ADDRESS, |a| {
-        segments(a, kind::IN, &[(HIGH + HIGH_BYTES - 511, 512)])
+        segments(a, kind::IN, &[(HIGH + HIGH_BYTES - 4095, 4096)])
     }),
     Case::new("data_length_huge", &[IOERR, Retired], ADDRESS, |a| {
         segments(a, kind::IN, &[(DATA, u32::MAX)])
     }),
     Case::new("second_segment_in_hole", &[IOERR, Retired], ADDRESS, |a| {
-        segments(a, kind::OUT, &[(DATA, 512), (0x1000, 512)])
+        segments(a, kind::OUT, &[(DATA, 4096), (0x1000, 4096)])
     }),
     Case::new(
         "data_straddles_two_regions",
@@ -205,7 +205,7 @@ fn segments(arena: &mut Arena, kind: u32, list: &[(u64, u32)]) -> Attack {
     let descs = descriptors(&disk, kind, 0, list)?;
     if kind == kind::OUT {
         // A write of several segments may have reached the first when the second failed.
-        arena.touch(0..1024);
+        arena.touch(0..8192);
     }
     offer_chain(&mut disk, &descs)
 }
@@ -217,7 +217,7 @@ fn get_id_readable(arena: &mut Arena) -> Attack {
     offer_chain(&mut disk, &descs)
 }
 
-/// 102 segments of 40 MiB and one more, 2^32 + 512 bytes in all, in an indirect table.
+/// 102 segments of 40 MiB and one more, 2^32 + 4096 bytes in all, in an indirect table.
 fn lengths_past_u32(arena: &mut Arena, kind: u32) -> Attack {
     const EXTRA: u64 = 0x2_0000_0000;
     const EXTRA_BYTES: u32 = 40 << 20;
@@ -227,7 +227,7 @@ fn lengths_past_u32(arena: &mut Arena, kind: u32) -> Attack {
         ..Options::default()
     };
     let mut disk = arena.attach(&options)?;
-    let rest = u32::try_from((1u64 << 32) + 512 - 102 * u64::from(EXTRA_BYTES))?;
+    let rest = u32::try_from((1u64 << 32) + 4096 - 102 * u64::from(EXTRA_BYTES))?;
     let mut list = vec![(EXTRA, EXTRA_BYTES); 102];
     list.push((EXTRA, rest));
     let descs = descriptors(&disk, kind, 0, &list)?;
@@ -262,8 +262,8 @@ fn status_overlaps_data(arena: &mut Arena) -> Attack {
 
 fn shifted(arena: &mut Arena, kind: u32) -> Attack {
     let mut disk = attach(arena)?;
-    let list = [(DATA + 1, 4096), (DATA + 0x3001, 8192), (HIGH + 1, 512)];
-    let len = 4096 + 8192 + 512;
+    let list = [(DATA + 1, 4096), (DATA + 0x3001, 8192), (HIGH + 1, 4096)];
+    let len = 4096 + 8192 + 4096;
     if kind == kind::OUT {
         for (i, &(addr, len)) in list.iter().enumerate() {
             let byte = u8::try_from(i)? + 0x51;
@@ -278,7 +278,7 @@ fn shifted(arena: &mut Arena, kind: u32) -> Attack {
         return Ok(end);
     }
     let back = disk.read(0, 0, u32::try_from(len)?)?;
-    let wanted = [vec![0x51; 4096], vec![0x52; 8192], vec![0x53; 512]].concat();
+    let wanted = [vec![0x51; 4096], vec![0x52; 8192], vec![0x53; 4096]].concat();
     if back != wanted {
         return Err("the write put other bytes on the disk".into());
     }

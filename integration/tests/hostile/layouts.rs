@@ -165,7 +165,7 @@ pub const CASES: &[Case] = &[
     Case::new(
         "status_missing_on_read",
         &[IOERR, Retired, Used],
-        "the last writable byte is the status: 511 bytes of data are left",
+        "the last writable byte is the status: 4095 bytes of data are left",
         |a| spoilt(a, kind::IN, |descs| descs.truncate(2)),
     ),
     Case::new("status_read_only", &[Retired, Used], NO_ANSWER, |a| {
@@ -193,7 +193,7 @@ pub const CASES: &[Case] = &[
         |a| {
             spoilt(a, kind::IN, |descs| {
                 descs.truncate(2);
-                descs[1].len = 513;
+                descs[1].len = 4097;
             })
         },
     ),
@@ -203,7 +203,7 @@ pub const CASES: &[Case] = &[
         FRAMING,
         |a| {
             spoilt(a, kind::OUT, |descs| {
-                descs[0].len += 512;
+                descs[0].len += 4096;
                 descs.remove(1);
             })
         },
@@ -234,13 +234,13 @@ pub const CASES: &[Case] = &[
     ),
 ];
 
-/// A good request of one sector, spoilt, offered directly.
+/// A good request of one logical block, spoilt, offered directly.
 fn spoilt(arena: &mut Arena, kind: u32, spoil: fn(&mut Vec<Desc>)) -> Attack {
     let mut disk = attach(arena)?;
     if kind == kind::OUT {
-        arena.touch(0..512);
+        arena.touch(0..4096);
     }
-    let mut descs = descriptors(&disk, kind, 0, &[(DATA, 512)])?;
+    let mut descs = descriptors(&disk, kind, 0, &[(DATA, 4096)])?;
     spoil(&mut descs);
     offer_chain(&mut disk, &descs)
 }
@@ -248,7 +248,7 @@ fn spoilt(arena: &mut Arena, kind: u32, spoil: fn(&mut Vec<Desc>)) -> Attack {
 /// A good request whose descriptor `from` goes on at `next`.
 fn loops(arena: &mut Arena, from: usize, next: u16) -> Attack {
     let mut disk = attach(arena)?;
-    let mut descs = linked(&descriptors(&disk, kind::IN, 0, &[(DATA, 512)])?, 0);
+    let mut descs = linked(&descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?, 0);
     descs[from].flags |= NEXT;
     descs[from].next = next;
     for (desc, index) in descs.iter().zip(0..) {
@@ -260,7 +260,7 @@ fn loops(arena: &mut Arena, from: usize, next: u16) -> Attack {
 /// A good request in an indirect table, spoilt.
 fn table(arena: &mut Arena, spoil: fn(&mut Vec<Desc>)) -> Attack {
     let mut disk = attach(arena)?;
-    let mut descs = linked(&descriptors(&disk, kind::IN, 0, &[(DATA, 512)])?, 0);
+    let mut descs = linked(&descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?, 0);
     spoil(&mut descs);
     offer_table(&mut disk, Disk::table_addr(0), &descs)
 }
@@ -286,7 +286,7 @@ fn indirect_loop(arena: &mut Arena) -> Attack {
 
 fn nested(arena: &mut Arena) -> Attack {
     let mut disk = attach(arena)?;
-    let descs = linked(&descriptors(&disk, kind::IN, 0, &[(DATA, 512)])?, 0);
+    let descs = linked(&descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?, 0);
     let inner = Disk::table_addr(1);
     write_table(&disk, inner, &descs)?;
     let outer = Disk::table_addr(0);
@@ -302,7 +302,7 @@ fn indirect_len(arena: &mut Arena, len: u32) -> Attack {
 
 fn indirect_desc(arena: &mut Arena, outer: Desc) -> Attack {
     let mut disk = attach(arena)?;
-    let descs = linked(&descriptors(&disk, kind::IN, 0, &[(DATA, 512)])?, 0);
+    let descs = linked(&descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?, 0);
     write_table(&disk, Disk::table_addr(0), &descs)?;
     disk.rings[0].write_desc(&disk.memory, 0, &outer)?;
     offer(&mut disk, &descs)
@@ -310,13 +310,13 @@ fn indirect_desc(arena: &mut Arena, outer: Desc) -> Attack {
 
 fn indirect_unaligned(arena: &mut Arena) -> Attack {
     let mut disk = attach(arena)?;
-    let descs = linked(&descriptors(&disk, kind::IN, 0, &[(DATA, 512)])?, 0);
+    let descs = linked(&descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?, 0);
     offer_table(&mut disk, Disk::table_addr(0) + 1, &descs)
 }
 
 fn indirect_with_next(arena: &mut Arena) -> Attack {
     let mut disk = attach(arena)?;
-    let descs = linked(&descriptors(&disk, kind::IN, 0, &[(DATA, 512)])?, 0);
+    let descs = linked(&descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?, 0);
     write_table(&disk, Disk::table_addr(0), &descs)?;
     let mut outer = Desc::indirect(Disk::table_addr(0), 48);
     outer.flags |= NEXT;
@@ -332,7 +332,7 @@ fn indirect_with_next(arena: &mut Arena) -> Attack {
 /// Header in the ring, data and status in a table behind it.
 fn indirect_after_header(arena: &mut Arena) -> Attack {
     let mut disk = attach(arena)?;
-    let descs = descriptors(&disk, kind::IN, 0, &[(DATA, 512)])?;
+    let descs = descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?;
     let inner = linked(&descs[1..], 0);
     write_table(&disk, Disk::table_addr(0), &inner)?;
     let outer = [descs[0], Desc::indirect(Disk::table_addr(0), 32)];
@@ -347,7 +347,7 @@ fn indirect_not_negotiated(arena: &mut Arena) -> Attack {
     };
     options.features &= !feature::INDIRECT_DESC;
     let mut disk = arena.attach(&options)?;
-    let descs = linked(&descriptors(&disk, kind::IN, 0, &[(DATA, 512)])?, 0);
+    let descs = linked(&descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?, 0);
     debug_assert_eq!(descs[0].flags & INDIRECT, 0);
     offer_table(&mut disk, Disk::table_addr(0), &descs)
 }
@@ -361,7 +361,7 @@ fn longer_than_queue(arena: &mut Arena) -> Attack {
 
 fn header_split(arena: &mut Arena, piece: u32) -> Attack {
     let mut disk = attach(arena)?;
-    let descs = descriptors(&disk, kind::IN, 0, &[(DATA, 512)])?;
+    let descs = descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?;
     let mut split: Vec<Desc> = (0..16 / piece)
         .map(|i| Desc::readable(descs[0].addr + u64::from(i * piece), piece))
         .collect();

@@ -212,7 +212,7 @@ fn jump(arena: &mut Arena, by: u16) -> Attack {
     disk.rings[0].write_chain(
         &disk.memory,
         0,
-        &descriptors(&disk, kind::IN, 0, &[(DATA, 512)])?,
+        &descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?,
     )?;
     disk.rings[0].publish_index(&disk.memory, by)?;
     disk.rings[0].kick.write(1)?;
