@@ -1,4 +1,27 @@
-//! The data plane.
+//! The data plane: block devices served to virtual machines over vhost-user, from polled
+//! io_uring workers, encrypted on the way.
+//!
+//! **A block request** in at most six steps, each a function that can be named:
+//! 1. a worker sees that the avail index moved and takes a chain as checked buffers
+//!    ([`virtqueue::SplitQueue::pop`]);
+//! 2. the chain is parsed once into a typed operation ([`blk::request::parse`]): every range, length
+//!    and permission is decided there;
+//! 3. it begins ([`blk::pipeline::Pipeline::begin`]): plain and aligned, the kernel transfers guest
+//!    memory itself; else through staging, where a write is encrypted in the same pass
+//!    ([`blk::transform::store`]);
+//! 4. one submission a turn gives everything to the kernel ([`worker::ring::Ring::turn`]);
+//! 5. a completion comes back with its buffer ([`blk::pipeline::Pipeline::land`]); a read is decrypted
+//!    into guest memory in one pass ([`blk::transform::load`]) and the status byte written;
+//! 6. the used ring is published once a batch, with at most one call ([`virtqueue::SplitQueue::publish`]).
+//!
+//! | module | owns |
+//! | --- | --- |
+//! | [`memory`] | guest memory and the only ways to its bytes |
+//! | [`virtqueue`] | rings: from what a driver wrote to checked buffers |
+//! | [`blk`] | virtio-blk: device, configuration space, requests, pipeline |
+//! | [`storage`] | where blocks live |
+//! | [`worker`] | a thread on a core: its queues, its ring, polling |
+//! | [`log_limit`] | how often a guest can make us log |
 
 pub mod blk;
 pub mod log_limit;

@@ -67,7 +67,9 @@ impl Pair {
             theirs,
         };
         // Every byte tells where it is.
-        let pattern: Vec<u8> = (0..length).map(|i| (i * 31 % 251) as u8).collect();
+        let pattern: Vec<u8> = (0..length)
+            .map(|i| u8::try_from(i * 31 % 251).expect("small"))
+            .collect();
         pair.write(0x2000, &pattern[0x2000..]);
         pair
     }
