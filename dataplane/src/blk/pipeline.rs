@@ -1,6 +1,6 @@
 //! The way of a parsed request to the storage and back.
 //!
-//! What can be answered at once is ([`Begun::Done`]). Everything else is a [`Flight`]: a plain
+//! What can be answered at once is ([`Begun::Done`]). Everything else is under way: a plain
 //! transfer straight between guest memory and file where the alignment allows, else parts of it
 //! through staging, as many at a time as there is room for. A request waits for staging or for the
 //! ring in a queue, never in a loop.

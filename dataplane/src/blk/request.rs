@@ -113,3 +113,130 @@ fn range(sector: u64, bytes: u64, geometry: &Geometry) -> Result<u64, Status> {
     }
     Ok(offset)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::memory::{GuestBuffer, Lease, anonymous};
+
+    const MEMORY_BYTES: u64 = 1 << 20;
+
+    fn geometry(capacity_sectors: u64, logical_block_bytes: u32, read_only: bool) -> Geometry {
+        Geometry {
+            capacity_sectors,
+            logical_block_bytes,
+            read_only,
+            serial: [0; 20],
+            queues: 1,
+        }
+    }
+
+    /// A chain with a header as given and `readable` and `writable` bytes of data.
+    fn chain(kind: u32, sector: u64, readable: u32, writable: u32) -> Chain {
+        let (memory, _fd) = anonymous(MEMORY_BYTES).expect("memory");
+        let lease: Lease = Rc::new(Arc::new(memory));
+        let mut header = kind.to_le_bytes().to_vec();
+        header.extend([0; 4]);
+        header.extend(sector.to_le_bytes());
+        let mut chain = Chain::default();
+        let fill = |buffer: &mut GuestBuffer, at: u64, bytes: u32| {
+            buffer.reset(&lease);
+            buffer.push(at, bytes).expect("in memory");
+        };
+        fill(&mut chain.readable, 0, 16 + readable);
+        assert!(chain.readable.copy_in(0, &header));
+        fill(&mut chain.writable, MEMORY_BYTES / 2, writable + 1);
+        chain
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+
+        /// Whatever is asked: an accepted range lies inside, has whole blocks, and is not written
+        /// to a read-only device.
+        #[test]
+        fn an_accepted_range_is_inside(
+            kind in prop_oneof![Just(kind::IN), Just(kind::OUT)],
+            sector in prop_oneof![0..2048u64, Just(u64::MAX), Just(1 << 55), any::<u64>()],
+            blocks in 0..64u32,
+            odd in 0..3u32,
+            capacity in 0..1024u64,
+            block in prop_oneof![Just(512u32), Just(4096)],
+            read_only in any::<bool>(),
+        ) {
+            let bytes = blocks * 512 + odd;
+            let geometry = geometry(capacity, block, read_only);
+            let (readable, writable) = if kind == kind::IN { (0, bytes) } else { (bytes, 0) };
+            let mut chain = chain(kind, sector, readable, writable);
+            let parsed = parse(&mut chain, &geometry, true).expect("it has a status");
+            let inside = sector
+                .checked_mul(512)
+                .and_then(|at| at.checked_add(u64::from(bytes)))
+                .is_some_and(|end| end <= capacity * 512);
+            let whole = bytes > 0
+                && bytes % block == 0
+                && (u128::from(sector) * 512).is_multiple_of(u128::from(block));
+            let allowed = kind == kind::IN || !read_only;
+            match parsed {
+                Ok(Operation::Read { offset_bytes } | Operation::Write { offset_bytes }) => {
+                    prop_assert!(inside && whole && allowed);
+                    prop_assert_eq!(offset_bytes, sector * 512);
+                }
+                Ok(other) => prop_assert!(false, "{other:?}"),
+                Err(status) => {
+                    prop_assert!(!(inside && whole && allowed));
+                    prop_assert_eq!(status, Status::IoError);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_wrong_direction_is_an_error() {
+        let geometry = geometry(1024, 512, false);
+        for (kind, readable, writable) in [(kind::IN, 512, 512), (kind::OUT, 512, 512)] {
+            let mut chain = chain(kind, 0, readable, writable);
+            assert_eq!(
+                parse(&mut chain, &geometry, true),
+                Ok(Err(Status::IoError)),
+                "{kind}"
+            );
+        }
+        let mut nothing = chain(kind::GET_ID, 0, 0, 0);
+        assert_eq!(
+            parse(&mut nothing, &geometry, true),
+            Ok(Err(Status::IoError))
+        );
+    }
+
+    #[test]
+    fn a_flush_that_was_not_negotiated_and_types_of_others_are_not_supported() {
+        let geometry = geometry(1024, 512, true);
+        let mut flush = chain(kind::FLUSH, 0, 0, 0);
+        assert_eq!(
+            parse(&mut flush, &geometry, false),
+            Ok(Err(Status::Unsupported))
+        );
+        for kind in [2, 3, 5, 7, 9, 10, 11, 13, 14, 0x8000_0000, u32::MAX] {
+            let mut chain = chain(kind, 0, 0, 512);
+            assert_eq!(
+                parse(&mut chain, &geometry, true),
+                Ok(Err(Status::Unsupported)),
+                "{kind}"
+            );
+        }
+    }
+
+    #[test]
+    fn without_a_status_byte_there_is_no_answer() {
+        let mut chain = chain(kind::IN, 0, 0, 0);
+        chain.writable.release();
+        let error = parse(&mut chain, &geometry(8, 512, false), true);
+        assert_eq!(error, Err(RingError::NoStatus));
+    }
+}

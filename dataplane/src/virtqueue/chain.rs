@@ -20,7 +20,7 @@ pub struct Descriptor {
     pub addr: u64,
     /// Bytes.
     pub len: u32,
-    /// [`NEXT`], [`WRITE`], [`INDIRECT`].
+    /// 1: the chain continues; 2: device-writable; 4: a table of descriptors.
     pub flags: u16,
     /// Where the chain continues.
     pub next: u16,
