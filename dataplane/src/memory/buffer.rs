@@ -12,6 +12,9 @@ use std::sync::Arc;
 
 use super::GuestMemory;
 
+/// Ranges that the longest chains of well-behaved drivers have.
+pub const USUAL_MOST_PIECES: usize = 256;
+
 /// A worker's hold on guest memory: cheap to copy within its thread.
 pub type Lease = Rc<Arc<GuestMemory>>;
 
@@ -84,8 +87,12 @@ impl GuestBuffer {
         }
     }
 
-    /// Empties it and lets go of the memory.
+    /// Empties it and lets go of the memory, and of room that only a very long chain needed: a
+    /// guest could otherwise make every place in a worker that large.
     pub fn release(&mut self) {
+        if self.pieces.capacity() > USUAL_MOST_PIECES {
+            self.pieces = Vec::with_capacity(USUAL_MOST_PIECES);
+        }
         self.pieces.clear();
         self.first = 0;
         self.bytes = 0;

@@ -21,7 +21,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
-pub use buffer::{GuestBuffer, Lease, OutsideMemory, Piece};
+pub use buffer::{GuestBuffer, Lease, OutsideMemory, Piece, USUAL_MOST_PIECES};
 use mapping::Mapping;
 
 /// A region as a frontend describes it (vhost-user, "Memory region description").

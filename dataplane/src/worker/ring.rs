@@ -20,7 +20,7 @@ use io_uring::types::{Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode};
 
 use super::staging::{Chunk, Staging};
-use crate::memory::GuestBuffer;
+use crate::memory::{GuestBuffer, USUAL_MOST_PIECES};
 
 /// Transfers that can be in flight, and the completion queue's length, so that it can't overflow.
 pub const MAX_IN_FLIGHT: u32 = 4096;
@@ -353,6 +353,9 @@ impl Ring {
             return None;
         }
         let in_flight = entry.in_flight.take()?;
+        if entry.iovecs.capacity() > USUAL_MOST_PIECES {
+            entry.iovecs = Vec::with_capacity(USUAL_MOST_PIECES);
+        }
         self.free.push(id);
         if in_flight.transfer.action == Action::Event {
             self.events -= 1;
