@@ -84,7 +84,9 @@ impl MeasuredBinary {
                 bytes,
             });
         }
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        // Named, because vm.memfd_noexec may have made the opposite the default.
+        let executable = MFdFlags::from_bits_retain(libc::MFD_EXEC);
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | executable;
         let memfd = memfd_create(name, flags).map_err(|e| failed("memfd")(e.into()))?;
         let mut memfd = File::from(memfd);
         // The file may grow while it is read: the cap holds for the copy too.

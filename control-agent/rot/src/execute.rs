@@ -103,6 +103,29 @@ fn open_pidfd(pid: libc::pid_t) -> io::Result<OwnedFd> {
     }
 }
 
+/// Sends a signal to the process of a pidfd, whatever its number has become.
+///
+/// # Errors
+/// ESRCH if it has ended; EPERM without the right to.
+pub fn send_signal(pidfd: BorrowedFd<'_>, signal: libc::c_int) -> io::Result<()> {
+    let no_info = ptr::null::<libc::siginfo_t>();
+    // SAFETY: a live descriptor and plain integers; a null siginfo means that of kill(2).
+    let rc = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal,
+            no_info,
+            0,
+        )
+    };
+    if rc == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 fn run_child(p: &Prepared) -> ! {
     let message = match to_exec(p) {
         Ok(never) => match never {},

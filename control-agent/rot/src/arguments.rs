@@ -1,0 +1,122 @@
+//! The command line: everything rot knows about its host. It reads no configuration.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::io;
+use std::num::NonZeroU32;
+use std::path::PathBuf;
+
+use bulkhead_protocol::rot::Role;
+use clap::Parser;
+
+/// The root of trust: measures, starts, connects and restarts the other processes of a host.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "bulkhead-rot", version, about)]
+pub struct Arguments {
+    /// Name of this host, as bundles target it
+    #[arg(long, value_name = "NAME")]
+    pub host: String,
+    /// Where bulkhead-keyd, bulkhead-agent and bulkhead-dataplane lie
+    #[arg(long, value_name = "DIR")]
+    pub bin_dir: PathBuf,
+    /// Where keyd and the agent keep what outlives them; made if its parent is there
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: PathBuf,
+    /// Where the sockets are bound; made if its parent is there; one instance for each
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: PathBuf,
+    /// The agent's trust root: whose signatures count
+    #[arg(long, value_name = "FILE")]
+    pub trust: PathBuf,
+    /// keyd's own trust root [default: the same file]
+    #[arg(long, value_name = "FILE")]
+    pub keyd_trust: Option<PathBuf>,
+    /// A directory that volumes may lie in; may be given several times
+    #[arg(long = "volume-dir", value_name = "DIR", required = true)]
+    pub volume_dirs: Vec<PathBuf>,
+    /// User and group id of keyd [default: rot's own]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..i64::from(u32::MAX)))]
+    pub keyd_uid: Option<u32>,
+    /// User and group id of the agent [default: rot's own]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..i64::from(u32::MAX)))]
+    pub agent_uid: Option<u32>,
+    /// User and group id of the data plane [default: rot's own]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..i64::from(u32::MAX)))]
+    pub dataplane_uid: Option<u32>,
+    /// Owner of the admin socket [default: rot's own]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..i64::from(u32::MAX)))]
+    pub admin_uid: Option<u32>,
+    /// Worker threads of the data plane
+    #[arg(long, value_name = "N")]
+    pub workers: Option<NonZeroU32>,
+    /// CPUs of those workers, like 2,4-6
+    #[arg(long, value_name = "LIST")]
+    pub cpus: Option<String>,
+}
+
+impl Arguments {
+    /// The same with absolute paths without a trailing slash: rot leaves its working directory,
+    /// and a slash after a symbolic link would have it followed.
+    ///
+    /// # Errors
+    /// An empty path, or a working directory that is gone.
+    pub fn with_absolute_paths(mut self) -> io::Result<Self> {
+        let fixed = [
+            &mut self.bin_dir,
+            &mut self.state_dir,
+            &mut self.run_dir,
+            &mut self.trust,
+        ];
+        for path in fixed
+            .into_iter()
+            .chain(&mut self.keyd_trust)
+            .chain(&mut self.volume_dirs)
+        {
+            *path = std::path::absolute(&*path)?.components().collect();
+        }
+        Ok(self)
+    }
+
+    /// The uid that a role is meant to run with; none is rot's own.
+    #[must_use]
+    pub fn uid(&self, role: Role) -> Option<u32> {
+        match role {
+            Role::Keyd => self.keyd_uid,
+            Role::Agent => self.agent_uid,
+            Role::Dataplane => self.dataplane_uid,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(more: &[&str]) -> Result<Arguments, clap::Error> {
+        let fixed = "rot --host h --bin-dir b --state-dir s/ --run-dir /r/./ --trust t";
+        Arguments::try_parse_from(fixed.split(' ').chain(more.iter().copied()))
+    }
+
+    #[test]
+    fn paths_become_absolute_and_lose_a_trailing_slash() {
+        let arguments = parse(&["--volume-dir", "v"]).unwrap();
+        let arguments = arguments.with_absolute_paths().unwrap();
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(arguments.state_dir, here.join("s"));
+        assert!(!arguments.state_dir.to_str().unwrap().ends_with('/'));
+        assert_eq!(arguments.run_dir.to_str().unwrap(), "/r");
+        assert_eq!(arguments.volume_dirs, [here.join("v")]);
+    }
+
+    #[test]
+    fn refused_the_uid_that_means_unchanged() {
+        let volume = ["--volume-dir", "v", "--keyd-uid"];
+        assert!(parse(&[&volume[..], &["4294967294"]].concat()).is_ok());
+        assert!(parse(&[&volume[..], &["4294967295"]].concat()).is_err());
+    }
+
+    #[test]
+    fn refused_without_a_volume_directory() {
+        assert!(parse(&[]).is_err());
+    }
+}

@@ -1,0 +1,115 @@
+//! What rot takes from itself, and so from every child, before it starts the first.
+//!
+//! It stays root where it was (it gives each child its uid), but with a handful of capabilities,
+//! not dumpable, without new privileges, and behind a filter that ends the process at any socket
+//! but a unix one and at calls that neither rot nor a child ever makes.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::io;
+
+use bulkhead_protocol::process::{StartError, no_dump_no_privileges};
+use caps::{CapSet, Capability, CapsHashSet};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+
+/// What rot needs to give uids, own socket files and end its children. A child with rot's own uid
+/// can have no more: IPC_LOCK is for the data plane's registered memory, SETPCAP lets a child
+/// empty its bounding set.
+const KEPT: [Capability; 8] = [
+    Capability::CAP_SETUID,
+    Capability::CAP_SETGID,
+    Capability::CAP_CHOWN,
+    Capability::CAP_FOWNER,
+    Capability::CAP_DAC_OVERRIDE,
+    Capability::CAP_KILL,
+    Capability::CAP_IPC_LOCK,
+    Capability::CAP_SETPCAP,
+];
+
+/// Calls that end the process: neither rot nor a child makes them.
+const DEADLY: [libc::c_long; 20] = [
+    libc::SYS_ptrace,
+    libc::SYS_process_vm_readv,
+    libc::SYS_process_vm_writev,
+    libc::SYS_pidfd_getfd,
+    libc::SYS_bpf,
+    libc::SYS_perf_event_open,
+    libc::SYS_userfaultfd,
+    libc::SYS_unshare,
+    libc::SYS_setns,
+    libc::SYS_mount,
+    libc::SYS_umount2,
+    libc::SYS_pivot_root,
+    libc::SYS_chroot,
+    libc::SYS_init_module,
+    libc::SYS_finit_module,
+    libc::SYS_kexec_load,
+    libc::SYS_kexec_file_load,
+    libc::SYS_keyctl,
+    libc::SYS_add_key,
+    libc::SYS_request_key,
+];
+
+fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+    step: &'static str,
+) -> impl Fn(E) -> StartError {
+    move |e| StartError::Lockdown {
+        step,
+        source: io::Error::other(e),
+    }
+}
+
+/// Raises the limits that children inherit: open files as far as allowed, locked memory
+/// without end. Says whether the latter worked; an unprivileged rot may not.
+///
+/// # Errors
+/// What `getrlimit` or the allowed `setrlimit` fails with.
+pub fn raise_limits() -> io::Result<bool> {
+    let (_, most_files) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most_files, most_files)?;
+    Ok(setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).is_ok())
+}
+
+/// Locks rot in.
+///
+/// # Errors
+/// [`StartError::Lockdown`] names the step.
+pub fn lock_in() -> Result<(), StartError> {
+    no_dump_no_privileges()?;
+    reduce_capabilities().map_err(failed("capabilities"))?;
+    let program = filter().map_err(failed("seccomp"))?;
+    seccompiler::apply_filter(&program).map_err(failed("seccomp"))
+}
+
+fn reduce_capabilities() -> Result<(), caps::errors::CapsError> {
+    let kept: CapsHashSet = KEPT.into_iter().collect();
+    if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
+        for capability in caps::read(None, CapSet::Bounding)?.difference(&kept) {
+            caps::drop(None, CapSet::Bounding, *capability)?;
+        }
+    }
+    let held = caps::read(None, CapSet::Permitted)?;
+    let kept: CapsHashSet = held.intersection(&kept).copied().collect();
+    caps::clear(None, CapSet::Ambient)?;
+    caps::clear(None, CapSet::Inheritable)?;
+    caps::set(None, CapSet::Effective, &kept)?;
+    caps::set(None, CapSet::Permitted, &kept)
+}
+
+fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
+    let unix = u64::from(libc::AF_UNIX.unsigned_abs());
+    let other_domain = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, unix)?;
+    let socket = vec![SeccompRule::new(vec![other_domain])?];
+    let always = DEADLY.iter().map(|&call| (call, Vec::new()));
+    let filter = SeccompFilter::new(
+        always.chain([(libc::SYS_socket, socket)]).collect(),
+        SeccompAction::Allow,
+        SeccompAction::KillProcess,
+        TargetArch::x86_64,
+    )?;
+    filter.try_into()
+}

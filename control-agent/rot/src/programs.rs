@@ -1,0 +1,157 @@
+//! The three programs: their measured binaries, command lines, environment and users.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::ffi::{CString, NulError, OsStr};
+use std::os::unix::ffi::OsStrExt;
+
+use bulkhead_protocol::process::ROT_ENV;
+use bulkhead_protocol::rot::Role;
+
+use crate::arguments::Arguments;
+use crate::binary::{BinaryError, MeasuredBinary};
+
+/// The log filter, passed on to the children.
+const LOG_ENV: &str = "BULKHEAD_LOG";
+
+/// Why a program is not ready to start.
+#[derive(Debug, thiserror::Error)]
+pub enum ProgramError {
+    /// Its binary.
+    #[error(transparent)]
+    Binary(#[from] BinaryError),
+    /// Its command line.
+    #[error("an argument for {role} has a zero byte: {source}")]
+    Argument {
+        /// Whose.
+        role: Role,
+        /// Where.
+        source: NulError,
+    },
+}
+
+/// What is needed to start a role, as often as it dies.
+#[derive(Debug)]
+pub struct Program {
+    /// Which.
+    pub role: Role,
+    /// Its sealed binary.
+    pub binary: MeasuredBinary,
+    /// Its command line, the name first.
+    pub arguments: Vec<CString>,
+    /// Its whole environment.
+    pub environment: Vec<CString>,
+    /// The uid to take; none keeps rot's own.
+    pub uid: Option<u32>,
+}
+
+impl Program {
+    /// Loads and measures a role's binary and makes its command line.
+    ///
+    /// # Errors
+    /// See [`ProgramError`].
+    pub fn load(role: Role, arguments: &Arguments) -> Result<Self, ProgramError> {
+        let name = format!("bulkhead-{role}");
+        let binary = MeasuredBinary::load(&arguments.bin_dir.join(&name), &name)?;
+        let named = std::iter::once(name.into());
+        let line: Result<_, _> = named
+            .chain(command_line(role, arguments))
+            .map(|word: Vec<u8>| CString::new(word))
+            .collect();
+        let own = nix::unistd::geteuid().as_raw();
+        Ok(Self {
+            role,
+            binary,
+            arguments: line.map_err(|source| ProgramError::Argument { role, source })?,
+            environment: environment().map_err(|source| ProgramError::Argument { role, source })?,
+            uid: arguments.uid(role).filter(|&uid| uid != own),
+        })
+    }
+
+    /// The measurement as hex digits.
+    #[must_use]
+    pub fn measurement_text(&self) -> String {
+        let bytes = self.binary.measurement();
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+fn environment() -> Result<Vec<CString>, NulError> {
+    let mut environment = vec![CString::new(format!("{ROT_ENV}=1"))?];
+    if let Some(filter) = std::env::var_os(LOG_ENV) {
+        let entry = [LOG_ENV.as_bytes(), b"=", filter.as_bytes()].concat();
+        environment.push(CString::new(entry)?);
+    }
+    Ok(environment)
+}
+
+fn command_line(role: Role, arguments: &Arguments) -> Vec<Vec<u8>> {
+    let mut line = Vec::new();
+    let mut option = |name: &str, value: &OsStr| {
+        line.push(name.as_bytes().to_vec());
+        line.push(value.as_bytes().to_vec());
+    };
+    let a = arguments;
+    match role {
+        Role::Keyd => {
+            let trust = a.keyd_trust.as_ref().unwrap_or(&a.trust);
+            option("--host", a.host.as_ref());
+            option("--state-dir", a.state_dir.join(role.name()).as_ref());
+            option("--trust", trust.as_ref());
+        }
+        Role::Agent => {
+            option("--host", a.host.as_ref());
+            option("--state-dir", a.state_dir.join(role.name()).as_ref());
+            option("--trust", a.trust.as_ref());
+            option("--vhost-dir", a.run_dir.join("vhost").as_ref());
+            for directory in &a.volume_dirs {
+                option("--volume-dir", directory.as_ref());
+            }
+        }
+        Role::Dataplane => {
+            if let Some(workers) = a.workers {
+                option("--workers", workers.to_string().as_ref());
+            }
+            if let Some(cpus) = &a.cpus {
+                option("--cpus", cpus.as_ref());
+            }
+        }
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    fn line(role: Role, more: &str) -> String {
+        let fixed =
+            "rot --host h --bin-dir /b --state-dir /s --run-dir /r --trust /t --volume-dir /v";
+        let all = format!("{fixed}{more}");
+        let arguments = Arguments::try_parse_from(all.split(' ')).unwrap();
+        let words = command_line(role, &arguments);
+        String::from_utf8(words.join(&b' ')).unwrap()
+    }
+
+    #[test]
+    fn each_role_gets_its_command_line() {
+        assert_eq!(
+            line(Role::Keyd, ""),
+            "--host h --state-dir /s/keyd --trust /t"
+        );
+        assert_eq!(
+            line(Role::Keyd, " --keyd-trust /k"),
+            "--host h --state-dir /s/keyd --trust /k"
+        );
+        assert_eq!(
+            line(Role::Agent, " --volume-dir /w --keyd-trust /k"),
+            "--host h --state-dir /s/agent --trust /t --vhost-dir /r/vhost --volume-dir /v --volume-dir /w"
+        );
+        assert_eq!(line(Role::Dataplane, ""), "");
+        assert_eq!(
+            line(Role::Dataplane, " --workers 2 --cpus 1,3"),
+            "--workers 2 --cpus 1,3"
+        );
+    }
+}
