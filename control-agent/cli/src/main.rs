@@ -1,2 +1,70 @@
-//! Placeholder.
-fn main() {}
+//! `bulkhead`: the operator's command line. It makes keys, trust roots and volumes, signs bundles,
+//! hands them to a host's agent, and recovers a volume's key when there is no Bulkhead left.
+//!
+//! | module | owns |
+//! | --- | --- |
+//! | `arguments` | the command line |
+//! | `operator` | operators' keys, trust roots, signing |
+//! | `recipient` | the keys of hosts and of recovery |
+//! | `volume` | making a volume: its key, file and stanza |
+//! | `image` | the file behind a new volume |
+//! | `recover` | a volume's key from its recovery key, for `cryptsetup` |
+//! | `show` | what an envelope or a source says |
+//! | `admin` | talking to a host's agent |
+//! | `status` | what the agent answers, as a table or JSON |
+//! | `output` | files written, times and texts for people |
+//! | `failure` | the one error type: a text for the operator |
+//!
+//! Exit codes: 0 done, 1 refused or failed (the reason is on standard error), 2 usage.
+#![forbid(unsafe_code)]
+
+mod admin;
+mod arguments;
+mod failure;
+mod image;
+mod json;
+mod operator;
+mod output;
+mod recipient;
+mod recover;
+mod show;
+mod status;
+mod volume;
+
+use std::process::ExitCode;
+
+use arguments::{Arguments, Command, HostCommand, OperatorCommand};
+use arguments::{RecoveryCommand, TrustCommand, VolumeCommand};
+use bulkhead_protocol::process;
+use failure::Failure;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_process();
+    match lock_in().and_then(|()| run(arguments.command)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("bulkhead: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Before the first secret is read: no core file and no debugger shall see it.
+fn lock_in() -> Result<(), Failure> {
+    Ok(process::no_dump_no_privileges()?)
+}
+
+fn run(command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Operator(OperatorCommand::New(a)) => operator::new(&a),
+        Command::Trust(TrustCommand::New(a)) => operator::trust(&a),
+        Command::Sign(a) => operator::sign(&a),
+        Command::Recovery(RecoveryCommand::New(a)) => recipient::recovery(&a),
+        Command::Host(HostCommand::Init(a)) => recipient::host(&a),
+        Command::Volume(VolumeCommand::Create(a)) => volume::create(&a),
+        Command::Volume(VolumeCommand::Recover(a)) => recover::recover(&a),
+        Command::Show(a) => show::show(&a),
+        Command::Apply(a) => admin::apply(&a),
+        Command::Status(a) => admin::status(&a),
+    }
+}

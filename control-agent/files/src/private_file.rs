@@ -16,7 +16,7 @@ pub const MAX_BYTES: u64 = 64 * 1024;
 #[derive(Debug, thiserror::Error)]
 pub enum PrivateFileError {
     /// It is there already.
-    #[error("{0} exists: secrets are never overwritten; choose another name or move it away")]
+    #[error("{0} exists and is never overwritten: choose another name or move it away")]
     Exists(PathBuf),
     /// Others may read it.
     #[error(

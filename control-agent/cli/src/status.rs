@@ -1,0 +1,176 @@
+//! A host's status as a table for people and as JSON for programs.
+
+use std::fmt::Write as _;
+
+use bulkhead_files::text::to_hex;
+use bulkhead_protocol::admin::{HostStatus, ProcessStatus, VolumeEntry};
+use bulkhead_protocol::control::VolumeStatus;
+
+use crate::json::Json;
+use crate::output::{printable, size, table};
+
+/// Digits of a measurement in the table; `--json` has all of them.
+const SHORT_DIGITS: usize = 16;
+
+/// The table.
+pub(crate) fn to_text(status: &HostStatus) -> String {
+    let mut out = String::new();
+    let digest = status
+        .digest
+        .map_or("none".to_owned(), |digest| to_hex(&digest[..]));
+    let epoch = status
+        .epoch
+        .map_or("none: no bundle was applied yet".to_owned(), |epoch| {
+            format!("{epoch} (the next is above {})", status.epoch_floor)
+        });
+    // Writing to a String does not fail.
+    let _ = write!(
+        out,
+        "host    {}\nepoch   {epoch}\ndigest  {digest}\n",
+        printable(&status.host)
+    );
+    out.push_str("\nprocesses\n");
+    out.push_str(&processes(&status.processes));
+    out.push_str("\nvolumes\n");
+    out.push_str(&volumes(&status.volumes));
+    if !status.pending.is_empty() {
+        out.push_str("\npending: failed, and tried again\n");
+        for step in &status.pending {
+            let _ = writeln!(out, "  {}", printable(step));
+        }
+    }
+    out
+}
+
+fn row(cells: &[&str]) -> Vec<String> {
+    cells.iter().map(|cell| (*cell).to_owned()).collect()
+}
+
+fn processes(processes: &[ProcessStatus]) -> String {
+    let mut rows = vec![row(&["ROLE", "PID", "GENERATION", "MEASUREMENT"])];
+    for process in processes {
+        let mut measurement = to_hex(&process.measurement[..]);
+        measurement.truncate(SHORT_DIGITS);
+        rows.push(vec![
+            process.role.to_string(),
+            process.pid.to_string(),
+            process.generation.to_string(),
+            measurement,
+        ]);
+    }
+    table(&rows)
+}
+
+fn volumes(volumes: &[VolumeEntry]) -> String {
+    if volumes.is_empty() {
+        return "  none\n".to_owned();
+    }
+    let mut rows = vec![row(&[
+        "NAME", "STATE", "KEY", "QUEUES", "OK", "FAILED", "READ", "WRITTEN", "SOCKET",
+    ])];
+    for entry in volumes {
+        rows.push(volume_row(entry));
+    }
+    let mut out = table(&rows);
+    for entry in volumes {
+        if let Some(fault) = entry.state.as_ref().and_then(|state| state.fault.as_ref()) {
+            let _ = writeln!(out, "  {}: {}", printable(&entry.name), printable(fault));
+        }
+    }
+    out
+}
+
+fn volume_row(entry: &VolumeEntry) -> Vec<String> {
+    let mut cells = vec![
+        printable(&entry.name),
+        state_word(entry.state.as_ref()).to_owned(),
+    ];
+    match &entry.state {
+        Some(state) => {
+            let queues = match state.retired_queues {
+                0 => state.running_queues.to_string(),
+                retired => format!("{} ({retired} retired)", state.running_queues),
+            };
+            cells.extend([
+                if state.encrypted { "held" } else { "-" }.to_owned(),
+                queues,
+                state.requests_ok.to_string(),
+                state.requests_failed.to_string(),
+                size(state.read_bytes),
+                size(state.written_bytes),
+            ]);
+        }
+        None => cells.extend(row(&["?"; 6])),
+    }
+    cells.push(printable(&entry.socket_path));
+    cells
+}
+
+/// What a volume is doing, in one word.
+fn state_word(state: Option<&VolumeStatus>) -> &'static str {
+    match state {
+        None => "unknown",
+        Some(state) if state.fault.is_some() => "failed",
+        Some(state) if !state.attached => "detached",
+        Some(state) if state.connected => "connected",
+        Some(_) => "waiting",
+    }
+}
+
+/// The JSON object: every field of [`HostStatus`] under its own name.
+pub(crate) fn to_json(status: &HostStatus) -> String {
+    let texts = |texts: &[String]| Json::Array(texts.iter().map(Json::text).collect());
+    Json::Object(vec![
+        ("host", Json::text(&status.host)),
+        ("epoch", Json::or_null(status.epoch, Json::Number)),
+        ("epoch_floor", Json::Number(status.epoch_floor)),
+        (
+            "digest",
+            Json::or_null(status.digest, |digest| Json::Text(to_hex(&digest[..]))),
+        ),
+        (
+            "processes",
+            Json::Array(status.processes.iter().map(process_json).collect()),
+        ),
+        (
+            "volumes",
+            Json::Array(status.volumes.iter().map(volume_json).collect()),
+        ),
+        ("pending", texts(&status.pending)),
+    ])
+    .to_line()
+}
+
+fn process_json(process: &ProcessStatus) -> Json {
+    Json::Object(vec![
+        ("role", Json::text(process.role)),
+        ("pid", Json::Number(process.pid.into())),
+        ("generation", Json::Number(process.generation)),
+        ("measurement", Json::Text(to_hex(&process.measurement[..]))),
+    ])
+}
+
+fn volume_json(entry: &VolumeEntry) -> Json {
+    Json::Object(vec![
+        ("id", Json::text(entry.volume)),
+        ("name", Json::text(&entry.name)),
+        ("socket", Json::text(&entry.socket)),
+        ("socket_path", Json::text(&entry.socket_path)),
+        ("state", Json::or_null(entry.state.as_ref(), state_json)),
+    ])
+}
+
+fn state_json(state: &VolumeStatus) -> Json {
+    Json::Object(vec![
+        ("attached", Json::Bool(state.attached)),
+        ("connected", Json::Bool(state.connected)),
+        ("encrypted", Json::Bool(state.encrypted)),
+        ("running_queues", Json::Number(state.running_queues.into())),
+        ("retired_queues", Json::Number(state.retired_queues.into())),
+        ("requests_ok", Json::Number(state.requests_ok)),
+        ("requests_failed", Json::Number(state.requests_failed)),
+        ("read_bytes", Json::Number(state.read_bytes)),
+        ("written_bytes", Json::Number(state.written_bytes)),
+        ("fault", Json::or_null(state.fault.as_ref(), Json::text)),
+    ])
+}

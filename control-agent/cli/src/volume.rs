@@ -1,0 +1,193 @@
+//! Making a volume: a random key, sealed and forgotten, its file, and its stanza for a bundle.
+
+use bulkhead_bundle::validate::check_host_name;
+use bulkhead_bundle::{
+    HostBundle, RECOVERY_RECIPIENT, SealedKeyEntry, SocketSpec, Volume, private_file, source,
+    validate,
+};
+use bulkhead_crypto::SecretMemory;
+use bulkhead_files::text::to_hex;
+use bulkhead_protocol::VolumeId;
+use bulkhead_protocol::keys::XTS_KEY_BYTES;
+use bulkhead_sealing::{RecipientPublicKey, VolumeContext, seal};
+
+use crate::arguments::VolumeCreate;
+use crate::failure::Failure;
+use crate::image::Image;
+use crate::output;
+
+/// `volume create`
+pub(crate) fn create(arguments: &VolumeCreate) -> Result<(), Failure> {
+    let recipients = recipients(arguments)?;
+    let mut volume = describe(arguments)?;
+    if let Some(context) = context_of(&volume) {
+        volume.sealed_keys = sealed_keys(&recipients, &context)?;
+    }
+    check(&volume)?;
+    output::must_be_new(&arguments.out)?;
+    let image = Image::prepare(arguments)?;
+    let stanza = source::volume_to_toml(&volume);
+    private_file::create_public(&arguments.out, stanza.as_bytes())?;
+    image.keep();
+    println!("volume       {}", volume.name);
+    println!("id           {}", volume.id);
+    println!("size         {}", output::size(volume.size_bytes));
+    for recipient in &recipients {
+        println!(
+            "sealed to    {}  {}",
+            recipient.name,
+            to_hex(&recipient.fingerprint())
+        );
+    }
+    if recipients.is_empty() {
+        println!("sealed to    nobody: a plain volume, which the host's agent can read");
+    }
+    println!("stanza       {}", arguments.out.display());
+    Ok(())
+}
+
+/// The hosts, then recovery. A file given for the wrong role is refused: a host's key as recovery
+/// would make a volume that only its own host can open.
+fn recipients(arguments: &VolumeCreate) -> Result<Vec<RecipientPublicKey>, Failure> {
+    let mut recipients = Vec::new();
+    for path in &arguments.hosts {
+        let host = RecipientPublicKey::load(path)?;
+        check_host_name(&host.name)
+            .map_err(|e| Failure::at(path, format!("is not a host's public key: {e}")))?;
+        recipients.push(host);
+    }
+    if let Some(path) = &arguments.recovery {
+        let recovery = RecipientPublicKey::load(path)?;
+        if recovery.name != RECOVERY_RECIPIENT {
+            return Err(Failure::at(
+                path,
+                format!(
+                    "is the public key of {:?}, not of recovery: give the .pub file that \
+                     `bulkhead recovery new` made",
+                    recovery.name
+                ),
+            ));
+        }
+        recipients.push(recovery);
+    }
+    Ok(recipients)
+}
+
+/// The volume that the command line describes, still without sealed keys.
+fn describe(arguments: &VolumeCreate) -> Result<Volume, Failure> {
+    let id = random_id()?;
+    let serial = arguments.serial.clone().unwrap_or_else(|| {
+        let digits = to_hex(&id.0);
+        digits.get(..20).unwrap_or_default().to_owned()
+    });
+    let data_unit_bytes = arguments.data_unit.bytes();
+    let logical_block_bytes = match arguments.logical_block.as_deref() {
+        Some("4096") => 4096,
+        Some(_) => 512,
+        None => data_unit_bytes.unwrap_or(512),
+    };
+    Ok(Volume {
+        id,
+        name: arguments.name.clone(),
+        path: arguments.path.clone(),
+        size_bytes: arguments.size,
+        data_unit_bytes,
+        logical_block_bytes,
+        read_only: arguments.read_only,
+        serial,
+        discard: arguments.discard.into(),
+        queues: arguments.queues,
+        socket: SocketSpec {
+            name: arguments.socket.clone(),
+            uid: arguments.socket_uid.unwrap_or(arguments.allowed_uid),
+            gid: arguments.socket_gid,
+            mode: arguments.socket_mode,
+        },
+        allowed_uid: arguments.allowed_uid,
+        force_removal: false,
+        sealed_keys: Vec::new(),
+    })
+}
+
+/// A random UUID (RFC 9562 version 4: six bits say that it is one).
+fn random_id() -> Result<VolumeId, Failure> {
+    let mut id = [0; 16];
+    random(&mut id)?;
+    id[6] = id[6] & 0x0f | 0x40;
+    id[8] = id[8] & 0x3f | 0x80;
+    Ok(VolumeId(id))
+}
+
+/// What the key of a volume is bound to; none for a plain volume.
+pub(crate) fn context_of(volume: &Volume) -> Option<VolumeContext> {
+    Some(VolumeContext {
+        id: volume.id,
+        size_bytes: volume.size_bytes,
+        data_unit_bytes: volume.data_unit_bytes?,
+        logical_block_bytes: volume.logical_block_bytes,
+    })
+}
+
+/// Makes the key, seals it to everybody, and forgets it: it is only ever in secret memory.
+fn sealed_keys(
+    recipients: &[RecipientPublicKey],
+    context: &VolumeContext,
+) -> Result<Vec<SealedKeyEntry>, Failure> {
+    let mut memory = key_memory()?;
+    let key = key_in(&mut memory)?;
+    random(key)?;
+    let mut entries = Vec::with_capacity(recipients.len());
+    for recipient in recipients {
+        let sealed = seal(key, recipient, context)?; // refuses a key with equal halves
+        entries.push(SealedKeyEntry {
+            recipient: sealed.recipient,
+            fingerprint: sealed.fingerprint,
+            enc: sealed.enc,
+            ciphertext: sealed.ciphertext,
+        });
+    }
+    Ok(entries)
+}
+
+/// Room for one volume key in memory that no other process, core file or swap shows; it is wiped
+/// when dropped.
+pub(crate) fn key_memory() -> Result<SecretMemory, Failure> {
+    SecretMemory::new(XTS_KEY_BYTES)
+        .map_err(|e| Failure::new(format!("there is no secret memory for the key: {e}")))
+}
+
+/// The key in that memory.
+pub(crate) fn key_in(memory: &mut SecretMemory) -> Result<&mut [u8; XTS_KEY_BYTES], Failure> {
+    Ok(memory.as_mut_bytes().try_into()?)
+}
+
+fn random(bytes: &mut [u8]) -> Result<(), Failure> {
+    getrandom::fill(bytes).map_err(|e| Failure::new(format!("the system has no randomness: {e}")))
+}
+
+/// Holds the volume against the bundle's own rules, so that the mistake is named here and not when
+/// the bundle is signed.
+fn check(volume: &Volume) -> Result<(), Failure> {
+    validate(&bundle_of(vec![volume.clone()])).map_err(|error| {
+        let option = match error.field {
+            "sealed_key" => "host".to_owned(),
+            field => field.replace('_', "-"),
+        };
+        Failure::new(format!("--{option}: {}", error.problem))
+    })
+}
+
+/// A bundle of nothing but these volumes, to hold them against the rules of bundles.
+pub(crate) fn bundle_of(volumes: Vec<Volume>) -> HostBundle {
+    let mut recipients = volumes.iter().flat_map(|volume| &volume.sealed_keys);
+    let host = recipients.find(|entry| entry.recipient != RECOVERY_RECIPIENT);
+    HostBundle {
+        host: host.map_or("any-host", |entry| &entry.recipient).to_owned(),
+        epoch: 1,
+        supersedes: Vec::new(),
+        not_before: 0,
+        expires: 1,
+        volumes,
+        force_remove: Vec::new(),
+    }
+}
