@@ -1,0 +1,468 @@
+//! The state machine: what is applied, what is asked, who waits. Events go in, actions and a
+//! deadline come out; it waits for nobody and reads no clock.
+//!
+//! One job runs at a time (a bundle being taken in, or a convergence pass) and asks one question
+//! at a time; one operator is served at a time, the others wait in a bounded queue.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::mem;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use bulkhead_bundle::{SocketSpec, TrustRoot};
+use bulkhead_protocol::admin::{AdminReply, AdminRequest, ProcessStatus};
+use bulkhead_protocol::control::AgentToDataplane;
+use bulkhead_protocol::rot::Role;
+use bulkhead_protocol::{SocketName, VolumeId};
+
+use crate::apply::Apply;
+use crate::converge::Pass;
+use crate::message::{Action, Answer, ClientId, Event, Peer};
+use crate::open_files::Files;
+use crate::store::{Found, Store, Stored};
+use crate::volume_file::VolumeDirectories;
+
+/// Most operators that wait.
+const MAX_WAITING: usize = 8;
+/// How long rot and the data plane may take to answer.
+const ANSWER_TIME: Duration = Duration::from_secs(5);
+/// How long keyd may take: the data plane answers every grant meanwhile.
+pub(crate) const ACCEPT_TIME: Duration = Duration::from_secs(20);
+/// How long the data plane may take to answer for a status.
+const STATUS_TIME: Duration = Duration::from_secs(1);
+/// First and longest pause before what failed is tried again.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// What stays the same while the agent runs.
+#[derive(Debug)]
+pub struct Host {
+    /// Name of this host.
+    pub name: String,
+    /// Whose signatures count.
+    pub trust: TrustRoot,
+    /// Where rot binds listeners.
+    pub vhost_dir: PathBuf,
+    /// Where volumes may lie.
+    pub directories: VolumeDirectories,
+}
+
+/// What the host is, as far as the agent knows.
+#[derive(Debug, Default)]
+pub(crate) struct Known {
+    /// The bundle in force.
+    pub(crate) accepted: Option<Stored>,
+    /// A bundle that keyd may have accepted: nothing else happens until that is known.
+    pub(crate) candidate: Option<Stored>,
+    /// Open files of the bundle in force.
+    pub(crate) files: Files,
+    /// keyd accepted the bundle in force since it and the data plane were started.
+    pub(crate) granted: bool,
+    /// Grants that did not arrive, with the reason.
+    pub(crate) undelivered: BTreeMap<VolumeId, String>,
+    /// Listeners that rot confirmed.
+    pub(crate) bound: BTreeMap<SocketName, SocketSpec>,
+    /// Volumes that the data plane serves; none until it was asked.
+    pub(crate) attached: Option<BTreeSet<VolumeId>>,
+    /// Volumes that may accept no frontend because of a removal that did not happen.
+    pub(crate) cancel: BTreeSet<VolumeId>,
+}
+
+/// A question that a peer has not answered yet.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Question {
+    pub(crate) id: u64,
+    pub(crate) peer: Peer,
+    deadline: Instant,
+}
+
+/// How a question of a job ended.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// With an answer.
+    Answer(Answer),
+    /// The peer is gone.
+    PeerGone,
+    /// No answer in time.
+    Silent,
+}
+
+#[derive(Debug)]
+pub(crate) enum Job {
+    Idle,
+    Apply(Box<Apply>),
+    Pass(Pass),
+}
+
+#[derive(Debug)]
+struct Waiting {
+    client: ClientId,
+    ask: Ask,
+}
+
+#[derive(Debug)]
+enum Ask {
+    Status,
+    Apply {
+        dry_run: bool,
+        envelope: std::os::fd::OwnedFd,
+    },
+}
+
+/// The agent.
+#[derive(Debug)]
+pub struct Agent {
+    pub(crate) host: Host,
+    pub(crate) store: Store,
+    pub(crate) known: Known,
+    pub(crate) processes: Vec<ProcessStatus>,
+    pub(crate) pending: Vec<String>,
+    pub(crate) job: Job,
+    pub(crate) question: Option<Question>,
+    status_question: Option<Question>,
+    serving: Option<ClientId>,
+    waiting: VecDeque<Waiting>,
+    next_id: u64,
+    /// How often a peer started or ended, now and when the job's last question was put.
+    changes: u64,
+    changes_when_asked: u64,
+    /// Something changed: a pass is due.
+    stale: bool,
+    retry_at: Option<Instant>,
+    pause: Duration,
+    actions: Vec<Action>,
+}
+
+impl Agent {
+    /// The agent of a host, with what it kept.
+    pub(crate) fn new(host: Host, found: Found, now: Instant) -> Self {
+        let Found {
+            store,
+            accepted,
+            candidate,
+        } = found;
+        // An earlier agent may have ended between preparing a removal and undoing it.
+        let volumes = accepted.as_ref().map_or(&[][..], |s| &s.bundle.volumes);
+        let known = Known {
+            cancel: volumes.iter().map(|volume| volume.id).collect(),
+            accepted,
+            candidate,
+            ..Known::default()
+        };
+        Self {
+            host,
+            store,
+            known,
+            processes: Vec::new(),
+            pending: Vec::new(),
+            job: Job::Idle,
+            question: None,
+            status_question: None,
+            serving: None,
+            waiting: VecDeque::new(),
+            next_id: 1,
+            changes: 0,
+            changes_when_asked: 0,
+            stale: false,
+            // Peers are announced within this time; without them nothing can be done anyway.
+            retry_at: Some(now + FIRST_PAUSE),
+            pause: FIRST_PAUSE,
+            actions: Vec::new(),
+        }
+    }
+
+    /// Takes in something that happened.
+    pub fn handle(&mut self, now: Instant, event: Event) {
+        match event {
+            Event::Started(process) => self.started(now, process),
+            Event::Ended(peer) => self.ended(now, peer),
+            Event::Answered {
+                peer,
+                request_id,
+                answer,
+            } => self.answered(now, peer, request_id, answer),
+            Event::Asked {
+                client,
+                request,
+                envelope,
+            } => self.asked(client, request, envelope),
+            Event::Gone(client) => self.waiting.retain(|waiting| waiting.client != client),
+        }
+        self.go_on(now);
+    }
+
+    /// Ends what is overdue and starts what is due.
+    pub fn tick(&mut self, now: Instant) {
+        if let Some(question) = self.question.take_if(|q| q.deadline <= now) {
+            tracing::warn!("{} did not answer in time", question.peer);
+            self.job_outcome(now, question.peer, Outcome::Silent);
+        }
+        if self
+            .status_question
+            .take_if(|q| q.deadline <= now)
+            .is_some()
+        {
+            self.answer_status(None);
+        }
+        self.apply_overdue(now);
+        self.go_on(now);
+    }
+
+    /// When [`Agent::tick`] is due next.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Instant> {
+        let questions = [&self.question, &self.status_question];
+        let asked = questions.into_iter().flatten().map(|q| q.deadline);
+        let decide_by = match &self.job {
+            Job::Apply(apply) => apply.decide_by(),
+            _ => None,
+        };
+        asked.chain(decide_by).chain(self.retry_at).min()
+    }
+
+    /// What is to be sent, in this order.
+    pub fn take_actions(&mut self) -> Vec<Action> {
+        mem::take(&mut self.actions)
+    }
+
+    pub(crate) fn act(&mut self, action: Action) {
+        self.actions.push(action);
+    }
+
+    pub(crate) fn fresh_id(&mut self) -> u64 {
+        let id = self.next_id;
+        self.next_id += 1;
+        id
+    }
+
+    /// Whether a peer is there to be asked.
+    pub(crate) fn is_there(&self, peer: Peer) -> bool {
+        let role = match peer {
+            Peer::Rot => return true,
+            Peer::Keyd => Role::Keyd,
+            Peer::Dataplane => Role::Dataplane,
+        };
+        self.processes.iter().any(|process| process.role == role)
+    }
+
+    /// Puts the job's one question; `make` gets its id.
+    pub(crate) fn ask(&mut self, now: Instant, peer: Peer, make: impl FnOnce(u64) -> Action) {
+        let id = self.fresh_id();
+        let time = match peer {
+            Peer::Keyd => ACCEPT_TIME,
+            Peer::Rot | Peer::Dataplane => ANSWER_TIME,
+        };
+        self.question = Some(Question {
+            id,
+            peer,
+            deadline: now + time,
+        });
+        self.changes_when_asked = self.changes;
+        let action = make(id);
+        self.act(action);
+    }
+
+    /// Whether every peer is the process it was when the job's last question was put.
+    pub(crate) fn asked_same_peers(&self) -> bool {
+        self.changes == self.changes_when_asked
+    }
+
+    /// Ends the job; the operator whose it was gets the reply.
+    pub(crate) fn end_job(&mut self, reply: Option<(ClientId, AdminReply)>) {
+        self.job = Job::Idle;
+        self.question = None;
+        if let Some((client, reply)) = reply {
+            self.reply(client, reply);
+        }
+    }
+
+    /// Replies and serves the next.
+    pub(crate) fn reply(&mut self, client: ClientId, reply: AdminReply) {
+        if self.serving == Some(client) {
+            self.serving = None;
+        }
+        self.act(Action::Reply(client, reply));
+    }
+
+    /// A pass is due as soon as nothing else runs.
+    pub(crate) fn want_pass(&mut self) {
+        self.stale = true;
+    }
+
+    /// A pass ended with this much left to do.
+    pub(crate) fn schedule(&mut self, now: Instant, pending: Vec<String>) {
+        if pending.is_empty() {
+            self.pause = FIRST_PAUSE;
+            self.retry_at = None;
+        } else {
+            self.retry_at = Some(now + self.pause);
+            self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        }
+        for line in pending.iter().filter(|line| !self.pending.contains(line)) {
+            tracing::warn!("pending: {line}");
+        }
+        self.pending = pending;
+    }
+
+    fn started(&mut self, now: Instant, process: ProcessStatus) {
+        let role = process.role;
+        self.processes.retain(|other| other.role != role);
+        self.processes.push(process);
+        let peer = match role {
+            Role::Agent => return,
+            Role::Keyd => Peer::Keyd,
+            Role::Dataplane => Peer::Dataplane,
+        };
+        self.forget(now, peer);
+        self.peer_is_back(now, peer);
+        self.pause = FIRST_PAUSE;
+        if self.is_there(Peer::Keyd) && self.is_there(Peer::Dataplane) {
+            self.want_pass();
+        }
+    }
+
+    fn ended(&mut self, now: Instant, peer: Peer) {
+        let role = match peer {
+            Peer::Rot => return,
+            Peer::Keyd => Role::Keyd,
+            Peer::Dataplane => Role::Dataplane,
+        };
+        self.processes.retain(|process| process.role != role);
+        self.forget(now, peer);
+        let soon = now + FIRST_PAUSE;
+        self.retry_at = Some(self.retry_at.map_or(soon, |at| at.min(soon)));
+    }
+
+    /// What a generation of a peer knew and was asked is void.
+    fn forget(&mut self, now: Instant, peer: Peer) {
+        self.changes += 1;
+        self.known.granted = false;
+        if peer == Peer::Dataplane {
+            self.known.attached = None;
+            self.known.undelivered.clear();
+        }
+        if self.question.take_if(|q| q.peer == peer).is_some() {
+            self.job_outcome(now, peer, Outcome::PeerGone);
+        }
+        if self.status_question.take_if(|q| q.peer == peer).is_some() {
+            self.answer_status(None);
+        }
+    }
+
+    fn answered(&mut self, now: Instant, peer: Peer, request_id: u64, answer: Answer) {
+        let is_it = |q: &mut Question| q.peer == peer && q.id == request_id;
+        if self.question.take_if(is_it).is_some() {
+            self.job_outcome(now, peer, Outcome::Answer(answer));
+        } else if self.status_question.take_if(is_it).is_some() {
+            let volumes = match answer {
+                Answer::Volumes(volumes) => Some(volumes),
+                _ => None,
+            };
+            self.answer_status(volumes);
+        } else {
+            // An undo is not waited for, and an answer may come after its deadline.
+            tracing::debug!("{peer} answered request {request_id}, which nobody waits for");
+        }
+    }
+
+    fn job_outcome(&mut self, now: Instant, peer: Peer, outcome: Outcome) {
+        match &self.job {
+            Job::Idle => {}
+            Job::Apply(_) => self.apply_outcome(now, outcome),
+            Job::Pass(_) => self.pass_outcome(now, peer, outcome),
+        }
+    }
+
+    fn peer_is_back(&mut self, now: Instant, peer: Peer) {
+        match &mut self.job {
+            Job::Idle => {}
+            Job::Apply(_) => self.apply_peer_back(now, peer),
+            Job::Pass(pass) => pass.peer_is_back(peer),
+        }
+    }
+
+    fn asked(
+        &mut self,
+        client: ClientId,
+        request: AdminRequest,
+        envelope: Option<std::os::fd::OwnedFd>,
+    ) {
+        let refuse = |reason: &str| AdminReply::Refused {
+            reason: reason.to_owned(),
+        };
+        if self.waiting.len() >= MAX_WAITING {
+            let reason = "the agent is busy with other requests: try again in a moment";
+            return self.act(Action::Reply(client, refuse(reason)));
+        }
+        let ask = match (request, envelope) {
+            (AdminRequest::Status, _) => Ask::Status,
+            (AdminRequest::Apply { dry_run }, Some(envelope)) => Ask::Apply { dry_run, envelope },
+            (AdminRequest::Apply { .. }, None) => {
+                let reason = "the request came without an envelope";
+                return self.act(Action::Reply(client, refuse(reason)));
+            }
+        };
+        self.waiting.push_back(Waiting { client, ask });
+    }
+
+    /// Starts whatever can be started.
+    fn go_on(&mut self, now: Instant) {
+        loop {
+            if matches!(self.job, Job::Idle) {
+                let due = self.retry_at.is_some_and(|at| at <= now);
+                if self.stale || due {
+                    self.stale = false;
+                    self.retry_at = None;
+                    self.start_pass(now, None);
+                    continue;
+                }
+            }
+            if self.serving.is_some() || !self.serve_next(now) {
+                return;
+            }
+        }
+    }
+
+    /// Whether another operator's request was begun.
+    fn serve_next(&mut self, now: Instant) -> bool {
+        // While keyd's decision is open, a bundle is refused at once.
+        let idle = matches!(self.job, Job::Idle) || self.known.candidate.is_some();
+        let ready = |w: &Waiting| idle || matches!(w.ask, Ask::Status);
+        if !self.waiting.front().is_some_and(ready) {
+            return false;
+        }
+        let Some(Waiting { client, ask }) = self.waiting.pop_front() else {
+            return false;
+        };
+        self.serving = Some(client);
+        match ask {
+            Ask::Status => self.ask_status(now),
+            Ask::Apply { dry_run, envelope } => self.start_apply(now, client, dry_run, &envelope),
+        }
+        true
+    }
+
+    fn ask_status(&mut self, now: Instant) {
+        if !self.is_there(Peer::Dataplane) {
+            return self.answer_status(None);
+        }
+        let request_id = self.fresh_id();
+        self.status_question = Some(Question {
+            id: request_id,
+            peer: Peer::Dataplane,
+            deadline: now + STATUS_TIME,
+        });
+        self.act(Action::Dataplane(
+            AgentToDataplane::Status { request_id },
+            None,
+        ));
+    }
+
+    fn answer_status(&mut self, volumes: Option<Vec<bulkhead_protocol::control::VolumeStatus>>) {
+        let status = self.status(volumes);
+        if let Some(client) = self.serving {
+            self.reply(client, AdminReply::Status { status });
+        }
+    }
+}

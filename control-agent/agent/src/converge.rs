@@ -1,0 +1,422 @@
+//! A convergence pass: steps taken one after the other until none is due, each failure kept as
+//! pending with its reason. A peer that does not answer is not asked again in the same pass.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::mem;
+use std::time::Instant;
+
+use bulkhead_bundle::Volume;
+use bulkhead_protocol::admin::AdminReply;
+use bulkhead_protocol::control::{AgentToDataplane, VolumeStatus};
+use bulkhead_protocol::keys::{AgentToKeyd, Undelivered};
+use bulkhead_protocol::rot::ToRot;
+use bulkhead_protocol::{SocketName, VolumeId, envelope};
+
+use crate::agent::{Agent, Job, Outcome};
+use crate::message::{Action, Answer, ClientId, Peer};
+use crate::plan::{Change, Plan};
+use crate::step::{self, Step};
+use crate::store::StoreError;
+use crate::text::{first_lines, plain};
+
+/// A pass.
+#[derive(Debug, Default)]
+pub(crate) struct Pass {
+    current: Option<Step>,
+    failed: BTreeMap<Step, String>,
+    silent: BTreeSet<Peer>,
+    /// Whether anything was done.
+    busy: bool,
+    /// The data plane refused a volume.
+    grant_again: bool,
+    /// For whom, and what was done before.
+    operator: Option<(ClientId, Vec<String>)>,
+}
+
+/// How a step began.
+enum Begun {
+    /// Its answer is waited for.
+    Asked,
+    /// There was nothing to ask.
+    Done,
+}
+
+impl Pass {
+    /// What failed because of a peer's earlier generation is due again.
+    pub(crate) fn peer_is_back(&mut self, peer: Peer) {
+        self.silent.remove(&peer);
+        self.failed.retain(|step, _| step.peer() != peer);
+    }
+
+    fn lines(self, bundle: Option<&bulkhead_bundle::HostBundle>) -> Vec<String> {
+        let line = |(step, reason): (Step, String)| format!("{}: {reason}", step.describe(bundle));
+        self.failed.into_iter().map(line).collect()
+    }
+}
+
+impl Agent {
+    /// Starts a pass; `operator` waits for its end, with lines on what happened already.
+    pub(crate) fn start_pass(&mut self, now: Instant, operator: Option<(ClientId, Vec<String>)>) {
+        self.job = Job::Pass(Pass {
+            busy: operator.is_some(),
+            operator,
+            ..Pass::default()
+        });
+        self.run_pass(now);
+    }
+
+    /// How the current step's question ended.
+    pub(crate) fn pass_outcome(&mut self, now: Instant, peer: Peer, outcome: Outcome) {
+        let Job::Pass(pass) = &mut self.job else {
+            return;
+        };
+        let Some(step) = pass.current.take() else {
+            return;
+        };
+        if matches!(outcome, Outcome::Silent) {
+            pass.silent.insert(peer);
+        }
+        // Whatever grant it lacks: keyd sends them all again in the next pass.
+        pass.grant_again |= matches!(
+            (&step, &outcome),
+            (Step::Attach(_), Outcome::Answer(Answer::Refused(_)))
+        );
+        let result = match outcome {
+            Outcome::Answer(answer) => self.step_answered(&step, answer),
+            Outcome::PeerGone => Err(format!("{peer} ended before it answered")),
+            Outcome::Silent => Err("no answer in time".to_owned()),
+        };
+        if let (Job::Pass(pass), Err(reason)) = (&mut self.job, result) {
+            pass.failed.insert(step, reason);
+        }
+        self.run_pass(now);
+    }
+
+    /// Takes steps until one has to wait for its answer, or none is due.
+    fn run_pass(&mut self, now: Instant) {
+        loop {
+            let Job::Pass(pass) = &mut self.job else {
+                return;
+            };
+            let Some(step) = step::next(&self.known, self.store.unfinished(), &pass.failed) else {
+                return self.finish_pass(now);
+            };
+            let peer = step.peer();
+            pass.busy = true;
+            pass.current = Some(step.clone());
+            let begun = if pass.silent.contains(&peer) {
+                Err(format!("{peer} does not answer"))
+            } else if self.is_there(peer) {
+                self.begin(now, &step)
+            } else {
+                Err(format!("{peer} is not there; rot starts it again"))
+            };
+            if matches!(begun, Ok(Begun::Asked)) {
+                return;
+            }
+            if let Job::Pass(pass) = &mut self.job {
+                pass.current = None;
+                if let Err(reason) = begun {
+                    pass.failed.insert(step, reason);
+                }
+            }
+        }
+    }
+
+    fn finish_pass(&mut self, now: Instant) {
+        let Job::Pass(mut pass) = mem::replace(&mut self.job, Job::Idle) else {
+            return;
+        };
+        let operator = pass.operator.take();
+        let busy = pass.busy;
+        self.known.granted &= !pass.grant_again;
+        let bundle = self.known.accepted.as_ref().map(|s| &*s.bundle);
+        let pending = pass.lines(bundle);
+        let epoch = bundle.map_or(0, |bundle| bundle.epoch);
+        if busy && pending.is_empty() && self.known.accepted.is_some() {
+            // Exactly these words are waited for by whoever watches the log.
+            tracing::info!(epoch, "bundle applied");
+        }
+        let reply = operator.map(|(client, steps)| {
+            let reply = AdminReply::Applied {
+                epoch,
+                steps: first_lines(steps),
+                pending: first_lines(pending.clone()),
+            };
+            (client, reply)
+        });
+        self.schedule(now, pending);
+        self.end_job(reply);
+    }
+
+    /// Puts a step's question.
+    fn begin(&mut self, now: Instant, step: &Step) -> Result<Begun, String> {
+        let peer = step.peer();
+        match step {
+            Step::Decide | Step::Accept => {
+                if *step == Step::Accept && !self.is_there(Peer::Dataplane) {
+                    return Err("the data plane is not there to take the grants".to_owned());
+                }
+                let envelope = self.envelope_of(step)?;
+                self.ask(now, peer, |request_id| {
+                    Action::Keyd(AgentToKeyd::Accept { request_id }, envelope)
+                });
+            }
+            Step::Unbind(name) => {
+                let name = name.clone();
+                self.ask(now, peer, |request_id| {
+                    Action::Rot(ToRot::Unbind { request_id, name })
+                });
+            }
+            Step::Bind(name) => {
+                let socket = self.listener(name)?.socket.clone();
+                self.ask(now, peer, |request_id| {
+                    Action::Rot(ToRot::Bind {
+                        request_id,
+                        name: socket.name,
+                        uid: socket.uid,
+                        gid: socket.gid,
+                        mode: socket.mode,
+                    })
+                });
+            }
+            Step::Attach(id) => self.begin_attach(now, *id)?,
+            Step::Survey => {
+                self.ask_dataplane(now, |request_id| AgentToDataplane::Status { request_id })
+            }
+            Step::Detach(volume) => {
+                let volume = *volume;
+                if !self
+                    .known
+                    .attached
+                    .as_ref()
+                    .is_some_and(|a| a.contains(&volume))
+                {
+                    return self.detached(volume).map(|()| Begun::Done);
+                }
+                self.ask_dataplane(now, |request_id| AgentToDataplane::Detach {
+                    request_id,
+                    volume,
+                });
+            }
+            Step::Cancel(volume) => {
+                let volume = *volume;
+                self.ask_dataplane(now, |request_id| AgentToDataplane::CancelRemove {
+                    request_id,
+                    volume,
+                });
+            }
+        }
+        Ok(Begun::Asked)
+    }
+
+    /// Puts a question without a descriptor to the data plane.
+    pub(crate) fn ask_dataplane(
+        &mut self,
+        now: Instant,
+        make: impl FnOnce(u64) -> AgentToDataplane,
+    ) {
+        self.ask(now, Peer::Dataplane, |id| Action::Dataplane(make(id), None));
+    }
+
+    fn envelope_of(&self, step: &Step) -> Result<std::os::fd::OwnedFd, String> {
+        let stored = match step {
+            Step::Decide => &self.known.candidate,
+            _ => &self.known.accepted,
+        };
+        let stored = stored.as_ref().ok_or("there is no bundle")?;
+        envelope::to_memfd(&stored.envelope).map_err(|error| error.to_string())
+    }
+
+    fn listener(&self, name: &SocketName) -> Result<&Volume, String> {
+        let volumes = self.known.accepted.as_ref().map(|s| &s.bundle.volumes);
+        volumes
+            .into_iter()
+            .flatten()
+            .find(|volume| volume.socket.name == *name)
+            .ok_or_else(|| "no volume has it".to_owned())
+    }
+
+    /// Opens and locks the volume's file if that was not done yet, and sends it.
+    fn begin_attach(&mut self, now: Instant, id: VolumeId) -> Result<(), String> {
+        let bundle = self.known.accepted.as_ref().map(|stored| &stored.bundle);
+        let volume = bundle
+            .and_then(|bundle| bundle.volume(id))
+            .ok_or("it is not in the bundle")?;
+        let socket = volume.socket.name.clone();
+        let mut file = match self.known.files.remove(&id) {
+            Some(file) => file,
+            None => self
+                .host
+                .directories
+                .open_volume(volume)
+                .map_err(|error| error.to_string())?,
+        };
+        let locked = file.lock();
+        let descriptor = file.descriptor();
+        self.known.files.insert(id, file);
+        locked.map_err(|error| error.to_string())?;
+        let descriptor = descriptor.map_err(|error| error.to_string())?;
+        self.ask(now, Peer::Dataplane, |request_id| {
+            let message = AgentToDataplane::Attach {
+                request_id,
+                volume: id,
+                socket,
+            };
+            Action::Dataplane(message, Some(descriptor))
+        });
+        Ok(())
+    }
+
+    /// Records what an answer says; an answer of another kind than the question's is a refusal.
+    fn step_answered(&mut self, step: &Step, answer: Answer) -> Result<(), String> {
+        match (step, answer) {
+            (Step::Decide, Answer::Accepted { epoch, undelivered }) => {
+                self.candidate_accepted(epoch, undelivered)
+            }
+            (Step::Decide, Answer::Refused(reason)) => self.candidate_refused(&reason),
+            (Step::Accept, Answer::Accepted { epoch, undelivered }) => {
+                let ours = self.known.accepted.as_ref().map(|s| s.bundle.epoch);
+                if ours != Some(epoch) {
+                    return Err(format!("keyd says that it accepted epoch {epoch}"));
+                }
+                self.take_grants(undelivered)
+            }
+            // Nothing was prepared: so much the better.
+            (Step::Cancel(id), Answer::Done | Answer::Refused(_)) => {
+                self.known.cancel.remove(id);
+                Ok(())
+            }
+            (_, Answer::Refused(reason)) => Err(reason),
+            (Step::Survey, Answer::Volumes(volumes)) => {
+                self.take_survey(&volumes);
+                Ok(())
+            }
+            (Step::Bind(name), Answer::Done) => {
+                let socket = self.listener(name)?.socket.clone();
+                self.known.bound.insert(name.clone(), socket);
+                Ok(())
+            }
+            (Step::Detach(id), Answer::Done) => self.detached(*id),
+            (Step::Attach(id), Answer::Done) => {
+                self.known.attached.get_or_insert_default().insert(*id);
+                Ok(())
+            }
+            (Step::Unbind(name), Answer::Done) => self.unbound(name),
+            (step, _) => Err(format!("{} gave an answer of another kind", step.peer())),
+        }
+    }
+
+    fn take_survey(&mut self, volumes: &[VolumeStatus]) {
+        let attached = volumes.iter().filter(|status| status.attached);
+        self.known.attached = Some(attached.map(|status| status.volume).collect());
+    }
+
+    /// keyd accepted the bundle in force, and the data plane answered its grants.
+    pub(crate) fn take_grants(&mut self, undelivered: Vec<Undelivered>) -> Result<(), String> {
+        // What was granted to a process that is gone has to be granted again.
+        self.known.granted = self.asked_same_peers();
+        // A grant that differs detached its volume.
+        self.known.attached = None;
+        let pairs = undelivered.into_iter();
+        self.known.undelivered = pairs.map(|u| (u.volume, plain(&u.reason))).collect();
+        let bundle = self.known.accepted.as_ref().map(|stored| &stored.bundle);
+        let line = |(id, reason): (&VolumeId, &String)| {
+            let name = bundle.and_then(|b| Some(b.volume(*id)?.name.clone()));
+            format!("{}: {reason}", name.unwrap_or_else(|| id.to_string()))
+        };
+        if self.known.undelivered.is_empty() {
+            return Ok(());
+        }
+        let lines: Vec<String> = self.known.undelivered.iter().map(line).collect();
+        Err(format!("not taken by the data plane: {}", lines.join("; ")))
+    }
+
+    fn candidate_accepted(
+        &mut self,
+        epoch: u64,
+        undelivered: Vec<Undelivered>,
+    ) -> Result<(), String> {
+        match &self.known.candidate {
+            Some(candidate) if candidate.bundle.epoch == epoch => {}
+            _ => return Err(format!("keyd says that it accepted epoch {epoch}")),
+        }
+        self.commit().map_err(|error| error.to_string())?;
+        // What did not arrive is a matter of the next step, which is due because of it.
+        let _ = self.take_grants(undelivered);
+        Ok(())
+    }
+
+    fn candidate_refused(&mut self, reason: &str) -> Result<(), String> {
+        self.store
+            .drop_candidate()
+            .map_err(|error| error.to_string())?;
+        self.known.candidate = None;
+        tracing::warn!("keyd refused the bundle whose fate was open: {reason}");
+        Ok(())
+    }
+
+    /// Makes the candidate the bundle in force: on disk first, then here. On an error it stays
+    /// the candidate.
+    pub(crate) fn commit(&mut self) -> Result<(), StoreError> {
+        let Some(candidate) = self.known.candidate.take() else {
+            return Ok(());
+        };
+        let old = self.known.accepted.as_ref().map(|stored| &*stored.bundle);
+        let plan = Plan::between(old, &candidate.bundle);
+        let mut unfinished = self.store.unfinished().clone();
+        let volumes = &candidate.bundle.volumes;
+        unfinished
+            .listeners
+            .extend(volumes.iter().map(|v| v.socket.name.clone()));
+        for leaving in &plan.leaving {
+            match leaving.change {
+                Some(Change::File) => unfinished.detach.insert(leaving.id),
+                _ => unfinished.detach.remove(&leaving.id),
+            };
+        }
+        let (epoch, digest) = (candidate.bundle.epoch, candidate.bundle.digest());
+        let written = self
+            .store
+            .set_unfinished(unfinished)
+            .and_then(|()| self.store.commit(epoch, digest));
+        if let Err(error) = written {
+            self.known.candidate = Some(candidate);
+            return Err(error);
+        }
+        for leaving in &plan.leaving {
+            self.known.files.remove(&leaving.id);
+        }
+        self.known
+            .cancel
+            .retain(|id| candidate.bundle.volume(*id).is_some());
+        self.known.granted = false;
+        self.known.attached = None;
+        self.known.accepted = Some(candidate);
+        Ok(())
+    }
+
+    /// The mark goes before the volume is attached again: were it left, a crash would detach the
+    /// volume once more, with a frontend connected.
+    fn detached(&mut self, id: VolumeId) -> Result<(), String> {
+        let mut unfinished = self.store.unfinished().clone();
+        unfinished.detach.remove(&id);
+        self.store
+            .set_unfinished(unfinished)
+            .map_err(|error| error.to_string())?;
+        if let Some(attached) = &mut self.known.attached {
+            attached.remove(&id);
+        }
+        Ok(())
+    }
+
+    fn unbound(&mut self, name: &SocketName) -> Result<(), String> {
+        self.known.bound.remove(name);
+        let mut unfinished = self.store.unfinished().clone();
+        unfinished.listeners.remove(name);
+        self.store
+            .set_unfinished(unfinished)
+            .map_err(|error| error.to_string())
+    }
+}

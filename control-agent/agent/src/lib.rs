@@ -1,0 +1,39 @@
+//! The control agent: it takes signed configurations from the operator, verifies them, and makes
+//! the host what they say, through rot (listeners), keyd (grants and keys) and the data plane
+//! (volumes). It holds paths and names, never a key, a listener or guest memory.
+//!
+//! A configuration is applied in these steps, each a function:
+//! [`Agent::handle`] (a request and its envelope, capped) -> `verify` of the bundle crate ->
+//! [`Plan::between`] (pure) -> [`VolumeDirectories::open_volume`] for each new file -> asking the
+//! data plane and keyd (`apply`, undone in full if anyone refuses) -> [`Store::commit`] ->
+//! the convergence pass (`converge`): listeners, files, what goes; what fails there is retried.
+//!
+//! The agent is one thread around one state machine: [`Agent`] takes events and gives actions and
+//! deadlines, and never waits; [`event_loop`] owns every descriptor and does the waiting.
+#![forbid(unsafe_code)]
+
+mod agent;
+mod apply;
+mod arguments;
+mod clients;
+mod converge;
+pub mod event_loop;
+mod lockdown;
+mod message;
+mod open_files;
+mod plan;
+mod start;
+mod state_file;
+mod status;
+mod step;
+mod store;
+mod text;
+mod volume_file;
+
+pub use agent::{Agent, Host};
+pub use arguments::Arguments;
+pub use message::{Action, Answer, ClientId, Event, Peer};
+pub use plan::{Change, Plan};
+pub use start::{StartupError, run};
+pub use store::{Store, StoreError, Stored};
+pub use volume_file::{VolumeDirectories, VolumeFile, VolumeFileError};

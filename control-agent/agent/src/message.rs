@@ -1,0 +1,125 @@
+//! What the state machine takes and gives: events, answers of peers in one form, and actions.
+
+use std::os::fd::OwnedFd;
+
+use bulkhead_protocol::admin::{AdminReply, AdminRequest, ProcessStatus};
+use bulkhead_protocol::control::{AgentToDataplane, DataplaneToAgent, VolumeStatus};
+use bulkhead_protocol::keys::{AgentToKeyd, KeydToAgent, Undelivered};
+use bulkhead_protocol::rot::ToRot;
+
+use crate::text::plain;
+
+/// A connection of the operator's command line; never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ClientId(pub u64);
+
+/// Whom the agent asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Peer {
+    /// The root of trust.
+    Rot,
+    /// The key service.
+    Keyd,
+    /// The data plane.
+    Dataplane,
+}
+
+impl std::fmt::Display for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Rot => "rot",
+            Self::Keyd => "keyd",
+            Self::Dataplane => "the data plane",
+        })
+    }
+}
+
+/// A peer's answer to one request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// Done.
+    Done,
+    /// Refused or failed, nothing changed; the reason, made plain.
+    Refused(String),
+    /// keyd accepted an envelope.
+    Accepted {
+        /// Epoch of the bundle, as keyd read it.
+        epoch: u64,
+        /// Grants that did not arrive.
+        undelivered: Vec<Undelivered>,
+    },
+    /// What the volumes are doing.
+    Volumes(Vec<VolumeStatus>),
+}
+
+/// Something that happened.
+#[derive(Debug)]
+pub enum Event {
+    /// rot announced a process; for keyd and the data plane the channel to it stands.
+    Started(ProcessStatus),
+    /// A peer's channel is closed.
+    Ended(Peer),
+    /// A peer answered.
+    Answered {
+        /// Who.
+        peer: Peer,
+        /// What.
+        request_id: u64,
+        /// How.
+        answer: Answer,
+    },
+    /// An operator asks.
+    Asked {
+        /// Who.
+        client: ClientId,
+        /// What.
+        request: AdminRequest,
+        /// The envelope, for [`AdminRequest::Apply`] and for nothing else.
+        envelope: Option<OwnedFd>,
+    },
+    /// An operator's connection is closed.
+    Gone(ClientId),
+}
+
+/// Something to be sent.
+#[derive(Debug)]
+pub enum Action {
+    /// To rot.
+    Rot(ToRot),
+    /// To keyd, with an envelope.
+    Keyd(AgentToKeyd, OwnedFd),
+    /// To the data plane, with a volume's file where the message has one.
+    Dataplane(AgentToDataplane, Option<OwnedFd>),
+    /// To an operator; the connection is closed afterwards.
+    Reply(ClientId, AdminReply),
+}
+
+/// keyd's message as request id and answer.
+#[must_use]
+pub fn from_keyd(message: KeydToAgent) -> (u64, Answer) {
+    match message {
+        KeydToAgent::Accepted {
+            request_id,
+            epoch,
+            undelivered,
+        } => (request_id, Answer::Accepted { epoch, undelivered }),
+        KeydToAgent::Refused { request_id, reason } => {
+            (request_id, Answer::Refused(plain(&reason)))
+        }
+    }
+}
+
+/// The data plane's message as request id and answer.
+#[must_use]
+pub fn from_dataplane(message: DataplaneToAgent) -> (u64, Answer) {
+    match message {
+        DataplaneToAgent::Done { request_id } => (request_id, Answer::Done),
+        DataplaneToAgent::Refused { request_id, reason } => {
+            (request_id, Answer::Refused(plain(&reason)))
+        }
+        DataplaneToAgent::Status {
+            request_id,
+            volumes,
+        } => (request_id, Answer::Volumes(volumes)),
+    }
+}

@@ -1,0 +1,172 @@
+//! The plan: what a new bundle changes against the one that is applied. Pure; it asks nobody.
+
+use bulkhead_bundle::{HostBundle, SocketSpec, Volume};
+use bulkhead_protocol::{SocketName, VolumeId};
+
+/// What kind of change a kept volume id goes through, where it has to be detached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// Something keyd grants: the data plane detaches the volume when the new grant arrives.
+    Grant,
+    /// Only the file behind it: the grant stays as it is, so that the agent has to detach it.
+    File,
+}
+
+/// A volume that has to be detached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leaving {
+    /// Which.
+    pub id: VolumeId,
+    /// Its name in the applied bundle.
+    pub name: String,
+    /// Also while a frontend is connected.
+    pub force: bool,
+    /// How it comes back; none if it does not.
+    pub change: Option<Change>,
+}
+
+/// What a bundle changes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Plan {
+    /// Volumes that were not there.
+    pub added: Vec<VolumeId>,
+    /// Volumes that go or have to be detached for a change, in the order of the applied bundle.
+    pub leaving: Vec<Leaving>,
+    /// Volumes that go on undisturbed.
+    pub kept: Vec<VolumeId>,
+    /// Listeners that are new, or get another owner or mode.
+    pub bind: Vec<SocketName>,
+    /// Listeners that go.
+    pub unbind: Vec<SocketName>,
+}
+
+impl Plan {
+    /// From the bundle that is applied (none at first) to a new one.
+    #[must_use]
+    pub fn between(old: Option<&HostBundle>, new: &HostBundle) -> Self {
+        let before = old.map_or(&[][..], |bundle| &bundle.volumes);
+        let mut plan = Self::default();
+        for volume in before {
+            let after = new.volume(volume.id);
+            let change = after.and_then(|after| change(volume, after));
+            match (after, change) {
+                (Some(_), None) => plan.kept.push(volume.id),
+                (after, change) => plan.leaving.push(Leaving {
+                    id: volume.id,
+                    name: volume.name.clone(),
+                    force: may_force(volume, after, new),
+                    change,
+                }),
+            }
+        }
+        let old_volume = |id| before.iter().find(|volume| volume.id == id);
+        for volume in &new.volumes {
+            if old_volume(volume.id).is_none() {
+                plan.added.push(volume.id);
+            }
+            if !before.iter().any(|b| b.socket == volume.socket) {
+                plan.bind.push(volume.socket.name.clone());
+            }
+        }
+        let named = |spec: &SocketSpec| new.volumes.iter().any(|v| v.socket.name == spec.name);
+        plan.unbind = before
+            .iter()
+            .filter(|volume| !named(&volume.socket))
+            .map(|volume| volume.socket.name.clone())
+            .collect();
+        plan
+    }
+
+    /// Whether nothing that runs would be touched, nor anything started.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.added.is_empty()
+            && self.leaving.is_empty()
+            && self.bind.is_empty()
+            && self.unbind.is_empty()
+    }
+
+    /// One line per change, for the operator.
+    #[must_use]
+    pub fn describe(&self, new: &HostBundle) -> Vec<String> {
+        let mut lines = Vec::new();
+        for leaving in &self.leaving {
+            lines.push(match leaving.change {
+                None => format!("volume {}: removed", leaving.name),
+                Some(Change::Grant) => format!("volume {}: changed, attached again", leaving.name),
+                Some(Change::File) => format!("volume {}: moved to another file", leaving.name),
+            });
+        }
+        for volume in self.added.iter().filter_map(|id| new.volume(*id)) {
+            lines.push(format!(
+                "volume {}: added, file {}, listener {}",
+                volume.name, volume.path, volume.socket.name
+            ));
+        }
+        lines.extend(self.bind.iter().map(|n| format!("listener {n}: bound")));
+        lines.extend(self.unbind.iter().map(|n| format!("listener {n}: removed")));
+        if self.kept.len() == 1 {
+            lines.push("1 volume goes on undisturbed".to_owned());
+        } else if !self.kept.is_empty() {
+            lines.push(format!("{} volumes go on undisturbed", self.kept.len()));
+        }
+        lines
+    }
+}
+
+/// Whether the operators said that a connected frontend does not matter.
+fn may_force(old: &Volume, new: Option<&Volume>, bundle: &HostBundle) -> bool {
+    match new {
+        // The bundle that changes a volume decides about its own change.
+        Some(new) => new.force_removal,
+        None => old.force_removal || bundle.force_remove.contains(&old.id),
+    }
+}
+
+/// What has to be detached for. Every field of a volume is named here, so that a new one can't be
+/// forgotten: a field without an opinion does not compile.
+fn change(old: &Volume, new: &Volume) -> Option<Change> {
+    let Volume {
+        id: _,
+        // For people, for the next bundle, and for keyd: nothing that is served changes. (The key
+        // itself can't change: the data plane keeps it while the grant stays the same.)
+        name: _,
+        force_removal: _,
+        sealed_keys: _,
+        path,
+        size_bytes,
+        data_unit_bytes,
+        logical_block_bytes,
+        read_only,
+        serial,
+        discard,
+        queues,
+        // The owner and mode of the socket file are the listener's, which is bound anew.
+        socket:
+            SocketSpec {
+                name: socket_name,
+                uid: _,
+                gid: _,
+                mode: _,
+            },
+        allowed_uid,
+    } = old;
+    let same_grant = *size_bytes == new.size_bytes
+        && *data_unit_bytes == new.data_unit_bytes
+        && *logical_block_bytes == new.logical_block_bytes
+        && *read_only == new.read_only
+        && *serial == new.serial
+        && *discard == new.discard
+        && *queues == new.queues
+        && *socket_name == new.socket.name
+        && *allowed_uid == new.allowed_uid;
+    match (same_grant, *path == new.path) {
+        (false, _) => Some(Change::Grant),
+        (true, false) => Some(Change::File),
+        (true, true) => None,
+    }
+}
+
+#[cfg(test)]
+#[path = "plan_tests.rs"]
+mod tests;

@@ -1,0 +1,222 @@
+//! The plan's tests: every field of a volume by itself, every kind of change, and invariants over
+//! random pairs of bundles.
+
+use std::collections::BTreeSet;
+
+use bulkhead_bundle::SealedKeyEntry;
+use bulkhead_protocol::DiscardPolicy;
+use proptest::prelude::*;
+
+use super::*;
+
+fn volume(number: u8) -> Volume {
+    Volume {
+        id: VolumeId([number; 16]),
+        name: format!("disk{number}"),
+        path: format!("disk{number}.img"),
+        size_bytes: 1 << 20,
+        data_unit_bytes: Some(512),
+        logical_block_bytes: 512,
+        read_only: false,
+        serial: String::new(),
+        discard: DiscardPolicy::Ignore,
+        queues: 1,
+        socket: SocketSpec {
+            name: format!("vm{number}").parse().expect("name"),
+            uid: 1,
+            gid: 1,
+            mode: 0o600,
+        },
+        allowed_uid: 1,
+        force_removal: false,
+        sealed_keys: Vec::new(),
+    }
+}
+
+fn bundle(volumes: Vec<Volume>) -> HostBundle {
+    HostBundle {
+        host: "host-a".to_owned(),
+        epoch: 1,
+        supersedes: Vec::new(),
+        not_before: 0,
+        expires: 1,
+        volumes,
+        force_remove: Vec::new(),
+    }
+}
+
+fn plan(old: &[Volume], new: &[Volume]) -> Plan {
+    Plan::between(Some(&bundle(old.to_vec())), &bundle(new.to_vec()))
+}
+
+#[test]
+fn the_first_bundle_adds_everything() {
+    let new = bundle(vec![volume(1), volume(2)]);
+    let plan = Plan::between(None, &new);
+    assert_eq!(plan.added, [VolumeId([1; 16]), VolumeId([2; 16])]);
+    assert_eq!(plan.bind.len(), 2);
+    assert!(plan.leaving.is_empty() && plan.kept.is_empty() && plan.unbind.is_empty());
+}
+
+#[test]
+fn the_same_bundle_changes_nothing() {
+    let plan = plan(&[volume(1), volume(2)], &[volume(2), volume(1)]);
+    assert!(plan.is_empty(), "{plan:?}");
+    assert_eq!(plan.kept.len(), 2);
+}
+
+#[test]
+fn each_field_of_a_grant_detaches_the_volume() {
+    type Edit = fn(&mut Volume);
+    let edits: [(&str, Edit); 9] = [
+        ("size", |v| v.size_bytes *= 2),
+        ("data unit", |v| v.data_unit_bytes = None),
+        ("logical block", |v| v.logical_block_bytes = 4096),
+        ("read only", |v| v.read_only = true),
+        ("serial", |v| v.serial.push('x')),
+        ("discard", |v| v.discard = DiscardPolicy::Pass),
+        ("queues", |v| v.queues = 2),
+        ("socket", |v| v.socket.name = "other".parse().expect("name")),
+        ("uid", |v| v.allowed_uid = 2),
+    ];
+    for (what, edit) in edits {
+        let mut after = volume(1);
+        edit(&mut after);
+        let plan = plan(&[volume(1)], &[after.clone()]);
+        assert_eq!(plan.leaving.len(), 1, "{what}");
+        assert_eq!(plan.leaving[0].change, Some(Change::Grant), "{what}");
+        assert!(plan.kept.is_empty() && plan.added.is_empty(), "{what}");
+        // With another file besides, it is still the grant that detaches it.
+        after.path.push('2');
+        let plan = super::tests::plan(&[volume(1)], &[after]);
+        assert_eq!(plan.leaving[0].change, Some(Change::Grant), "{what}");
+    }
+}
+
+#[test]
+fn another_file_detaches_the_volume_by_the_agent() {
+    let mut after = volume(1);
+    after.path = "other.img".to_owned();
+    let plan = plan(&[volume(1)], &[after]);
+    assert_eq!(plan.leaving[0].change, Some(Change::File));
+    assert!(plan.bind.is_empty() && plan.unbind.is_empty());
+}
+
+#[test]
+fn names_force_and_sealed_keys_disturb_nobody() {
+    let edits: [fn(&mut Volume); 3] = [
+        |v| v.name = "renamed".to_owned(),
+        |v| v.force_removal = true,
+        |v| {
+            v.sealed_keys.push(SealedKeyEntry {
+                recipient: "host-b".to_owned(),
+                fingerprint: vec![1],
+                enc: vec![1],
+                ciphertext: vec![1],
+            });
+        },
+    ];
+    for edit in edits {
+        let mut after = volume(1);
+        edit(&mut after);
+        let plan = plan(&[volume(1)], &[after]);
+        assert!(plan.is_empty(), "{plan:?}");
+    }
+}
+
+#[test]
+fn the_listener_alone_is_bound_anew() {
+    let edits: [fn(&mut SocketSpec); 3] = [|s| s.uid = 2, |s| s.gid = 2, |s| s.mode = 0o660];
+    for edit in edits {
+        let mut after = volume(1);
+        edit(&mut after.socket);
+        let plan = plan(&[volume(1)], &[after.clone()]);
+        assert_eq!(plan.bind, [after.socket.name]);
+        assert_eq!(plan.kept, [after.id]);
+        assert!(plan.leaving.is_empty() && plan.unbind.is_empty());
+    }
+}
+
+#[test]
+fn exchanged_listeners_stay_bound() {
+    let (mut one, mut two) = (volume(1), volume(2));
+    std::mem::swap(&mut one.socket, &mut two.socket);
+    let plan = plan(&[volume(1), volume(2)], &[one, two]);
+    assert_eq!(plan.leaving.len(), 2);
+    assert!(plan.bind.is_empty() && plan.unbind.is_empty());
+}
+
+#[test]
+fn force_comes_from_whoever_may_say_so() {
+    let force = |old: &Volume, new: &HostBundle| {
+        let plan = Plan::between(Some(&bundle(vec![old.clone()])), new);
+        plan.leaving[0].force
+    };
+    let mut forced = volume(1);
+    forced.force_removal = true;
+    // A removal: the old bundle's flag, or the new one's list.
+    assert!(!force(&volume(1), &bundle(vec![])));
+    assert!(force(&forced, &bundle(vec![])));
+    let mut listed = bundle(vec![]);
+    listed.force_remove = vec![VolumeId([1; 16])];
+    assert!(force(&volume(1), &listed));
+    listed.force_remove = vec![VolumeId([2; 16])];
+    assert!(!force(&volume(1), &listed));
+    // A change: the flag of the bundle that changes it, and no other.
+    let changed = |force_removal| {
+        let mut after = volume(1);
+        (after.queues, after.force_removal) = (2, force_removal);
+        bundle(vec![after])
+    };
+    assert!(force(&volume(1), &changed(true)));
+    assert!(!force(&forced, &changed(false)));
+}
+
+fn any_volume() -> impl Strategy<Value = Volume> {
+    (0u8..5, 0u8..3, 1u16..3, 0u8..4, any::<bool>()).prop_map(|(id, path, queues, socket, mode)| {
+        let mut volume = volume(id);
+        volume.path = format!("{path}.img");
+        volume.queues = queues;
+        volume.socket.name = format!("vm{socket}").parse().expect("name");
+        volume.socket.mode = if mode { 0o600 } else { 0o660 };
+        volume
+    })
+}
+
+/// Volumes with ids and listeners of their own, as in a valid bundle.
+fn any_bundle() -> impl Strategy<Value = HostBundle> {
+    prop::collection::vec(any_volume(), 0..5).prop_map(|volumes| {
+        let (mut ids, mut names) = (BTreeSet::new(), BTreeSet::new());
+        let own = |v: &Volume| ids.insert(v.id) && names.insert(v.socket.name.clone());
+        bundle(volumes.into_iter().filter(own).collect())
+    })
+}
+
+proptest! {
+    #[test]
+    fn every_volume_and_listener_has_its_place(old in any_bundle(), new in any_bundle()) {
+        let plan = Plan::between(Some(&old), &new);
+        let set = |ids: Vec<VolumeId>| ids.into_iter().collect::<BTreeSet<_>>();
+        let ids = |bundle: &HostBundle| set(bundle.volumes.iter().map(|v| v.id).collect());
+        let back = |l: &Leaving| l.change.is_some();
+        let (kept, added) = (set(plan.kept.clone()), set(plan.added.clone()));
+        let leaving = set(plan.leaving.iter().map(|l| l.id).collect());
+        let changed = set(plan.leaving.iter().filter(|l| back(l)).map(|l| l.id).collect());
+        // What was there stays or leaves; what is to be there stays, comes back or comes.
+        prop_assert!(kept.is_disjoint(&leaving) && added.is_disjoint(&ids(&old)));
+        prop_assert_eq!(kept.union(&leaving).copied().collect::<BTreeSet<_>>(), ids(&old));
+        let after: BTreeSet<_> = kept.union(&changed).chain(&added).copied().collect();
+        prop_assert_eq!(after, ids(&new));
+        // Listeners: those of before, plus the bound, minus the removed, are those of after.
+        let names = |b: &HostBundle| -> BTreeSet<SocketName> {
+            b.volumes.iter().map(|v| v.socket.name.clone()).collect()
+        };
+        let mut bound = names(&old);
+        bound.extend(plan.bind.iter().cloned());
+        for name in &plan.unbind {
+            prop_assert!(bound.remove(name));
+        }
+        prop_assert_eq!(bound, names(&new));
+        prop_assert!(Plan::between(Some(&new), &new).is_empty());
+    }
+}

@@ -1,0 +1,66 @@
+//! The start: everything is opened and checked, then the process locks itself in, says hello to
+//! rot and serves.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::io;
+use std::time::Instant;
+
+use bulkhead_bundle::validate::check_host_name;
+use bulkhead_bundle::{KeyError, TrustRoot};
+use bulkhead_protocol::process::{self, StartError};
+use bulkhead_protocol::rot::ToRot;
+
+use crate::agent::{Agent, Host};
+use crate::arguments::Arguments;
+use crate::event_loop::{EventLoop, LoopError};
+use crate::lockdown;
+use crate::store::{Store, StoreError};
+use crate::volume_file::VolumeDirectories;
+
+/// Why the agent can't start, or had to end.
+#[derive(Debug, thiserror::Error)]
+pub enum StartupError {
+    /// Not started by rot, or can't be locked in.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// The name given is none.
+    #[error("--host: {0}")]
+    HostName(String),
+    /// The trust root can't be read.
+    #[error("the trust root: {0}")]
+    Trust(#[from] KeyError),
+    /// What was kept can't be used.
+    #[error(transparent)]
+    State(#[from] StoreError),
+    /// A volume directory can't be opened.
+    #[error("--volume-dir {0}")]
+    VolumeDirectory(io::Error),
+    /// The event loop.
+    #[error(transparent)]
+    Loop(#[from] LoopError),
+}
+
+/// Starts the agent and runs it until rot says stop.
+///
+/// # Errors
+/// See [`StartupError`].
+pub fn run(arguments: &Arguments) -> Result<(), StartupError> {
+    let rot = process::inherited_channel()?;
+    check_host_name(&arguments.host).map_err(StartupError::HostName)?;
+    let trust = TrustRoot::load(&arguments.trust)?;
+    let found = Store::open(&arguments.state_dir, &arguments.host, &trust)?;
+    let directories =
+        VolumeDirectories::open(&arguments.volume_dirs).map_err(StartupError::VolumeDirectory)?;
+    lockdown::lock_in(&arguments.state_dir, &directories)?;
+    let host = Host {
+        name: arguments.host.clone(),
+        trust,
+        vhost_dir: arguments.vhost_dir.clone(),
+        directories,
+    };
+    let agent = Agent::new(host, found, Instant::now());
+    let mut event_loop = EventLoop::new(rot, agent)?;
+    event_loop.send_to_rot(&ToRot::Hello)?;
+    event_loop.run()?;
+    Ok(())
+}

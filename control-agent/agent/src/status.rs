@@ -1,0 +1,45 @@
+//! What the agent tells an operator about the host.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use bulkhead_protocol::admin::{HostStatus, VolumeEntry};
+use bulkhead_protocol::control::VolumeStatus;
+use bulkhead_protocol::rot::Role;
+
+use crate::agent::Agent;
+use crate::text::{first_lines, plain};
+
+impl Agent {
+    /// The status, with what the data plane said just now; none if it did not.
+    pub(crate) fn status(&self, said: Option<Vec<VolumeStatus>>) -> HostStatus {
+        let mut said = said.unwrap_or_default();
+        for volume in &mut said {
+            volume.fault = volume.fault.as_deref().map(plain);
+        }
+        let accepted = self.known.accepted.as_ref();
+        let volumes = accepted.map_or(&[][..], |stored| &stored.bundle.volumes);
+        let entry = |volume: &bulkhead_bundle::Volume| {
+            let name = &volume.socket.name;
+            let socket_path = self.host.vhost_dir.join(format!("{name}.sock"));
+            VolumeEntry {
+                volume: volume.id,
+                name: volume.name.clone(),
+                socket: name.clone(),
+                socket_path: socket_path.display().to_string(),
+                state: said.iter().find(|s| s.volume == volume.id).cloned(),
+            }
+        };
+        let mut processes = Vec::new();
+        for role in Role::ALL {
+            processes.extend(self.processes.iter().filter(|p| p.role == role).cloned());
+        }
+        HostStatus {
+            host: self.host.name.clone(),
+            epoch: accepted.map(|stored| stored.bundle.epoch),
+            epoch_floor: self.store.floor_epoch(),
+            digest: accepted.map(|stored| stored.bundle.digest().into()),
+            processes,
+            volumes: volumes.iter().map(entry).collect(),
+            pending: first_lines(self.pending.clone()),
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! Bundles that are applied: the steps in their order, as the peers see them, and no more of them
+//! than the change needs.
+
+use bulkhead_protocol::admin::AdminReply;
+
+use crate::bundles::{bundle, encrypted, id, signed, volume};
+use crate::world::World;
+
+/// What the peers saw since the last time.
+fn seen(world: &mut World) -> Vec<String> {
+    world.serve();
+    std::mem::take(&mut world.peers.log)
+}
+
+#[test]
+fn first_bundle_in_order() {
+    let mut world = World::new();
+    seen(&mut world);
+    let steps = world.apply_fully(&bundle(1, vec![volume(1), encrypted(2)]));
+    assert_eq!(
+        seen(&mut world),
+        [
+            "keyd accept 1",
+            "rot bind vm1 0:0 600",
+            "rot bind vm2 0:0 600",
+            "dataplane status",
+            "dataplane attach 1 vm1",
+            "dataplane attach 2 vm2",
+        ]
+    );
+    for line in [
+        "verified: signed by alice",
+        "volume disk1: added, file disk1.img, listener vm1",
+        "accepted by keyd",
+        "kept as the bundle in force",
+    ] {
+        assert!(steps.iter().any(|step| step == line), "{line}: {steps:?}");
+    }
+    let status = world.settle(1);
+    assert_eq!((status.epoch_floor, status.host.as_str()), (1, "host-a"));
+    assert_eq!(status.processes.len(), 2);
+    let first = &status.volumes[0];
+    assert!(first.socket_path.ends_with("run/vm1.sock"), "{first:?}");
+    let state = first.state.as_ref().expect("the data plane answered");
+    assert_eq!(state.requests_ok, 7);
+    // A peer's words can't drive the operator's terminal.
+    assert_eq!(state.fault.as_deref(), Some("a fault [2J"));
+}
+
+#[test]
+fn the_rest_goes_on_undisturbed_when_one_volume_is_replaced() {
+    let mut world = World::new();
+    world.apply_fully(&bundle(1, vec![volume(1), volume(2)]));
+    world.peers.connected.insert(id(2));
+    seen(&mut world);
+    world.apply_fully(&bundle(2, vec![volume(2), volume(3)]));
+    assert_eq!(
+        seen(&mut world),
+        [
+            "dataplane status",
+            "dataplane prepare 1 force=false",
+            "keyd accept 2",
+            "rot bind vm3 0:0 600",
+            "dataplane status",
+            "dataplane attach 3 vm3",
+            "rot unbind vm1",
+        ]
+    );
+    assert!(world.peers.connected.contains(&id(2)));
+    // The file of the volume that went is free again.
+    let file = std::fs::File::open(world.path("volumes/disk1.img")).expect("open");
+    file.try_lock().expect("unlocked");
+}
+
+#[test]
+fn a_volume_whose_grant_changes_is_attached_again() {
+    let mut world = World::new();
+    world.apply_fully(&bundle(1, vec![volume(1)]));
+    seen(&mut world);
+    let mut changed = volume(1);
+    changed.queues = 4;
+    changed.socket.mode = 0o660;
+    world.apply_fully(&bundle(2, vec![changed]));
+    assert_eq!(
+        seen(&mut world),
+        [
+            "dataplane status",
+            "dataplane prepare 1 force=false",
+            "keyd accept 2",
+            "rot bind vm1 0:0 660",
+            "dataplane status",
+            "dataplane attach 1 vm1",
+            "dataplane cancel 1",
+        ]
+    );
+}
+
+#[test]
+fn a_volume_that_moves_to_another_file_is_detached_by_the_agent() {
+    let mut world = World::new();
+    world.apply_fully(&bundle(1, vec![volume(1)]));
+    seen(&mut world);
+    let mut moved = volume(1);
+    moved.path = world.path("volumes/disk4.img").display().to_string();
+    world.apply_fully(&bundle(2, vec![moved]));
+    assert_eq!(
+        seen(&mut world),
+        [
+            "dataplane status",
+            "dataplane prepare 1 force=false",
+            "keyd accept 2",
+            "dataplane status",
+            "dataplane detach 1",
+            "dataplane attach 1 vm1",
+            "dataplane cancel 1",
+        ]
+    );
+    assert_eq!(world.peers.inodes()[&id(1)], world.inode("disk4.img"));
+    assert!(world.peers.prepared.is_empty());
+}
+
+#[test]
+fn two_volumes_exchange_their_files() {
+    let mut world = World::new();
+    world.apply_fully(&bundle(1, vec![volume(1), volume(2)]));
+    let (mut one, mut two) = (volume(1), volume(2));
+    (one.path, two.path) = (two.path, one.path);
+    // One of them even changes how its file is opened, while its lock is still held.
+    one.read_only = true;
+    world.apply_fully(&bundle(2, vec![one, two]));
+    let inodes = world.peers.inodes();
+    assert_eq!(inodes[&id(1)], world.inode("disk2.img"));
+    assert_eq!(inodes[&id(2)], world.inode("disk1.img"));
+    for name in ["disk1.img", "disk2.img"] {
+        let file = std::fs::File::open(world.path("volumes").join(name)).expect("open");
+        assert!(file.try_lock().is_err(), "{name} is not locked");
+    }
+}
+
+#[test]
+fn names_and_sealed_keys_change_without_a_detach() {
+    let mut world = World::new();
+    world.apply_fully(&bundle(1, vec![encrypted(1)]));
+    world.peers.connected.insert(id(1));
+    seen(&mut world);
+    let mut changed = encrypted(1);
+    changed.name = "renamed".to_owned();
+    changed.force_removal = true;
+    changed.sealed_keys[0].ciphertext = vec![9; 80];
+    world.apply_fully(&bundle(2, vec![changed]));
+    assert_eq!(seen(&mut world), ["keyd accept 2", "dataplane status"]);
+    assert!(world.peers.connected.contains(&id(1)));
+    assert_eq!(world.status().volumes[0].name, "renamed");
+}
+
+#[test]
+fn in_use_is_removed_with_force() {
+    let mut world = World::new();
+    let mut forced = volume(2);
+    forced.force_removal = true;
+    world.apply_fully(&bundle(1, vec![volume(1), forced]));
+    world.peers.connected.extend([id(1), id(2)]);
+    seen(&mut world);
+    let mut next = bundle(2, vec![volume(3)]);
+    next.force_remove = vec![id(1)];
+    world.apply_fully(&next);
+    let log = seen(&mut world);
+    assert_eq!(log[1], "dataplane prepare 1 force=true");
+    assert_eq!(log[2], "dataplane prepare 2 force=true");
+    assert_eq!(world.peers.attached.len(), 1);
+}
+
+#[test]
+fn the_same_envelope_again_changes_nothing() {
+    let mut world = World::new();
+    let envelope = signed(&bundle(1, vec![volume(1)]));
+    world.apply(&envelope);
+    let before = world.snapshot();
+    seen(&mut world);
+    match world.apply(&envelope) {
+        AdminReply::Applied { steps, pending, .. } => {
+            assert!(steps[0].contains("in force already"), "{steps:?}");
+            assert!(pending.is_empty());
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(seen(&mut world), Vec::<String>::new());
+    assert_eq!(world.snapshot(), before);
+}
+
+#[test]
+fn dry_run_tells_the_plan_and_does_nothing() {
+    let mut world = World::new();
+    world.apply_fully(&bundle(1, vec![volume(1)]));
+    let before = world.snapshot();
+    seen(&mut world);
+    let client = world.send_apply(&signed(&bundle(2, vec![volume(2)])), true);
+    match world.reply(&client) {
+        AdminReply::Applied { epoch, steps, .. } => {
+            assert_eq!(epoch, 2);
+            assert_eq!(
+                steps,
+                [
+                    "volume disk1: removed",
+                    "volume disk2: added, file disk2.img, listener vm2",
+                    "listener vm2: bound",
+                    "listener vm1: removed",
+                ]
+            );
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(seen(&mut world), Vec::<String>::new());
+    assert_eq!(world.snapshot(), before);
+    // And it does refuse what would be refused.
+    let client = world.send_apply(&signed(&bundle(1, vec![volume(2)])), true);
+    assert!(matches!(world.reply(&client), AdminReply::Refused { .. }));
+}
+
+#[test]
+fn a_relative_path_is_found_in_the_first_directory_that_has_it() {
+    let mut world = World::new();
+    let elsewhere = world.path("other/deep.img");
+    std::fs::File::create(&elsewhere)
+        .and_then(|file| file.set_len(crate::bundles::SIZE_BYTES))
+        .expect("file");
+    let mut deep = volume(1);
+    deep.path = "deep.img".to_owned();
+    world.apply_fully(&bundle(1, vec![deep]));
+    let inode = std::os::unix::fs::MetadataExt::ino(&elsewhere.metadata().expect("stat"));
+    assert_eq!(world.peers.inodes()[&id(1)], inode);
+}
+
+#[test]
+fn the_agent_is_locked_in() {
+    let world = World::new();
+    let status = std::fs::read_to_string(format!("/proc/{}/status", world.pid()));
+    let status = status.expect("status");
+    for line in [
+        "CapEff:\t0000000000000000",
+        "CapPrm:\t0000000000000000",
+        "CapBnd:\t0000000000000000",
+        "NoNewPrivs:\t1",
+        "Seccomp:\t2",
+        "Threads:\t1",
+    ] {
+        assert!(status.contains(line), "{line} is not in\n{status}");
+    }
+}

@@ -1,0 +1,314 @@
+//! rot, keyd and the data plane as these tests play them: what each is told changes its state as
+//! the protocol's docs say, and everything that arrives is written down.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+
+use bulkhead_bundle::{Policy, Volume, digest_of, verify};
+use bulkhead_protocol::control::{AgentToDataplane, DataplaneToAgent, VolumeStatus};
+use bulkhead_protocol::envelope::read_capped;
+use bulkhead_protocol::keys::{AgentToKeyd, KeydToAgent, Undelivered};
+use bulkhead_protocol::rot::{FromRot, ToRot};
+use bulkhead_protocol::{Received, SocketName, VolumeId};
+
+use crate::bundles::{now, trust};
+
+/// Stops a peer at a message: it gives no answer to it, and takes no message after it.
+#[derive(Debug, Clone)]
+pub struct Halt {
+    /// First words of the message, as the log has them.
+    pub at: String,
+    /// Whether the peer did what the message says.
+    pub handled: bool,
+}
+
+#[derive(Debug, Default)]
+pub struct Peers {
+    /// Every message of the agent, in order of arrival.
+    pub log: Vec<String>,
+    pub halt: Option<Halt>,
+    pub halted: bool,
+    /// keyd.
+    pub floor: u64,
+    pub last_digest: Option<[u8; 48]>,
+    pub keyd_refuses: Option<String>,
+    /// Grants that get lost.
+    pub undelivered: BTreeSet<VolumeId>,
+    /// rot.
+    pub bound: BTreeMap<SocketName, (u32, u32, u32)>,
+    /// The data plane.
+    pub granted: BTreeMap<VolumeId, Volume>,
+    pub attached: BTreeMap<VolumeId, File>,
+    pub prepared: BTreeSet<VolumeId>,
+    pub connected: BTreeSet<VolumeId>,
+    /// So many attachments are refused.
+    pub refuse_attach: usize,
+}
+
+impl Peers {
+    /// The inode that each attached volume is served from.
+    pub fn inodes(&self) -> BTreeMap<VolumeId, u64> {
+        let inode = |file: &File| file.metadata().expect("stat").ino();
+        self.attached
+            .iter()
+            .map(|(id, f)| (*id, inode(f)))
+            .collect()
+    }
+
+    /// The data plane died: its descriptors are closed, its grants are gone.
+    pub fn dataplane_died(&mut self) {
+        self.granted.clear();
+        self.attached.clear();
+        self.prepared.clear();
+        self.connected.clear();
+    }
+
+    /// Writes a message down; whether it is to be handled, and whether answered.
+    fn note(&mut self, line: String) -> (bool, bool) {
+        let halt = self.halt.as_ref().filter(|halt| line.starts_with(&halt.at));
+        let outcome = match halt {
+            Some(halt) => (halt.handled, false),
+            None => (true, true),
+        };
+        self.halted |= halt.is_some();
+        self.log.push(line);
+        outcome
+    }
+
+    pub fn rot(&mut self, message: ToRot) -> Option<FromRot> {
+        let (line, answer) = match &message {
+            ToRot::Hello => {
+                self.log.push("rot hello".to_owned());
+                return None;
+            }
+            ToRot::Bind {
+                request_id,
+                name,
+                uid,
+                gid,
+                mode,
+            } => (
+                format!("rot bind {name} {uid}:{gid} {mode:o}"),
+                FromRot::Bound {
+                    request_id: *request_id,
+                },
+            ),
+            ToRot::Unbind { request_id, name } => (
+                format!("rot unbind {name}"),
+                FromRot::Unbound {
+                    request_id: *request_id,
+                },
+            ),
+        };
+        let (handle, reply) = self.note(line);
+        match message {
+            ToRot::Bind {
+                name,
+                uid,
+                gid,
+                mode,
+                ..
+            } if handle => {
+                let spec = (uid, gid, mode);
+                self.bound.insert(name, spec);
+            }
+            ToRot::Unbind { name, .. } if handle => {
+                self.bound.remove(&name);
+            }
+            _ => {}
+        }
+        reply.then_some(answer)
+    }
+
+    pub fn keyd(&mut self, mut received: Received<AgentToKeyd>) -> Option<KeydToAgent> {
+        let AgentToKeyd::Accept { request_id } = received.message;
+        let [envelope] = received.take_fds().expect("an envelope");
+        let envelope = read_capped(envelope.as_fd()).expect("readable");
+        let digest = digest_of(&envelope);
+        let root = trust();
+        let policy = Policy {
+            trust: &root,
+            host: "host-a",
+            epoch_floor: self.floor,
+            last_digest: self.last_digest,
+            now: now(),
+        };
+        let refused = |reason: String| KeydToAgent::Refused { request_id, reason };
+        let verified = match verify(&envelope, &policy) {
+            Ok(verified) => verified,
+            Err(error) => {
+                self.log.push("keyd accept, refused".to_owned());
+                return Some(refused(error.to_string()));
+            }
+        };
+        let (handle, reply) = self.note(format!("keyd accept {}", verified.epoch));
+        if let Some(reason) = &self.keyd_refuses {
+            return Some(refused(reason.clone()));
+        }
+        let mut undelivered = Vec::new();
+        if handle {
+            self.floor = verified.epoch;
+            self.last_digest = Some(digest);
+            let gone: Vec<VolumeId> = self.granted.keys().copied().collect();
+            for id in gone.iter().filter(|id| verified.volume(**id).is_none()) {
+                self.revoke(*id);
+            }
+            for volume in &verified.volumes {
+                if self.undelivered.contains(&volume.id) {
+                    undelivered.push(Undelivered {
+                        volume: volume.id,
+                        reason: "the data plane did not answer".to_owned(),
+                    });
+                } else {
+                    self.grant(volume);
+                }
+            }
+        }
+        reply.then_some(KeydToAgent::Accepted {
+            request_id,
+            epoch: verified.epoch,
+            undelivered,
+        })
+    }
+
+    fn revoke(&mut self, id: VolumeId) {
+        self.granted.remove(&id);
+        self.attached.remove(&id);
+        self.prepared.remove(&id);
+        self.connected.remove(&id);
+    }
+
+    fn grant(&mut self, volume: &Volume) {
+        // What a grant has: everything but the names, the file and the owner of the socket.
+        let essence = |v: &Volume| {
+            let mut v = v.clone();
+            v.path = "-".to_owned();
+            v.name = "-".to_owned();
+            v.force_removal = false;
+            v.sealed_keys.clear();
+            (v.socket.uid, v.socket.gid, v.socket.mode) = (0, 0, 0);
+            v
+        };
+        let differs = self
+            .granted
+            .get(&volume.id)
+            .is_some_and(|held| essence(held) != essence(volume));
+        if differs {
+            self.revoke(volume.id);
+        }
+        self.granted.insert(volume.id, volume.clone());
+    }
+
+    pub fn dataplane(
+        &mut self,
+        mut received: Received<AgentToDataplane>,
+    ) -> Option<DataplaneToAgent> {
+        let message = received.message.clone();
+        let (line, request_id) = match &message {
+            AgentToDataplane::Attach {
+                request_id,
+                volume,
+                socket,
+            } => (
+                format!("dataplane attach {} {socket}", volume.0[0]),
+                *request_id,
+            ),
+            AgentToDataplane::Detach { request_id, volume } => {
+                (format!("dataplane detach {}", volume.0[0]), *request_id)
+            }
+            AgentToDataplane::PrepareRemove {
+                request_id,
+                volume,
+                force,
+            } => (
+                format!("dataplane prepare {} force={force}", volume.0[0]),
+                *request_id,
+            ),
+            AgentToDataplane::CancelRemove { request_id, volume } => {
+                (format!("dataplane cancel {}", volume.0[0]), *request_id)
+            }
+            AgentToDataplane::Status { request_id } => ("dataplane status".to_owned(), *request_id),
+        };
+        let (handle, reply) = self.note(line);
+        if !handle {
+            return None;
+        }
+        let answer = self.dataplane_does(request_id, message, &mut received);
+        reply.then_some(answer)
+    }
+
+    fn dataplane_does(
+        &mut self,
+        request_id: u64,
+        message: AgentToDataplane,
+        received: &mut Received<AgentToDataplane>,
+    ) -> DataplaneToAgent {
+        let done = DataplaneToAgent::Done { request_id };
+        let refused = |reason: &str| DataplaneToAgent::Refused {
+            request_id,
+            reason: reason.to_owned(),
+        };
+        match message {
+            AgentToDataplane::Attach { volume, socket, .. } => {
+                let [file]: [OwnedFd; 1] = received.take_fds().expect("a file");
+                let granted = self.granted.get(&volume);
+                if granted.is_none_or(|grant| grant.socket.name != socket) {
+                    return refused("no grant for this volume and socket");
+                }
+                if self.refuse_attach > 0 {
+                    self.refuse_attach -= 1;
+                    return refused("the file has no blocks today");
+                }
+                self.attached.entry(volume).or_insert_with(|| file.into());
+                done
+            }
+            AgentToDataplane::Detach { volume, .. } => {
+                assert!(self.attached.contains_key(&volume), "detach of nothing");
+                self.attached.remove(&volume);
+                self.connected.remove(&volume);
+                done
+            }
+            AgentToDataplane::PrepareRemove { volume, force, .. } => {
+                assert!(self.granted.contains_key(&volume), "prepare of nothing");
+                if self.connected.contains(&volume) && !force {
+                    return refused("a frontend is connected");
+                }
+                self.prepared.insert(volume);
+                done
+            }
+            AgentToDataplane::CancelRemove { volume, .. } => {
+                if self.prepared.remove(&volume) {
+                    done
+                } else {
+                    refused("nothing is prepared")
+                }
+            }
+            AgentToDataplane::Status { .. } => DataplaneToAgent::Status {
+                request_id,
+                volumes: self
+                    .granted
+                    .keys()
+                    .map(|id| self.volume_status(*id))
+                    .collect(),
+            },
+        }
+    }
+
+    fn volume_status(&self, volume: VolumeId) -> VolumeStatus {
+        VolumeStatus {
+            volume,
+            attached: self.attached.contains_key(&volume),
+            connected: self.connected.contains(&volume),
+            encrypted: false,
+            running_queues: 0,
+            retired_queues: 0,
+            requests_ok: 7,
+            requests_failed: 0,
+            read_bytes: 0,
+            written_bytes: 0,
+            fault: Some("a fault\x1b[2J".to_owned()),
+        }
+    }
+}
