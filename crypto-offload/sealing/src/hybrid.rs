@@ -5,7 +5,7 @@ use hpke::aead::{AeadTag, ChaCha20Poly1305};
 use hpke::kdf::HkdfSha256;
 use hpke::kem::{Kem, XWing};
 use hpke::{Deserializable, HpkeError, OpModeR, OpModeS, Serializable};
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
 /// Bytes of an X-Wing secret key (the seed it is expanded from).
 pub(crate) const SECRET_BYTES: usize = 32;
@@ -16,12 +16,15 @@ pub(crate) const ENC_BYTES: usize = 1120;
 /// Bytes of a Poly1305 tag.
 pub(crate) const TAG_BYTES: usize = 16;
 
+/// Stack that the library's calls use at most, generously: ML-KEM's matrices are the largest part.
+const STACK_BYTES: usize = 128 * 1024;
+
 pub(crate) type Secret = <XWing as Kem>::PrivateKey;
 pub(crate) type Public = <XWing as Kem>::PublicKey;
 
 /// The secret key with this seed; it wipes itself.
 pub(crate) fn secret_from(seed: &[u8]) -> Result<Secret, HpkeError> {
-    Secret::from_bytes(seed)
+    with_wiped_stack(|| Secret::from_bytes(seed))
 }
 
 /// The seed of a secret key.
@@ -46,6 +49,23 @@ pub(crate) fn public_bytes(public: &Public) -> Vec<u8> {
     public.to_bytes().to_vec()
 }
 
+/// Runs `call` and then overwrites the stack it ran on: the library keeps parts of keys and
+/// plaintexts in local variables that nobody wipes (`tests/residue.rs` finds them without this).
+fn with_wiped_stack<T>(call: impl FnOnce() -> T) -> T {
+    #[inline(never)]
+    fn run<T>(call: impl FnOnce() -> T) -> T {
+        call()
+    }
+    #[inline(never)]
+    fn wipe() {
+        // As deep as `run` began, so that this array lies where its callees' frames were.
+        [0u8; STACK_BYTES].zeroize();
+    }
+    let result = run(call);
+    wipe();
+    result
+}
+
 /// Encrypts `buffer` in place. Returns the encapsulated key and the tag.
 pub(crate) fn seal_in_place(
     to: &Public,
@@ -53,13 +73,15 @@ pub(crate) fn seal_in_place(
     aad: &[u8],
     buffer: &mut [u8],
 ) -> Result<(Vec<u8>, Vec<u8>), HpkeError> {
-    let (enc, tag) = hpke::single_shot_seal_inout_detached::<ChaCha20Poly1305, HkdfSha256, XWing>(
-        &OpModeS::Base,
-        to,
-        info,
-        buffer.into(),
-        aad,
-    )?;
+    let (enc, tag) = with_wiped_stack(|| {
+        hpke::single_shot_seal_inout_detached::<ChaCha20Poly1305, HkdfSha256, XWing>(
+            &OpModeS::Base,
+            to,
+            info,
+            buffer.into(),
+            aad,
+        )
+    })?;
     Ok((enc.to_bytes().to_vec(), tag.to_bytes().to_vec()))
 }
 
@@ -74,13 +96,15 @@ pub(crate) fn open_in_place(
 ) -> Result<(), HpkeError> {
     let enc = <XWing as Kem>::EncappedKey::from_bytes(enc)?;
     let tag = AeadTag::<ChaCha20Poly1305>::from_bytes(tag)?;
-    hpke::single_shot_open_inout_detached::<ChaCha20Poly1305, HkdfSha256, XWing>(
-        &OpModeR::Base,
-        with,
-        &enc,
-        info,
-        buffer.into(),
-        aad,
-        &tag,
-    )
+    with_wiped_stack(|| {
+        hpke::single_shot_open_inout_detached::<ChaCha20Poly1305, HkdfSha256, XWing>(
+            &OpModeR::Base,
+            with,
+            &enc,
+            info,
+            buffer.into(),
+            aad,
+            &tag,
+        )
+    })
 }
