@@ -11,8 +11,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use bulkhead_bundle::{SocketSpec, TrustRoot};
-use bulkhead_protocol::admin::{AdminReply, AdminRequest, ProcessStatus};
-use bulkhead_protocol::control::AgentToDataplane;
+use bulkhead_protocol::admin::{AdminReply, ProcessStatus};
 use bulkhead_protocol::rot::Role;
 use bulkhead_protocol::{SocketName, VolumeId};
 
@@ -20,17 +19,14 @@ use crate::apply::Apply;
 use crate::converge::Pass;
 use crate::message::{Action, Answer, ClientId, Event, Peer};
 use crate::open_files::Files;
+use crate::operators::Waiting;
 use crate::store::{Found, Store, Stored};
 use crate::volume_file::VolumeDirectories;
 
-/// Most operators that wait.
-const MAX_WAITING: usize = 8;
 /// How long rot and the data plane may take to answer.
 const ANSWER_TIME: Duration = Duration::from_secs(5);
 /// How long keyd may take: the data plane answers every grant meanwhile.
 pub(crate) const ACCEPT_TIME: Duration = Duration::from_secs(20);
-/// How long the data plane may take to answer for a status.
-const STATUS_TIME: Duration = Duration::from_secs(1);
 /// First and longest pause before what failed is tried again.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
@@ -74,7 +70,7 @@ pub(crate) struct Known {
 pub(crate) struct Question {
     pub(crate) id: u64,
     pub(crate) peer: Peer,
-    deadline: Instant,
+    pub(crate) deadline: Instant,
 }
 
 /// How a question of a job ended.
@@ -95,21 +91,6 @@ pub(crate) enum Job {
     Pass(Pass),
 }
 
-#[derive(Debug)]
-struct Waiting {
-    client: ClientId,
-    ask: Ask,
-}
-
-#[derive(Debug)]
-enum Ask {
-    Status,
-    Apply {
-        dry_run: bool,
-        envelope: std::os::fd::OwnedFd,
-    },
-}
-
 /// The agent.
 #[derive(Debug)]
 pub struct Agent {
@@ -120,9 +101,9 @@ pub struct Agent {
     pub(crate) pending: Vec<String>,
     pub(crate) job: Job,
     pub(crate) question: Option<Question>,
-    status_question: Option<Question>,
-    serving: Option<ClientId>,
-    waiting: VecDeque<Waiting>,
+    pub(crate) status_question: Option<Question>,
+    pub(crate) serving: Option<ClientId>,
+    pub(crate) waiting: VecDeque<Waiting>,
     next_id: u64,
     /// How often a peer started or ended, now and when the job's last question was put.
     changes: u64,
@@ -382,30 +363,6 @@ impl Agent {
         }
     }
 
-    fn asked(
-        &mut self,
-        client: ClientId,
-        request: AdminRequest,
-        envelope: Option<std::os::fd::OwnedFd>,
-    ) {
-        let refuse = |reason: &str| AdminReply::Refused {
-            reason: reason.to_owned(),
-        };
-        if self.waiting.len() >= MAX_WAITING {
-            let reason = "the agent is busy with other requests: try again in a moment";
-            return self.act(Action::Reply(client, refuse(reason)));
-        }
-        let ask = match (request, envelope) {
-            (AdminRequest::Status, _) => Ask::Status,
-            (AdminRequest::Apply { dry_run }, Some(envelope)) => Ask::Apply { dry_run, envelope },
-            (AdminRequest::Apply { .. }, None) => {
-                let reason = "the request came without an envelope";
-                return self.act(Action::Reply(client, refuse(reason)));
-            }
-        };
-        self.waiting.push_back(Waiting { client, ask });
-    }
-
     /// Starts whatever can be started.
     fn go_on(&mut self, now: Instant) {
         loop {
@@ -421,48 +378,6 @@ impl Agent {
             if self.serving.is_some() || !self.serve_next(now) {
                 return;
             }
-        }
-    }
-
-    /// Whether another operator's request was begun.
-    fn serve_next(&mut self, now: Instant) -> bool {
-        // While keyd's decision is open, a bundle is refused at once.
-        let idle = matches!(self.job, Job::Idle) || self.known.candidate.is_some();
-        let ready = |w: &Waiting| idle || matches!(w.ask, Ask::Status);
-        if !self.waiting.front().is_some_and(ready) {
-            return false;
-        }
-        let Some(Waiting { client, ask }) = self.waiting.pop_front() else {
-            return false;
-        };
-        self.serving = Some(client);
-        match ask {
-            Ask::Status => self.ask_status(now),
-            Ask::Apply { dry_run, envelope } => self.start_apply(now, client, dry_run, &envelope),
-        }
-        true
-    }
-
-    fn ask_status(&mut self, now: Instant) {
-        if !self.is_there(Peer::Dataplane) {
-            return self.answer_status(None);
-        }
-        let request_id = self.fresh_id();
-        self.status_question = Some(Question {
-            id: request_id,
-            peer: Peer::Dataplane,
-            deadline: now + STATUS_TIME,
-        });
-        self.act(Action::Dataplane(
-            AgentToDataplane::Status { request_id },
-            None,
-        ));
-    }
-
-    fn answer_status(&mut self, volumes: Option<Vec<bulkhead_protocol::control::VolumeStatus>>) {
-        let status = self.status(volumes);
-        if let Some(client) = self.serving {
-            self.reply(client, AdminReply::Status { status });
         }
     }
 }

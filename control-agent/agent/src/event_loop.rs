@@ -7,32 +7,28 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
-use bulkhead_protocol::admin::ProcessStatus;
-use bulkhead_protocol::rot::{FromRot, Role, ToRot};
-use bulkhead_protocol::{Channel, ChannelError, Received};
-use minicbor::{Decode, Encode};
+use bulkhead_protocol::rot::ToRot;
+use bulkhead_protocol::{Channel, ChannelError};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 
 use crate::agent::Agent;
 use crate::clients::{Clients, FromClient};
+use crate::link::{Link, MAX_GARBAGE, Read, note, send};
 use crate::message::{Action, Answer, ClientId, Event, Peer, from_dataplane, from_keyd};
-use crate::text::plain;
 
 const ROT: Token = Token(0);
-const KEYD: Token = Token(1);
-const DATAPLANE: Token = Token(2);
-const LISTENER: Token = Token(3);
+pub(crate) const KEYD: Token = Token(1);
+pub(crate) const DATAPLANE: Token = Token(2);
+pub(crate) const LISTENER: Token = Token(3);
 /// The first operator's; the next ones follow.
 const FIRST_CLIENT: usize = 16;
 /// Messages taken from one source before the others have their turn.
 const TURN: usize = 16;
-/// Messages that make no sense before a peer loses its channel.
-const MAX_GARBAGE: u32 = 16;
 
 /// Why the loop ended.
 #[derive(Debug, thiserror::Error)]
@@ -51,56 +47,19 @@ pub enum LoopError {
     Io(#[from] io::Error),
 }
 
-/// A peer's channel.
-#[derive(Debug)]
-struct Link {
-    channel: Channel,
-    generation: u64,
-    garbage: u32,
-}
-
-/// What came of reading a link.
-enum Read<M> {
-    Message(Received<M>),
-    Dropped,
-    Drained,
-    Broken,
-}
-
-impl Link {
-    fn read<M: for<'b> Decode<'b, ()>>(&mut self, peer: Peer) -> Read<M> {
-        match self.channel.receive() {
-            Ok(received) => Read::Message(received),
-            Err(ChannelError::WouldBlock) => Read::Drained,
-            Err(ChannelError::Closed | ChannelError::Io(_)) => Read::Broken,
-            Err(error) => self.refuse(peer, &error),
-        }
-    }
-
-    fn refuse<M>(&mut self, peer: Peer, error: &ChannelError) -> Read<M> {
-        self.garbage += 1;
-        tracing::warn!("a message from {peer} is dropped: {error}");
-        if self.garbage < MAX_GARBAGE {
-            Read::Dropped
-        } else {
-            Read::Broken
-        }
-    }
-}
-
 /// The loop and all it owns.
 #[derive(Debug)]
 pub struct EventLoop {
     poll: Poll,
     agent: Agent,
-    rot: Link,
-    keyd: Option<Link>,
-    dataplane: Option<Link>,
-    listener: Option<UnixListener>,
+    pub(crate) rot: Link,
+    pub(crate) keyd: Option<Link>,
+    pub(crate) dataplane: Option<Link>,
+    pub(crate) listener: Option<UnixListener>,
     clients: Clients,
     /// Sources that may have more to read.
     ready: BTreeSet<Token>,
-    stop: bool,
+    pub(crate) stop: bool,
 }
 
 impl EventLoop {
@@ -113,11 +72,7 @@ impl EventLoop {
         let event_loop = Self {
             poll: Poll::new()?,
             agent,
-            rot: Link {
-                channel: rot,
-                generation: 0,
-                garbage: 0,
-            },
+            rot: Link::new(rot, 0),
             keyd: None,
             dataplane: None,
             listener: None,
@@ -174,7 +129,7 @@ impl EventLoop {
         Some(next.saturating_duration_since(Instant::now()) + Duration::from_millis(1))
     }
 
-    fn watch(&self, source: &impl AsRawFd, token: Token) -> io::Result<()> {
+    pub(crate) fn watch(&self, source: &impl AsRawFd, token: Token) -> io::Result<()> {
         let raw = source.as_raw_fd();
         let interest = Interest::READABLE;
         self.poll
@@ -183,14 +138,14 @@ impl EventLoop {
     }
 
     /// Closing alone would not do: rot has the listener too, and its descriptor stays in the poll.
-    fn unwatch(&self, source: &impl AsRawFd) {
+    pub(crate) fn unwatch(&self, source: &impl AsRawFd) {
         let raw = source.as_raw_fd();
         if let Err(error) = self.poll.registry().deregister(&mut SourceFd(&raw)) {
             tracing::debug!("descriptor {raw} was not watched: {error}");
         }
     }
 
-    fn event(&mut self, event: Event) {
+    pub(crate) fn event(&mut self, event: Event) {
         self.agent.handle(Instant::now(), event);
     }
 
@@ -209,123 +164,6 @@ impl EventLoop {
                 break;
             }
         }
-        Ok(())
-    }
-
-    fn read_rot(&mut self) -> Result<bool, LoopError> {
-        if self.stop {
-            return Ok(false);
-        }
-        match self.rot.read(Peer::Rot) {
-            Read::Message(received) => {
-                if let Err(error) = self.take_from_rot(received)
-                    && matches!(self.rot.refuse::<FromRot>(Peer::Rot, &error), Read::Broken)
-                {
-                    return Err(LoopError::RotGarbled);
-                }
-                Ok(true)
-            }
-            Read::Dropped => Ok(true),
-            Read::Drained => Ok(false),
-            Read::Broken if self.rot.garbage >= MAX_GARBAGE => Err(LoopError::RotGarbled),
-            Read::Broken => Err(LoopError::RotGone),
-        }
-    }
-
-    fn take_from_rot(&mut self, mut received: Received<FromRot>) -> Result<(), ChannelError> {
-        if let FromRot::Peer { .. } = &received.message {
-            let [socket, _pidfd] = received.take_fds()?;
-            return self.peer(received.message, socket);
-        }
-        if received.message == FromRot::AdminListener {
-            let [listener] = received.take_fds()?;
-            return self.listen(listener);
-        }
-        let [] = received.take_fds()?;
-        let (request_id, answer) = match received.message {
-            FromRot::Bound { request_id } | FromRot::Unbound { request_id } => {
-                (request_id, Answer::Done)
-            }
-            FromRot::Failed { request_id, reason } => (request_id, Answer::Refused(plain(&reason))),
-            FromRot::Stop => {
-                self.stop = true;
-                return Ok(());
-            }
-            other => {
-                return Err(ChannelError::Malformed(format!(
-                    "not for the agent: {other:?}"
-                )));
-            }
-        };
-        self.event(Event::Answered {
-            peer: Peer::Rot,
-            request_id,
-            answer,
-        });
-        Ok(())
-    }
-
-    fn peer(&mut self, message: FromRot, socket: OwnedFd) -> Result<(), ChannelError> {
-        let FromRot::Peer {
-            role,
-            generation,
-            measurement,
-            pid,
-        } = message
-        else {
-            return Ok(());
-        };
-        let process = ProcessStatus {
-            role,
-            pid,
-            generation,
-            measurement,
-        };
-        let (held, token) = match role {
-            Role::Keyd => (&mut self.keyd, KEYD),
-            Role::Dataplane => (&mut self.dataplane, DATAPLANE),
-            // rot tells us of ourselves, if it does, for the status alone.
-            Role::Agent => {
-                self.event(Event::Started(process));
-                return Ok(());
-            }
-        };
-        if held
-            .as_ref()
-            .is_some_and(|link| link.generation >= generation)
-        {
-            return Err(ChannelError::Malformed(format!(
-                "generation {generation} of {role} is not above the one that is here"
-            )));
-        }
-        let channel = Channel::from(socket);
-        channel.set_nonblocking(true)?;
-        if let Some(old) = held.take() {
-            self.unwatch(&old.channel);
-        }
-        self.watch(&channel, token)?;
-        let link = Link {
-            channel,
-            generation,
-            garbage: 0,
-        };
-        match role {
-            Role::Keyd => self.keyd = Some(link),
-            _ => self.dataplane = Some(link),
-        }
-        tracing::info!(%role, generation, pid, "peer is there");
-        self.event(Event::Started(process));
-        Ok(())
-    }
-
-    fn listen(&mut self, listener: OwnedFd) -> Result<(), ChannelError> {
-        let listener = UnixListener::from(listener);
-        listener.set_nonblocking(true)?;
-        if let Some(old) = self.listener.take() {
-            self.unwatch(&old);
-        }
-        self.watch(&listener, LISTENER)?;
-        self.listener = Some(listener);
         Ok(())
     }
 
@@ -482,18 +320,4 @@ fn token_of(client: ClientId) -> Token {
 
 fn client_of(number: usize) -> Option<ClientId> {
     Some(ClientId(number.checked_sub(FIRST_CLIENT)? as u64))
-}
-
-/// A message that can't be sent is one that gets no answer: its question ends with the channel,
-/// or with its deadline.
-fn send<M: Encode<()>>(link: Option<&Link>, peer: Peer, message: &M, fd: Option<&OwnedFd>) {
-    let Some(link) = link else { return };
-    let fds: Vec<_> = fd.map(AsFd::as_fd).into_iter().collect();
-    note(peer, link.channel.send(message, &fds));
-}
-
-fn note(peer: Peer, sent: Result<(), ChannelError>) {
-    if let Err(error) = sent {
-        tracing::warn!("a message to {peer} could not be sent: {error}");
-    }
 }

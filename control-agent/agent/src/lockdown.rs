@@ -77,3 +77,47 @@ fn drop_capabilities() -> Result<(), caps::errors::CapsError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File, OpenOptions};
+
+    use super::*;
+
+    #[test]
+    fn nothing_but_state_and_volumes_can_be_opened() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = |name: &str| dir.path().join(name);
+        for name in ["state", "volumes"] {
+            fs::create_dir(path(name)).expect("mkdir");
+        }
+        fs::write(path("volumes/disk"), "disk").expect("write");
+        fs::write(path("secret"), "secret").expect("write");
+        let volumes = VolumeDirectories::open(&[path("volumes")]).expect("open");
+        // The rules bind the thread that takes them, and this one ends.
+        let tries = std::thread::scope(|scope| {
+            let restricted = scope.spawn(|| {
+                restrict_files(&path("state"), &volumes).expect("restricted");
+                let denied = |tried: io::Result<File>| {
+                    tried.is_err_and(|e| e.kind() == io::ErrorKind::PermissionDenied)
+                };
+                let both = OpenOptions::new().read(true).write(true).clone();
+                [
+                    ("write state", fs::write(path("state/floor"), "1").is_ok()),
+                    (
+                        "replace state",
+                        fs::rename(path("state/floor"), path("state/f")).is_ok(),
+                    ),
+                    ("open a volume", both.open(path("volumes/disk")).is_ok()),
+                    ("no other file", denied(File::open(path("secret")))),
+                    ("no /proc", denied(File::open("/proc/self/maps"))),
+                    ("no new volume", denied(File::create(path("volumes/new")))),
+                    ("no cut", denied(File::create(path("volumes/disk")))),
+                    ("no removal", fs::remove_file(path("volumes/disk")).is_err()),
+                ]
+            });
+            restricted.join().expect("joined")
+        });
+        assert_eq!(tries.iter().find(|(_, as_expected)| !as_expected), None);
+    }
+}

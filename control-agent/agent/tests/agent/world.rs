@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use bulkhead_bundle::digest_of;
+use bulkhead_bundle::text::to_hex;
 use bulkhead_protocol::admin::{AdminReply, AdminRequest, HostStatus};
 use bulkhead_protocol::control::AgentToDataplane;
 use bulkhead_protocol::envelope::to_memfd;
@@ -41,7 +43,8 @@ pub struct World {
 /// Everything that a refusal must leave as it was.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Snapshot {
-    kept: BTreeMap<String, Vec<u8>>,
+    /// Digest of each file of the state.
+    kept: BTreeMap<String, String>,
     descriptors: usize,
     floor: u64,
     bound: BTreeMap<String, (u32, u32, u32)>,
@@ -228,8 +231,11 @@ impl World {
             }
             reply.is_some()
         });
-        // What was sent before the reply has arrived by now.
+        // What was sent before the reply has arrived by now; and the agent closes the connection.
         self.serve();
+        self.drive("the end", |_| {
+            matches!(client.receive::<AdminReply>(), Err(ChannelError::Closed))
+        });
         reply.expect("set")
     }
 
@@ -342,7 +348,8 @@ impl World {
         let kept = entries.map(|entry| {
             let entry = entry.expect("entry");
             let name = entry.file_name().into_string().expect("text");
-            (name, fs::read(entry.path()).expect("read"))
+            let digest = digest_of(&fs::read(entry.path()).expect("read"));
+            (name, to_hex(&digest))
         });
         let descriptors = format!("/proc/{}/fd", self.pid());
         let bound = self.peers.bound.iter();

@@ -1,0 +1,99 @@
+//! Serving operators: one at a time, in the order in which they asked, from a bounded queue.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use bulkhead_protocol::admin::{AdminReply, AdminRequest};
+use bulkhead_protocol::control::{AgentToDataplane, VolumeStatus};
+
+use crate::agent::{Agent, Job, Question};
+use crate::message::{Action, ClientId, Peer};
+
+/// Most operators that wait.
+const MAX_WAITING: usize = 8;
+/// How long the data plane may take to answer for a status.
+const STATUS_TIME: Duration = Duration::from_secs(1);
+
+/// An operator that waits, and for what.
+#[derive(Debug)]
+pub(crate) struct Waiting {
+    pub(crate) client: ClientId,
+    ask: Ask,
+}
+
+#[derive(Debug)]
+enum Ask {
+    Status,
+    Apply { dry_run: bool, envelope: OwnedFd },
+}
+
+impl Agent {
+    /// Queues a request, or refuses it at once.
+    pub(crate) fn asked(
+        &mut self,
+        client: ClientId,
+        request: AdminRequest,
+        envelope: Option<OwnedFd>,
+    ) {
+        let refuse = |reason: &str| AdminReply::Refused {
+            reason: reason.to_owned(),
+        };
+        if self.waiting.len() >= MAX_WAITING {
+            let reason = "the agent is busy with other requests: try again in a moment";
+            return self.act(Action::Reply(client, refuse(reason)));
+        }
+        let ask = match (request, envelope) {
+            (AdminRequest::Status, _) => Ask::Status,
+            (AdminRequest::Apply { dry_run }, Some(envelope)) => Ask::Apply { dry_run, envelope },
+            (AdminRequest::Apply { .. }, None) => {
+                let reason = "the request came without an envelope";
+                return self.act(Action::Reply(client, refuse(reason)));
+            }
+        };
+        self.waiting.push_back(Waiting { client, ask });
+    }
+
+    /// Whether another operator's request was begun.
+    pub(crate) fn serve_next(&mut self, now: Instant) -> bool {
+        // While keyd's decision is open, a bundle is refused at once.
+        let idle = matches!(self.job, Job::Idle) || self.known.candidate.is_some();
+        let ready = |w: &Waiting| idle || matches!(w.ask, Ask::Status);
+        if !self.waiting.front().is_some_and(ready) {
+            return false;
+        }
+        let Some(Waiting { client, ask }) = self.waiting.pop_front() else {
+            return false;
+        };
+        self.serving = Some(client);
+        match ask {
+            Ask::Status => self.ask_status(now),
+            Ask::Apply { dry_run, envelope } => self.start_apply(now, client, dry_run, &envelope),
+        }
+        true
+    }
+
+    fn ask_status(&mut self, now: Instant) {
+        if !self.is_there(Peer::Dataplane) {
+            return self.answer_status(None);
+        }
+        let request_id = self.fresh_id();
+        self.status_question = Some(Question {
+            id: request_id,
+            peer: Peer::Dataplane,
+            deadline: now + STATUS_TIME,
+        });
+        self.act(Action::Dataplane(
+            AgentToDataplane::Status { request_id },
+            None,
+        ));
+    }
+
+    /// Answers the operator that is served, with what the data plane said.
+    pub(crate) fn answer_status(&mut self, volumes: Option<Vec<VolumeStatus>>) {
+        let status = self.status(volumes);
+        if let Some(client) = self.serving {
+            self.reply(client, AdminReply::Status { status });
+        }
+    }
+}
