@@ -1,0 +1,267 @@
+//! `apply` and `status` over a real admin socket: what is sent, and what each answer becomes. The
+//! answers come from this test, so that every one of them can be given; the real agent's are in
+//! the whole-system tests.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::thread::{self, JoinHandle};
+
+use bulkhead_protocol::admin::{AdminReply, AdminRequest, HostStatus, ProcessStatus, VolumeEntry};
+use bulkhead_protocol::control::VolumeStatus;
+use bulkhead_protocol::rot::Role;
+use bulkhead_protocol::{Channel, VolumeId, envelope};
+use minicbor::bytes::ByteArray;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+};
+
+use crate::{Ended, Folder};
+
+/// What the program sent: its request, and the envelope's bytes if there was one.
+type Asked = (AdminRequest, Option<Vec<u8>>);
+
+/// Listens in the folder and answers one request; without an answer it hangs up.
+fn answer_once(folder: &Folder, reply: Option<AdminReply>) -> JoinHandle<Asked> {
+    let fd = socket(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .expect("socket");
+    let address = UnixAddr::new(&folder.path("admin.sock")).expect("address");
+    bind(std::os::fd::AsRawFd::as_raw_fd(&fd), &address).expect("bind");
+    listen(&fd, Backlog::new(1).expect("backlog")).expect("listen");
+    // std's listener accepts whatever kind of Unix socket it holds.
+    let listener = UnixListener::from(fd);
+    thread::spawn(move || {
+        let (stream, _) = listener.accept().expect("accept");
+        let channel = Channel::from(OwnedFd::from(stream));
+        let mut received = channel.receive::<AdminRequest>().expect("request");
+        let bytes = match received.message {
+            AdminRequest::Apply { .. } => {
+                let [fd] = received.take_fds().expect("an envelope");
+                Some(envelope::read_capped(fd.as_fd()).expect("readable"))
+            }
+            AdminRequest::Status => {
+                let [] = received.take_fds().expect("no descriptor");
+                None
+            }
+        };
+        if let Some(reply) = reply {
+            channel.send(&reply, &[]).expect("reply");
+        }
+        (received.message, bytes)
+    })
+}
+
+fn ask(line: &str, reply: Option<AdminReply>) -> (Ended, Asked) {
+    let folder = Folder::new();
+    folder.write("b.cose", "an envelope");
+    let agent = answer_once(&folder, reply);
+    let ended = folder.run(line, &["--admin", "admin.sock"]);
+    (ended, agent.join().expect("agent"))
+}
+
+fn applied(steps: &[&str], pending: &[&str]) -> Option<AdminReply> {
+    let texts = |texts: &[&str]| texts.iter().map(|t| (*t).to_owned()).collect();
+    Some(AdminReply::Applied {
+        epoch: 8,
+        steps: texts(steps),
+        pending: texts(pending),
+    })
+}
+
+#[test]
+fn apply_hands_the_envelope_over_and_prints_the_steps() {
+    let (ended, asked) = ask("apply b.cose", applied(&["attach disk", "bind vm1"], &[]));
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert_eq!(
+        ended.stdout,
+        "applied epoch 8\n  done: attach disk\n  done: bind vm1\n"
+    );
+    let (request, bytes) = asked;
+    assert_eq!(request, AdminRequest::Apply { dry_run: false });
+    assert_eq!(bytes.as_deref(), Some(b"an envelope".as_slice()));
+}
+
+#[test]
+fn a_dry_run_says_what_would_be_done() {
+    let (ended, asked) = ask("apply b.cose --dry-run", applied(&["attach disk"], &[]));
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert_eq!(ended.stdout, "would apply epoch 8\n  would: attach disk\n");
+    assert_eq!(asked.0, AdminRequest::Apply { dry_run: true });
+}
+
+#[test]
+fn a_bundle_that_changes_nothing_says_so() {
+    let (ended, _) = ask("apply b.cose", applied(&[], &[]));
+    assert_eq!(ended.code, 0);
+    assert!(ended.stdout.contains("nothing to do"), "{ended:?}");
+}
+
+#[test]
+fn pending_steps_are_shown_and_are_no_success() {
+    let (ended, _) = ask("apply b.cose", applied(&["a"], &["attach disk: no file"]));
+    assert_eq!(ended.code, 1, "{ended:?}");
+    assert!(ended.stdout.contains("  pending: attach disk: no file\n"));
+    assert!(
+        ended.stderr.contains("accepted, but 1 step(s) failed"),
+        "{ended:?}"
+    );
+    assert!(ended.stderr.contains("bulkhead status"), "{ended:?}");
+}
+
+#[test]
+fn a_refusal_is_printed_so_that_it_can_not_steer_the_terminal() {
+    let reason = "epoch 3 is not above the floor\u{1b}[2J".to_owned();
+    let (ended, _) = ask("apply b.cose", Some(AdminReply::Refused { reason }));
+    assert_eq!(ended.code, 1);
+    assert_eq!(
+        ended.stderr,
+        "bulkhead: refused, and nothing changed: epoch 3 is not above the floor\\u{1b}[2J\n"
+    );
+    assert_eq!(ended.stdout, "");
+}
+
+#[test]
+fn an_agent_that_hangs_up_is_no_success() {
+    let (ended, _) = ask("apply b.cose", None);
+    assert_eq!(ended.code, 1);
+    assert!(ended.stderr.contains("without an answer"), "{ended:?}");
+}
+
+#[test]
+fn an_answer_to_another_question_is_no_success() {
+    let (ended, _) = ask("status", applied(&[], &[]));
+    assert_eq!(ended.code, 1);
+    assert!(ended.stderr.contains("another version"), "{ended:?}");
+    let status = AdminReply::Status { status: status() };
+    let (ended, _) = ask("apply b.cose", Some(status));
+    assert_eq!(ended.code, 1);
+    assert!(ended.stderr.contains("another version"), "{ended:?}");
+}
+
+#[test]
+fn a_missing_or_wrong_socket_is_explained() {
+    let folder = Folder::new();
+    folder.write("file", "");
+    folder.refused("status --admin nowhere.sock", &["is bulkhead-rot running?"]);
+    folder.refused("status --admin file", &["bulkhead-rot is not running"]);
+    let _stream = UnixListener::bind(folder.path("stream.sock")).expect("bind");
+    folder.refused("status --admin stream.sock", &["not the admin socket"]);
+    folder.refused("apply missing.cose --admin nowhere.sock", &["missing.cose"]);
+}
+
+fn status() -> HostStatus {
+    let volume = |number: u8, state| VolumeEntry {
+        volume: VolumeId([number; 16]),
+        name: format!("disk{number}"),
+        socket: format!("vm{number}").parse().expect("name"),
+        socket_path: format!("/run/bulkhead/vhost/vm{number}.sock"),
+        state,
+    };
+    let serving = VolumeStatus {
+        volume: VolumeId([1; 16]),
+        attached: true,
+        connected: true,
+        encrypted: true,
+        running_queues: 4,
+        retired_queues: 1,
+        requests_ok: 12,
+        requests_failed: 3,
+        read_bytes: 8192,
+        written_bytes: 1 << 20,
+        fault: None,
+    };
+    let failed = VolumeStatus {
+        volume: VolumeId([2; 16]),
+        fault: Some("the file \"shrank\"\n".to_owned()),
+        ..serving.clone()
+    };
+    HostStatus {
+        host: "host-a".to_owned(),
+        epoch: Some(7),
+        epoch_floor: 7,
+        digest: Some(ByteArray::from([0xab; 48])),
+        processes: vec![ProcessStatus {
+            role: Role::Keyd,
+            pid: 4242,
+            generation: 2,
+            measurement: ByteArray::from([0x11; 48]),
+        }],
+        volumes: vec![
+            volume(1, Some(serving)),
+            volume(2, Some(failed)),
+            volume(3, None),
+        ],
+        pending: vec!["attach disk3: no such file".to_owned()],
+    }
+}
+
+#[test]
+fn status_is_a_table() {
+    let (ended, asked) = ask("status", Some(AdminReply::Status { status: status() }));
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert_eq!(asked.0, AdminRequest::Status);
+    let expected = format!(
+        "host    host-a\nepoch   7 (the next is above 7)\ndigest  {digest}\n\n\
+         processes\n  ROLE  PID   GENERATION  MEASUREMENT\n  keyd  4242  2           1111111111111111\n\n\
+         volumes\n\
+         \x20 NAME   STATE      KEY   QUEUES         OK  FAILED  READ   WRITTEN  SOCKET\n\
+         \x20 disk1  connected  held  4 (1 retired)  12  3       8 KiB  1 MiB    /run/bulkhead/vhost/vm1.sock\n\
+         \x20 disk2  failed     held  4 (1 retired)  12  3       8 KiB  1 MiB    /run/bulkhead/vhost/vm2.sock\n\
+         \x20 disk3  unknown    ?     ?              ?   ?       ?      ?        /run/bulkhead/vhost/vm3.sock\n\
+         \x20 disk2: the file \"shrank\"\\n\n\n\
+         pending: failed, and tried again\n  attach disk3: no such file\n",
+        digest = "ab".repeat(48)
+    );
+    assert_eq!(ended.stdout, expected);
+}
+
+#[test]
+fn a_host_without_a_bundle_says_so() {
+    let status = HostStatus {
+        epoch: None,
+        digest: None,
+        epoch_floor: 0,
+        volumes: Vec::new(),
+        pending: Vec::new(),
+        ..status()
+    };
+    let (ended, _) = ask("status", Some(AdminReply::Status { status }));
+    assert!(
+        ended.stdout.contains("no bundle was applied yet"),
+        "{ended:?}"
+    );
+    assert!(ended.stdout.contains("volumes\n  none\n"), "{ended:?}");
+}
+
+#[test]
+fn status_is_json_for_programs() {
+    let (ended, _) = ask(
+        "status --json",
+        Some(AdminReply::Status { status: status() }),
+    );
+    assert_eq!(ended.code, 0);
+    let volume = |number: u8, state: &str| {
+        format!(
+            r#"{{"id":"{}","name":"disk{number}","socket":"vm{number}","socket_path":"/run/bulkhead/vhost/vm{number}.sock","state":{state}}}"#,
+            VolumeId([number; 16])
+        )
+    };
+    let state = |fault: &str| {
+        format!(
+            r#"{{"attached":true,"connected":true,"encrypted":true,"running_queues":4,"retired_queues":1,"requests_ok":12,"requests_failed":3,"read_bytes":8192,"written_bytes":1048576,"fault":{fault}}}"#
+        )
+    };
+    let expected = format!(
+        r#"{{"host":"host-a","epoch":7,"epoch_floor":7,"digest":"{}","processes":[{{"role":"keyd","pid":4242,"generation":2,"measurement":"{}"}}],"volumes":[{},{},{}],"pending":["attach disk3: no such file"]}}"#,
+        "ab".repeat(48),
+        "11".repeat(48),
+        volume(1, &state("null")),
+        volume(2, &state(r#""the file \"shrank\"\u000a""#)),
+        volume(3, "null"),
+    );
+    assert_eq!(ended.stdout, format!("{expected}\n"));
+}
