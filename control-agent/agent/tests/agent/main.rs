@@ -3,6 +3,7 @@
 
 mod applied;
 mod bundles;
+mod documents;
 mod hostile;
 mod peers;
 mod refused;
