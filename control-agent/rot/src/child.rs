@@ -149,6 +149,7 @@ impl Child {
             arguments: &self.program.arguments,
             environment: &self.program.environment,
             uid: self.program.uid,
+            keeps_ipc_lock: self.program.keeps_ipc_lock,
         })?;
         Ok(Running {
             pid: child.pid.unsigned_abs(),

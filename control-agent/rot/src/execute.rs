@@ -1,4 +1,4 @@
-//! Starting a child from its measured memfd, with nothing but the descriptors it is meant to have.
+//! Starting a child from its measured memfd, with the descriptors, user and limits it is meant to have.
 //!
 //! UNSAFETY: between `fork` and `execveat` the child may call async-signal-safe functions only:
 //! everything it needs (strings, pointer arrays, descriptors above the target numbers) is made
@@ -31,6 +31,8 @@ pub struct Start<'a> {
     pub environment: &'a [CString],
     /// User and group id to take, without supplementary groups; none keeps rot's own.
     pub uid: Option<u32>,
+    /// CAP_IPC_LOCK survives the change of user, as the only capability. rot must hold it.
+    pub keeps_ipc_lock: bool,
 }
 
 /// A started child; not reaped when this drops.
@@ -61,8 +63,30 @@ struct Prepared {
     argv: Vec<*const libc::c_char>,
     envp: Vec<*const libc::c_char>,
     uid: Option<u32>,
+    keeps_ipc_lock: bool,
     parent: libc::pid_t,
 }
+
+/// `cap_user_header_t` of capset(2).
+#[repr(C)]
+struct CapabilityHeader {
+    version: u32,
+    pid: libc::c_int,
+}
+
+/// `cap_user_data_t` of capset(2).
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct CapabilitySets {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+/// `_LINUX_CAPABILITY_VERSION_3`: two words of each set.
+const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
+/// Number of CAP_IPC_LOCK, `include/uapi/linux/capability.h`.
+const CAP_IPC_LOCK: libc::c_ulong = 14;
 
 /// Forks and executes. The child ends with status 127 and one line on standard error if a step
 /// before the exec fails.
@@ -77,6 +101,7 @@ pub fn start(what: &Start<'_>) -> io::Result<Child> {
         argv: pointers(what.arguments),
         envp: pointers(what.environment),
         uid: what.uid,
+        keeps_ipc_lock: what.keeps_ipc_lock,
         // SAFETY: getpid has no preconditions.
         parent: unsafe { libc::getpid() },
     };
@@ -175,22 +200,7 @@ fn to_exec(p: &Prepared) -> Result<std::convert::Infallible, &'static CStr> {
         )?;
     }
     if let Some(uid) = p.uid {
-        // SAFETY: plain system calls; the C library's wrappers would signal other threads, of
-        // which this process has none.
-        unsafe {
-            check(
-                libc::setgroups(0, ptr::null()),
-                c"rot child: setgroups failed\n",
-            )?;
-            check(
-                libc::setresgid(uid, uid, uid),
-                c"rot child: setresgid failed\n",
-            )?;
-            check(
-                libc::setresuid(uid, uid, uid),
-                c"rot child: setresuid failed\n",
-            )?;
-        }
+        take_user(uid, p.keeps_ipc_lock)?;
     }
     // After the change of uid, which clears it.
     // SAFETY: plain integers; the argument and environment arrays end with null and, like the
@@ -223,6 +233,67 @@ fn to_exec(p: &Prepared) -> Result<std::convert::Infallible, &'static CStr> {
         );
     }
     Err(c"rot child: execveat failed\n")
+}
+
+fn take_user(uid: u32, keeps_ipc_lock: bool) -> Result<(), &'static CStr> {
+    // SAFETY: plain system calls on integers; the C library's wrappers would signal other threads,
+    // of which this process has none.
+    unsafe {
+        if keeps_ipc_lock {
+            check(
+                libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0),
+                c"rot child: KEEPCAPS failed\n",
+            )?;
+        }
+        check(
+            libc::setgroups(0, ptr::null()),
+            c"rot child: setgroups failed\n",
+        )?;
+        check(
+            libc::setresgid(uid, uid, uid),
+            c"rot child: setresgid failed\n",
+        )?;
+        check(
+            libc::setresuid(uid, uid, uid),
+            c"rot child: setresuid failed\n",
+        )?;
+    }
+    if keeps_ipc_lock {
+        keep_ipc_lock_alone()?;
+    }
+    Ok(())
+}
+
+/// Of what KEEPCAPS left permitted, one capability passes the exec, as an ambient one.
+fn keep_ipc_lock_alone() -> Result<(), &'static CStr> {
+    let header = CapabilityHeader {
+        version: CAPABILITY_VERSION_3,
+        pid: 0,
+    };
+    let bit = 1 << CAP_IPC_LOCK;
+    let low = CapabilitySets {
+        effective: bit,
+        permitted: bit,
+        inheritable: bit,
+    };
+    let sets = [low, CapabilitySets::default()];
+    // SAFETY: the header names the layout that `sets` has, and both live through the call; prctl
+    // takes plain integers.
+    unsafe {
+        if libc::syscall(libc::SYS_capset, &raw const header, sets.as_ptr()) != 0 {
+            return Err(c"rot child: capset failed\n");
+        }
+        check(
+            libc::prctl(
+                libc::PR_CAP_AMBIENT,
+                libc::PR_CAP_AMBIENT_RAISE,
+                CAP_IPC_LOCK,
+                0,
+                0,
+            ),
+            c"rot child: PR_CAP_AMBIENT failed\n",
+        )
+    }
 }
 
 #[cfg(test)]
@@ -269,6 +340,7 @@ mod tests {
             ],
             environment: &environment,
             uid: root.then_some(64001),
+            keeps_ipc_lock: false,
         })
         .unwrap();
         let ended = waitpid(nix::unistd::Pid::from_raw(child.pid), None).unwrap();

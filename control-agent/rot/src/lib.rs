@@ -90,16 +90,16 @@ pub fn run(arguments: Arguments) -> Result<(), RotError> {
     let signals = take_signals()?;
     let run_dir = Directory::own(&arguments.run_dir)?;
     let _lock = run_dir.lock()?;
-    let programs = load_programs(&arguments)?;
+    let memory_unlimited = lockdown::raise_limits().map_err(failed("raise the limits"))?;
+    let children = load_programs(&arguments, memory_unlimited)?;
     make_state(&arguments)?;
     let listeners = Listeners::new(run_dir.own_inside("vhost")?)
         .map_err(failed("clear the directory of the vhost-user sockets"))?;
     let admin = admin_socket(&run_dir, &arguments)?;
     std::env::set_current_dir("/").map_err(failed("leave the working directory"))?;
-    let memory_unlimited = lockdown::raise_limits().map_err(failed("raise the limits"))?;
     warn_of_weaker_separation(&arguments, memory_unlimited);
     lockdown::lock_in()?;
-    let ended = Supervisor::new(programs, listeners, admin, signals)
+    let ended = Supervisor::new(children, listeners, admin, signals)
         .run()
         .map_err(failed("supervise the children"));
     remove_socket(&run_dir, ADMIN_SOCKET).map_err(RotError::AdminSocket)?;
@@ -131,7 +131,7 @@ fn warn_of_weaker_separation(arguments: &Arguments, memory_unlimited: bool) {
         return;
     }
     let root = if own.is_root() { "" } else { " (as root)" };
-    let memory = if memory_unlimited {
+    let memory = if memory_unlimited || lockdown::holds_ipc_lock() {
         ""
     } else {
         "; the locked-memory limit stays as it is, raise it with ulimit -l if a volume is refused"
@@ -153,10 +153,12 @@ fn take_signals() -> Result<SignalFd, RotError> {
         .map_err(failed("make a signalfd"))
 }
 
-fn load_programs(arguments: &Arguments) -> Result<Children, RotError> {
+fn load_programs(arguments: &Arguments, memory_unlimited: bool) -> Result<Children, RotError> {
     let now = Instant::now();
     let load = |role| -> Result<Child, RotError> {
-        let program = Program::load(role, arguments)?;
+        let mut program = Program::load(role, arguments)?;
+        program.keeps_ipc_lock =
+            role == Role::Dataplane && !memory_unlimited && lockdown::holds_ipc_lock();
         tracing::info!(%role, sha384 = program.measurement_text(), "measured");
         Ok(Child::new(program, now))
     };

@@ -17,7 +17,8 @@ use seccompiler::{
 };
 
 /// What rot needs to give uids, own socket files and end its children. A child with rot's own uid
-/// can have no more: IPC_LOCK is for the data plane's registered memory, SETPCAP lets a child
+/// can have no more: IPC_LOCK is for the data plane where the limit
+/// on locked memory can't be lifted (under its own uid it keeps that one alone), SETPCAP lets a child
 /// empty its bounding set.
 const KEPT: [Capability; 8] = [
     Capability::CAP_SETUID,
@@ -64,7 +65,7 @@ fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
 }
 
 /// Raises the limits that children inherit: open files as far as allowed, locked memory
-/// without end. Says whether the latter worked; an unprivileged rot may not.
+/// without end. Says whether the latter worked: it takes CAP_SYS_RESOURCE, which a container lacks.
 ///
 /// # Errors
 /// What `getrlimit` or the allowed `setrlimit` fails with.
@@ -72,6 +73,12 @@ pub fn raise_limits() -> io::Result<bool> {
     let (_, most_files) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, most_files, most_files)?;
     Ok(setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).is_ok())
+}
+
+/// Does rot hold CAP_IPC_LOCK, to leave it to a child?
+#[must_use]
+pub fn holds_ipc_lock() -> bool {
+    caps::has_cap(None, CapSet::Permitted, Capability::CAP_IPC_LOCK).unwrap_or(false)
 }
 
 /// Locks rot in.

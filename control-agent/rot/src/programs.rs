@@ -43,6 +43,8 @@ pub struct Program {
     pub environment: Vec<CString>,
     /// The uid to take; none keeps rot's own.
     pub uid: Option<u32>,
+    /// It keeps CAP_IPC_LOCK under its own user, until it locks itself in.
+    pub keeps_ipc_lock: bool,
 }
 
 impl Program {
@@ -65,6 +67,7 @@ impl Program {
             arguments: line.map_err(|source| ProgramError::Argument { role, source })?,
             environment: environment().map_err(|source| ProgramError::Argument { role, source })?,
             uid: arguments.uid(role).filter(|&uid| uid != own),
+            keeps_ipc_lock: false,
         })
     }
 

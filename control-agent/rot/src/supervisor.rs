@@ -1,8 +1,8 @@
 //! The one loop: starts what is due, connects who has said `Hello`, carries out the agent's
 //! requests, reaps what died, and ends all of it on a signal.
 //!
-//! Everything is level-triggered and takes one message of a child a turn, so that no child keeps
-//! rot from the others.
+//! `poll(2)` over at most seven descriptors: level-triggered, nothing to register, nothing more to
+//! trust. A turn takes one message of each child, so that no child keeps rot from the others.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 

@@ -4,8 +4,10 @@ use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 
 use bulkhead_protocol::rot::{FromRot, Role, ToRot};
+use nix::sys::signal::Signal;
 
-use crate::host::Host;
+use crate::host::{Host, PATIENCE, Puppet};
+use crate::puppet::Order;
 use crate::{Case, case, root_case};
 
 pub const CASES: &[Case] = &[
@@ -90,11 +92,37 @@ fn directories() {
     }
 }
 
+/// The data plane can lock guest memory: the limit is lifted, or it kept the one capability. No
+/// child of its own user has any other.
+#[track_caller]
+fn assert_memory_lock(puppet: &Puppet) {
+    let proc = |file: &str| {
+        let path = format!("/proc/{}/{file}", puppet.started.pid);
+        std::fs::read_to_string(path).expect("proc")
+    };
+    let limits = proc("limits");
+    let line = limits.lines().find(|l| l.starts_with("Max locked memory"));
+    let unlimited = line.expect("there").matches("unlimited").count() == 2;
+    let kept = puppet.role == Role::Dataplane && !unlimited;
+    let expected = if kept { 1u64 << 14 } else { 0 };
+    for set in ["CapEff:", "CapPrm:", "CapInh:", "CapAmb:"] {
+        let held = field(&proc("status"), set);
+        let held = u64::from_str_radix(&held, 16).expect("hex");
+        assert_eq!(held, expected, "{} {set}", puppet.role);
+    }
+}
+
+fn field(status: &str, name: &str) -> String {
+    let line = status.lines().find_map(|line| line.strip_prefix(name));
+    line.expect("there").trim().to_owned()
+}
+
 fn users() {
     let mut host = Host::new();
     let more = "--keyd-uid 64001 --agent-uid 64002 --dataplane-uid 64003 --admin-uid 64004";
     host.more = more.split(' ').map(str::to_owned).collect();
-    for puppet in host.start_up() {
+    let puppets = host.start_up();
+    for puppet in &puppets {
         let id = match puppet.role {
             Role::Keyd => 64001,
             Role::Agent => 64002,
@@ -103,14 +131,22 @@ fn users() {
         assert_eq!(puppet.started.ids, [id, id], "{}", puppet.role);
         assert_eq!(puppet.started.groups, 0, "{}", puppet.role);
         assert_eq!(puppet.started.descriptors, ["0", "1", "2", "3"]);
+        assert_memory_lock(puppet);
     }
     let uid = |name: &str| std::fs::metadata(host.path(name)).expect("there").uid();
     assert_eq!((uid("state/keyd"), uid("state/agent")), (64001, 64002));
     assert_eq!((uid("run/admin.sock"), uid("run/vhost")), (64004, 0));
     assert_eq!(host.logged(SEPARATION), 0);
-    // With the few capabilities it kept it can still end and restart a child of another user.
-    host.signal(nix::sys::signal::Signal::SIGTERM);
-    assert!(host.ended().success());
+    // With the few capabilities that it kept it can still end a child of another user, which
+    // still ends with it.
+    puppets[0].order(Order::CloseChannel);
+    assert!(puppets[0].ends_within(PATIENCE));
+    let again = host.puppet(puppets[0].role);
+    host.signal(Signal::SIGKILL);
+    host.ended();
+    for puppet in puppets.iter().chain([&again]) {
+        assert!(puppet.ends_within(PATIENCE), "{} lives on", puppet.role);
+    }
 }
 
 fn second_instance() {
@@ -164,10 +200,7 @@ fn locked_in() {
     let mut host = Host::new();
     host.start_up();
     let status = std::fs::read_to_string(format!("/proc/{}/status", host.pid())).expect("proc");
-    let field = |name: &str| {
-        let line = status.lines().find_map(|line| line.strip_prefix(name));
-        line.expect("there").trim().to_owned()
-    };
+    let field = |name: &str| field(&status, name);
     assert_eq!(field("NoNewPrivs:"), "1");
     assert_eq!(field("Seccomp:"), "2");
     assert_eq!(field("Threads:"), "1");
@@ -223,6 +256,9 @@ fn without_root() {
     ));
     let left = std::fs::read_dir(host.path("run/vhost")).expect("folder");
     assert_eq!(left.count(), 1);
+    // Not dumpable: what /proc shows of its memory is root's, not its own user's.
+    let memory = std::fs::metadata(format!("/proc/{}/mem", host.pid())).expect("proc");
+    assert_eq!(memory.uid(), 0);
     assert_eq!(host.logged(SEPARATION), 1);
     assert_eq!(host.logged(" WARN rot and its children"), 1);
 }
