@@ -8,7 +8,7 @@ use bulkhead_bundle::HostBundle;
 use bulkhead_protocol::admin::AdminReply;
 use bulkhead_protocol::rot::Role;
 
-use crate::bundles::{bundle, id, signed, volume};
+use crate::bundles::{bundle, id, mallory, signed, volume};
 use crate::peers::Halt;
 use crate::world::{World, start_in_vain};
 
@@ -377,6 +377,57 @@ fn a_damaged_state_is_named_and_not_started_from() {
         for words in [damage, path.to_str().expect("text"), "restore"] {
             assert!(log.contains(words), "{words:?} is not in {log}");
         }
+    }
+}
+
+#[test]
+fn a_commit_cut_off_between_its_two_writes_is_completed() {
+    let mut world = World::new();
+    world.apply_fully(&first());
+    let before = std::fs::read(world.path("state/accepted.cose")).expect("read");
+    world.apply_fully(&second());
+    world.kill();
+    // The floor names the new envelope; the rename to its place is missing.
+    let accepted = world.path("state/accepted.cose");
+    std::fs::rename(&accepted, world.path("state/candidate.cose")).expect("rename");
+    std::fs::write(&accepted, &before).expect("write");
+    world.start();
+    world.settle(2);
+    is_what_it_says(&world, &second());
+    assert!(!world.path("state/candidate.cose").exists());
+    // A candidate that is not above the floor was refused long ago.
+    world.kill();
+    std::fs::write(world.path("state/candidate.cose"), &before).expect("write");
+    world.start();
+    world.settle(2);
+    is_what_it_says(&world, &second());
+    assert!(!world.path("state/candidate.cose").exists());
+}
+
+#[test]
+fn a_floor_of_another_epoch_than_its_bundle_is_damaged() {
+    let mut world = World::new();
+    world.apply_fully(&first());
+    let path = world.path("state/floor");
+    let text = std::fs::read_to_string(&path).expect("read");
+    std::fs::write(&path, text.replace("epoch 1", "epoch 0")).expect("write");
+    let log = start_in_vain(&mut world);
+    assert!(
+        log.contains("it says epoch 0, the accepted bundle 1"),
+        "{log}"
+    );
+}
+
+#[test]
+fn a_trust_root_that_no_longer_takes_the_bundle_is_named() {
+    let mut world = World::new();
+    world.apply_fully(&first());
+    let others = vec![mallory().public().clone()];
+    let root = bulkhead_bundle::TrustRoot::new(others, 1).expect("consistent");
+    std::fs::write(world.path("trust.toml"), root.to_text()).expect("write");
+    let log = start_in_vain(&mut world);
+    for words in ["refused now", "unknown key", "was the trust root changed?"] {
+        assert!(log.contains(words), "{words:?} is not in {log}");
     }
 }
 
