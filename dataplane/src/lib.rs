@@ -16,6 +16,9 @@
 //!
 //! | module | owns |
 //! | --- | --- |
+//! | [`server`] | the control thread: listeners, connections, workers' answers |
+//! | [`vhost_user`] | the protocol: bytes and descriptors to typed requests, a connection's state |
+//! | [`fds`] | descriptors from a frontend |
 //! | [`memory`] | guest memory and the only ways to its bytes |
 //! | [`virtqueue`] | rings: from what a driver wrote to checked buffers |
 //! | [`blk`] | virtio-blk: device, configuration space, requests, pipeline |
@@ -24,8 +27,12 @@
 //! | [`log_limit`] | how often a guest can make us log |
 
 pub mod blk;
+pub mod fds;
 pub mod log_limit;
 pub mod memory;
+pub mod serve;
+pub mod server;
 pub mod storage;
+pub mod vhost_user;
 pub mod virtqueue;
 pub mod worker;

@@ -90,6 +90,14 @@ pub(crate) unsafe fn read_once<T: Copy>(at: NonNull<T>) -> T {
 }
 
 impl GuestMemory {
+    /// No memory.
+    #[must_use]
+    pub fn none() -> Self {
+        Self {
+            regions: Vec::new(),
+        }
+    }
+
     /// Maps every region from its file.
     ///
     /// # Errors

@@ -1,0 +1,302 @@
+//! A device on the control thread: its listener, who is connected, and where it is between attach
+//! and detach.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use mio::unix::SourceFd;
+use mio::{Interest, Registry, Token};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
+
+use super::connection::{Connection, ToWorkers};
+use super::{Access, DeviceStatus, Event};
+use crate::blk::{BlkDevice, config_space};
+use crate::log_limit::LogLimit;
+use crate::vhost_user::{Facts, ProtocolError};
+use crate::worker::message::{DeviceId, FromWorker};
+
+/// Where a device is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// So many workers have not said yet that they can serve it.
+    Attaching(usize),
+    /// It is offered.
+    Attached,
+    /// It goes, once its connection is closed.
+    Leaving,
+    /// So many workers still hold it.
+    Detaching(usize),
+    /// Nothing of it is left.
+    Gone,
+}
+
+/// A device.
+#[derive(Debug)]
+pub(super) struct Device {
+    facts: Facts,
+    listener: UnixListener,
+    access: Access,
+    label: String,
+    stage: Stage,
+    workers: usize,
+    /// Why a worker can't serve it.
+    failure: Option<String>,
+    connection: Option<Connection>,
+    pub(super) refuse_new: bool,
+    /// The detach is to be sent to the workers.
+    detach_due: bool,
+}
+
+/// A listener and a connection have a token each.
+fn tokens(id: DeviceId) -> (Token, Token) {
+    let base = usize::try_from(id.0).unwrap_or(usize::MAX / 4) * 2;
+    (Token(base), Token(base + 1))
+}
+
+/// The device that a token belongs to.
+pub(super) fn id_of(token: Token) -> DeviceId {
+    DeviceId((token.0 / 2) as u64)
+}
+
+impl Device {
+    pub(super) fn new(
+        device: &BlkDevice,
+        id: DeviceId,
+        listener: UnixListener,
+        access: Access,
+        label: String,
+        workers: usize,
+    ) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        let facts = Facts {
+            id,
+            features: config_space::features(&device.geometry),
+            queues: device.geometry.queues,
+            config: config_space::bytes(&device.geometry),
+        };
+        Ok(Self {
+            facts,
+            listener,
+            access,
+            label,
+            stage: Stage::Attaching(workers),
+            workers,
+            failure: None,
+            connection: None,
+            refuse_new: false,
+            detach_due: false,
+        })
+    }
+
+    pub(super) fn register(&self, registry: &Registry) -> io::Result<()> {
+        let (listener, _) = tokens(self.facts.id);
+        let fd = self.listener.as_raw_fd();
+        registry.register(&mut SourceFd(&fd), listener, Interest::READABLE)
+    }
+
+    pub(super) fn is_connected(&self) -> bool {
+        self.connection.is_some()
+    }
+
+    pub(super) fn is_gone(&self) -> bool {
+        self.stage == Stage::Gone
+    }
+
+    /// Whether the workers are to be told to let go of it; says so once.
+    pub(super) fn wants_detach(&mut self) -> bool {
+        std::mem::take(&mut self.detach_due)
+    }
+
+    pub(super) fn status(&self) -> DeviceStatus {
+        let Some(connection) = &self.connection else {
+            return DeviceStatus::default();
+        };
+        let (running_queues, retired_queues) = connection.session.queues();
+        DeviceStatus {
+            connected: true,
+            running_queues,
+            retired_queues,
+            fault: connection.session.fault().map(str::to_owned),
+        }
+    }
+
+    /// Its listener or its connection is ready; both are looked at.
+    pub(super) fn ready(&mut self, out: &mut ToWorkers) {
+        if let Some(connection) = &mut self.connection {
+            let end = connection.drive(out);
+            self.explain(end);
+        }
+    }
+
+    /// A worker says something about it.
+    pub(super) fn on_worker(&mut self, message: FromWorker, out: &mut ToWorkers) {
+        match message {
+            FromWorker::Attached { result, .. } => {
+                if let Err(reason) = result {
+                    self.failure.get_or_insert(reason);
+                }
+                if let Stage::Attaching(left) = &mut self.stage {
+                    *left = left.saturating_sub(1);
+                }
+            }
+            FromWorker::Detached { .. } => {
+                if let Stage::Detaching(left) = &mut self.stage {
+                    *left = left.saturating_sub(1);
+                }
+            }
+            message => {
+                if let FromWorker::Retired { queue, reason } = &message {
+                    self.report_retired(queue.index, reason);
+                }
+                if let Some(connection) = &mut self.connection {
+                    let end = connection.on_worker(message, out);
+                    self.explain(end);
+                }
+            }
+        }
+    }
+
+    pub(super) fn detach(&mut self, out: &mut ToWorkers) {
+        if matches!(self.stage, Stage::Attaching(_) | Stage::Attached) {
+            // Workers that still answer the attach do so before they answer the detach.
+            self.stage = Stage::Leaving;
+            if let Some(connection) = &mut self.connection {
+                connection.close(out);
+            }
+        }
+    }
+
+    /// Takes one step that has become possible; true if another may follow.
+    pub(super) fn advance(
+        &mut self,
+        registry: &Registry,
+        out: &mut ToWorkers,
+        events: &mut Vec<Event>,
+    ) -> bool {
+        let id = self.facts.id;
+        if self.connection.as_ref().is_some_and(Connection::is_closed) {
+            self.drop_connection(registry);
+            events.push(Event::Disconnected { id });
+            return true;
+        }
+        match self.stage {
+            Stage::Attaching(0) => {
+                let result = self.failure.take().map_or(Ok(()), Err);
+                self.stage = match &result {
+                    Ok(()) => Stage::Attached,
+                    Err(_) => Stage::Leaving,
+                };
+                events.push(Event::Attached { id, result });
+                true
+            }
+            Stage::Attached if self.connection.is_none() && !self.refuse_new => {
+                self.accept(registry, out, events)
+            }
+            Stage::Leaving if self.connection.is_none() => {
+                let _ = registry.deregister(&mut SourceFd(&self.listener.as_raw_fd()));
+                self.stage = Stage::Detaching(self.workers);
+                self.detach_due = true;
+                false
+            }
+            Stage::Detaching(0) => {
+                self.stage = Stage::Gone;
+                events.push(Event::Detached { id });
+                false
+            }
+            _ => false,
+        }
+    }
+
+    /// Takes the next frontend off the backlog; true if one was there.
+    fn accept(
+        &mut self,
+        registry: &Registry,
+        out: &mut ToWorkers,
+        events: &mut Vec<Event>,
+    ) -> bool {
+        let stream = match self.listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => return true,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+            Err(error) => {
+                self.warn(&format!("a frontend can't be accepted: {error}"));
+                return false;
+            }
+        };
+        if !self.may_connect(&stream) {
+            return true;
+        }
+        match self.connect(stream, registry) {
+            Ok(connection) => {
+                let connection = self.connection.insert(connection);
+                tracing::info!("frontend connected to {}", self.label);
+                events.push(Event::Connected { id: self.facts.id });
+                let end = connection.drive(out);
+                self.explain(end);
+            }
+            Err(error) => self.warn(&format!("a frontend can't be served: {error}")),
+        }
+        true
+    }
+
+    fn connect(&self, stream: UnixStream, registry: &Registry) -> io::Result<Connection> {
+        let connection = Connection::new(stream, self.facts.clone())?;
+        let (_, token) = tokens(self.facts.id);
+        let fd = connection.as_fd().as_raw_fd();
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        registry.register(&mut SourceFd(&fd), token, interest)?;
+        Ok(connection)
+    }
+
+    /// The uid of the process that connected, against the one that may.
+    fn may_connect(&self, stream: &UnixStream) -> bool {
+        let Some(allowed) = self.access.allowed_uid else {
+            return true;
+        };
+        match getsockopt(stream, PeerCredentials) {
+            Ok(peer) if peer.uid() == allowed => true,
+            Ok(peer) => {
+                self.warn(&format!(
+                    "a frontend of uid {} (pid {}) is refused: only uid {allowed} may connect",
+                    peer.uid(),
+                    peer.pid()
+                ));
+                false
+            }
+            Err(error) => {
+                self.warn(&format!("a frontend's uid can't be told: {error}"));
+                false
+            }
+        }
+    }
+
+    fn drop_connection(&mut self, registry: &Registry) {
+        if let Some(connection) = self.connection.take() {
+            let fd = connection.as_fd().as_raw_fd();
+            let _ = registry.deregister(&mut SourceFd(&fd));
+            tracing::info!("frontend disconnected from {}", self.label);
+        }
+    }
+
+    fn explain(&self, end: Option<ProtocolError>) {
+        if let Some(error) = end {
+            self.warn(&format!("the connection is closed: {error}"));
+        }
+    }
+
+    fn report_retired(&self, index: u16, reason: &str) {
+        self.warn(&format!("queue {index} is retired: {reason}"));
+    }
+
+    /// A line that a frontend or guest can cause; at most a few a second.
+    fn warn(&self, text: &str) {
+        static LIMIT: LogLimit = LogLimit::new();
+        if LIMIT.allows() {
+            tracing::warn!("{}: {text}", self.label);
+        }
+    }
+}

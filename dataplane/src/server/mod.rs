@@ -1,0 +1,316 @@
+//! The control thread (ADR 0002): listeners, vhost-user connections and workers' answers in one
+//! event loop; nothing in it blocks, whatever a frontend does or doesn't do.
+//!
+//! A [`Manager`] (the production one is `crate::control`; `serve` has one that does nothing) adds its
+//! own descriptors to the loop and is told what becomes of devices.
+//!
+//! System calls after the start, for those who filter them: `epoll_wait`, `epoll_ctl`, `accept4`,
+//! `getsockopt` (SO_PEERCRED), `recvmsg`, `write`, `read`, `fstat`, `fstatfs`, `fcntl` (F_GETFL, F_SETFL,
+//! F_DUPFD_CLOEXEC), `ioctl` (FIONBIO), `mmap`, `munmap`, `close`.
+#![forbid(unsafe_code)]
+
+mod connection;
+mod device;
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Registry, Token};
+
+use crate::blk::BlkDevice;
+use crate::worker::message::{DeviceId, FromWorker, QueueId, ToWorker};
+use crate::worker::{Replies, WorkerConfig, WorkerHandle, start};
+use connection::ToWorkers;
+use device::Device;
+
+/// Tokens from here on are the manager's.
+pub const MANAGER_TOKENS: usize = 1 << 40;
+const REPLIES: Token = Token(0);
+
+/// Who may connect to a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Access {
+    /// The only uid whose process may (SO_PEERCRED); none: anybody who can open the socket.
+    pub allowed_uid: Option<u32>,
+}
+
+/// How the server runs.
+#[derive(Debug, Clone, Default)]
+pub struct ServerConfig {
+    /// One entry per worker, at least one.
+    pub workers: Vec<WorkerConfig>,
+}
+
+/// What a device is doing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DeviceStatus {
+    /// A frontend is connected.
+    pub connected: bool,
+    /// Queues that are served.
+    pub running_queues: u16,
+    /// Queues whose driver broke them.
+    pub retired_queues: u16,
+    /// Why the last of them retired.
+    pub fault: Option<String>,
+}
+
+/// What became of a device.
+#[derive(Debug)]
+pub enum Event {
+    /// Every worker can serve it, or why not (it is gone then, and its listener closed).
+    Attached {
+        /// Which.
+        id: DeviceId,
+        /// Whether.
+        result: Result<(), String>,
+    },
+    /// Nothing of it is left: no queue, no descriptor, no key in any worker.
+    Detached {
+        /// Which.
+        id: DeviceId,
+    },
+    /// A frontend connected.
+    Connected {
+        /// To which.
+        id: DeviceId,
+    },
+    /// It is gone, and its queues are stopped.
+    Disconnected {
+        /// From which.
+        id: DeviceId,
+    },
+}
+
+/// Who decides what is served.
+pub trait Manager {
+    /// Adds its descriptors to the loop, with tokens from [`MANAGER_TOKENS`] on.
+    ///
+    /// # Errors
+    /// Ends the server before it serves.
+    fn register(&mut self, registry: &Registry) -> io::Result<()>;
+
+    /// One of its descriptors is ready (edge-triggered: take everything there is).
+    fn ready(&mut self, server: &mut Server, token: Token);
+
+    /// Something became of a device.
+    fn event(&mut self, server: &mut Server, event: Event);
+}
+
+/// The event loop and everything in it.
+#[derive(Debug)]
+pub struct Server {
+    poll: Poll,
+    workers: Vec<WorkerHandle>,
+    replies: Replies,
+    devices: HashMap<DeviceId, Device>,
+    last_id: u64,
+    events: Vec<Event>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Server {
+    /// Starts the workers.
+    ///
+    /// # Errors
+    /// What a worker or the event loop can't start with.
+    pub fn new(config: &ServerConfig) -> io::Result<Self> {
+        if config.workers.is_empty() {
+            return Err(io::Error::other("a server needs at least one worker"));
+        }
+        crate::memory::sigbus::install()?;
+        crate::fds::know_eventfds()?;
+        let poll = Poll::new()?;
+        let (workers, replies) = start(&config.workers)?;
+        poll.registry().register(
+            &mut SourceFd(&replies.as_fd().as_raw_fd()),
+            REPLIES,
+            Interest::READABLE,
+        )?;
+        Ok(Self {
+            poll,
+            workers,
+            replies,
+            devices: HashMap::new(),
+            last_id: 0,
+            events: Vec::new(),
+            stop: Arc::new(AtomicBool::new(false)),
+        })
+    }
+
+    /// Where descriptors are added to the loop later on.
+    ///
+    /// # Errors
+    /// What duplicating the epoll descriptor fails with.
+    pub fn registry(&self) -> io::Result<Registry> {
+        self.poll.registry().try_clone()
+    }
+
+    /// Offers a device on a listener. [`Event::Attached`] says when, or why not; frontends wait in the
+    /// listener's backlog until then, and while another is connected.
+    ///
+    /// # Errors
+    /// When the listener can't be added to the loop.
+    pub fn attach(
+        &mut self,
+        device: &Arc<BlkDevice>,
+        listener: UnixListener,
+        access: Access,
+        label: String,
+    ) -> io::Result<DeviceId> {
+        self.last_id += 1;
+        let id = DeviceId(self.last_id);
+        let waits = self.workers.len();
+        let device_state = Device::new(device, id, listener, access, label, waits)?;
+        device_state.register(self.poll.registry())?;
+        self.devices.insert(id, device_state);
+        for worker in &self.workers {
+            worker.send(ToWorker::Attach {
+                id,
+                device: Arc::clone(device),
+            });
+        }
+        Ok(id)
+    }
+
+    /// Takes a device away: its connection is closed once nothing is in flight, and
+    /// [`Event::Detached`] follows.
+    pub fn detach(&mut self, id: DeviceId) {
+        let mut out = ToWorkers::new();
+        if let Some(device) = self.devices.get_mut(&id) {
+            device.detach(&mut out);
+        }
+        self.settle(id, out);
+    }
+
+    /// Whether new frontends are kept out from now on.
+    pub fn refuse_new(&mut self, id: DeviceId, refuse: bool) {
+        if let Some(device) = self.devices.get_mut(&id) {
+            device.refuse_new = refuse;
+        }
+        self.settle(id, ToWorkers::new());
+    }
+
+    /// Whether a frontend is connected.
+    #[must_use]
+    pub fn is_connected(&self, id: DeviceId) -> bool {
+        self.devices.get(&id).is_some_and(Device::is_connected)
+    }
+
+    /// What a device is doing.
+    #[must_use]
+    pub fn status(&self, id: DeviceId) -> DeviceStatus {
+        self.devices
+            .get(&id)
+            .map(Device::status)
+            .unwrap_or_default()
+    }
+
+    /// Ends [`Server::run`] after the event that is being handled.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+    }
+
+    /// Serves until [`Server::stop`]; then every worker ends what is in flight.
+    ///
+    /// # Errors
+    /// When the event loop fails.
+    pub fn run(mut self, manager: &mut dyn Manager) -> io::Result<()> {
+        manager.register(self.poll.registry())?;
+        let mut events = Events::with_capacity(256);
+        while !self.stop.load(Ordering::Acquire) {
+            match self.poll.poll(&mut events, None) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            }
+            for event in &events {
+                match event.token() {
+                    REPLIES => self.take_replies(),
+                    token if token.0 >= MANAGER_TOKENS => manager.ready(&mut self, token),
+                    token => self.ready(token),
+                }
+            }
+            self.report(manager);
+        }
+        self.workers.drain(..).for_each(WorkerHandle::end);
+        Ok(())
+    }
+
+    /// Tells the manager what became of devices; what it does then may lead to more.
+    fn report(&mut self, manager: &mut dyn Manager) {
+        while !self.events.is_empty() {
+            for event in std::mem::take(&mut self.events) {
+                manager.event(self, event);
+            }
+        }
+    }
+
+    fn ready(&mut self, token: Token) {
+        let id = device::id_of(token);
+        let mut out = ToWorkers::new();
+        if let Some(device) = self.devices.get_mut(&id) {
+            device.ready(&mut out);
+        }
+        self.settle(id, out);
+    }
+
+    fn take_replies(&mut self) {
+        while let Some(message) = self.replies.next() {
+            let id = device_of(&message);
+            let mut out = ToWorkers::new();
+            if let Some(device) = self.devices.get_mut(&id) {
+                device.on_worker(message, &mut out);
+            }
+            self.settle(id, out);
+        }
+    }
+
+    /// Sends what a step made for the workers, and takes the steps that became possible with it.
+    fn settle(&mut self, id: DeviceId, mut out: ToWorkers) {
+        loop {
+            for (queue, message) in out.drain(..) {
+                self.worker_of(queue).send(message);
+            }
+            let Some(device) = self.devices.get_mut(&id) else {
+                return;
+            };
+            let more = device.advance(self.poll.registry(), &mut out, &mut self.events);
+            if device.wants_detach() {
+                for worker in &self.workers {
+                    worker.send(ToWorker::Detach { id });
+                }
+            }
+            if device.is_gone() {
+                self.devices.remove(&id);
+                return;
+            }
+            if !more && out.is_empty() {
+                return;
+            }
+        }
+    }
+
+    /// Queues are spread over the workers, those of one device beginning with its own.
+    fn worker_of(&self, queue: QueueId) -> &WorkerHandle {
+        let count = self.workers.len() as u64;
+        let number = (queue.device.0 + u64::from(queue.index)) % count;
+        // `count` is at least one, and `number` below it.
+        &self.workers[usize::try_from(number).unwrap_or(0)]
+    }
+}
+
+fn device_of(message: &FromWorker) -> DeviceId {
+    match message {
+        FromWorker::Attached { id, .. } | FromWorker::Detached { id, .. } => *id,
+        FromWorker::Started { queue }
+        | FromWorker::StartFailed { queue, .. }
+        | FromWorker::Stopped { queue, .. }
+        | FromWorker::MemorySet { queue }
+        | FromWorker::Retired { queue, .. } => queue.device,
+    }
+}

@@ -1,0 +1,177 @@
+//! A byte stream with descriptors, cut into messages: any pieces, nothing blocks, nothing is read
+//! beyond the message it belongs to, replies that the frontend does not read are bounded.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::io::{self, IoSliceMut, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use nix::errno::Errno;
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+
+use super::message::{HEADER_BYTES, Header, MAX_TABLE_REGIONS, Message, ProtocolError};
+
+/// What reading gave.
+#[derive(Debug)]
+pub enum Incoming {
+    /// A message.
+    Message(Message),
+    /// Nothing more for now.
+    Later,
+    /// The frontend is gone.
+    End,
+}
+
+/// A connection's stream and what was read of the next message.
+#[derive(Debug)]
+pub struct Framing {
+    stream: UnixStream,
+    header: Option<Header>,
+    /// Of the header, or with one of the body.
+    bytes: Vec<u8>,
+    fds: Vec<OwnedFd>,
+    /// Replies that the frontend has not read.
+    unsent: Vec<u8>,
+    control: Vec<u8>,
+}
+
+/// The kernel passes at most 253 descriptors with a message (`SCM_MAX_FD`).
+const KERNEL_MAX_FDS: usize = 253;
+
+impl AsFd for Framing {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+impl Framing {
+    /// Over a stream, which is made non-blocking.
+    ///
+    /// # Errors
+    /// What `fcntl` fails with.
+    pub fn new(stream: UnixStream) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        Ok(Self {
+            stream,
+            header: None,
+            bytes: Vec::new(),
+            fds: Vec::new(),
+            unsent: Vec::new(),
+            control: nix::cmsg_space!([std::os::fd::RawFd; KERNEL_MAX_FDS]),
+        })
+    }
+
+    /// The next message, as far as it is there.
+    ///
+    /// # Errors
+    /// [`ProtocolError`]: the connection is of no more use.
+    pub fn receive(&mut self) -> Result<Incoming, ProtocolError> {
+        loop {
+            let wanted = match self.header {
+                None => HEADER_BYTES,
+                Some(header) => usize::try_from(header.body_bytes).unwrap_or(0),
+            };
+            if self.bytes.len() == wanted {
+                if let Some(message) = self.complete()? {
+                    return Ok(Incoming::Message(message));
+                }
+                continue;
+            }
+            match self.read(wanted - self.bytes.len())? {
+                Some(0) => return Ok(Incoming::End),
+                Some(_) => {}
+                None => return Ok(Incoming::Later),
+            }
+        }
+    }
+
+    /// Header or body is whole.
+    fn complete(&mut self) -> Result<Option<Message>, ProtocolError> {
+        let bytes = std::mem::take(&mut self.bytes);
+        match self.header.take() {
+            None => {
+                let header = bytes.try_into().map(Header::parse);
+                self.header = Some(header.map_err(|_| ProtocolError::Header("its length"))??);
+                Ok(None)
+            }
+            Some(header) => Ok(Some(Message {
+                header,
+                body: bytes,
+                fds: std::mem::take(&mut self.fds),
+            })),
+        }
+    }
+
+    /// Reads at most `most` bytes; none if there are none yet.
+    fn read(&mut self, most: usize) -> Result<Option<usize>, ProtocolError> {
+        let mut buffer = vec![0u8; most];
+        let mut iov = [IoSliceMut::new(&mut buffer)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
+        let (count, fds, truncated) = loop {
+            let received = recvmsg::<()>(
+                self.stream.as_raw_fd(),
+                &mut iov,
+                Some(&mut self.control),
+                flags,
+            );
+            match received {
+                Ok(message) => {
+                    let mut fds = Vec::new();
+                    for control in message.cmsgs().map_err(io::Error::from)? {
+                        if let ControlMessageOwned::ScmRights(raw) = control {
+                            fds.extend(raw);
+                        }
+                    }
+                    let truncated = message.flags.contains(MsgFlags::MSG_CTRUNC);
+                    break (message.bytes, fds, truncated);
+                }
+                Err(Errno::EAGAIN) => return Ok(None),
+                Err(Errno::EINTR) => {}
+                Err(Errno::ECONNRESET) => return Ok(Some(0)),
+                Err(error) => return Err(ProtocolError::Io(error.into())),
+            }
+        };
+        self.fds
+            .extend(fds.into_iter().map(crate::fds::adopt_received));
+        if truncated || self.fds.len() > MAX_TABLE_REGIONS {
+            self.fds.clear();
+            return Err(ProtocolError::TooManyFds);
+        }
+        self.bytes.extend(buffer.get(..count).unwrap_or_default());
+        Ok(Some(count))
+    }
+
+    /// Sends a reply, or keeps what the frontend does not take now.
+    ///
+    /// # Errors
+    /// The connection is of no more use.
+    pub fn send(&mut self, bytes: &[u8]) -> Result<(), ProtocolError> {
+        self.unsent.extend_from_slice(bytes);
+        self.flush()
+    }
+
+    /// Sends what was kept, as far as the frontend takes it.
+    ///
+    /// # Errors
+    /// The connection is of no more use.
+    pub fn flush(&mut self) -> Result<(), ProtocolError> {
+        while !self.unsent.is_empty() {
+            match self.stream.write(&self.unsent) {
+                Ok(count) => {
+                    self.unsent.drain(..count);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(ProtocolError::Io(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether replies are waiting to be sent: nothing is read meanwhile, so that they don't pile up.
+    #[must_use]
+    pub fn has_unsent(&self) -> bool {
+        !self.unsent.is_empty()
+    }
+}

@@ -1,0 +1,117 @@
+//! What a frontend has said about one queue.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::os::fd::OwnedFd;
+
+use super::message::VringAddresses;
+use crate::memory::GuestMemory;
+use crate::worker::message::RingLayout;
+
+/// Entries of the largest queue (virtio 1.2, 2.7).
+const MAX_SIZE: u32 = 32768;
+
+/// Where a queue is between its first message and its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Phase {
+    /// No worker has it.
+    #[default]
+    Stopped,
+    /// A worker has it, or is about to.
+    Running,
+    /// A worker has it, and takes nothing: the driver broke it.
+    Retired,
+}
+
+/// A queue.
+#[derive(Debug, Default)]
+pub struct Vring {
+    /// SET_VRING_NUM; 0: not said yet.
+    pub size: u16,
+    /// SET_VRING_ADDR.
+    pub addresses: Option<VringAddresses>,
+    /// SET_VRING_BASE, or where it was stopped.
+    pub base: u16,
+    /// SET_VRING_ENABLE.
+    pub enabled: bool,
+    /// SET_VRING_CALL.
+    pub call: Option<OwnedFd>,
+    /// SET_VRING_ERR.
+    pub error: Option<OwnedFd>,
+    /// Where it is.
+    pub phase: Phase,
+}
+
+impl Vring {
+    /// Whether a worker has it.
+    #[must_use]
+    pub fn is_started(&self) -> bool {
+        self.phase != Phase::Stopped
+    }
+
+    /// SET_VRING_NUM.
+    ///
+    /// # Errors
+    /// A size that can't be, or another one while it runs.
+    pub fn set_size(&mut self, size: u32) -> Result<(), String> {
+        if !size.is_power_of_two() || size > MAX_SIZE {
+            return Err(format!(
+                "the queue size {size} is not a power of two from 1 to {MAX_SIZE}"
+            ));
+        }
+        // At most 2^15.
+        let size = u16::try_from(size).unwrap_or(0);
+        if self.is_started() && size != self.size {
+            return Err("the size of a running queue can't change".to_owned());
+        }
+        self.size = size;
+        Ok(())
+    }
+
+    /// SET_VRING_ADDR.
+    ///
+    /// # Errors
+    /// Others than it has, while it runs.
+    pub fn set_addresses(&mut self, addresses: VringAddresses) -> Result<(), String> {
+        if self.is_started() && self.addresses != Some(addresses) {
+            return Err("the addresses of a running queue can't change".to_owned());
+        }
+        self.addresses = Some(addresses);
+        Ok(())
+    }
+
+    /// SET_VRING_BASE.
+    ///
+    /// # Errors
+    /// While it runs, or past 16 bits.
+    pub fn set_base(&mut self, base: u32) -> Result<(), String> {
+        if self.is_started() {
+            return Err("the index of a running queue can't be set".to_owned());
+        }
+        self.base =
+            u16::try_from(base).map_err(|_| format!("the index {base} has more than 16 bits"))?;
+        Ok(())
+    }
+
+    /// Where its ring lies in guest memory.
+    ///
+    /// # Errors
+    /// Says what is missing or not in guest memory.
+    pub fn layout(&self, memory: &GuestMemory) -> Result<RingLayout, String> {
+        if self.size == 0 {
+            return Err("the queue has no size yet".to_owned());
+        }
+        let addresses = self.addresses.ok_or("the queue has no addresses yet")?;
+        let guest = |part: &str, user: u64| {
+            memory
+                .guest_addr_of(user)
+                .ok_or_else(|| format!("the {part} at {user:#x} is not in guest memory"))
+        };
+        Ok(RingLayout {
+            size: self.size,
+            desc: guest("descriptor table", addresses.desc)?,
+            avail: guest("avail ring", addresses.avail)?,
+            used: guest("used ring", addresses.used)?,
+        })
+    }
+}
