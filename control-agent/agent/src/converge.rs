@@ -9,16 +9,14 @@ use std::time::Instant;
 use bulkhead_bundle::Volume;
 use bulkhead_protocol::admin::AdminReply;
 use bulkhead_protocol::control::{AgentToDataplane, VolumeStatus};
-use bulkhead_protocol::keys::{AgentToKeyd, Undelivered};
+use bulkhead_protocol::keys::AgentToKeyd;
 use bulkhead_protocol::rot::ToRot;
 use bulkhead_protocol::{SocketName, VolumeId, envelope};
 
 use crate::agent::{Agent, Job, Outcome};
 use crate::message::{Action, Answer, ClientId, Peer};
-use crate::plan::{Change, Plan};
 use crate::step::{self, Step};
-use crate::store::StoreError;
-use crate::text::{first_lines, plain};
+use crate::text::first_lines;
 
 /// A pass.
 #[derive(Debug, Default)]
@@ -311,90 +309,6 @@ impl Agent {
     fn take_survey(&mut self, volumes: &[VolumeStatus]) {
         let attached = volumes.iter().filter(|status| status.attached);
         self.known.attached = Some(attached.map(|status| status.volume).collect());
-    }
-
-    /// keyd accepted the bundle in force, and the data plane answered its grants.
-    pub(crate) fn take_grants(&mut self, undelivered: Vec<Undelivered>) -> Result<(), String> {
-        // What was granted to a process that is gone has to be granted again.
-        self.known.granted = self.asked_same_peers();
-        // A grant that differs detached its volume.
-        self.known.attached = None;
-        let pairs = undelivered.into_iter();
-        self.known.undelivered = pairs.map(|u| (u.volume, plain(&u.reason))).collect();
-        let bundle = self.known.accepted.as_ref().map(|stored| &stored.bundle);
-        let line = |(id, reason): (&VolumeId, &String)| {
-            let name = bundle.and_then(|b| Some(b.volume(*id)?.name.clone()));
-            format!("{}: {reason}", name.unwrap_or_else(|| id.to_string()))
-        };
-        if self.known.undelivered.is_empty() {
-            return Ok(());
-        }
-        let lines: Vec<String> = self.known.undelivered.iter().map(line).collect();
-        Err(format!("not taken by the data plane: {}", lines.join("; ")))
-    }
-
-    fn candidate_accepted(
-        &mut self,
-        epoch: u64,
-        undelivered: Vec<Undelivered>,
-    ) -> Result<(), String> {
-        match &self.known.candidate {
-            Some(candidate) if candidate.bundle.epoch == epoch => {}
-            _ => return Err(format!("keyd says that it accepted epoch {epoch}")),
-        }
-        self.commit().map_err(|error| error.to_string())?;
-        // What did not arrive is a matter of the next step, which is due because of it.
-        let _ = self.take_grants(undelivered);
-        Ok(())
-    }
-
-    fn candidate_refused(&mut self, reason: &str) -> Result<(), String> {
-        self.store
-            .drop_candidate()
-            .map_err(|error| error.to_string())?;
-        self.known.candidate = None;
-        tracing::warn!("keyd refused the bundle whose fate was open: {reason}");
-        Ok(())
-    }
-
-    /// Makes the candidate the bundle in force: on disk first, then here. On an error it stays
-    /// the candidate.
-    pub(crate) fn commit(&mut self) -> Result<(), StoreError> {
-        let Some(candidate) = self.known.candidate.take() else {
-            return Ok(());
-        };
-        let old = self.known.accepted.as_ref().map(|stored| &*stored.bundle);
-        let plan = Plan::between(old, &candidate.bundle);
-        let mut unfinished = self.store.unfinished().clone();
-        let volumes = &candidate.bundle.volumes;
-        unfinished
-            .listeners
-            .extend(volumes.iter().map(|v| v.socket.name.clone()));
-        for leaving in &plan.leaving {
-            match leaving.change {
-                Some(Change::File) => unfinished.detach.insert(leaving.id),
-                _ => unfinished.detach.remove(&leaving.id),
-            };
-        }
-        let (epoch, digest) = (candidate.bundle.epoch, candidate.bundle.digest());
-        let written = self
-            .store
-            .set_unfinished(unfinished)
-            .and_then(|()| self.store.commit(epoch, digest));
-        if let Err(error) = written {
-            self.known.candidate = Some(candidate);
-            return Err(error);
-        }
-        for leaving in &plan.leaving {
-            self.known.files.remove(&leaving.id);
-        }
-        self.known
-            .cancel
-            .retain(|id| candidate.bundle.volume(*id).is_some());
-        self.known.granted = false;
-        self.known.attached = None;
-        self.known.accepted = Some(candidate);
-        Ok(())
     }
 
     /// The mark goes before the volume is attached again: were it left, a crash would detach the

@@ -216,7 +216,7 @@ impl EventLoop {
         }
     }
 
-    fn link(&mut self, peer: Peer) -> Option<&mut Link> {
+    pub(crate) fn link(&mut self, peer: Peer) -> Option<&mut Link> {
         match peer {
             Peer::Rot => Some(&mut self.rot),
             Peer::Keyd => self.keyd.as_mut(),
@@ -224,17 +224,23 @@ impl EventLoop {
         }
     }
 
+    /// The peer is gone, or is treated as if.
     fn unlink(&mut self, peer: Peer) {
+        self.drop_link(peer);
+        tracing::warn!("{peer} is gone");
+        self.event(Event::Ended(peer));
+    }
+
+    /// Closes the channel to a peer, if there is one.
+    pub(crate) fn drop_link(&mut self, peer: Peer) {
         let link = match peer {
-            Peer::Rot => return,
+            Peer::Rot => None,
             Peer::Keyd => self.keyd.take(),
             Peer::Dataplane => self.dataplane.take(),
         };
         if let Some(link) = link {
             self.unwatch(&link.channel);
         }
-        tracing::warn!("{peer} is gone");
-        self.event(Event::Ended(peer));
     }
 
     fn accept(&mut self) -> bool {

@@ -9,6 +9,8 @@ use bulkhead_protocol::admin::ProcessStatus;
 use bulkhead_protocol::rot::{FromRot, Role};
 use bulkhead_protocol::{Channel, ChannelError, Received};
 
+use mio::Token;
+
 use crate::event_loop::{DATAPLANE, EventLoop, KEYD, LISTENER, LoopError};
 use crate::link::{Link, Read};
 use crate::message::{Answer, Event, Peer};
@@ -85,36 +87,40 @@ impl EventLoop {
             generation,
             measurement,
         };
-        let (held, token) = match role {
-            Role::Keyd => (&mut self.keyd, KEYD),
-            Role::Dataplane => (&mut self.dataplane, DATAPLANE),
-            // rot tells us of ourselves, if it does, for the status alone.
-            Role::Agent => {
-                self.event(Event::Started(process));
-                return Ok(());
-            }
-        };
-        if held
-            .as_ref()
-            .is_some_and(|link| link.generation >= generation)
-        {
+        match role {
+            Role::Keyd => self.connect(Peer::Keyd, KEYD, socket, generation)?,
+            Role::Dataplane => self.connect(Peer::Dataplane, DATAPLANE, socket, generation)?,
+            // What rot says of the agent itself is for the status alone.
+            Role::Agent => drop(socket),
+        }
+        tracing::info!(%role, generation, pid, "peer is there");
+        self.event(Event::Started(process));
+        Ok(())
+    }
+
+    /// Takes the channel to a new generation of a peer in place of the old one.
+    fn connect(
+        &mut self,
+        peer: Peer,
+        token: Token,
+        socket: OwnedFd,
+        generation: u64,
+    ) -> Result<(), ChannelError> {
+        let old = self.link(peer).map_or(0, |link| link.generation);
+        if old >= generation {
             return Err(ChannelError::Malformed(format!(
-                "generation {generation} of {role} is not above the one that is here"
+                "generation {generation} of {peer} is not above {old}, which is here"
             )));
         }
         let channel = Channel::from(socket);
         channel.set_nonblocking(true)?;
-        if let Some(old) = held.take() {
-            self.unwatch(&old.channel);
-        }
+        self.drop_link(peer);
         self.watch(&channel, token)?;
-        let link = Link::new(channel, generation);
-        match role {
-            Role::Keyd => self.keyd = Some(link),
-            _ => self.dataplane = Some(link),
+        let link = Some(Link::new(channel, generation));
+        match peer {
+            Peer::Keyd => self.keyd = link,
+            _ => self.dataplane = link,
         }
-        tracing::info!(%role, generation, pid, "peer is there");
-        self.event(Event::Started(process));
         Ok(())
     }
 

@@ -5,7 +5,7 @@
 //! A configuration is applied in these steps, each a function:
 //! [`Agent::handle`] (a request and its envelope, capped) -> `verify` of the bundle crate ->
 //! [`Plan::between`] (pure) -> [`VolumeDirectories::open_volume`] for each new file -> asking the
-//! data plane and keyd (`apply`, undone in full if anyone refuses) -> [`Store::commit`] ->
+//! data plane and keyd (`apply`, undone in full if anyone refuses) -> [`Store`] (`commit`) ->
 //! the convergence pass (`converge`): listeners, files, what goes; what fails there is retried.
 //!
 //! The agent is one thread around one state machine: [`Agent`] takes events and gives actions and
@@ -16,6 +16,7 @@ mod agent;
 mod apply;
 mod arguments;
 mod clients;
+mod commit;
 mod converge;
 pub mod event_loop;
 mod from_rot;

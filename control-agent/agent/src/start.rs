@@ -58,9 +58,11 @@ pub fn run(arguments: &Arguments) -> Result<(), StartupError> {
         vhost_dir: arguments.vhost_dir.clone(),
         directories,
     };
+    let floor = found.store.floor_epoch();
     let agent = Agent::new(host, found, Instant::now());
     let mut event_loop = EventLoop::new(rot, agent)?;
     event_loop.send_to_rot(&ToRot::Hello)?;
+    tracing::info!(host = arguments.host, floor, "locked in and serving");
     event_loop.run()?;
     Ok(())
 }
