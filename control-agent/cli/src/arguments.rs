@@ -215,7 +215,15 @@ impl Arguments {
         if let Command::Volume(VolumeCommand::Create(create)) = &arguments.command
             && let Err((kind, problem)) = create.check_recipients()
         {
-            Self::command().error(kind, problem).exit();
+            let mut command = Self::command();
+            command.build(); // so that the usage line names the whole command
+            let create = command
+                .find_subcommand_mut("volume")
+                .and_then(|volume| volume.find_subcommand_mut("create"));
+            match create {
+                Some(create) => create.error(kind, problem).exit(),
+                None => command.error(kind, problem).exit(),
+            }
         }
         arguments
     }

@@ -3,7 +3,9 @@
 //! the whole-system tests.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
 use std::thread::{self, JoinHandle};
 
 use bulkhead_protocol::admin::{AdminReply, AdminRequest, HostStatus, ProcessStatus, VolumeEntry};
@@ -11,8 +13,9 @@ use bulkhead_protocol::control::VolumeStatus;
 use bulkhead_protocol::rot::Role;
 use bulkhead_protocol::{Channel, VolumeId, envelope};
 use minicbor::bytes::ByteArray;
+use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket,
 };
 
 use crate::{Ended, Folder};
@@ -22,6 +25,15 @@ type Asked = (AdminRequest, Option<Vec<u8>>);
 
 /// Listens in the folder and answers one request; without an answer it hangs up.
 fn answer_once(folder: &Folder, reply: Option<AdminReply>) -> JoinHandle<Asked> {
+    answer_after(folder, reply, |_| ())
+}
+
+/// As [`answer_once`]; before it answers, it looks at the asking process.
+fn answer_after(
+    folder: &Folder,
+    reply: Option<AdminReply>,
+    look: impl FnOnce(i32) + Send + 'static,
+) -> JoinHandle<Asked> {
     let fd = socket(
         AddressFamily::Unix,
         SockType::SeqPacket,
@@ -36,6 +48,7 @@ fn answer_once(folder: &Folder, reply: Option<AdminReply>) -> JoinHandle<Asked> 
     let listener = UnixListener::from(fd);
     thread::spawn(move || {
         let (stream, _) = listener.accept().expect("accept");
+        let asking = getsockopt(&stream, PeerCredentials).expect("credentials");
         let channel = Channel::from(OwnedFd::from(stream));
         let mut received = channel.receive::<AdminRequest>().expect("request");
         let bytes = match received.message {
@@ -48,6 +61,7 @@ fn answer_once(folder: &Folder, reply: Option<AdminReply>) -> JoinHandle<Asked> 
                 None
             }
         };
+        look(asking.pid());
         if let Some(reply) = reply {
             channel.send(&reply, &[]).expect("reply");
         }
@@ -151,6 +165,46 @@ fn a_missing_or_wrong_socket_is_explained() {
     let _stream = UnixListener::bind(folder.path("stream.sock")).expect("bind");
     folder.refused("status --admin stream.sock", &["not the admin socket"]);
     folder.refused("apply missing.cose --admin nowhere.sock", &["missing.cose"]);
+}
+
+#[test]
+fn the_process_can_not_be_dumped_or_traced() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: the_process_can_not_be_dumped_or_traced needs root, to be another uid");
+        return;
+    }
+    let folder = Folder::new();
+    let mine = |path: &std::path::Path| {
+        let open = std::fs::Permissions::from_mode(0o777);
+        std::fs::set_permissions(path, open).expect("chmod");
+    };
+    let program = folder.path("bulkhead");
+    // By another process: a writing descriptor of ours, inherited by what other tests start at this
+    // moment, would keep the copy from being executed (ETXTBSY).
+    let copied = std::process::Command::new("cp")
+        .args([env!("CARGO_BIN_EXE_bulkhead").as_ref(), program.as_os_str()])
+        .status();
+    assert!(copied.expect("cp").success());
+    let reply = AdminReply::Status { status: status() };
+    let agent = answer_after(&folder, Some(reply), |pid| {
+        // The kernel gives these files to root when, and only when, the process is not dumpable
+        // (proc_pid(5)).
+        let owner = std::fs::metadata(format!("/proc/{pid}/mem")).expect("asking");
+        assert_eq!(owner.uid(), 0, "the process is dumpable");
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
+        assert!(status.contains("NoNewPrivs:\t1"), "{status}");
+    });
+    mine(&folder.path(""));
+    mine(&folder.path("admin.sock"));
+    let ended: Ended = std::process::Command::new(&program)
+        .current_dir(folder.path(""))
+        .args(["status", "--admin", "admin.sock"])
+        .uid(4992)
+        .output()
+        .expect("run")
+        .into();
+    agent.join().expect("agent");
+    assert_eq!(ended.code, 0, "{ended:?}");
 }
 
 fn status() -> HostStatus {

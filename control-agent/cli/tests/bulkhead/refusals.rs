@@ -17,11 +17,11 @@ fn mistakes_in_the_command_line_are_usage() {
         ("sign --bundle b --out c", "--key"),
         (
             &format!("{create} --socket s --allowed-uid 1 --recovery recovery.key.pub"),
-            "--host is missing",
+            "--host is missing: the public key (host.pub) of each host",
         ),
         (
             &format!("{create} --socket s --allowed-uid 1 --host state/host.pub"),
-            "--recovery is missing",
+            "Usage: bulkhead volume create",
         ),
         (
             &format!("{create} --socket Bad/Name --allowed-uid 1"),

@@ -107,6 +107,39 @@ fn the_file_is_reserved_in_full_and_given_away() {
 }
 
 #[test]
+fn where_the_file_system_can_not_reserve_the_operator_is_told() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!(
+            "skipped: where_the_file_system_can_not_reserve_the_operator_is_told needs root, to mount"
+        );
+        return;
+    }
+    let folder = Folder::with_keys();
+    fs::create_dir(folder.path("ram")).expect("directory");
+    // ramfs has no fallocate. A mount namespace of its own, so that nothing stays mounted.
+    let script = format!(
+        "mount -t ramfs ramfs ram && {} volume create --name v --path v.img --size 1MiB \
+         --file ram/v.img {SEALED} --out v.toml && stat -c %s ram/v.img",
+        env!("CARGO_BIN_EXE_bulkhead")
+    );
+    let ended: crate::Ended = std::process::Command::new("unshare")
+        .args(["--mount", "sh", "-c", &script])
+        .current_dir(folder.path(""))
+        .output()
+        .expect("unshare")
+        .into();
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert!(ended.stdout.ends_with("\n1048576\n"), "{ended:?}");
+    assert!(
+        ended
+            .stderr
+            .contains("can't reserve space; the file is sparse"),
+        "{ended:?}"
+    );
+    assert!(!folder.exists("ram/v.img"), "the mount was its own");
+}
+
+#[test]
 fn without_a_file_option_no_file_is_touched() {
     let folder = Folder::with_keys();
     folder.ok(&format!(
