@@ -23,6 +23,7 @@
 //! | [`virtqueue`] | rings: from what a driver wrote to checked buffers |
 //! | [`blk`] | virtio-blk: device, configuration space, requests, pipeline |
 //! | [`storage`] | where blocks live |
+//! | [`sandbox`] | how the process and its threads lock themselves in |
 //! | [`worker`] | a thread on a core: its queues, its ring, polling |
 //! | [`log_limit`] | how often a guest can make us log |
 
@@ -30,6 +31,7 @@ pub mod blk;
 pub mod fds;
 pub mod log_limit;
 pub mod memory;
+pub mod sandbox;
 pub mod serve;
 pub mod server;
 pub mod storage;
