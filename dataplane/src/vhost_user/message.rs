@@ -22,7 +22,6 @@ const FLAG_NEED_REPLY: u32 = 0x8;
 const VRING_INDEX_MASK: u64 = 0xff;
 const VRING_NO_FD: u64 = 0x100;
 const CONFIG_HEADER_BYTES: usize = 12;
-const REGION_BYTES: usize = 32;
 
 /// Request numbers.
 pub mod code {
@@ -289,11 +288,6 @@ fn memory_table(
         };
         let fd = fds.next().ok_or("a region came without its descriptor")?;
         regions.push((spec, fd));
-    }
-    // Frontends send a table of full length, whatever it holds.
-    let rest = body.0;
-    if rest.len() <= (MAX_TABLE_REGIONS - count) * REGION_BYTES && rest.iter().all(|b| *b == 0) {
-        body.0 = &[];
     }
     Ok(Some(Request::SetMemTable(regions)))
 }

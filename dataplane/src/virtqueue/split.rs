@@ -304,16 +304,29 @@ impl SplitQueue {
         Err(RingError::ChainTooLong(self.longest))
     }
 
+    /// Gives up a chain that can't be given back: its queue retires.
+    pub fn abandon(&mut self, head: u16) {
+        self.end_flight(head);
+    }
+
+    /// Notes that a head is no longer in flight; false if it was not.
+    #[inline]
+    fn end_flight(&mut self, head: u16) -> bool {
+        let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
+        let Some(w) = self.in_flight.get_mut(word).filter(|w| **w & bit != 0) else {
+            debug_assert!(false, "head {head} was not in flight");
+            return false;
+        };
+        *w &= !bit;
+        self.in_flight_count -= 1;
+        true
+    }
+
     /// Gives a chain back: `len` bytes of its writable part were written, from its front on.
     /// The driver sees it after the next [`SplitQueue::publish`].
     #[inline]
     pub fn push_used(&mut self, head: u16, len: u32) {
-        let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
-        if let Some(w) = self.in_flight.get_mut(word).filter(|w| **w & bit != 0) {
-            *w &= !bit;
-            self.in_flight_count -= 1;
-        } else {
-            debug_assert!(false, "head {head} was not in flight");
+        if !self.end_flight(head) {
             return;
         }
         let slot = usize::from(self.next_used & (self.layout.size - 1));

@@ -512,7 +512,10 @@ fn serve(
         };
         let parsed = match parse(chain, &queue.local.device.geometry, queue.flush) {
             Ok(parsed) => parsed,
-            Err(error) => return (taken, Some(error)),
+            Err(error) => {
+                queue.ring.abandon(head);
+                return (taken, Some(error));
+            }
         };
         let begun = match parsed {
             Ok(operation) => {
