@@ -160,5 +160,8 @@ fn prepare(index: usize, config: &WorkerConfig, wake: &EventFd, ends: Ends) -> i
     let staging = Staging::new()?;
     let ring = Ring::new(&staging)?;
     let worker = Worker::new(index, Pipeline::new(ring, staging), wake, ends)?;
+    if config.lock_in {
+        crate::sandbox::lock_worker_thread().map_err(io::Error::other)?;
+    }
     Ok(worker)
 }
