@@ -1,0 +1,41 @@
+//! `serve`: disks on sockets. See `serve --help` and `docs/benchmarks.md`.
+#![forbid(unsafe_code)]
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use bulkhead_benches::serve::arguments::Arguments;
+use bulkhead_benches::serve::{dataplane, devices, reference};
+use clap::Parser as _;
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let filter = EnvFilter::try_from_env("BULKHEAD_LOG");
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(filter.unwrap_or_else(|_| EnvFilter::new("warn")))
+        .init();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("serve: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
+    let devices = devices::open(arguments)?;
+    let announce = || {
+        for socket in &arguments.socket {
+            println!("listening on {}", socket.display());
+        }
+    };
+    if arguments.reference {
+        reference::run(devices, &arguments.cpu, announce)?;
+    } else {
+        dataplane::run(devices, &arguments.cpu, announce)?;
+    }
+    Ok(())
+}

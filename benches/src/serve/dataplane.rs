@@ -1,0 +1,113 @@
+//! Serving with Bulkhead's own data plane: workers, control thread and lock-in as in production.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::io;
+use std::sync::Arc;
+
+use bulkhead_crypto::xts::{KEY_BYTES, KeyError};
+use bulkhead_crypto::{SecretArena, XtsKey};
+use bulkhead_dataplane::blk::{BlkDevice, Cipher, Geometry};
+use bulkhead_dataplane::sandbox::{self, SandboxError};
+use bulkhead_dataplane::serve::{self, Served};
+use bulkhead_dataplane::server::ServerConfig;
+use bulkhead_dataplane::storage::{FileSpec, RamSpec, StorageError, StorageSpec};
+use bulkhead_dataplane::worker::WorkerConfig;
+
+use super::devices::{Backing, Device, Xts};
+
+/// Bytes of a sector, always (virtio 1.2, 5.2).
+const SECTOR_BYTES: u64 = 512;
+
+/// Why the data plane can't serve.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// A key.
+    #[error("the key can't be used: {0}")]
+    Key(#[from] KeyError),
+    /// Memory for keys or for a disk.
+    #[error("no memory for {0}: {1}")]
+    Memory(&'static str, #[source] io::Error),
+    /// A file.
+    #[error("{0}: {1}")]
+    Storage(String, #[source] StorageError),
+    /// The lock-in.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    /// Workers, event loop, a device.
+    #[error("can't serve: {0}")]
+    Run(#[from] io::Error),
+}
+
+/// Serves the devices, with one worker on each of `cpus` (one anywhere, if there is none), until a
+/// signal ends the process. Locks the whole process in: nothing can be opened afterwards.
+///
+/// `ready` is called once everything runs.
+///
+/// # Errors
+/// See [`ServeError`].
+pub fn run(devices: Vec<Device>, cpus: &[usize], ready: impl FnOnce()) -> Result<(), ServeError> {
+    let arena =
+        SecretArena::new(devices.len().max(1)).map_err(|e| ServeError::Memory("keys", e))?;
+    let served: Result<Vec<_>, _> = devices.into_iter().map(|d| prepare(d, &arena)).collect();
+    let served = served?;
+    let config = ServerConfig {
+        workers: workers(cpus),
+    };
+    sandbox::lock_process()?;
+    let locked = || {
+        ready();
+        sandbox::lock_control_thread().map_err(io::Error::other)
+    };
+    Ok(serve::run(&config, served, locked)?)
+}
+
+fn workers(cpus: &[usize]) -> Vec<WorkerConfig> {
+    let worker = |cpu| WorkerConfig { cpu, lock_in: true };
+    if cpus.is_empty() {
+        return vec![worker(None)];
+    }
+    cpus.iter().map(|cpu| worker(Some(*cpu))).collect()
+}
+
+fn prepare(device: Device, arena: &Arc<SecretArena>) -> Result<Served, ServeError> {
+    let geometry = Geometry {
+        capacity_sectors: device.backing.bytes() / SECTOR_BYTES,
+        logical_block_bytes: device.logical_block_bytes,
+        read_only: device.read_only,
+        serial: device.serial,
+        queues: device.queues,
+    };
+    let label = device.socket.display().to_string();
+    let storage = storage(device.backing, &geometry, &label)?;
+    let cipher = device.xts.map(|xts| expand(&xts, arena)).transpose()?;
+    Ok(Served {
+        device: BlkDevice::new(geometry, storage, cipher),
+        listener: device.listener,
+        label,
+    })
+}
+
+fn storage(backing: Backing, geometry: &Geometry, label: &str) -> Result<StorageSpec, ServeError> {
+    match backing {
+        Backing::Null { .. } => Ok(StorageSpec::Null),
+        Backing::Ram { bytes } => RamSpec::new(bytes)
+            .map(StorageSpec::Ram)
+            .map_err(|e| ServeError::Memory("a disk", e)),
+        Backing::File { file, .. } => FileSpec::from_fd(
+            file.into(),
+            geometry.read_only,
+            geometry.logical_block_bytes,
+        )
+        .map(StorageSpec::File)
+        .map_err(|e| ServeError::Storage(label.to_owned(), e)),
+    }
+}
+
+fn expand(xts: &Xts, arena: &Arc<SecretArena>) -> Result<Cipher, ServeError> {
+    let short = || ServeError::Memory("a key", io::ErrorKind::InvalidData.into());
+    let key: &[u8; KEY_BYTES] = xts.key.as_bytes().try_into().map_err(|_| short())?;
+    Ok(Cipher {
+        key: XtsKey::new(arena, key)?,
+        unit: xts.unit,
+    })
+}

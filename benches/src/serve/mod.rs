@@ -1,0 +1,17 @@
+//! `serve`: disks on sockets, from a command line: for tests, benchmarks and a first look.
+//!
+//! No bundle and no key service: whoever may connect to a socket has the disk.
+//!
+//! | module | owns |
+//! | --- | --- |
+//! | [`arguments`] | the command line, parsed and checked as far as that goes without opening anything |
+//! | [`devices`] | from there to opened files, keys in secret memory and listeners |
+//! | [`socket`] | a listener at a path: stale sockets replaced, live ones refused |
+//! | [`dataplane`] | serving with Bulkhead's data plane |
+//! | [`reference`] | the baseline: the stock vhost-user crates |
+
+pub mod arguments;
+pub mod dataplane;
+pub mod devices;
+pub mod reference;
+pub mod socket;
