@@ -164,8 +164,21 @@ fn restricted_control() -> Result<Calls, BackendError> {
                 equals(2, number(libc::SO_PEERCRED))?,
             ])?],
         ),
-        // Size of a block device.
-        (libc::SYS_ioctl, vec![one_of(1, BLKGETSIZE64)?]),
+        // `send`: replies to frontends, to no address but the socket's peer.
+        (
+            libc::SYS_sendto,
+            vec![SeccompRule::new(vec![SeccompCondition::new(
+                4,
+                SeccompCmpArgLen::Qword,
+                SeccompCmpOp::Eq,
+                0,
+            )?])?],
+        ),
+        // Size of a block device; the standard library makes a socket non-blocking with FIONBIO.
+        (
+            libc::SYS_ioctl,
+            vec![one_of(1, BLKGETSIZE64)?, one_of(1, libc::FIONBIO)?],
+        ),
         // fstat, as some C libraries make it, and the alignment of a volume.
         (
             libc::SYS_newfstatat,
