@@ -402,6 +402,15 @@ fn memory_that_is_cut_off_retires_the_queue() {
     assert!(matches!(rig.reply(), FromWorker::Retired { .. }));
 }
 
+/// The zeroes in its place look like a ring without requests when none was taken yet.
+#[test]
+fn memory_that_is_cut_off_before_the_first_request_retires_the_queue() {
+    let rig = Rig::new(StorageSpec::Null, None, FLUSH_FEATURE);
+    rig.guest.set_len(0).expect("truncate");
+    rig.kick.write(1).expect("kick");
+    assert!(matches!(rig.reply(), FromWorker::Retired { .. }));
+}
+
 #[test]
 fn a_transfer_that_fails_is_an_error_and_a_failed_flush_stays_failed() {
     let (storage, file) = file_storage();

@@ -431,6 +431,11 @@ impl Worker {
         };
         match queue.ring.arm() {
             Ok(true) => return Armed::Work,
+            // The zeroes in the place of a ring that went away can look like one without requests.
+            Ok(false) if queue.ring.memory().is_lost() => {
+                self.retire(number, RingError::MemoryLost);
+                return Armed::Work;
+            }
             Ok(false) => {}
             Err(error) => {
                 self.retire(number, error);
