@@ -211,18 +211,23 @@ impl Host {
     /// Waits for rot's end.
     #[track_caller]
     pub fn ended(&mut self) -> ExitStatus {
-        let mut rot = self.rot.take().expect("started");
-        let end = Instant::now() + PATIENCE;
-        loop {
-            if let Some(status) = rot.try_wait().expect("wait") {
-                return status;
-            }
-            if Instant::now() > end {
-                rot.kill().expect("kill");
-                panic!("rot did not end; its log:\n{}", self.log());
-            }
-            std::thread::sleep(Duration::from_millis(5));
+        end_of(self.rot.take().expect("started"))
+    }
+}
+
+/// Waits for the end of a process, or ends it and fails.
+#[track_caller]
+pub fn end_of(mut process: Child) -> ExitStatus {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        if let Some(status) = process.try_wait().expect("wait") {
+            return status;
         }
+        if Instant::now() > end {
+            process.kill().expect("kill");
+            panic!("process {} did not end", process.id());
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -281,8 +286,17 @@ impl Puppet {
         let received = self.control.receive().expect("report");
         match received.message {
             Report::FromRot(message) => (message, received.fds),
-            Report::Started(_) => panic!("Started comes once"),
+            other => panic!("{} reported {other:?}", self.role),
         }
+    }
+
+    /// From now on it reads nothing that rot sends, not even that rot is gone.
+    #[track_caller]
+    pub fn stop_reading(&self) {
+        self.order(Order::StopReading);
+        assert!(readable(&self.control, PATIENCE), "{} is silent", self.role);
+        let report = self.control.receive().expect("report").message;
+        assert!(matches!(report, Report::Obeyed), "{report:?}");
     }
 
     /// The next message is a `Peer` with two descriptors: the channel and the pidfd.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use bulkhead_protocol::rot::{FromRot, Role};
 use nix::sys::signal::Signal;
 
-use crate::host::{Host, PATIENCE};
+use crate::host::{Host, PATIENCE, Puppet};
 use crate::puppet::Order;
 use crate::{Case, case};
 
@@ -77,6 +77,8 @@ fn second_signal() {
 fn sigkill() {
     let mut host = Host::new();
     let puppets = host.start_up();
+    // They don't see the channel close: the kernel ends them, not they themselves.
+    puppets.iter().for_each(Puppet::stop_reading);
     host.signal(Signal::SIGKILL);
     host.ended();
     for puppet in &puppets {

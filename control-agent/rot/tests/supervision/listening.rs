@@ -79,6 +79,7 @@ fn outlives() {
     let dataplane = host.puppet(Role::Dataplane);
     // Bound before its Hello: it hears of it once.
     agent.say(bind("other", 5));
+    assert_eq!(agent.next().0, FromRot::Bound { request_id: 5 });
     dataplane.say(ToRot::Hello);
     dataplane.expect_peer(Role::Keyd, 1);
     dataplane.expect_peer(Role::Agent, 1);

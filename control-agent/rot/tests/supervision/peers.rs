@@ -217,7 +217,7 @@ fn closes() {
 fn unread() {
     let mut host = Host::new();
     let [keyd, dataplane, agent] = host.start_up();
-    dataplane.order(Order::StopReading);
+    dataplane.stop_reading();
     let name = || "vm".parse().expect("name");
     let bind = |request_id| ToRot::Bind {
         request_id,

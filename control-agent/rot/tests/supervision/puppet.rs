@@ -34,7 +34,7 @@ pub enum Order {
     /// Close the channel to rot and live on.
     #[n(4)]
     CloseChannel,
-    /// Read nothing more from rot.
+    /// Read nothing more from rot, and so live on after its end; answered with `Obeyed`.
     #[n(5)]
     StopReading,
     /// Live on after rot's Stop.
@@ -54,6 +54,9 @@ pub enum Report {
     /// What rot sent. Descriptors: those of the message.
     #[n(1)]
     FromRot(#[n(0)] FromRot),
+    /// It reads nothing more from rot.
+    #[n(2)]
+    Obeyed,
 }
 
 /// What a puppet knows of itself at its start.
@@ -204,7 +207,10 @@ impl Puppet {
             }
             Order::Exit(status) => exit(status),
             Order::CloseChannel => self.rot = None,
-            Order::StopReading => self.reads = false,
+            Order::StopReading => {
+                self.reads = false;
+                self.report(&Report::Obeyed, &[]);
+            }
             Order::IgnoreStop => self.ignores_stop = true,
             Order::MakeInternetSocket => {
                 let made = TcpListener::bind("127.0.0.1:0");

@@ -6,7 +6,7 @@ use std::path::Path;
 use bulkhead_protocol::rot::{FromRot, Role, ToRot};
 use nix::sys::signal::Signal;
 
-use crate::host::{Host, PATIENCE, Puppet};
+use crate::host::{Host, PATIENCE, Puppet, end_of};
 use crate::puppet::Order;
 use crate::{Case, case, root_case};
 
@@ -142,9 +142,11 @@ fn users() {
     puppets[0].order(Order::CloseChannel);
     assert!(puppets[0].ends_within(PATIENCE));
     let again = host.puppet(puppets[0].role);
+    let alive = || puppets[1..].iter().chain([&again]);
+    alive().for_each(Puppet::stop_reading);
     host.signal(Signal::SIGKILL);
     host.ended();
-    for puppet in puppets.iter().chain([&again]) {
+    for puppet in alive() {
         assert!(puppet.ends_within(PATIENCE), "{} lives on", puppet.role);
     }
 }
@@ -153,7 +155,7 @@ fn second_instance() {
     let mut host = Host::new();
     let [_keyd, _dataplane, agent] = host.start_up();
     let log = host.path("second");
-    let status = host.command(&log).status().expect("runs");
+    let status = end_of(host.command(&log).spawn().expect("runs"));
     assert_eq!(status.code(), Some(1));
     let log = std::fs::read_to_string(log).expect("log");
     assert!(log.contains("another bulkhead-rot runs in"), "{log}");
