@@ -181,13 +181,16 @@ impl Arena {
         exercise(&mut disk, &mut self.random).map_err(|e| self.explain(second(e)))
     }
 
-    /// The number of open descriptors once it no longer changes.
+    /// The number of open descriptors once it no longer changes: on a loaded machine a backend may
+    /// need a while to see that a connection is closed.
     fn settled_fds(&self) -> Result<usize, ArenaError> {
         let mut last = self.process.open_fds()?;
+        let mut same = 0;
         for _ in 0..100 {
             std::thread::sleep(Duration::from_millis(10));
             let now = self.process.open_fds()?;
-            if now == last {
+            same = if now == last { same + 1 } else { 0 };
+            if same == 5 {
                 return Ok(now);
             }
             last = now;
