@@ -5,11 +5,17 @@
 //! - [`driver`]: guest memory, split virtqueues and virtio-blk requests, down to raw descriptors.
 //! - [`disk`]: both together: an attached block device.
 //! - [`arena`]: a `serve` process with two devices, and what must hold of it after any test.
-//! - [`processes`], [`host`]: programs under test.
+//! - [`guest`]: a Linux guest in QEMU.
+//! - [`host`]: a complete host, as an operator makes it.
+//! - [`processes`]: programs under test.
+//! - [`workload`]: what guests do with a disk, and what its file looks like afterwards.
 
 pub mod arena;
 pub mod disk;
 pub mod driver;
 pub mod frontend;
+pub mod guest;
+pub mod host;
 pub mod processes;
 pub mod random;
+pub mod workload;
