@@ -22,12 +22,14 @@
 //! | [`memory`] | guest memory and the only ways to its bytes |
 //! | [`virtqueue`] | rings: from what a driver wrote to checked buffers |
 //! | [`blk`] | virtio-blk: device, configuration space, requests, pipeline |
+//! | [`control`] | what rot, keyd and the agent say becomes what is served |
 //! | [`storage`] | where blocks live |
 //! | [`sandbox`] | how the process and its threads lock themselves in |
 //! | [`worker`] | a thread on a core: its queues, its ring, polling |
 //! | [`log_limit`] | how often a guest can make us log |
 
 pub mod blk;
+pub mod control;
 pub mod fds;
 pub mod log_limit;
 pub mod memory;

@@ -1,0 +1,71 @@
+//! Who asked, and what they are told. Answers are collected while a request or an event is handled and
+//! sent afterwards; those to a process that was restarted meanwhile are dropped.
+#![forbid(unsafe_code)]
+
+use bulkhead_protocol::VolumeId;
+use bulkhead_protocol::control::DataplaneToAgent;
+use bulkhead_protocol::keys::DataplaneToKeyd;
+
+/// A message of keyd's, by the generation of keyd that sent it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Keyd(pub(super) u64);
+
+/// A request of the agent's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Agent {
+    /// Generation of the agent that sent it.
+    pub(super) generation: u64,
+    /// As it stands in the request.
+    pub(super) request_id: u64,
+}
+
+impl Agent {
+    pub(super) fn done(self) -> DataplaneToAgent {
+        DataplaneToAgent::Done {
+            request_id: self.request_id,
+        }
+    }
+
+    pub(super) fn refused(self, reason: String) -> DataplaneToAgent {
+        tracing::warn!("a request of the agent is refused: {reason}");
+        DataplaneToAgent::Refused {
+            request_id: self.request_id,
+            reason,
+        }
+    }
+}
+
+/// Answers to be sent.
+#[derive(Debug, Default)]
+pub(super) struct Answers {
+    pub(super) to_keyd: Vec<(Keyd, DataplaneToKeyd)>,
+    pub(super) to_agent: Vec<(Agent, DataplaneToAgent)>,
+}
+
+impl Answers {
+    pub(super) fn done(&mut self, agent: Agent) {
+        self.to_agent.push((agent, agent.done()));
+    }
+
+    pub(super) fn refused(&mut self, agent: Agent, reason: String) {
+        self.to_agent.push((agent, agent.refused(reason)));
+    }
+
+    pub(super) fn granted(&mut self, keyd: Keyd, volume: VolumeId) {
+        tracing::info!(%volume, "volume granted");
+        self.to_keyd
+            .push((keyd, DataplaneToKeyd::Granted { volume }));
+    }
+
+    pub(super) fn grant_refused(&mut self, keyd: Keyd, volume: VolumeId, reason: String) {
+        tracing::warn!(%volume, "a grant is refused: {reason}");
+        let refused = DataplaneToKeyd::GrantRefused { volume, reason };
+        self.to_keyd.push((keyd, refused));
+    }
+
+    pub(super) fn revoked(&mut self, keyd: Keyd, volume: VolumeId) {
+        tracing::info!(%volume, "volume revoked");
+        self.to_keyd
+            .push((keyd, DataplaneToKeyd::Revoked { volume }));
+    }
+}

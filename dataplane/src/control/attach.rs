@@ -1,0 +1,131 @@
+//! What must agree before a volume is served.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use bulkhead_crypto::DataUnit;
+use bulkhead_protocol::keys::VolumeGrant;
+use bulkhead_protocol::{SocketName, VolumeId};
+
+use super::answer::Agent;
+use super::grant::geometry;
+use super::volumes::{Serving, Volume, Volumes, into_key};
+use crate::blk::{BlkDevice, Cipher};
+use crate::server::{Access, Server};
+use crate::storage::{FileSpec, StorageSpec};
+
+/// Where an attach is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Begun {
+    /// It was attached before.
+    Already,
+    /// The workers are asked.
+    Now,
+}
+
+impl Volumes {
+    /// Begins to serve a volume, if everything agrees.
+    pub(super) fn attach(
+        &mut self,
+        server: &mut Server,
+        id: VolumeId,
+        agent: Agent,
+        socket: &SocketName,
+        file: OwnedFd,
+    ) -> Result<Begun, String> {
+        let volume = self.table.get(&id);
+        let volume = volume.ok_or_else(|| format!("keyd has not granted volume {id}"))?;
+        let grant = volume.held.grant.clone();
+        if grant.socket != *socket {
+            return Err(format!(
+                "volume {id} is granted for socket {}, not for {socket}",
+                grant.socket
+            ));
+        }
+        if volume.served().is_some() {
+            return Ok(Begun::Already);
+        }
+        if grant.data_unit_bytes.is_some() && volume.held.key.is_none() {
+            return Err(format!(
+                "the key of volume {id} was wiped when it was detached: have keyd grant it again"
+            ));
+        }
+        let listener = self.listener_for(id, socket)?;
+        let file = self.check_file(&grant, file)?;
+        let removing = volume.removing;
+        let device = self.take_device(&grant, file)?;
+        let access = Access {
+            allowed_uid: Some(grant.allowed_uid),
+        };
+        let label = format!("volume {id} on {socket}");
+        let attached = server.attach(&device, listener, access, label);
+        let volume = self.table.get_mut(&id).ok_or("it is gone")?;
+        match attached {
+            Ok(device_id) => {
+                if removing {
+                    server.refuse_new(device_id, true);
+                }
+                volume.serving = Serving::Attaching(device_id, device, agent);
+                Ok(Begun::Now)
+            }
+            Err(error) => {
+                volume.held.key = into_key(device);
+                Err(format!("the listener can't be watched: {error}"))
+            }
+        }
+    }
+
+    /// A second descriptor of the listener, which the server may close.
+    fn listener_for(&self, id: VolumeId, socket: &SocketName) -> Result<UnixListener, String> {
+        let mut others = self.table.iter().filter(|(other, _)| **other != id);
+        let taken = |v: &Volume| v.held.grant.socket == *socket && v.serving.device().is_some();
+        if let Some((other, _)) = others.find(|(_, volume)| taken(volume)) {
+            return Err(format!("volume {other} is served on socket {socket}"));
+        }
+        let listener = self.listeners.get(socket);
+        let listener = listener.ok_or_else(|| format!("rot has sent no listener {socket}"))?;
+        listener
+            .try_clone()
+            .map_err(|e| format!("the listener {socket} can't be duplicated: {e}"))
+    }
+
+    /// Looks at the file through its descriptor alone.
+    fn check_file(&self, grant: &VolumeGrant, file: OwnedFd) -> Result<FileSpec, String> {
+        let file = FileSpec::from_fd(file, grant.read_only, grant.logical_block_bytes)
+            .map_err(|e| e.to_string())?;
+        if file.bytes < grant.size_bytes {
+            return Err(format!(
+                "its file has {} bytes, the volume {}",
+                file.bytes, grant.size_bytes
+            ));
+        }
+        let same = |v: &Volume| v.file().is_some_and(|f| f.identity == file.identity);
+        if let Some((other, _)) = self.table.iter().find(|(_, volume)| same(volume)) {
+            return Err(format!("its file is that of volume {other}"));
+        }
+        Ok(file)
+    }
+
+    /// Moves the key into a device.
+    fn take_device(
+        &mut self,
+        grant: &VolumeGrant,
+        file: FileSpec,
+    ) -> Result<Arc<BlkDevice>, String> {
+        let volume = self.table.get_mut(&grant.volume).ok_or("it is gone")?;
+        let unit = grant.data_unit_bytes.and_then(DataUnit::new);
+        let cipher = match (unit, volume.held.key.take()) {
+            (None, _) => None,
+            (Some(unit), Some(key)) => Some(Cipher { key, unit }),
+            (Some(_), None) => return Err("its key is not there".to_owned()),
+        };
+        Ok(BlkDevice::new(
+            geometry(grant),
+            StorageSpec::File(file),
+            cipher,
+        ))
+    }
+}

@@ -1,0 +1,175 @@
+//! A grant as it arrives from keyd: every field checked, its key expanded, the page it came in wiped.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use bulkhead_crypto::xts::KEY_BYTES;
+use bulkhead_crypto::{DataUnit, SecretArena, SecretMemory, XtsKey};
+use bulkhead_protocol::Received;
+use bulkhead_protocol::keys::{KeydToDataplane, VolumeGrant, XTS_KEY_BYTES};
+
+use crate::blk::Geometry;
+
+const _: () = assert!(KEY_BYTES == XTS_KEY_BYTES);
+
+/// Most request queues of a volume.
+const MAX_QUEUES: u16 = 64;
+/// Length of a serial in bytes (virtio 1.2, 5.2.6: VIRTIO_BLK_T_GET_ID).
+const SERIAL_BYTES: usize = 20;
+const SECTOR_BYTES: u64 = crate::blk::SECTOR_BYTES;
+
+/// Checks the fields of a grant.
+///
+/// # Errors
+/// What is wrong, for the operator.
+pub(super) fn check(grant: &VolumeGrant) -> Result<(), String> {
+    let block = grant.logical_block_bytes;
+    if !matches!(block, 512 | 4096) {
+        return Err(format!(
+            "a logical block of {block} bytes: it has 512 or 4096"
+        ));
+    }
+    match grant.data_unit_bytes {
+        None => {}
+        Some(unit) if DataUnit::new(unit).is_none() => {
+            return Err(format!("a data unit of {unit} bytes: it has 512 or 4096"));
+        }
+        Some(unit) if unit > block => {
+            return Err(format!(
+                "a data unit of {unit} bytes is larger than the logical block of {block}"
+            ));
+        }
+        Some(_) => {}
+    }
+    let size = grant.size_bytes;
+    if size == 0 || !size.is_multiple_of(u64::from(block)) || i64::try_from(size).is_err() {
+        return Err(format!(
+            "a size of {size} bytes: it is a multiple of the logical block of {block}, below 2^63"
+        ));
+    }
+    if !(1..=MAX_QUEUES).contains(&grant.queues) {
+        return Err(format!("{} queues: it has 1 to {MAX_QUEUES}", grant.queues));
+    }
+    let printable = grant.serial.bytes().all(|c| (b' '..=b'~').contains(&c));
+    if grant.serial.len() > SERIAL_BYTES || !printable {
+        return Err(format!(
+            "its serial is not ASCII of at most {SERIAL_BYTES} characters"
+        ));
+    }
+    Ok(())
+}
+
+/// Takes the key that came with a grant: none for a plain volume.
+///
+/// # Errors
+/// What is wrong with the descriptors or the key. A page that was secret memory is wiped all the same.
+pub(super) fn take_key(
+    arena: &Arc<SecretArena>,
+    grant: &VolumeGrant,
+    received: &mut Received<KeydToDataplane>,
+) -> Result<Option<XtsKey>, String> {
+    if grant.data_unit_bytes.is_none() {
+        let [] = received.take_fds().map_err(|e| e.to_string())?;
+        return Ok(None);
+    }
+    let [page] = received.take_fds().map_err(|e| e.to_string())?;
+    expand(arena, page).map(Some)
+}
+
+fn expand(arena: &Arc<SecretArena>, page: OwnedFd) -> Result<XtsKey, String> {
+    // Wiped when it drops, here and for whoever else maps it.
+    let page = SecretMemory::from_fd(page, KEY_BYTES).map_err(|e| format!("its key: {e}"))?;
+    let key = page
+        .as_bytes()
+        .as_array()
+        .ok_or("its key has another length")?;
+    XtsKey::new(arena, key).map_err(|e| e.to_string())
+}
+
+/// Whether a grant says the same as another, the epoch aside.
+pub(super) fn is_same(one: &VolumeGrant, other: &VolumeGrant) -> bool {
+    let VolumeGrant { epoch, .. } = *other;
+    VolumeGrant {
+        epoch,
+        ..one.clone()
+    } == *other
+}
+
+/// The device that a grant describes.
+pub(super) fn geometry(grant: &VolumeGrant) -> Geometry {
+    let mut serial = [0; SERIAL_BYTES];
+    for (to, from) in serial.iter_mut().zip(grant.serial.bytes()) {
+        *to = from;
+    }
+    Geometry {
+        capacity_sectors: grant.size_bytes / SECTOR_BYTES,
+        logical_block_bytes: grant.logical_block_bytes,
+        read_only: grant.read_only,
+        serial,
+        queues: grant.queues,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_protocol::{DiscardPolicy, VolumeId};
+
+    use super::*;
+
+    fn grant() -> VolumeGrant {
+        VolumeGrant {
+            volume: VolumeId([7; 16]),
+            socket: "disk".parse().expect("a name"),
+            allowed_uid: 1000,
+            size_bytes: 1 << 20,
+            logical_block_bytes: 4096,
+            data_unit_bytes: Some(4096),
+            read_only: false,
+            serial: "serial".to_owned(),
+            queues: 1,
+            discard: DiscardPolicy::Ignore,
+            epoch: 3,
+        }
+    }
+
+    #[test]
+    fn a_grant_that_describes_no_device_is_refused() {
+        assert_eq!(check(&grant()), Ok(()));
+        let cases: [(&str, fn(&mut VolumeGrant)); 11] = [
+            ("block", |g| g.logical_block_bytes = 1024),
+            ("no block", |g| g.logical_block_bytes = 0),
+            ("unit", |g| g.data_unit_bytes = Some(1024)),
+            ("unit over block", |g| g.logical_block_bytes = 512),
+            ("no size", |g| g.size_bytes = 0),
+            ("part of a block", |g| g.size_bytes += 512),
+            ("too large", |g| g.size_bytes = 1 << 63),
+            ("no queue", |g| g.queues = 0),
+            ("queues", |g| g.queues = 65),
+            ("long serial", |g| g.serial = "x".repeat(21)),
+            ("serial", |g| g.serial = "é".to_owned()),
+        ];
+        for (name, change) in cases {
+            let mut bad = grant();
+            change(&mut bad);
+            assert!(check(&bad).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn only_the_epoch_may_differ() {
+        let mut other = grant();
+        other.epoch += 1;
+        assert!(is_same(&grant(), &other));
+        other.allowed_uid += 1;
+        assert!(!is_same(&grant(), &other));
+    }
+
+    #[test]
+    fn the_device_is_what_was_granted() {
+        let device = geometry(&grant());
+        assert_eq!(device.capacity_sectors, 2048);
+        assert_eq!(&device.serial[..8], b"serial\0\0");
+    }
+}

@@ -1,0 +1,403 @@
+//! The production [`Manager`]: what rot, keyd and the agent say becomes what is served.
+//!
+//! | from | what | handled in |
+//! | --- | --- | --- |
+//! | rot | who the others are, listeners, the end | here |
+//! | keyd | grants and their keys, revocations | [`grant`], [`volumes`] |
+//! | agent | which file, what is it doing, may it go | [`attach`], [`volumes`], [`status`] |
+//!
+//! Every request is answered by exactly one message, once what it asks for is so. Nothing the agent says
+//! widens what keyd granted. A process that is restarted gets a new channel; what is served stays served
+//! meanwhile.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+mod answer;
+mod attach;
+mod grant;
+mod link;
+mod status;
+mod volumes;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use bulkhead_crypto::SecretArena;
+use bulkhead_protocol::control::{AgentToDataplane, DataplaneToAgent};
+use bulkhead_protocol::keys::{DataplaneToKeyd, KeydToDataplane};
+use bulkhead_protocol::rot::{FromRot, Role, ToRot};
+use bulkhead_protocol::{Channel, Received};
+use mio::{Registry, Token};
+
+use crate::server::{Event, MANAGER_TOKENS, Manager, Server};
+use answer::{Agent, Answers, Keyd};
+use link::{Link, Read};
+use volumes::{Held, Task, Volumes};
+
+pub use volumes::MAX_VOLUMES;
+
+const ROT: Token = Token(MANAGER_TOKENS);
+const KEYD: Token = Token(MANAGER_TOKENS + 1);
+const AGENT: Token = Token(MANAGER_TOKENS + 2);
+
+/// Messages taken from one channel before frontends have their turn.
+const TURN: usize = 64;
+
+/// Slots for keys: that of each volume, and one that is to replace it.
+pub const KEY_SLOTS: usize = 2 * MAX_VOLUMES;
+
+/// The manager. Made before the process locks itself in.
+#[derive(Debug)]
+pub struct Control {
+    arena: Arc<SecretArena>,
+    registry: Registry,
+    rot: Link<ToRot>,
+    keyd: Peer<DataplaneToKeyd>,
+    agent: Peer<DataplaneToAgent>,
+    volumes: Volumes,
+    end: Option<String>,
+}
+
+/// A process that may be restarted.
+#[derive(Debug)]
+struct Peer<Out> {
+    link: Option<Link<Out>>,
+    /// The highest that was heard of.
+    generation: u64,
+}
+
+impl<Out> Default for Peer<Out> {
+    fn default() -> Self {
+        Self {
+            link: None,
+            generation: 0,
+        }
+    }
+}
+
+impl Control {
+    /// A manager that knows nobody but rot, and says hello to it when the loop runs. `arena` has
+    /// [`KEY_SLOTS`] slots.
+    ///
+    /// # Errors
+    /// When rot's channel can't be watched.
+    pub fn new(rot: Channel, arena: Arc<SecretArena>, server: &Server) -> io::Result<Self> {
+        let registry = server.registry()?;
+        let rot = Link::new(rot, None, "rot", 0, (&registry, ROT))?;
+        Ok(Self {
+            arena,
+            registry,
+            rot,
+            keyd: Peer::default(),
+            agent: Peer::default(),
+            volumes: Volumes::default(),
+            end: None,
+        })
+    }
+
+    /// Why the server was stopped, if not because rot said so.
+    #[must_use]
+    pub fn end(&self) -> Option<&str> {
+        self.end.as_deref()
+    }
+
+    fn read_rot(&mut self, server: &mut Server) {
+        for _ in 0..TURN {
+            match self.rot.read::<FromRot>() {
+                Read::Message(received) => {
+                    if let Err(problem) = self.on_rot(server, received)
+                        && !self.rot.tolerate(&problem)
+                    {
+                        self.stop(server, "rot sends what makes no sense".to_owned());
+                        return;
+                    }
+                }
+                Read::Later => return,
+                Read::Broken(reason) => {
+                    self.stop(server, format!("the channel to rot: {reason}"));
+                    return;
+                }
+            }
+        }
+        self.rot.look_again(&self.registry, ROT);
+    }
+
+    fn stop(&mut self, server: &Server, reason: String) {
+        self.end = Some(reason);
+        server.stop();
+    }
+
+    fn on_rot(
+        &mut self,
+        server: &mut Server,
+        mut received: Received<FromRot>,
+    ) -> Result<(), String> {
+        match &received.message {
+            FromRot::Peer {
+                role, generation, ..
+            } => {
+                let (role, generation) = (*role, *generation);
+                let [socket, process] = received.take_fds().map_err(|e| e.to_string())?;
+                self.meet(role, generation, socket, process)
+            }
+            FromRot::Listener { name } => {
+                let name = name.clone();
+                let [socket] = received.take_fds().map_err(|e| e.to_string())?;
+                self.volumes
+                    .listeners
+                    .insert(name, UnixListener::from(socket));
+                Ok(())
+            }
+            FromRot::ListenerGone { name } => {
+                self.volumes.listener_gone(server, name);
+                Ok(())
+            }
+            FromRot::Stop => {
+                tracing::info!("rot says stop");
+                server.stop();
+                Ok(())
+            }
+            FromRot::AdminListener
+            | FromRot::Bound { .. }
+            | FromRot::Unbound { .. }
+            | FromRot::Failed { .. } => Err("it is not for the data plane".to_owned()),
+        }
+    }
+
+    /// Takes a peer's channel, in the place of the one to its predecessor.
+    fn meet(
+        &mut self,
+        role: Role,
+        generation: u64,
+        socket: OwnedFd,
+        process: OwnedFd,
+    ) -> Result<(), String> {
+        let registry = &self.registry;
+        let met = match role {
+            Role::Keyd => {
+                self.keyd
+                    .meet(generation, socket, process, role.name(), (registry, KEYD))
+            }
+            Role::Agent => {
+                self.agent
+                    .meet(generation, socket, process, role.name(), (registry, AGENT))
+            }
+            Role::Dataplane => Err("it names the data plane itself as a peer".to_owned()),
+        };
+        met.inspect(|()| tracing::info!(generation, "{role} is there"))
+    }
+
+    fn read_keyd(&mut self, server: &mut Server) {
+        for _ in 0..TURN {
+            let Some(link) = &mut self.keyd.link else {
+                return;
+            };
+            let keyd = Keyd(link.generation);
+            match link.read::<KeydToDataplane>() {
+                Read::Message(received) => self.on_keyd(server, keyd, received),
+                Read::Later => return,
+                Read::Broken(reason) => return self.keyd.lose(Role::Keyd, &reason, &self.registry),
+            }
+        }
+        self.keyd.look_again(&self.registry, KEYD);
+    }
+
+    fn on_keyd(
+        &mut self,
+        server: &mut Server,
+        keyd: Keyd,
+        mut received: Received<KeydToDataplane>,
+    ) {
+        let mut answers = Answers::default();
+        match received.message.clone() {
+            KeydToDataplane::Grant { grant } => {
+                let volume = grant.volume;
+                let key = grant::take_key(&self.arena, &grant, &mut received);
+                match grant::check(&grant).and(key) {
+                    Ok(key) => {
+                        let task = Task::Grant(keyd, Box::new(Held { grant, key }));
+                        self.volumes.ask(server, volume, task, &mut answers);
+                    }
+                    Err(reason) => answers.grant_refused(keyd, volume, reason),
+                }
+            }
+            KeydToDataplane::Revoke { volume } => {
+                self.volumes
+                    .ask(server, volume, Task::Revoke(keyd), &mut answers);
+            }
+        }
+        self.send(answers);
+    }
+
+    fn read_agent(&mut self, server: &mut Server) {
+        for _ in 0..TURN {
+            let Some(link) = &mut self.agent.link else {
+                return;
+            };
+            let generation = link.generation;
+            match link.read::<AgentToDataplane>() {
+                Read::Message(received) => self.on_agent(server, generation, received),
+                Read::Later => return,
+                Read::Broken(reason) => {
+                    return self.agent.lose(Role::Agent, &reason, &self.registry);
+                }
+            }
+        }
+        self.agent.look_again(&self.registry, AGENT);
+    }
+
+    fn on_agent(
+        &mut self,
+        server: &mut Server,
+        generation: u64,
+        mut received: Received<AgentToDataplane>,
+    ) {
+        let mut answers = Answers::default();
+        let request = received.message.clone();
+        let agent = Agent {
+            generation,
+            request_id: request_id(&request),
+        };
+        if let AgentToDataplane::Attach { volume, socket, .. } = request {
+            match received.take_fds() {
+                Ok([file]) => {
+                    let task = Task::Attach(agent, socket, file);
+                    self.volumes.ask(server, volume, task, &mut answers);
+                }
+                Err(error) => answers.refused(agent, error.to_string()),
+            }
+        } else if let Err(error) = received.take_fds::<0>() {
+            answers.refused(agent, error.to_string());
+        } else {
+            self.on_plain_request(server, agent, &request, &mut answers);
+        }
+        self.send(answers);
+    }
+
+    /// A request without a descriptor.
+    fn on_plain_request(
+        &mut self,
+        server: &mut Server,
+        agent: Agent,
+        request: &AgentToDataplane,
+        answers: &mut Answers,
+    ) {
+        match *request {
+            AgentToDataplane::Attach { .. } => {} // has a descriptor
+            AgentToDataplane::Detach { volume, .. } => {
+                self.volumes
+                    .ask(server, volume, Task::Detach(agent), answers);
+            }
+            AgentToDataplane::PrepareRemove { volume, force, .. } => {
+                match self.volumes.prepare_remove(server, volume, force) {
+                    Ok(()) => answers.done(agent),
+                    Err(reason) => answers.refused(agent, reason),
+                }
+            }
+            AgentToDataplane::CancelRemove { volume, .. } => {
+                self.volumes.cancel_remove(server, volume);
+                answers.done(agent);
+            }
+            AgentToDataplane::Status { request_id } => {
+                let volumes = status::of(&self.volumes, server);
+                let message = DataplaneToAgent::Status {
+                    request_id,
+                    volumes,
+                };
+                answers.to_agent.push((agent, message));
+            }
+        }
+    }
+
+    /// Sends answers to those who asked, if they are still there.
+    fn send(&mut self, answers: Answers) {
+        for (keyd, message) in answers.to_keyd {
+            if let Some(link) = self.keyd.link_of(keyd.0) {
+                link.send(message);
+            }
+        }
+        for (agent, message) in answers.to_agent {
+            if let Some(link) = self.agent.link_of(agent.generation) {
+                link.send(message);
+            }
+        }
+    }
+}
+
+impl Manager for Control {
+    fn register(&mut self, _: &Registry) -> io::Result<()> {
+        self.rot.send(ToRot::Hello);
+        Ok(())
+    }
+
+    fn ready(&mut self, server: &mut Server, token: Token) {
+        match token {
+            ROT => self.read_rot(server),
+            KEYD => self.read_keyd(server),
+            AGENT => self.read_agent(server),
+            _ => tracing::error!("the event loop names a descriptor that nobody has: {token:?}"),
+        }
+    }
+
+    fn event(&mut self, server: &mut Server, event: Event) {
+        let mut answers = Answers::default();
+        self.volumes.event(server, event, &mut answers);
+        self.send(answers);
+    }
+}
+
+impl<Out: minicbor::Encode<()>> Peer<Out> {
+    fn meet(
+        &mut self,
+        generation: u64,
+        socket: OwnedFd,
+        process: OwnedFd,
+        name: &'static str,
+        (registry, token): (&Registry, Token),
+    ) -> Result<(), String> {
+        if generation <= self.generation {
+            return Err(format!(
+                "generation {generation} of {name} is not after {}",
+                self.generation
+            ));
+        }
+        if let Some(old) = self.link.take() {
+            old.close(registry);
+        }
+        self.generation = generation;
+        let channel = Channel::from(socket);
+        let link = Link::new(channel, Some(process), name, generation, (registry, token));
+        self.link = Some(link.map_err(|e| format!("the channel to {name} can't be watched: {e}"))?);
+        Ok(())
+    }
+
+    fn lose(&mut self, role: Role, reason: &str, registry: &Registry) {
+        tracing::warn!("{role} is gone, what is served stays: {reason}");
+        if let Some(link) = self.link.take() {
+            link.close(registry);
+        }
+    }
+
+    fn look_again(&self, registry: &Registry, token: Token) {
+        if let Some(link) = &self.link {
+            link.look_again(registry, token);
+        }
+    }
+
+    /// The link to the process of that generation, if it is still the one.
+    fn link_of(&mut self, generation: u64) -> Option<&mut Link<Out>> {
+        self.link.as_mut().filter(|l| l.generation == generation)
+    }
+}
+
+fn request_id(request: &AgentToDataplane) -> u64 {
+    match request {
+        AgentToDataplane::Attach { request_id, .. }
+        | AgentToDataplane::Detach { request_id, .. }
+        | AgentToDataplane::PrepareRemove { request_id, .. }
+        | AgentToDataplane::CancelRemove { request_id, .. }
+        | AgentToDataplane::Status { request_id } => *request_id,
+    }
+}

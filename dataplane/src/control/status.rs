@@ -1,0 +1,55 @@
+//! What the volumes are doing, as the agent is told.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use bulkhead_protocol::VolumeId;
+use bulkhead_protocol::control::VolumeStatus;
+
+use super::volumes::{Volume, Volumes};
+use crate::server::Server;
+
+/// Most characters of a fault: the entries of [`super::MAX_VOLUMES`] volumes fit one message.
+const MAX_FAULT_CHARS: usize = 100;
+
+/// One entry per granted volume.
+pub(super) fn of(volumes: &Volumes, server: &Server) -> Vec<VolumeStatus> {
+    let entries = volumes.table.iter();
+    entries
+        .map(|(id, volume)| one(*id, volume, server))
+        .collect()
+}
+
+fn one(id: VolumeId, volume: &Volume, server: &Server) -> VolumeStatus {
+    let mut status = VolumeStatus {
+        volume: id,
+        attached: false,
+        connected: false,
+        encrypted: volume.has_key(),
+        running_queues: 0,
+        retired_queues: 0,
+        requests_ok: 0,
+        requests_failed: 0,
+        read_bytes: 0,
+        written_bytes: 0,
+        fault: None,
+    };
+    let Some((device_id, device)) = volume.served() else {
+        return status;
+    };
+    let now = server.status(device_id);
+    status.attached = true;
+    status.connected = now.connected;
+    status.running_queues = now.running_queues;
+    status.retired_queues = now.retired_queues;
+    status.requests_ok = device.metrics.requests_ok.get();
+    status.requests_failed = device.metrics.requests_failed.get();
+    status.read_bytes = device.metrics.read_bytes.get();
+    status.written_bytes = device.metrics.written_bytes.get();
+    let flush = device
+        .flush_failed()
+        .then(|| "a flush failed: what was written before it may be lost".to_owned());
+    // Only so much fits, and it may be a driver's doing.
+    let text = flush.or(now.fault);
+    status.fault = text.map(|text| text.chars().take(MAX_FAULT_CHARS).collect());
+    status
+}

@@ -1,0 +1,356 @@
+//! The table of granted volumes: what keyd granted, with its key, and what is served of it.
+//!
+//! A volume is served only where three agree: keyd's grant, the listener of that name from rot, and
+//! the file from the agent. (The frontend's uid is checked when it connects.)
+//!
+//! Attaching and detaching take workers' answers. What is asked of a volume meanwhile waits its turn, so
+//! that every request finds the volume either served or not.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use bulkhead_crypto::XtsKey;
+use bulkhead_protocol::keys::VolumeGrant;
+use bulkhead_protocol::{SocketName, VolumeId};
+
+use super::answer::{Agent, Answers, Keyd};
+use super::attach::Begun;
+use super::grant::is_same;
+use crate::blk::BlkDevice;
+use crate::server::{Event, Server};
+use crate::storage::{FileSpec, StorageSpec};
+use crate::worker::message::DeviceId;
+
+/// Volumes that can be granted at a time.
+pub const MAX_VOLUMES: usize = 256;
+/// What can be asked of one volume while it is being attached or detached.
+const MAX_WAITING: usize = 16;
+
+/// Something asked of one volume.
+#[derive(Debug)]
+pub(super) enum Task {
+    /// keyd grants it.
+    Grant(Keyd, Box<Held>),
+    /// keyd takes the grant back.
+    Revoke(Keyd),
+    /// The agent gives it its file.
+    Attach(Agent, SocketName, OwnedFd),
+    /// The agent has it served no more.
+    Detach(Agent),
+}
+
+/// A grant that is held.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) grant: VolumeGrant,
+    /// The expanded key, while no device has it; none also after it was wiped.
+    pub(super) key: Option<XtsKey>,
+}
+
+/// What happens once nothing is left of a device.
+#[derive(Debug)]
+pub(super) enum Then {
+    /// Its key is wiped.
+    Wipe(Agent),
+    /// The volume is forgotten.
+    Forget(Keyd),
+    /// Another grant takes the place of the one it had.
+    Replace(Keyd, Box<Held>),
+    /// Workers could not serve it: all is as before the attach.
+    Restore(Agent, String),
+}
+
+#[derive(Debug)]
+pub(super) enum Serving {
+    No,
+    Attaching(DeviceId, Arc<BlkDevice>, Agent),
+    Yes(DeviceId, Arc<BlkDevice>),
+    Detaching(DeviceId, Arc<BlkDevice>, Then),
+}
+
+impl Serving {
+    pub(super) fn device(&self) -> Option<(DeviceId, &Arc<BlkDevice>)> {
+        match self {
+            Self::No => None,
+            Self::Attaching(id, device, _)
+            | Self::Yes(id, device)
+            | Self::Detaching(id, device, _) => Some((*id, device)),
+        }
+    }
+
+    fn is_settled(&self) -> bool {
+        matches!(self, Self::No | Self::Yes(..))
+    }
+}
+
+/// A volume.
+#[derive(Debug)]
+pub(super) struct Volume {
+    pub(super) held: Held,
+    pub(super) serving: Serving,
+    /// Its removal is prepared: no new frontend.
+    pub(super) removing: bool,
+    waiting: VecDeque<Task>,
+}
+
+impl Volume {
+    fn new(held: Held) -> Self {
+        Self {
+            held,
+            serving: Serving::No,
+            removing: false,
+            waiting: VecDeque::new(),
+        }
+    }
+
+    /// Its device, if it is attached and stays so.
+    pub(super) fn served(&self) -> Option<(DeviceId, &BlkDevice)> {
+        match &self.serving {
+            Serving::Yes(id, device) => Some((*id, device)),
+            _ => None,
+        }
+    }
+
+    /// Whether its key is in memory, expanded.
+    pub(super) fn has_key(&self) -> bool {
+        let device = self.serving.device();
+        self.held.key.is_some() || device.is_some_and(|(_, device)| device.cipher.is_some())
+    }
+
+    pub(super) fn file(&self) -> Option<&FileSpec> {
+        match &self.serving.device()?.1.storage {
+            StorageSpec::File(file) => Some(file),
+            StorageSpec::Null | StorageSpec::Ram(_) => None,
+        }
+    }
+}
+
+/// All volumes, and the listeners from rot.
+#[derive(Debug, Default)]
+pub(super) struct Volumes {
+    pub(super) table: BTreeMap<VolumeId, Volume>,
+    pub(super) listeners: BTreeMap<SocketName, UnixListener>,
+}
+
+impl Volumes {
+    /// Does what is asked of a volume, or lets it wait until the volume is settled.
+    pub(super) fn ask(
+        &mut self,
+        server: &mut Server,
+        id: VolumeId,
+        task: Task,
+        answers: &mut Answers,
+    ) {
+        let Some(volume) = self.table.get_mut(&id).filter(|v| !v.serving.is_settled()) else {
+            return self.perform(server, id, task, answers);
+        };
+        let busy = || format!("volume {id} is busy: ask again later");
+        match task {
+            Task::Attach(agent, ..) | Task::Detach(agent)
+                if volume.waiting.len() >= MAX_WAITING =>
+            {
+                answers.refused(agent, busy());
+            }
+            Task::Grant(keyd, _) if volume.waiting.len() >= MAX_WAITING => {
+                answers.grant_refused(keyd, id, busy());
+            }
+            // A key is to go: that is never refused.
+            task => volume.waiting.push_back(task),
+        }
+    }
+
+    fn perform(&mut self, server: &mut Server, id: VolumeId, task: Task, answers: &mut Answers) {
+        match task {
+            Task::Grant(keyd, new) => self.grant(server, keyd, new, answers),
+            Task::Revoke(keyd) => {
+                if let Some(Then::Forget(keyd)) = self.detach(server, id, Then::Forget(keyd)) {
+                    self.table.remove(&id);
+                    answers.revoked(keyd, id);
+                }
+            }
+            Task::Attach(agent, socket, file) => {
+                match self.attach(server, id, agent, &socket, file) {
+                    Ok(Begun::Already) => answers.done(agent),
+                    Ok(Begun::Now) => {}
+                    Err(reason) => answers.refused(agent, reason),
+                }
+            }
+            Task::Detach(agent) => {
+                // Nothing to stop: what was asked for is so.
+                if let Some(Then::Wipe(agent)) = self.detach(server, id, Then::Wipe(agent)) {
+                    answers.done(agent);
+                }
+            }
+        }
+    }
+
+    fn grant(&mut self, server: &mut Server, keyd: Keyd, new: Box<Held>, answers: &mut Answers) {
+        let id = new.grant.volume;
+        let count = self.table.len();
+        let Some(volume) = self.table.get_mut(&id) else {
+            if count >= MAX_VOLUMES {
+                let reason = format!("{MAX_VOLUMES} volumes are granted, no more fit");
+                return answers.grant_refused(keyd, id, reason);
+            }
+            self.table.insert(id, Volume::new(*new));
+            return answers.granted(keyd, id);
+        };
+        if is_same(&volume.held.grant, &new.grant) {
+            volume.held.grant.epoch = new.grant.epoch;
+            if !volume.has_key() {
+                // It was wiped by a detach. (A key that is held already is wiped here.)
+                volume.held.key = new.key;
+            }
+            return answers.granted(keyd, id);
+        }
+        tracing::info!(volume = %id, "another grant replaces the one held");
+        if let Some(Then::Replace(keyd, new)) = self.detach(server, id, Then::Replace(keyd, new)) {
+            self.replace(keyd, *new, answers);
+        }
+    }
+
+    /// Puts a grant in the place of one that is not served.
+    fn replace(&mut self, keyd: Keyd, new: Held, answers: &mut Answers) {
+        let id = new.grant.volume;
+        self.table.insert(id, Volume::new(new));
+        answers.granted(keyd, id);
+    }
+
+    /// Begins to take a served volume away; gives `then` back if it is not served.
+    fn detach(&mut self, server: &mut Server, id: VolumeId, then: Then) -> Option<Then> {
+        let Some(volume) = self.table.get_mut(&id) else {
+            return Some(then);
+        };
+        match std::mem::replace(&mut volume.serving, Serving::No) {
+            Serving::Yes(device_id, device) => {
+                volume.serving = Serving::Detaching(device_id, device, then);
+                server.detach(device_id);
+                None
+            }
+            other => {
+                volume.serving = other;
+                Some(then)
+            }
+        }
+    }
+
+    /// Keeps new frontends out, unless one is connected and `force` is not set.
+    pub(super) fn prepare_remove(
+        &mut self,
+        server: &mut Server,
+        id: VolumeId,
+        force: bool,
+    ) -> Result<(), String> {
+        let Some(volume) = self.table.get_mut(&id) else {
+            return Ok(()); // nobody can connect to what is not granted
+        };
+        if let Some((device, _)) = volume.serving.device() {
+            if server.is_connected(device) && !force {
+                return Err(format!(
+                    "volume {id} is in use: a frontend is connected on socket {}",
+                    volume.held.grant.socket
+                ));
+            }
+            server.refuse_new(device, true);
+        }
+        volume.removing = true;
+        Ok(())
+    }
+
+    /// Lets frontends in again.
+    pub(super) fn cancel_remove(&mut self, server: &mut Server, id: VolumeId) {
+        let Some(volume) = self.table.get_mut(&id) else {
+            return;
+        };
+        volume.removing = false;
+        let listens = self.listeners.contains_key(&volume.held.grant.socket);
+        if let Some((device, _)) = volume.serving.device().filter(|_| listens) {
+            server.refuse_new(device, false);
+        }
+    }
+
+    /// rot took a listener away: whoever is connected through it stays, nobody new comes.
+    pub(super) fn listener_gone(&mut self, server: &mut Server, name: &SocketName) {
+        self.listeners.remove(name);
+        let on_it = self.table.values().filter(|v| v.held.grant.socket == *name);
+        for (device, _) in on_it.filter_map(|volume| volume.serving.device()) {
+            server.refuse_new(device, true);
+        }
+    }
+
+    /// Something became of a device. What waited for it has its turn then.
+    pub(super) fn event(&mut self, server: &mut Server, event: Event, answers: &mut Answers) {
+        let (device, result) = match event {
+            Event::Attached { id, result } => (id, Some(result)),
+            Event::Detached { id } => (id, None),
+            Event::Connected { .. } | Event::Disconnected { .. } => return,
+        };
+        let has = |v: &Volume| v.serving.device().is_some_and(|(id, _)| id == device);
+        let Some((id, volume)) = self.table.iter_mut().find(|(_, volume)| has(volume)) else {
+            return;
+        };
+        let id = *id;
+        let waiting = std::mem::take(&mut volume.waiting);
+        let serving = std::mem::replace(&mut volume.serving, Serving::No);
+        match (serving, result) {
+            (Serving::Attaching(device, served, agent), Some(Ok(()))) => {
+                volume.serving = Serving::Yes(device, served);
+                tracing::info!(volume = %id, socket = %volume.held.grant.socket, "volume attached");
+                answers.done(agent);
+            }
+            // The server takes it away again, and says so.
+            (Serving::Attaching(device, served, agent), Some(Err(reason))) => {
+                volume.serving = Serving::Detaching(device, served, Then::Restore(agent, reason));
+            }
+            (Serving::Detaching(_, device, then), None) => {
+                tracing::info!(volume = %id, "volume detached");
+                self.detached(id, device, then, answers);
+            }
+            (other, _) => volume.serving = other,
+        }
+        for task in waiting {
+            self.ask(server, id, task, answers);
+        }
+    }
+
+    /// Nothing of a device is left but what this thread has of it.
+    fn detached(
+        &mut self,
+        id: VolumeId,
+        device: Arc<BlkDevice>,
+        then: Then,
+        answers: &mut Answers,
+    ) {
+        match then {
+            Then::Wipe(agent) => {
+                drop(device);
+                answers.done(agent);
+            }
+            Then::Forget(keyd) => {
+                drop(device);
+                self.table.remove(&id);
+                answers.revoked(keyd, id);
+            }
+            Then::Replace(keyd, new) => {
+                drop(device);
+                self.replace(keyd, *new, answers);
+            }
+            Then::Restore(agent, reason) => {
+                if let Some(volume) = self.table.get_mut(&id) {
+                    volume.held.key = into_key(device);
+                }
+                answers.refused(agent, reason);
+            }
+        }
+    }
+}
+
+/// The key of a device that nobody else has any more.
+pub(super) fn into_key(device: Arc<BlkDevice>) -> Option<XtsKey> {
+    let cipher = Arc::into_inner(device)?.cipher?;
+    Some(cipher.key)
+}
