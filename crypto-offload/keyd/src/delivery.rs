@@ -1,0 +1,210 @@
+//! One accepted bundle on its way to the data plane: first the revocations, then the grants, a few
+//! at a time, each answered or given up at the deadline.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::collections::{BTreeSet, VecDeque};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use bulkhead_bundle::{HostBundle, Verified, Volume};
+use bulkhead_protocol::keys::{DataplaneToKeyd, KeydToDataplane, Undelivered};
+use bulkhead_protocol::{ChannelError, VolumeId};
+
+use crate::link::plain;
+use crate::peers::{Asked, Dataplane};
+use crate::vault::{NoKey, Vault, grant_of};
+
+/// How long a delivery may take; the agent waits longer.
+const TIME: Duration = Duration::from_secs(10);
+/// Why a volume was not delivered, if the data plane does not answer.
+const SILENT: &str = "the data plane did not answer in 10 s";
+/// The same, if there is none.
+pub(crate) const ABSENT: &str = "no data plane is connected";
+/// The same, if it ended.
+pub(crate) const GONE: &str = "the data plane ended before it answered";
+
+/// A question to be sent.
+#[derive(Debug, Clone, Copy)]
+struct Step {
+    volume: VolumeId,
+    asked: Asked,
+}
+
+/// What came of sending a step.
+enum Sent {
+    Yes,
+    /// The channel is full for now.
+    Blocked,
+    Failed(String),
+    /// The channel is closed.
+    Gone,
+}
+
+/// A delivery. It is over when [`Delivery::is_over`] says so.
+#[derive(Debug)]
+pub(crate) struct Delivery {
+    /// Of the agent's request.
+    pub(crate) request_id: u64,
+    /// Of the agent that asked.
+    pub(crate) agent_generation: u64,
+    /// When it is given up.
+    pub(crate) deadline: Instant,
+    bundle: Verified<HostBundle>,
+    steps: VecDeque<Step>,
+    undelivered: Vec<Undelivered>,
+    revoked: BTreeSet<VolumeId>,
+    blocked: bool,
+}
+
+impl Delivery {
+    /// Of a bundle, to a data plane that may hold these volumes.
+    pub(crate) fn new(
+        request_id: u64,
+        agent_generation: u64,
+        bundle: Verified<HostBundle>,
+        held: &BTreeSet<VolumeId>,
+        now: Instant,
+    ) -> Self {
+        let step = |asked| move |volume| Step { volume, asked };
+        let gone = held.iter().copied();
+        let gone = gone.filter(|id| bundle.volume(*id).is_none());
+        let here = bundle.volumes.iter().map(|volume| volume.id);
+        // Revocations first: a listener's name may have a new owner.
+        let steps = gone
+            .map(step(Asked::Revoke))
+            .chain(here.map(step(Asked::Grant)))
+            .collect();
+        Self {
+            request_id,
+            agent_generation,
+            deadline: now + TIME,
+            steps,
+            bundle,
+            undelivered: Vec::new(),
+            revoked: BTreeSet::new(),
+            blocked: false,
+        }
+    }
+
+    /// Epoch of the bundle.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.bundle.epoch
+    }
+
+    /// Whether it goes on when the data plane's channel has room again.
+    pub(crate) fn is_blocked(&self) -> bool {
+        self.blocked
+    }
+
+    /// Whether nothing is left to send or to wait for.
+    pub(crate) fn is_over(&self, dataplane: Option<&Dataplane>) -> bool {
+        self.steps.is_empty() && !dataplane.is_some_and(Dataplane::is_asked)
+    }
+
+    /// What was not delivered, and what is revoked for certain.
+    pub(crate) fn into_outcome(self) -> (Vec<Undelivered>, BTreeSet<VolumeId>) {
+        (self.undelivered, self.revoked)
+    }
+
+    /// Sends what the data plane has room for. False if its channel is closed.
+    pub(crate) fn advance(&mut self, dataplane: &mut Dataplane, vault: &Vault) -> bool {
+        self.blocked = false;
+        while dataplane.has_room()
+            && let Some(step) = self.steps.front().copied()
+        {
+            match self.send(step, dataplane, vault) {
+                Sent::Yes => {}
+                Sent::Blocked => {
+                    self.blocked = true;
+                    return true;
+                }
+                Sent::Failed(reason) => self.failed(step.volume, &reason),
+                Sent::Gone => return false,
+            }
+            self.steps.pop_front();
+        }
+        true
+    }
+
+    fn send(&self, step: Step, dataplane: &mut Dataplane, vault: &Vault) -> Sent {
+        let sent = match (step.asked, self.bundle.volume(step.volume)) {
+            (Asked::Grant, Some(volume)) => match self.send_grant(volume, dataplane, vault) {
+                Ok(sent) => sent,
+                Err(error) => return Sent::Failed(error.to_string()),
+            },
+            _ => {
+                let volume = step.volume;
+                let message = KeydToDataplane::Revoke { volume };
+                dataplane.link.channel.send(&message, &[])
+            }
+        };
+        match sent {
+            Ok(()) => {
+                dataplane.asked(step.volume, step.asked);
+                Sent::Yes
+            }
+            Err(ChannelError::WouldBlock) => Sent::Blocked,
+            Err(ChannelError::Closed) => Sent::Gone,
+            Err(error) => Sent::Failed(format!("it can't be sent to the data plane: {error}")),
+        }
+    }
+
+    fn send_grant(
+        &self,
+        volume: &Volume,
+        dataplane: &Dataplane,
+        vault: &Vault,
+    ) -> Result<Result<(), ChannelError>, NoKey> {
+        let grant = grant_of(volume, self.epoch());
+        let message = KeydToDataplane::Grant { grant };
+        let page = vault.unseal(volume)?;
+        let fds: Vec<_> = page.iter().map(AsFd::as_fd).collect();
+        let sent = dataplane.link.channel.send(&message, &fds);
+        if sent.is_ok() {
+            // The page is the data plane's now: it is closed here, unwiped. Not sent, it is wiped.
+            drop(page.map(|page| page.into_fd()));
+        }
+        Ok(sent)
+    }
+
+    /// Takes an answer that is waited for.
+    pub(crate) fn answered(&mut self, answer: DataplaneToKeyd) {
+        match answer {
+            DataplaneToKeyd::Granted { .. } => {}
+            DataplaneToKeyd::GrantRefused { volume, reason } => {
+                self.failed(volume, &format!("the data plane refused it: {reason}"));
+            }
+            DataplaneToKeyd::Revoked { volume } => {
+                self.revoked.insert(volume);
+            }
+        }
+    }
+
+    /// Gives up at the deadline.
+    pub(crate) fn give_up(&mut self, dataplane: Option<&mut Dataplane>) {
+        let asked = dataplane.map(Dataplane::abandon).unwrap_or_default();
+        for volume in asked {
+            self.failed(volume, SILENT);
+        }
+        for step in std::mem::take(&mut self.steps) {
+            self.failed(step.volume, SILENT);
+        }
+    }
+
+    /// There is no data plane (any more): what it had taken went with it, and nobody holds any of
+    /// the volumes.
+    pub(crate) fn dataplane_gone(&mut self, reason: &str) {
+        self.steps.clear();
+        let failed: BTreeSet<VolumeId> = self.undelivered.iter().map(|u| u.volume).collect();
+        let volumes: Vec<VolumeId> = self.bundle.volumes.iter().map(|v| v.id).collect();
+        for volume in volumes.into_iter().filter(|id| !failed.contains(id)) {
+            self.failed(volume, reason);
+        }
+    }
+
+    fn failed(&mut self, volume: VolumeId, reason: &str) {
+        let reason = plain(reason);
+        tracing::warn!(%volume, "undelivered: {reason}");
+        self.undelivered.push(Undelivered { volume, reason });
+    }
+}

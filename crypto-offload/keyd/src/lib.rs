@@ -1,0 +1,31 @@
+//! The key service: the one process that can unseal volume keys. It verifies each bundle itself,
+//! against its own trust root and its own epoch floor, and hands the keys of an accepted one to
+//! the data plane, over a channel of which the agent has no end.
+//!
+//! A key takes these steps, each a function:
+//! [`KeyService`]'s `asked` (the request, and who sent it) -> `Custody::accept` (the envelope is
+//! copied, verified, and its epoch and digest kept on disk before anything is granted) ->
+//! `Delivery::advance` (a few volumes at a time) -> `Vault::unseal` (straight into a fresh page of
+//! secret memory) -> the page's descriptor goes with the grant -> `Delivery::answered`.
+//!
+//! The service is one thread around one poll loop. It waits on nobody: an answer that doesn't come
+//! has a deadline, a channel that is full is tried again when it has room.
+#![forbid(unsafe_code)]
+
+mod arguments;
+mod custody;
+mod delivery;
+mod link;
+mod lockdown;
+mod peers;
+mod reply;
+mod service;
+mod start;
+mod state;
+mod state_file;
+mod vault;
+
+pub use arguments::Arguments;
+pub use service::{KeyService, ServiceError};
+pub use start::{StartupError, run};
+pub use state_file::StateError;

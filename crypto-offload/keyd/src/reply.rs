@@ -1,0 +1,59 @@
+//! The answer about an accepted bundle, cut so that it fits into a message.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use bulkhead_protocol::channel::MAX_MESSAGE_BYTES;
+use bulkhead_protocol::keys::{KeydToAgent, Undelivered};
+
+/// Most volumes that one answer names.
+const MAX_VOLUMES: usize = 1024;
+/// CBOR around a volume's reason: list, id, lengths.
+const VOLUME_BYTES: usize = 24;
+/// CBOR around the list.
+const FIXED_BYTES: usize = 64;
+
+/// The answer. With so many volumes undelivered that their reasons exceed a message, the reasons
+/// are cut, then the list: the agent learns that not all was delivered, and asks again.
+pub(crate) fn accepted(
+    request_id: u64,
+    epoch: u64,
+    mut undelivered: Vec<Undelivered>,
+) -> KeydToAgent {
+    undelivered.truncate(MAX_VOLUMES);
+    let room = MAX_MESSAGE_BYTES - FIXED_BYTES;
+    let each = room.checked_div(undelivered.len()).unwrap_or(room) - VOLUME_BYTES;
+    for entry in &mut undelivered {
+        let end = entry.reason.floor_char_boundary(each);
+        entry.reason.truncate(end);
+    }
+    KeydToAgent::Accepted {
+        request_id,
+        epoch,
+        undelivered,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_protocol::{Channel, VolumeId};
+
+    use super::*;
+
+    #[test]
+    fn it_always_fits_into_a_message() {
+        for count in [0, 1, 1023, 1024, 1025, 5000] {
+            let entry = Undelivered {
+                volume: VolumeId([0xee; 16]),
+                reason: "é".repeat(300),
+            };
+            let reply = accepted(u64::MAX, u64::MAX, vec![entry; count]);
+            let (a, b) = Channel::pair().expect("pair");
+            a.send(&reply, &[]).expect("fits");
+            let KeydToAgent::Accepted { undelivered, .. } =
+                b.receive::<KeydToAgent>().expect("receive").message
+            else {
+                panic!("another answer");
+            };
+            assert_eq!(undelivered.len(), count.min(MAX_VOLUMES));
+        }
+    }
+}

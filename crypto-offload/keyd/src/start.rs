@@ -1,0 +1,80 @@
+//! The start: the process hides its memory, reads its key, its trust root and its state, locks
+//! itself in, says hello to rot and serves.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::io;
+
+use bulkhead_bundle::TrustRoot;
+use bulkhead_bundle::validate::check_host_name;
+use bulkhead_protocol::process::{self, StartError};
+use bulkhead_sealing::RecipientKey;
+
+use crate::arguments::Arguments;
+use crate::custody::Custody;
+use crate::lockdown;
+use crate::service::{KeyService, ServiceError};
+use crate::state_file::{StateError, StateFile};
+use crate::vault::Vault;
+
+/// Name of the secret key's file in the state directory.
+const HOST_KEY: &str = "host.key";
+
+/// Why keyd can't start, or had to end.
+#[derive(Debug, thiserror::Error)]
+pub enum StartupError {
+    /// Not started by rot, or can't be locked in.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// The name given is none.
+    #[error("--host: {0}")]
+    HostName(String),
+    /// The host's key can't be read.
+    #[error("the host's secret key: {0}; `bulkhead host init` makes one")]
+    Key(#[from] bulkhead_sealing::KeyError),
+    /// The host's key is another's.
+    #[error(
+        "the secret key in the state directory is that of {key:?}, and this host is {host:?}: \
+         give --host as `bulkhead host init` had it"
+    )]
+    OtherHost {
+        /// Whose it is.
+        key: String,
+        /// Who we are.
+        host: String,
+    },
+    /// The trust root can't be read.
+    #[error("the trust root: {0}")]
+    Trust(#[from] bulkhead_bundle::KeyError),
+    /// What was kept can't be used.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The channel to rot can't be used.
+    #[error("the channel to rot: {0}")]
+    Channel(#[from] io::Error),
+    /// The service.
+    #[error(transparent)]
+    Service(#[from] ServiceError),
+}
+
+/// Starts keyd and runs it until rot says stop.
+///
+/// # Errors
+/// See [`StartupError`].
+pub fn run(arguments: &Arguments) -> Result<(), StartupError> {
+    let rot = process::inherited_channel()?;
+    lockdown::hide_memory()?;
+    check_host_name(&arguments.host).map_err(StartupError::HostName)?;
+    let state = StateFile::open(&arguments.state_dir)?;
+    let trust = TrustRoot::load(&arguments.trust)?;
+    let key = RecipientKey::load(&arguments.state_dir.join(HOST_KEY))?;
+    if key.public().name != arguments.host {
+        return Err(StartupError::OtherHost {
+            key: key.public().name.clone(),
+            host: arguments.host.clone(),
+        });
+    }
+    lockdown::lock_in(&arguments.state_dir)?;
+    let custody = Custody::new(arguments.host.clone(), trust, state);
+    KeyService::new(rot, custody, Vault::new(key))?.run()?;
+    Ok(())
+}
