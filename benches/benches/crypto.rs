@@ -9,12 +9,12 @@
 
 use std::hint::black_box;
 use std::os::raw::c_int;
-use std::time::{Duration, Instant};
 
 use aws_lc_sys::{
     EVP_CIPHER_CTX, EVP_CIPHER_CTX_free, EVP_CIPHER_CTX_new, EVP_CipherInit_ex, EVP_CipherUpdate,
     EVP_aes_256_xts,
 };
+use bulkhead_benches::ratio::medians;
 use bulkhead_crypto::xts::KEY_BYTES;
 use bulkhead_crypto::{DataUnit, SecretArena, XtsKey};
 use criterion::{BenchmarkId, Criterion, Throughput};
@@ -23,8 +23,6 @@ const REQUESTS: [usize; 2] = [4 << 10, 128 << 10];
 const UNITS: [DataUnit; 2] = [DataUnit::B512, DataUnit::B4096];
 /// An arbitrary place on the volume: the first unit of a request.
 const FIRST_UNIT: u64 = 0x1234_5678;
-/// Samples of each side of a ratio, taken in turns.
-const ROUNDS: usize = 101;
 
 /// AWS-LC's side: one context with its key expanded once, a new tweak for each data unit, as its
 /// interface has it.
@@ -141,40 +139,6 @@ fn rows(c: &mut Criterion, key: &XtsKey) {
         }
         group.finish();
     }
-}
-
-/// How often to repeat so that one sample takes about a hundred microseconds.
-fn repeats(mut run: impl FnMut()) -> u32 {
-    let start = Instant::now();
-    let mut count = 0u32;
-    while start.elapsed() < Duration::from_millis(20) {
-        run();
-        count += 1;
-    }
-    (count / 200).max(1)
-}
-
-/// Median time of one call of each, the samples taken in turns so that a slow spell of the machine
-/// hits them alike.
-fn medians(sides: &mut [&mut dyn FnMut()]) -> Vec<f64> {
-    let counts: Vec<u32> = sides.iter_mut().map(repeats).collect();
-    let mut samples = vec![Vec::with_capacity(ROUNDS); sides.len()];
-    for _ in 0..ROUNDS {
-        for ((side, &count), samples) in sides.iter_mut().zip(&counts).zip(&mut samples) {
-            let start = Instant::now();
-            for _ in 0..count {
-                side();
-            }
-            samples.push(start.elapsed().as_secs_f64() / f64::from(count));
-        }
-    }
-    samples
-        .into_iter()
-        .map(|mut side| {
-            side.sort_by(f64::total_cmp);
-            side[ROUNDS / 2]
-        })
-        .collect()
 }
 
 fn ratios(key: &XtsKey) {

@@ -13,7 +13,7 @@ use bulkhead_dataplane::server::ServerConfig;
 use bulkhead_dataplane::storage::{FileSpec, RamSpec, StorageError, StorageSpec};
 use bulkhead_dataplane::worker::WorkerConfig;
 
-use super::devices::{Backing, Device, Xts};
+use super::devices::{Backing, Device, DiskSpec, Xts};
 
 /// Bytes of a sector, always (virtio 1.2, 5.2).
 const SECTOR_BYTES: u64 = 512;
@@ -28,14 +28,31 @@ pub enum ServeError {
     #[error("no memory for {0}: {1}")]
     Memory(&'static str, #[source] io::Error),
     /// A file.
-    #[error("{0}: {1}")]
-    Storage(String, #[source] StorageError),
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// One of those above, and the device that it is about.
+    #[error("the disk at {socket}: {source}")]
+    Device {
+        /// Its socket.
+        socket: String,
+        /// Why.
+        source: Box<ServeError>,
+    },
     /// The lock-in.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
     /// Workers, event loop, a device.
     #[error("can't serve: {0}")]
     Run(#[from] io::Error),
+}
+
+impl ServeError {
+    fn of(self, socket: &str) -> Self {
+        Self::Device {
+            socket: socket.to_owned(),
+            source: Box::new(self),
+        }
+    }
 }
 
 /// Serves the devices, with one worker on each of `cpus` (one anywhere, if there is none), until a
@@ -70,24 +87,36 @@ fn workers(cpus: &[usize]) -> Vec<WorkerConfig> {
 }
 
 fn prepare(device: Device, arena: &Arc<SecretArena>) -> Result<Served, ServeError> {
-    let geometry = Geometry {
-        capacity_sectors: device.backing.bytes() / SECTOR_BYTES,
-        logical_block_bytes: device.logical_block_bytes,
-        read_only: device.read_only,
-        serial: device.serial,
-        queues: device.queues,
-    };
     let label = device.socket.display().to_string();
-    let storage = storage(device.backing, &geometry, &label)?;
-    let cipher = device.xts.map(|xts| expand(&xts, arena)).transpose()?;
+    let device_of_disk = block_device(device.disk, arena);
     Ok(Served {
-        device: BlkDevice::new(geometry, storage, cipher),
+        device: device_of_disk.map_err(|e| e.of(&label))?,
         listener: device.listener,
         label,
     })
 }
 
-fn storage(backing: Backing, geometry: &Geometry, label: &str) -> Result<StorageSpec, ServeError> {
+/// A disk as the data plane has it, its key expanded into `arena`.
+///
+/// # Errors
+/// [`ServeError::Key`], [`ServeError::Memory`], [`ServeError::Storage`].
+pub fn block_device(
+    disk: DiskSpec,
+    arena: &Arc<SecretArena>,
+) -> Result<Arc<BlkDevice>, ServeError> {
+    let geometry = Geometry {
+        capacity_sectors: disk.backing.bytes() / SECTOR_BYTES,
+        logical_block_bytes: disk.logical_block_bytes,
+        read_only: disk.read_only,
+        serial: disk.serial,
+        queues: disk.queues,
+    };
+    let storage = storage(disk.backing, &geometry)?;
+    let cipher = disk.xts.map(|xts| expand(&xts, arena)).transpose()?;
+    Ok(BlkDevice::new(geometry, storage, cipher))
+}
+
+fn storage(backing: Backing, geometry: &Geometry) -> Result<StorageSpec, ServeError> {
     match backing {
         Backing::Null { .. } => Ok(StorageSpec::Null),
         Backing::Ram { bytes } => RamSpec::new(bytes)
@@ -99,7 +128,7 @@ fn storage(backing: Backing, geometry: &Geometry, label: &str) -> Result<Storage
             geometry.logical_block_bytes,
         )
         .map(StorageSpec::File)
-        .map_err(|e| ServeError::Storage(label.to_owned(), e)),
+        .map_err(ServeError::Storage),
     }
 }
 

@@ -21,6 +21,13 @@ pub struct Device {
     pub socket: PathBuf,
     /// Its listener, blocking.
     pub listener: UnixListener,
+    /// What is served there.
+    pub disk: DiskSpec,
+}
+
+/// A disk, before it is served.
+#[derive(Debug)]
+pub struct DiskSpec {
     /// Where its blocks live.
     pub backing: Backing,
     /// How they are encrypted there; none: plain.
@@ -154,12 +161,14 @@ pub fn open(arguments: &Arguments) -> Result<Vec<Device>, DeviceError> {
         devices.push(Device {
             socket,
             listener,
-            backing,
-            xts,
-            logical_block_bytes: block_bytes,
-            queues: arguments.queues,
-            read_only: arguments.read_only,
-            serial: serial(index),
+            disk: DiskSpec {
+                backing,
+                xts,
+                logical_block_bytes: block_bytes,
+                queues: arguments.queues,
+                read_only: arguments.read_only,
+                serial: serial(index),
+            },
         });
     }
     Ok(devices)
@@ -351,17 +360,23 @@ mod tests {
         let mut devices = open(&arguments(&dir, line)).expect("opens");
         let second = devices.pop().expect("two");
         let first = devices.pop().expect("two");
-        assert!(matches!(first.backing, Backing::File { bytes: 8192, .. }));
-        assert!(matches!(second.backing, Backing::Ram { bytes: 0x10_0000 }));
-        for device in [&first, &second] {
-            let xts = device.xts.as_ref().expect("encrypted");
+        assert!(matches!(
+            first.disk.backing,
+            Backing::File { bytes: 8192, .. }
+        ));
+        assert!(matches!(
+            second.disk.backing,
+            Backing::Ram { bytes: 0x10_0000 }
+        ));
+        for disk in [&first.disk, &second.disk] {
+            let xts = disk.xts.as_ref().expect("encrypted");
             assert_eq!(xts.unit, DataUnit::B512);
             assert_eq!(xts.key.as_bytes(), (0..64).collect::<Vec<u8>>());
-            assert_eq!((device.queues, device.logical_block_bytes), (3, 512));
-            assert!(!device.read_only);
+            assert_eq!((disk.queues, disk.logical_block_bytes), (3, 512));
+            assert!(!disk.read_only);
         }
-        assert_ne!(first.serial, second.serial);
-        assert_eq!(&second.serial, b"serve-1\0\0\0\0\0\0\0\0\0\0\0\0\0");
+        assert_ne!(first.disk.serial, second.disk.serial);
+        assert_eq!(&second.disk.serial, b"serve-1\0\0\0\0\0\0\0\0\0\0\0\0\0");
         remove_sockets([first.socket.as_path(), &second.socket].into_iter());
         assert!(!dir.path().join("a").exists() && !dir.path().join("b").exists());
     }
@@ -373,7 +388,7 @@ mod tests {
         let devices = open(&arguments(&dir, line)).expect("opens");
         let keys: Vec<_> = devices
             .iter()
-            .map(|d| d.xts.as_ref().expect("encrypted").key.as_bytes())
+            .map(|d| d.disk.xts.as_ref().expect("encrypted").key.as_bytes())
             .collect();
         assert_ne!(keys[0], keys[1]);
         assert!(keys.iter().all(|key| key[..32] != key[32..]));
@@ -427,7 +442,7 @@ mod tests {
         let dir = folder();
         let line = "--socket @/a --blk file:@/disk --read-only";
         let devices = open(&arguments(&dir, line)).expect("opens");
-        let Backing::File { file, .. } = &devices[0].backing else {
+        let Backing::File { file, .. } = &devices[0].disk.backing else {
             panic!("not a file");
         };
         let buffer = AlignedBuffer::new(4096).bytes_mut().to_vec();

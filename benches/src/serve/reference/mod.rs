@@ -9,14 +9,12 @@
 //! | module | owns |
 //! | --- | --- |
 //! | `backend` | what the crates ask of a device |
-//! | `request` | one descriptor chain, from header to status |
-//! | `store` | where blocks live, and their encryption |
+//! | [`request`] | one descriptor chain, from header to status |
+//! | [`store`] | where blocks live, and their encryption |
 
 mod backend;
-mod request;
-mod store;
-
-pub use store::StoreError;
+pub mod request;
+pub mod store;
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -28,7 +26,7 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use super::devices::Device;
 use backend::Backend;
-use store::Disk;
+use store::{Disk, StoreError};
 
 /// Why the reference can't serve.
 #[derive(Debug, thiserror::Error)]
@@ -67,9 +65,8 @@ pub fn run(
 /// Serves a device on a thread of its own: one frontend after the other, without end.
 fn spawn(device: Device) -> Result<JoinHandle<()>, StoreError> {
     let name = device.socket.display().to_string();
-    let (disk, listener) = Disk::new(device)?;
-    let disk = Arc::new(disk);
-    let mut listener = Listener::from(listener);
+    let disk = Arc::new(Disk::new(device.disk)?);
+    let mut listener = Listener::from(device.listener);
     let thread = std::thread::Builder::new().name("device".to_owned());
     let run = move || {
         loop {

@@ -5,13 +5,12 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
-use std::os::unix::net::UnixListener;
 use std::sync::{PoisonError, RwLock};
 
 use bulkhead_crypto::xts::{KEY_BYTES, KeyError};
 use bulkhead_crypto::{DataUnit, SecretArena, XtsKey};
 
-use crate::serve::devices::{AlignedBuffer, Backing, Device, Xts};
+use crate::serve::devices::{AlignedBuffer, Backing, DiskSpec, Xts};
 
 /// Bytes of a sector.
 pub const SECTOR_BYTES: u64 = 512;
@@ -76,21 +75,20 @@ impl Default for Scratch {
 }
 
 impl Disk {
-    /// A disk, and the listener of its device.
+    /// A disk.
     ///
     /// # Errors
     /// [`StoreError::Key`], [`StoreError::Memory`].
-    pub fn new(device: Device) -> Result<(Self, UnixListener), StoreError> {
-        let disk = Self {
-            bytes: device.backing.bytes(),
-            block_bytes: device.logical_block_bytes,
-            queues: device.queues,
-            read_only: device.read_only,
-            serial: device.serial,
-            store: Store::new(device.backing),
-            cipher: device.xts.map(expand).transpose()?,
-        };
-        Ok((disk, device.listener))
+    pub fn new(spec: DiskSpec) -> Result<Self, StoreError> {
+        Ok(Self {
+            bytes: spec.backing.bytes(),
+            block_bytes: spec.logical_block_bytes,
+            queues: spec.queues,
+            read_only: spec.read_only,
+            serial: spec.serial,
+            store: Store::new(spec.backing),
+            cipher: spec.xts.map(expand).transpose()?,
+        })
     }
 
     /// Size in sectors.
@@ -276,13 +274,9 @@ mod tests {
     const BYTES: u64 = 3 << 20;
 
     fn disk(backing: Backing, encrypted: bool) -> Disk {
-        let dir = tempfile::tempdir().expect("folder");
-        let socket = dir.path().join("s");
         let mut key = SecretMemory::new(KEY_BYTES).expect("secret memory");
         key.as_mut_bytes()[..32].fill(1);
-        let device = Device {
-            listener: UnixListener::bind(&socket).expect("listener"),
-            socket,
+        let spec = DiskSpec {
             backing,
             xts: encrypted.then_some(Xts {
                 unit: DataUnit::B4096,
@@ -293,7 +287,7 @@ mod tests {
             read_only: false,
             serial: [0; 20],
         };
-        Disk::new(device).expect("disk").0
+        Disk::new(spec).expect("disk")
     }
 
     fn file() -> Backing {
