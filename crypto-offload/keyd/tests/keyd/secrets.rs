@@ -7,7 +7,7 @@ use bulkhead_bundle::digest_of;
 use bulkhead_bundle::text::to_hex;
 
 use crate::bundles::{bundle, encrypted, random_key, signed};
-use crate::host::Host;
+use crate::host::{Host, wait_for};
 
 /// How often some bytes stand in the memory of a process, as far as root can read it.
 fn occurrences(pid: u32, needle: &[u8]) -> usize {
@@ -63,6 +63,8 @@ fn key_bytes_are_in_no_readable_memory_when_the_data_plane_is_gone() {
     let key = random_key();
     let mut host = Host::new();
     host.ask(&signed(&bundle(1, vec![encrypted(1, &key)])));
+    // The key is on its way, and never received.
+    wait_for(|| !host.is_quiet());
     host.dataplane = None;
     host.accepted();
     assert_not_in_memory(host.pid(), &key);
