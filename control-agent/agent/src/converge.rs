@@ -319,8 +319,10 @@ impl Agent {
         self.store
             .set_unfinished(unfinished)
             .map_err(|error| error.to_string())?;
-        if let Some(attached) = &mut self.known.attached {
-            attached.remove(&id);
+        let attached = self.known.attached.as_mut();
+        if attached.is_some_and(|attached| attached.remove(&id)) {
+            // Its key was wiped with it, and comes back only with another grant.
+            self.known.granted = false;
         }
         Ok(())
     }

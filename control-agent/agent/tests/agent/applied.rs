@@ -98,9 +98,9 @@ fn a_volume_whose_grant_changes_is_attached_again() {
 #[test]
 fn a_volume_that_moves_to_another_file_is_detached_by_the_agent() {
     let mut world = World::new();
-    world.apply_fully(&bundle(1, vec![volume(1)]));
+    world.apply_fully(&bundle(1, vec![encrypted(1)]));
     seen(&mut world);
-    let mut moved = volume(1);
+    let mut moved = encrypted(1);
     moved.path = world.path("volumes/disk4.img").display().to_string();
     world.apply_fully(&bundle(2, vec![moved]));
     assert_eq!(
@@ -111,6 +111,9 @@ fn a_volume_that_moves_to_another_file_is_detached_by_the_agent() {
             "keyd accept 2",
             "dataplane status",
             "dataplane detach 1",
+            // The detach wiped its key.
+            "keyd accept 2",
+            "dataplane status",
             "dataplane attach 1 vm1",
             "dataplane cancel 1",
         ]

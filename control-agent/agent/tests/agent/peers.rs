@@ -42,6 +42,8 @@ pub struct Peers {
     pub granted: BTreeMap<VolumeId, Volume>,
     pub attached: BTreeMap<VolumeId, File>,
     pub prepared: BTreeSet<VolumeId>,
+    /// Granted, but their keys were wiped by a detach.
+    pub keyless: BTreeSet<VolumeId>,
     pub connected: BTreeSet<VolumeId>,
     /// So many attachments are refused.
     pub refuse_attach: usize,
@@ -198,6 +200,7 @@ impl Peers {
         if differs {
             self.revoke(volume.id);
         }
+        self.keyless.remove(&volume.id);
         self.granted.insert(volume.id, volume.clone());
     }
 
@@ -257,6 +260,9 @@ impl Peers {
                 if granted.is_none_or(|grant| grant.socket.name != socket) {
                     return refused("no grant for this volume and socket");
                 }
+                if self.keyless.contains(&volume) {
+                    return refused("its key was wiped");
+                }
                 if self.refuse_attach > 0 {
                     self.refuse_attach -= 1;
                     return refused("the file has no blocks today");
@@ -268,6 +274,9 @@ impl Peers {
                 assert!(self.attached.contains_key(&volume), "detach of nothing");
                 self.attached.remove(&volume);
                 self.connected.remove(&volume);
+                if self.granted.get(&volume).is_some_and(Volume::is_encrypted) {
+                    self.keyless.insert(volume);
+                }
                 done
             }
             AgentToDataplane::PrepareRemove { volume, force, .. } => {

@@ -8,7 +8,7 @@ use bulkhead_bundle::HostBundle;
 use bulkhead_protocol::admin::AdminReply;
 use bulkhead_protocol::rot::Role;
 
-use crate::bundles::{bundle, id, mallory, signed, volume};
+use crate::bundles::{bundle, encrypted, id, mallory, signed, volume};
 use crate::peers::Halt;
 use crate::world::{World, start_in_vain};
 
@@ -40,12 +40,12 @@ fn is_what_it_says(world: &World, bundle: &HostBundle) {
 }
 
 fn first() -> HostBundle {
-    bundle(1, vec![volume(1), volume(2)])
+    bundle(1, vec![encrypted(1), volume(2)])
 }
 
 /// Volume 1 moves to another file and its listener to another owner, 2 goes, 3 comes.
 fn second() -> HostBundle {
-    let mut moved = volume(1);
+    let mut moved = encrypted(1);
     moved.path = "disk4.img".to_owned();
     moved.socket.mode = 0o660;
     bundle(2, vec![moved, volume(3)])
@@ -160,7 +160,7 @@ fn a_restarted_agent_disturbs_nobody() {
     assert!(file.try_lock().is_err());
     // A volume can still change, though the lock on its file is the data plane's alone.
     world.peers.connected.clear();
-    let mut changed = volume(1);
+    let mut changed = encrypted(1);
     changed.read_only = true;
     world.apply_fully(&bundle(2, vec![changed, volume(2)]));
     assert!(file.try_lock().is_err());
