@@ -2,10 +2,11 @@
 #![forbid(unsafe_code)]
 
 use std::error::Error;
+use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use bulkhead_benches::serve::arguments::Arguments;
-use bulkhead_benches::serve::{dataplane, devices, reference};
+use bulkhead_benches::serve::{cpus, dataplane, devices, reference};
 use clap::Parser as _;
 use tracing_subscriber::EnvFilter;
 
@@ -14,6 +15,7 @@ fn main() -> ExitCode {
     let filter = EnvFilter::try_from_env("BULKHEAD_LOG");
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(filter.unwrap_or_else(|_| EnvFilter::new("warn")))
         .init();
     match run(&arguments) {
@@ -26,6 +28,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
+    cpus::check(&arguments.cpu)?;
     let devices = devices::open(arguments)?;
     let announce = || {
         for socket in &arguments.socket {

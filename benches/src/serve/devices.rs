@@ -2,9 +2,8 @@
 //! listeners bound last, so that a socket exists only if everything else is there.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{self, Read as _, Seek as _, SeekFrom};
-use std::os::unix::fs::{FileExt as _, FileTypeExt as _, OpenOptionsExt as _};
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
@@ -12,6 +11,7 @@ use bulkhead_crypto::xts::KEY_BYTES;
 use bulkhead_crypto::{DataUnit, SecretMemory};
 
 use super::arguments::{ArgumentError, Arguments, BlkSpec};
+use super::file;
 use super::socket::{self, SocketError};
 
 /// A device to be served.
@@ -198,7 +198,7 @@ fn backing(spec: &BlkSpec, read_only: bool, block_bytes: u32) -> Result<Backing,
         BlkSpec::Ram { bytes } => ("ram".to_owned(), Backing::Ram { bytes: *bytes }),
         BlkSpec::File { path } => (
             path.display().to_string(),
-            open_file(path, read_only, block_bytes)?,
+            file::open(path, read_only, block_bytes)?,
         ),
     };
     let bytes = backing.bytes();
@@ -210,91 +210,6 @@ fn backing(spec: &BlkSpec, read_only: bool, block_bytes: u32) -> Result<Backing,
         });
     }
     Ok(backing)
-}
-
-fn open_file(path: &Path, read_only: bool, block_bytes: u32) -> Result<Backing, DeviceError> {
-    let failed = |step| {
-        move |source| DeviceError::File {
-            path: path.to_owned(),
-            step,
-            source,
-        }
-    };
-    // Before it is opened: opening a FIFO or a terminal waits, or does something.
-    let kind = std::fs::metadata(path).map_err(failed("can't be opened"))?;
-    if !kind.is_file() && !kind.file_type().is_block_device() {
-        return Err(DeviceError::Kind(path.to_owned()));
-    }
-    let open = |flags| {
-        let mut options = OpenOptions::new();
-        options.read(true).write(!read_only).custom_flags(flags);
-        options.open(path)
-    };
-    let (mut file, direct) = match open(libc::O_DIRECT) {
-        Ok(file) if takes_blocks(&file, block_bytes) => (file, true),
-        Ok(_) => (open(0).map_err(failed("can't be opened"))?, false),
-        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-            (open(0).map_err(failed("can't be opened"))?, false)
-        }
-        Err(e) => return Err(failed("can't be opened")(e)),
-    };
-    if !direct {
-        tracing::warn!(
-            "{}: no direct I/O in blocks of {block_bytes} bytes: the page cache is used",
-            path.display()
-        );
-    }
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Err(DeviceError::InUse(path.to_owned())),
-        Err(TryLockError::Error(e)) => return Err(failed("can't be locked")(e)),
-    }
-    // Seeking, because the metadata of a block device has no size.
-    let bytes = file.seek(SeekFrom::End(0)).map_err(failed("has no size"))?;
-    Ok(Backing::File {
-        file,
-        bytes,
-        direct,
-    })
-}
-
-/// Whether direct reads work in steps of a logical block: an odd one is tried.
-fn takes_blocks(file: &File, block_bytes: u32) -> bool {
-    let mut buffer = AlignedBuffer::new(block_bytes as usize);
-    let read = file.read_at(buffer.bytes_mut(), u64::from(block_bytes));
-    read.is_ok()
-}
-
-/// A buffer at an address that direct I/O takes.
-#[derive(Debug)]
-pub struct AlignedBuffer {
-    room: Vec<u8>,
-    start: usize,
-    len: usize,
-}
-
-impl AlignedBuffer {
-    /// What its address is a multiple of: no file system wants more.
-    pub const ALIGN_BYTES: usize = 4096;
-
-    /// `len` zeroed bytes.
-    #[must_use]
-    pub fn new(len: usize) -> Self {
-        let room = vec![0u8; len + Self::ALIGN_BYTES];
-        let past = room.as_ptr().addr() % Self::ALIGN_BYTES;
-        Self {
-            start: (Self::ALIGN_BYTES - past) % Self::ALIGN_BYTES,
-            room,
-            len,
-        }
-    }
-
-    /// The bytes, to be changed.
-    #[must_use]
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        let end = self.start + self.len;
-        self.room.get_mut(self.start..end).unwrap_or_default()
-    }
 }
 
 /// A key straight into secret memory: from a file, or random. Never equal halves by chance worth
@@ -326,6 +241,8 @@ fn key(file: Option<&Path>) -> Result<SecretMemory, DeviceError> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt as _;
+
     use clap::Parser as _;
     use tempfile::TempDir;
 
@@ -445,7 +362,7 @@ mod tests {
         let Backing::File { file, .. } = &devices[0].disk.backing else {
             panic!("not a file");
         };
-        let buffer = AlignedBuffer::new(4096).bytes_mut().to_vec();
+        let buffer = file::AlignedBuffer::new(4096).bytes_mut().to_vec();
         assert!(file.write_at(&buffer, 0).is_err());
     }
 }

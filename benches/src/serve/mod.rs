@@ -6,12 +6,16 @@
 //! | --- | --- |
 //! | [`arguments`] | the command line, parsed and checked as far as that goes without opening anything |
 //! | [`devices`] | from there to opened files, keys in secret memory and listeners |
+//! | [`file`] | a disk's file |
+//! | [`cpus`] | CPUs to serve on |
 //! | [`socket`] | a listener at a path: stale sockets replaced, live ones refused |
 //! | [`dataplane`] | serving with Bulkhead's data plane |
 //! | [`reference`] | the baseline: the stock vhost-user crates |
 
 pub mod arguments;
+pub mod cpus;
 pub mod dataplane;
 pub mod devices;
+pub mod file;
 pub mod reference;
 pub mod socket;

@@ -24,6 +24,7 @@ use vhost::vhost_user::{Error as VhostError, Listener};
 use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
+use super::cpus::{self, CpuError};
 use super::devices::Device;
 use backend::Backend;
 use store::{Disk, StoreError};
@@ -35,24 +36,20 @@ pub enum ReferenceError {
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The CPUs.
-    #[error("can't run on CPU {0:?}: {1}: choose CPUs of this machine")]
-    Cpu(Vec<usize>, #[source] nix::Error),
+    #[error(transparent)]
+    Cpu(#[from] CpuError),
     /// A device's thread panicked.
     #[error("the thread of a device panicked")]
     Panicked,
 }
 
-/// Serves the devices on `cpus` (on any, if there is none) until a signal ends the process. `ready` is
+/// Serves the devices on the CPUs `on` (on any, if there is none) until a signal ends the process. `ready` is
 /// called once everything runs.
 ///
 /// # Errors
 /// See [`ReferenceError`].
-pub fn run(
-    devices: Vec<Device>,
-    cpus: &[usize],
-    ready: impl FnOnce(),
-) -> Result<(), ReferenceError> {
-    pin(cpus).map_err(|e| ReferenceError::Cpu(cpus.to_vec(), e))?;
+pub fn run(devices: Vec<Device>, on: &[usize], ready: impl FnOnce()) -> Result<(), ReferenceError> {
+    cpus::pin(on)?;
     let threads: Result<Vec<_>, _> = devices.into_iter().map(spawn).collect();
     let threads = threads?;
     ready();
@@ -102,16 +99,4 @@ fn serve_one(disk: &Arc<Disk>, listener: &mut Listener) -> Result<(), String> {
 
 fn message(error: impl ToString) -> String {
     error.to_string()
-}
-
-/// Makes every thread from here on run on some CPUs only; on any, if none is named.
-fn pin(cpus: &[usize]) -> nix::Result<()> {
-    if cpus.is_empty() {
-        return Ok(());
-    }
-    let mut set = nix::sched::CpuSet::new();
-    for cpu in cpus {
-        set.set(*cpu)?;
-    }
-    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set)
 }

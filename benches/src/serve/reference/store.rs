@@ -10,7 +10,8 @@ use std::sync::{PoisonError, RwLock};
 use bulkhead_crypto::xts::{KEY_BYTES, KeyError};
 use bulkhead_crypto::{DataUnit, SecretArena, XtsKey};
 
-use crate::serve::devices::{AlignedBuffer, Backing, DiskSpec, Xts};
+use crate::serve::devices::{Backing, DiskSpec, Xts};
+use crate::serve::file::AlignedBuffer;
 
 /// Bytes of a sector.
 pub const SECTOR_BYTES: u64 = 512;
