@@ -6,6 +6,8 @@ use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::control::DataplaneToAgent;
 use bulkhead_protocol::keys::DataplaneToKeyd;
 
+use crate::log_limit::LogLimit;
+
 /// A message of keyd's, by the generation of keyd that sent it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Keyd(pub(super) u64);
@@ -27,7 +29,10 @@ impl Agent {
     }
 
     pub(super) fn refused(self, reason: String) -> DataplaneToAgent {
-        tracing::warn!("a request of the agent is refused: {reason}");
+        static LIMIT: LogLimit = LogLimit::new();
+        if LIMIT.allows() {
+            tracing::warn!("a request of the agent is refused: {reason}");
+        }
         DataplaneToAgent::Refused {
             request_id: self.request_id,
             reason,

@@ -118,6 +118,8 @@ mod tests {
 
     use super::*;
 
+    type Change = fn(&mut VolumeGrant);
+
     fn grant() -> VolumeGrant {
         VolumeGrant {
             volume: VolumeId([7; 16]),
@@ -137,7 +139,7 @@ mod tests {
     #[test]
     fn a_grant_that_describes_no_device_is_refused() {
         assert_eq!(check(&grant()), Ok(()));
-        let cases: [(&str, fn(&mut VolumeGrant)); 11] = [
+        let cases: [(&str, Change); 11] = [
             ("block", |g| g.logical_block_bytes = 1024),
             ("no block", |g| g.logical_block_bytes = 0),
             ("unit", |g| g.data_unit_bytes = Some(1024)),

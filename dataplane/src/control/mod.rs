@@ -103,25 +103,22 @@ impl Control {
         self.end.as_deref()
     }
 
+    /// Takes everything that rot has said. Also done before a message of keyd's or the agent's is
+    /// handled, which may follow from what rot told both of us.
     fn read_rot(&mut self, server: &mut Server) {
-        for _ in 0..TURN {
+        while self.end.is_none() {
             match self.rot.read::<FromRot>() {
                 Read::Message(received) => {
                     if let Err(problem) = self.on_rot(server, received)
                         && !self.rot.tolerate(&problem)
                     {
                         self.stop(server, "rot sends what makes no sense".to_owned());
-                        return;
                     }
                 }
                 Read::Later => return,
-                Read::Broken(reason) => {
-                    self.stop(server, format!("the channel to rot: {reason}"));
-                    return;
-                }
+                Read::Broken(reason) => self.stop(server, format!("the channel to rot: {reason}")),
             }
         }
-        self.rot.look_again(&self.registry, ROT);
     }
 
     fn stop(&mut self, server: &Server, reason: String) {
@@ -196,7 +193,10 @@ impl Control {
             };
             let keyd = Keyd(link.generation);
             match link.read::<KeydToDataplane>() {
-                Read::Message(received) => self.on_keyd(server, keyd, received),
+                Read::Message(received) => {
+                    self.read_rot(server);
+                    self.on_keyd(server, keyd, received);
+                }
                 Read::Later => return,
                 Read::Broken(reason) => return self.keyd.lose(Role::Keyd, &reason, &self.registry),
             }
@@ -238,7 +238,10 @@ impl Control {
             };
             let generation = link.generation;
             match link.read::<AgentToDataplane>() {
-                Read::Message(received) => self.on_agent(server, generation, received),
+                Read::Message(received) => {
+                    self.read_rot(server);
+                    self.on_agent(server, generation, received);
+                }
                 Read::Later => return,
                 Read::Broken(reason) => {
                     return self.agent.lose(Role::Agent, &reason, &self.registry);
