@@ -491,6 +491,9 @@ fn file_slots() -> io::Result<u32> {
 }
 
 #[cfg(test)]
+mod escape;
+
+#[cfg(test)]
 mod tests {
     use std::os::fd::AsFd;
 
