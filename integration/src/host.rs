@@ -383,18 +383,23 @@ impl Host {
         serde_json::from_str(&text).map_err(|e| HostError::Io(io::Error::other(e)))
     }
 
-    /// Process id and generation of a process that rot started.
+    /// Process id and generation of a process that rot started, as rot's log has them.
     ///
     /// # Errors
     /// See [`HostError`].
     pub fn process(&self, role: &str) -> Result<(u32, u64), HostError> {
-        let status = self.status()?;
-        let list = status["processes"].as_array().cloned().unwrap_or_default();
-        let found = list.iter().find(|p| p["role"] == role).and_then(|process| {
-            let pid = u32::try_from(process["pid"].as_u64()?).ok()?;
-            Some((pid, process["generation"].as_u64()?))
+        let log = self.log();
+        let field = |line: &str, name: &str| -> Option<u64> {
+            let value = line.split_whitespace().find_map(|w| w.strip_prefix(name));
+            value?.strip_prefix('=')?.parse().ok()
+        };
+        let role_is = format!("started role={role} ");
+        let found = log.lines().rev().find(|line| line.contains(&role_is));
+        let found = found.and_then(|line| {
+            let pid = u32::try_from(field(line, "pid")?).ok()?;
+            Some((pid, field(line, "generation")?))
         });
-        found.ok_or_else(|| self.late(&format!("the status names no {role}")))
+        found.ok_or_else(|| self.late(&format!("rot started no {role}")))
     }
 
     /// Kills a process that rot started, and waits until its successor is there.

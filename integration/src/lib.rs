@@ -10,6 +10,7 @@
 //! - [`processes`]: programs under test.
 //! - [`workload`]: what guests do with a disk, and what its file looks like afterwards.
 
+pub mod aes_schedule;
 pub mod arena;
 pub mod disk;
 pub mod driver;

@@ -3,7 +3,10 @@
 //! Guests boot Debian's kernel in QEMU under TCG. A test that can't run on a machine is skipped by
 //! name, with the reason.
 
+mod dmcrypt;
 mod guests;
+mod isolation;
+mod refusals;
 mod support;
 
 use libtest_mimic::{Arguments, Trial};
@@ -26,7 +29,12 @@ enum Need {
 
 fn main() {
     let arguments = Arguments::from_args();
-    let tables = [guests::TESTS];
+    let tables = [
+        guests::TESTS,
+        dmcrypt::TESTS,
+        refusals::TESTS,
+        isolation::TESTS,
+    ];
     let mut trials = Vec::new();
     for test in tables.into_iter().flatten() {
         let missing = test.needs.iter().find_map(|need| support::missing(*need));
