@@ -22,7 +22,7 @@ const REGISTER_FILES_UPDATE: u64 = 6;
 const BLKGETSIZE64: u64 = 0x8008_1272;
 
 /// Both kinds, whatever the arguments.
-const BOTH: [c_long; 20] = [
+const BOTH: [c_long; 17] = [
     libc::SYS_write, // the log; eventfds: wake-ups of workers, calls of drivers
     libc::SYS_close, // descriptors of frontends; a volume's file, by whoever drops it last
     // Allocator: the heap, large blocks and their growth.
@@ -33,11 +33,8 @@ const BOTH: [c_long; 20] = [
     libc::SYS_futex,
     libc::SYS_sched_yield,
     libc::SYS_restart_syscall, // a wait that a stop and continue interrupted
-    // Clocks, where the vDSO can't tell the time.
-    libc::SYS_clock_gettime,
-    libc::SYS_gettimeofday,
-    libc::SYS_time,
-    libc::SYS_getrandom, // hash maps' keys
+    libc::SYS_clock_gettime,   // where the vDSO can't tell the time
+    libc::SYS_getrandom,       // hash maps' keys
     // Signals: back from the SIGBUS handler; masked while a thread ends or the process aborts.
     libc::SYS_rt_sigreturn,
     libc::SYS_rt_sigprocmask,
@@ -46,16 +43,14 @@ const BOTH: [c_long; 20] = [
     libc::SYS_gettid,
     libc::SYS_exit, // the end of a thread, of the process
     libc::SYS_exit_group,
-    libc::SYS_rseq, // taken down when a thread ends
 ];
 
 /// The control thread alone, whatever the arguments.
-const CONTROL: [c_long; 12] = [
+const CONTROL: [c_long; 10] = [
     libc::SYS_read, // eventfds: the event loop's and that of the workers' answers
     // The event loop.
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_wait,
-    libc::SYS_epoll_pwait,
     // Channels and frontends.
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
@@ -63,7 +58,6 @@ const CONTROL: [c_long; 12] = [
     // What a descriptor from a peer is.
     libc::SYS_fstat,
     libc::SYS_fstatfs,
-    libc::SYS_lseek,
     libc::SYS_pread64, // the trial read of a volume
     libc::SYS_mlock,   // a key's page that is not memfd_secret
 ];

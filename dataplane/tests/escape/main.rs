@@ -11,10 +11,12 @@ use std::process::{Command, ExitCode};
 use bulkhead_dataplane::sandbox::{self, ThreadKind, calls};
 use libtest_mimic::{Arguments, Failed, Trial};
 
-use attempts::{ATTEMPTS, Attempt};
+use attempts::ATTEMPTS;
 
 /// Names the attempt that this process is to make.
 const ATTEMPT_ENV: &str = "BULKHEAD_ESCAPE_ATTEMPT";
+/// In the place of an attempt's name: end by `abort`.
+const ABORT: &str = "abort";
 /// Exit status of a process whose attempt was not deadly.
 const SURVIVED: i32 = 42;
 /// The first number that no system call has: in Linux 6.18 the last is below 480.
@@ -46,6 +48,10 @@ fn main() -> ExitCode {
         trials.push(Trial::test(
             format!("escape_{name}_lives_without"),
             move || lives(name),
+        ));
+        trials.push(Trial::test(
+            format!("escape_{name}_abort_is_seen_as_such"),
+            move || aborts(name),
         ));
         for attempt in ATTEMPTS.iter().filter(|a| a.concerns(kind)) {
             let name = format!("escape_{name}_{}", attempt.name);
@@ -80,6 +86,15 @@ fn lives(kind: &str) -> Result<(), Failed> {
     }
 }
 
+/// A failed assertion must not look like an escape.
+fn aborts(kind: &str) -> Result<(), Failed> {
+    let output = child(&format!("escape_{kind}_{ABORT}"))?;
+    match output.status.signal() {
+        Some(libc::SIGABRT) => Ok(()),
+        _ => Err(format!("it ended with {}, not with SIGABRT", output.status).into()),
+    }
+}
+
 fn sweep_in_child(kind: &str) -> Result<(), Failed> {
     let output = child(&format!("sweep {kind}"))?;
     let said = String::from_utf8_lossy(&output.stdout);
@@ -102,13 +117,12 @@ fn as_child(name: &str) -> ExitCode {
         .strip_prefix("escape_")
         .and_then(|rest| rest.split_once('_'))
         .expect("a name");
-    let kind = kind_of(kind_name);
-    let attempt = ATTEMPTS.iter().find(|attempt| attempt.name == rest);
+    let (kind, what) = (kind_of(kind_name), rest.to_owned());
     match kind {
-        ThreadKind::Control => attempt_on(kind, attempt),
+        ThreadKind::Control => attempt_on(kind, &what),
         // As the product does: on a thread that the locked-in process has started.
         ThreadKind::Worker => {
-            let thread = std::thread::spawn(move || attempt_on(kind, attempt));
+            let thread = std::thread::spawn(move || attempt_on(kind, &what));
             let _ = thread.join();
         }
     }
@@ -120,13 +134,16 @@ fn kind_of(name: &str) -> ThreadKind {
     found.expect("a kind of thread").1
 }
 
-fn attempt_on(kind: ThreadKind, attempt: Option<&Attempt>) {
+fn attempt_on(kind: ThreadKind, what: &str) {
     match kind {
         ThreadKind::Control => sandbox::lock_control_thread(),
         ThreadKind::Worker => sandbox::lock_worker_thread(),
     }
     .expect("the thread is locked in");
-    if let Some(attempt) = attempt {
+    if what == ABORT {
+        std::process::abort();
+    }
+    if let Some(attempt) = ATTEMPTS.iter().find(|attempt| attempt.name == what) {
         let result = attempts::call(attempt.number, attempt.arguments);
         eprintln!("the call returned {result}");
     }
