@@ -75,6 +75,37 @@ pub fn installed(name: &str) -> Option<PathBuf> {
         .find(|candidate| candidate.is_file())
 }
 
+/// Process ids of the programs that run now.
+static RUNNING: Mutex<Vec<u32>> = Mutex::new(Vec::new());
+
+fn running() -> std::sync::MutexGuard<'static, Vec<u32>> {
+    RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Asks every program that was started here and still runs to end, and kills those that have not
+/// after a while: for a program that is itself told to end.
+pub fn end_all(patience: Duration) {
+    use nix::sys::signal::{Signal, kill};
+    use nix::unistd::Pid;
+    let pids: Vec<Pid> = running()
+        .iter()
+        .filter_map(|pid| i32::try_from(*pid).ok().map(Pid::from_raw))
+        .collect();
+    for pid in &pids {
+        let _ = kill(*pid, Signal::SIGTERM);
+    }
+    let alive =
+        |pid: &Pid| nix::sys::wait::waitpid(*pid, Some(nix::sys::wait::WaitPidFlag::WNOHANG));
+    let deadline = Instant::now() + patience;
+    let still = |pid: &Pid| matches!(alive(pid), Ok(nix::sys::wait::WaitStatus::StillAlive));
+    while pids.iter().any(still) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    for pid in pids.iter().filter(|pid| still(pid)) {
+        let _ = kill(*pid, Signal::SIGKILL);
+    }
+}
+
 /// A running program. Dropped, it is killed by its process id and waited for.
 #[derive(Debug)]
 pub struct Process {
@@ -113,6 +144,7 @@ impl Process {
                 name: name.clone(),
                 source,
             })?;
+        running().push(child.id());
         let log = Arc::new(Mutex::new(Vec::new()));
         let mut readers = Vec::new();
         if let Some(out) = child.stdout.take() {
@@ -216,6 +248,8 @@ impl Process {
     pub fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        let pid = self.child.id();
+        running().retain(|other| *other != pid);
     }
 }
 

@@ -7,26 +7,32 @@ use std::path::Path;
 
 /// A text that the guest writes many times; nothing of it may stand in the volume's file.
 pub const PLAINTEXT: &str =
-    "Bulkhead plaintext: whoever reads this in a volume's file has found a leak.";
+    "Bulkhead plaintext: whoever reads this in the file of a volume has found a leak.";
+
+/// Writes 64 MiB of [`PLAINTEXT`] into a file of the mounted file system, reads it back past the page
+/// cache, and prints both sums as `written=` and `read=`. `phase=write` stands before the first byte.
+const WRITE_AND_READ: &str = "\
+     i=0\n\
+     while [ $i -lt 4096 ]; do echo \"$TEXT\"; i=$((i+1)); done > /tmp/piece\n\
+     size=$(wc -c < /tmp/piece)\n\
+     pieces=$((67108864 / size + 1))\n\
+     repeat() { n=0; while [ $n -lt $pieces ]; do cat /tmp/piece; n=$((n+1)); done; }\n\
+     echo phase=write\n\
+     repeat > $FILE\n\
+     sync\n\
+     echo written=$(repeat | sha256sum | cut -c1-64)\n\
+     echo 3 > /proc/sys/vm/drop_caches\n\
+     echo read=$(sha256sum < $FILE | cut -c1-64)\n\
+     umount /mnt\n\
+     if dmesg | grep -i 'i/o error'; then false; fi\n";
 
 /// Makes a file system on the first disk, writes 64 MiB of [`PLAINTEXT`], reads it back past the
 /// page cache, and prints both sums as `written=` and `read=`.
 #[must_use]
 pub fn write_and_read_back() -> String {
     format!(
-        "mkfs.ext4 -q -F /dev/vda\n\
-         mount -t ext4 /dev/vda /mnt\n\
-         (while :; do echo \"{PLAINTEXT}\"; done) 2>/dev/null | head -c 1048576 > /tmp/piece || true\n\
-         echo phase=write\n\
-         i=0\n\
-         while [ $i -lt 64 ]; do cat /tmp/piece; i=$((i+1)); done > /mnt/data\n\
-         sync\n\
-         i=0\n\
-         echo written=$(while [ $i -lt 64 ]; do cat /tmp/piece; i=$((i+1)); done | sha256sum | cut -c1-64)\n\
-         echo 3 > /proc/sys/vm/drop_caches\n\
-         echo read=$(sha256sum < /mnt/data | cut -c1-64)\n\
-         umount /mnt\n\
-         ! dmesg | grep -i 'i/o error'\n"
+        "mkfs.ext4 -q -F /dev/vda\nmount -t ext4 /dev/vda /mnt\n\
+         TEXT=\"{PLAINTEXT}\"\nFILE=/mnt/data\n{WRITE_AND_READ}"
     )
 }
 
@@ -37,6 +43,15 @@ pub fn find_again() -> String {
      echo found=$(sha256sum < /mnt/data | cut -c1-64)\n\
      umount /mnt\n"
         .to_owned()
+}
+
+/// As [`find_again`], then replaces it as [`write_and_read_back`] made it.
+#[must_use]
+pub fn find_and_replace() -> String {
+    format!(
+        "{}mount -t ext4 /dev/vda /mnt\nTEXT=\"{PLAINTEXT}\"\nFILE=/mnt/data\n{WRITE_AND_READ}",
+        find_again()
+    )
 }
 
 /// What a volume's file looks like from outside.
