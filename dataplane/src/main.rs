@@ -50,7 +50,7 @@ fn run(workers: Vec<WorkerConfig>) -> Result<(), Failure> {
     sandbox::lock_control_thread()?;
     tracing::info!(workers = count, "locked in and serving");
     server.run(&mut control)?;
-    match control.end() {
+    match control.failure() {
         None => Ok(()),
         Some(reason) => Err(reason.into()),
     }

@@ -16,6 +16,7 @@ mod answer;
 mod attach;
 mod grant;
 mod link;
+mod peer;
 mod status;
 mod volumes;
 
@@ -34,6 +35,7 @@ use mio::{Registry, Token};
 use crate::server::{Event, MANAGER_TOKENS, Manager, Server};
 use answer::{Agent, Answers, Keyd};
 use link::{Link, Read};
+use peer::Peer;
 use volumes::{Held, Task, Volumes};
 
 pub use volumes::MAX_VOLUMES;
@@ -57,24 +59,9 @@ pub struct Control {
     keyd: Peer<DataplaneToKeyd>,
     agent: Peer<DataplaneToAgent>,
     volumes: Volumes,
-    end: Option<String>,
-}
-
-/// A process that may be restarted.
-#[derive(Debug)]
-struct Peer<Out> {
-    link: Option<Link<Out>>,
-    /// The highest that was heard of.
-    generation: u64,
-}
-
-impl<Out> Default for Peer<Out> {
-    fn default() -> Self {
-        Self {
-            link: None,
-            generation: 0,
-        }
-    }
+    /// Nothing more is taken from anybody.
+    ended: bool,
+    failure: Option<String>,
 }
 
 impl Control {
@@ -93,20 +80,21 @@ impl Control {
             keyd: Peer::default(),
             agent: Peer::default(),
             volumes: Volumes::default(),
-            end: None,
+            ended: false,
+            failure: None,
         })
     }
 
     /// Why the server was stopped, if not because rot said so.
     #[must_use]
-    pub fn end(&self) -> Option<&str> {
-        self.end.as_deref()
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.as_deref()
     }
 
     /// Takes everything that rot has said. Also done before a message of keyd's or the agent's is
     /// handled, which may follow from what rot told both of us.
     fn read_rot(&mut self, server: &mut Server) {
-        while self.end.is_none() {
+        while !self.ended {
             match self.rot.read::<FromRot>() {
                 Read::Message(received) => {
                     if let Err(problem) = self.on_rot(server, received)
@@ -122,7 +110,8 @@ impl Control {
     }
 
     fn stop(&mut self, server: &Server, reason: String) {
-        self.end = Some(reason);
+        self.ended = true;
+        self.failure = Some(reason);
         server.stop();
     }
 
@@ -153,6 +142,7 @@ impl Control {
             }
             FromRot::Stop => {
                 tracing::info!("rot says stop");
+                self.ended = true;
                 server.stop();
                 Ok(())
             }
@@ -348,50 +338,6 @@ impl Manager for Control {
         let mut answers = Answers::default();
         self.volumes.event(server, event, &mut answers);
         self.send(answers);
-    }
-}
-
-impl<Out: minicbor::Encode<()>> Peer<Out> {
-    fn meet(
-        &mut self,
-        generation: u64,
-        socket: OwnedFd,
-        process: OwnedFd,
-        name: &'static str,
-        (registry, token): (&Registry, Token),
-    ) -> Result<(), String> {
-        if generation <= self.generation {
-            return Err(format!(
-                "generation {generation} of {name} is not after {}",
-                self.generation
-            ));
-        }
-        if let Some(old) = self.link.take() {
-            old.close(registry);
-        }
-        self.generation = generation;
-        let channel = Channel::from(socket);
-        let link = Link::new(channel, Some(process), name, generation, (registry, token));
-        self.link = Some(link.map_err(|e| format!("the channel to {name} can't be watched: {e}"))?);
-        Ok(())
-    }
-
-    fn lose(&mut self, role: Role, reason: &str, registry: &Registry) {
-        tracing::warn!("{role} is gone, what is served stays: {reason}");
-        if let Some(link) = self.link.take() {
-            link.close(registry);
-        }
-    }
-
-    fn look_again(&self, registry: &Registry, token: Token) {
-        if let Some(link) = &self.link {
-            link.look_again(registry, token);
-        }
-    }
-
-    /// The link to the process of that generation, if it is still the one.
-    fn link_of(&mut self, generation: u64) -> Option<&mut Link<Out>> {
-        self.link.as_mut().filter(|l| l.generation == generation)
     }
 }
 
