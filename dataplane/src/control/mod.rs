@@ -327,6 +327,7 @@ impl Manager for Control {
 
     fn ready(&mut self, server: &mut Server, token: Token) {
         match token {
+            _ if self.ended => {}
             ROT => self.read_rot(server),
             KEYD => self.read_keyd(server),
             AGENT => self.read_agent(server),
