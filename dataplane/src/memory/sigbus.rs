@@ -4,34 +4,63 @@
 //!
 //! UNSAFETY: the handler runs anywhere, so it may only touch atomics and make system calls. The
 //! table's ranges must be mappings of this module's callers, and leave the table before they are
-//! unmapped, so that it never replaces pages that are something else by then.
+//! unmapped, so that it never replaces pages that are something else by then. A range is only acted
+//! on if both its ends were read from one state of its entry: entries change hands on the control
+//! thread while the handler runs on a worker.
 #![expect(unsafe_code, reason = "a signal handler")]
 
 use std::io;
 use std::ptr::NonNull;
 use std::sync::Once;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
 
 /// Most mappings at a time in one process: 256 devices with 16 regions each.
 const MAX_MAPPINGS: usize = 4096;
 
 struct Entry {
-    /// Taken by a guard (0: free).
+    /// A guard has it.
     taken: AtomicBool,
+    /// Grows with each change of the range; odd while it changes.
+    version: AtomicUsize,
     start: AtomicUsize,
-    /// Exclusive; 0 while the entry is free or being filled.
+    /// Exclusive; 0: no range.
     end: AtomicUsize,
     lost: AtomicBool,
 }
 
-static TABLE: [Entry; MAX_MAPPINGS] = [const {
-    Entry {
-        taken: AtomicBool::new(false),
-        start: AtomicUsize::new(0),
-        end: AtomicUsize::new(0),
-        lost: AtomicBool::new(false),
+impl Entry {
+    const fn free() -> Self {
+        Self {
+            taken: AtomicBool::new(false),
+            version: AtomicUsize::new(0),
+            start: AtomicUsize::new(0),
+            end: AtomicUsize::new(0),
+            lost: AtomicBool::new(false),
+        }
     }
-}; MAX_MAPPINGS];
+
+    /// Sets the range; only whoever has taken the entry does.
+    fn set_range(&self, start: usize, end: usize) {
+        self.version.fetch_add(1, Ordering::Relaxed);
+        fence(Ordering::Release);
+        self.start.store(start, Ordering::Relaxed);
+        self.end.store(end, Ordering::Relaxed);
+        self.version.fetch_add(1, Ordering::Release);
+    }
+
+    /// The range, unless there is none or it is changing right now: then it is not that of a mapping
+    /// that the calling thread is using.
+    fn range(&self) -> Option<(usize, usize)> {
+        let version = self.version.load(Ordering::Acquire);
+        let start = self.start.load(Ordering::Relaxed);
+        let end = self.end.load(Ordering::Relaxed);
+        fence(Ordering::Acquire);
+        let same = version == self.version.load(Ordering::Relaxed);
+        (version.is_multiple_of(2) && same && end != 0).then_some((start, end))
+    }
+}
+
+static TABLE: [Entry; MAX_MAPPINGS] = [const { Entry::free() }; MAX_MAPPINGS];
 
 /// One past the highest entry ever taken: as far as the handler has to look.
 static HIGHEST: AtomicUsize = AtomicUsize::new(0);
@@ -53,10 +82,8 @@ pub(super) fn guard(address: NonNull<u8>, bytes: usize) -> io::Result<Guard> {
             continue;
         }
         entry.lost.store(false, Ordering::Relaxed);
-        entry.start.store(address.addr().get(), Ordering::Relaxed);
-        entry
-            .end
-            .store(address.addr().get() + bytes, Ordering::Release);
+        let start = address.addr().get();
+        entry.set_range(start, start + bytes);
         HIGHEST.fetch_max(index + 1, Ordering::AcqRel);
         return Ok(Guard {
             entry,
@@ -77,7 +104,7 @@ impl Guard {
     /// Takes the mapping off the table, before it is unmapped.
     pub(super) fn release(&self) {
         if !self.released.swap(true, Ordering::AcqRel) {
-            self.entry.end.store(0, Ordering::Release);
+            self.entry.set_range(0, 0);
             self.entry.taken.store(false, Ordering::Release);
         }
     }
@@ -120,7 +147,14 @@ pub fn install() -> io::Result<()> {
 }
 
 extern "C" fn handler(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    // SAFETY: the kernel passes a siginfo of a SIGBUS, which has an address.
+    // SAFETY: the kernel passes a siginfo, which is valid while the handler runs.
+    let code = unsafe { (*info).si_code };
+    if code <= 0 {
+        // Some process sent it, and it has no address: as deadly as without a handler.
+        // SAFETY: abort may be called in a handler.
+        unsafe { libc::abort() };
+    }
+    // SAFETY: a SIGBUS that the kernel raised has an address.
     let address = unsafe { (*info).si_addr() }.addr();
     // SAFETY: the thread's own errno: the interrupted code may be about to read it.
     let errno = unsafe { *libc::__errno_location() };
@@ -137,9 +171,10 @@ extern "C" fn handler(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::
 /// Puts zeroed pages in the place of the mapping that has this address; whether there is one.
 fn replace(address: usize) -> bool {
     for entry in TABLE.iter().take(HIGHEST.load(Ordering::Acquire)) {
-        let end = entry.end.load(Ordering::Acquire);
-        let start = entry.start.load(Ordering::Relaxed);
-        if end == 0 || address < start || address >= end {
+        let Some((start, end)) = entry.range() else {
+            continue;
+        };
+        if address < start || address >= end {
             continue;
         }
         entry.lost.store(true, Ordering::Release);
