@@ -1,24 +1,98 @@
 //! Descriptors from a frontend: taken over once, and known for what they are before they are used.
 //!
-//! UNSAFETY: [`adopt_received`] takes ownership of a number; its one caller passes what `recvmsg` has
-//! just given, each once.
-#![expect(
-    unsafe_code,
-    reason = "owning descriptors that recvmsg gives as numbers"
-)]
+//! UNSAFETY: `recvmsg` is called through libc, because nix's gives up the control message when it was
+//! cut short (as at the limit on open files), and with it the descriptors that did arrive. The
+//! kernel must get buffers that live through the call, with their true lengths, and each descriptor
+//! that it gives must be owned exactly once.
+#![expect(unsafe_code, reason = "recvmsg with descriptors")]
 
 use std::io;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+use std::mem;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::stat::fstat;
 
-/// Owns a descriptor that `recvmsg` has just put into this process.
-pub(crate) fn adopt_received(raw: RawFd) -> OwnedFd {
-    // SAFETY: the kernel has just made this descriptor for us, and the caller passes it once.
-    unsafe { OwnedFd::from_raw_fd(raw) }
+/// Words of a control buffer with room for one header and the most descriptors that the kernel passes
+/// at once (253, `SCM_MAX_FD`); words for its alignment.
+const CONTROL_WORDS: usize = 2 + 253_usize.div_ceil(2);
+
+/// Where descriptors arrive.
+#[derive(Debug)]
+pub(crate) struct ControlBuffer(Box<[u64; CONTROL_WORDS]>);
+
+impl Default for ControlBuffer {
+    fn default() -> Self {
+        Self(Box::new([0; CONTROL_WORDS]))
+    }
+}
+
+/// What [`receive`] got.
+#[derive(Debug)]
+pub(crate) struct Received {
+    /// Bytes; 0: the peer is gone.
+    pub bytes: usize,
+    /// Descriptors that came with them, close-on-exec.
+    pub fds: Vec<OwnedFd>,
+    /// There were more, which are lost.
+    pub cut_short: bool,
+}
+
+/// Reads bytes and descriptors from a stream, without waiting.
+///
+/// # Errors
+/// What `recvmsg` fails with; no descriptor has arrived then.
+pub(crate) fn receive(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+    control: &mut ControlBuffer,
+) -> io::Result<Received> {
+    let mut part = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    // SAFETY: all zeroes is a valid value of this plain C struct.
+    let mut header: libc::msghdr = unsafe { mem::zeroed() };
+    header.msg_iov = &raw mut part;
+    header.msg_iovlen = 1;
+    header.msg_control = control.0.as_mut_ptr().cast();
+    header.msg_controllen = mem::size_of_val(&*control.0);
+    let flags = libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT;
+    // SAFETY: the header names live buffers with their lengths.
+    let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, flags) };
+    let bytes = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+    Ok(Received {
+        bytes,
+        fds: adopt(&header),
+        cut_short: header.msg_flags & libc::MSG_CTRUNC != 0,
+    })
+}
+
+/// Owns the descriptors that the kernel has just made for us.
+fn adopt(header: &libc::msghdr) -> Vec<OwnedFd> {
+    let mut fds = Vec::new();
+    // SAFETY: recvmsg has filled the header's control buffer.
+    let mut control = unsafe { libc::CMSG_FIRSTHDR(header) };
+    while !control.is_null() {
+        // SAFETY: the macros stay within the control buffer, whose length the kernel has set.
+        let (message, data, lead) =
+            unsafe { (*control, libc::CMSG_DATA(control), libc::CMSG_LEN(0)) };
+        if (message.cmsg_level, message.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            let bytes = message.cmsg_len.saturating_sub(lead as usize);
+            for index in 0..bytes / size_of::<RawFd>() {
+                // SAFETY: so many numbers lie there, each a new descriptor, taken over once.
+                let fd = unsafe {
+                    OwnedFd::from_raw_fd(data.cast::<RawFd>().add(index).read_unaligned())
+                };
+                fds.push(fd);
+            }
+        }
+        // SAFETY: as above.
+        control = unsafe { libc::CMSG_NXTHDR(header, control) };
+    }
+    fds
 }
 
 /// Device and inode of every eventfd of this kernel; made before the process locks itself in.

@@ -3,14 +3,12 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::io::{self, IoSliceMut, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use nix::errno::Errno;
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
-
 use super::message::{HEADER_BYTES, Header, MAX_TABLE_REGIONS, Message, ProtocolError};
+use crate::fds::{ControlBuffer, receive};
 
 /// What reading gave.
 #[derive(Debug)]
@@ -33,11 +31,8 @@ pub struct Framing {
     fds: Vec<OwnedFd>,
     /// Replies that the frontend has not read.
     unsent: Vec<u8>,
-    control: Vec<u8>,
+    control: ControlBuffer,
 }
-
-/// The kernel passes at most 253 descriptors with a message (`SCM_MAX_FD`).
-const KERNEL_MAX_FDS: usize = 253;
 
 impl AsFd for Framing {
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -58,7 +53,7 @@ impl Framing {
             bytes: Vec::new(),
             fds: Vec::new(),
             unsent: Vec::new(),
-            control: nix::cmsg_space!([std::os::fd::RawFd; KERNEL_MAX_FDS]),
+            control: ControlBuffer::default(),
         })
     }
 
@@ -106,40 +101,23 @@ impl Framing {
     /// Reads at most `most` bytes; none if there are none yet.
     fn read(&mut self, most: usize) -> Result<Option<usize>, ProtocolError> {
         let mut buffer = vec![0u8; most];
-        let mut iov = [IoSliceMut::new(&mut buffer)];
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
-        let (count, fds, truncated) = loop {
-            let received = recvmsg::<()>(
-                self.stream.as_raw_fd(),
-                &mut iov,
-                Some(&mut self.control),
-                flags,
-            );
-            match received {
-                Ok(message) => {
-                    let mut fds = Vec::new();
-                    for control in message.cmsgs().map_err(io::Error::from)? {
-                        if let ControlMessageOwned::ScmRights(raw) = control {
-                            fds.extend(raw);
-                        }
-                    }
-                    let truncated = message.flags.contains(MsgFlags::MSG_CTRUNC);
-                    break (message.bytes, fds, truncated);
-                }
-                Err(Errno::EAGAIN) => return Ok(None),
-                Err(Errno::EINTR) => {}
-                Err(Errno::ECONNRESET) => return Ok(Some(0)),
-                Err(error) => return Err(ProtocolError::Io(error.into())),
+        let received = loop {
+            match receive(self.stream.as_fd(), &mut buffer, &mut self.control) {
+                Ok(received) => break received,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(None),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(Some(0)),
+                Err(error) => return Err(ProtocolError::Io(error)),
             }
         };
-        self.fds
-            .extend(fds.into_iter().map(crate::fds::adopt_received));
-        if truncated || self.fds.len() > MAX_TABLE_REGIONS {
+        self.fds.extend(received.fds);
+        if received.cut_short || self.fds.len() > MAX_TABLE_REGIONS {
             self.fds.clear();
             return Err(ProtocolError::TooManyFds);
         }
-        self.bytes.extend(buffer.get(..count).unwrap_or_default());
-        Ok(Some(count))
+        self.bytes
+            .extend(buffer.get(..received.bytes).unwrap_or_default());
+        Ok(Some(received.bytes))
     }
 
     /// Sends a reply, or keeps what the frontend does not take now.
@@ -161,8 +139,8 @@ impl Framing {
                 Ok(count) => {
                     self.unsent.drain(..count);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(ProtocolError::Io(error)),
             }
         }
