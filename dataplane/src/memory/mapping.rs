@@ -1,5 +1,9 @@
 //! One mapping of a file that a frontend shares.
 //!
+//! Only files that live in memory are mapped. A page of any other file may have to come from a disk, a
+//! server or (FUSE) the frontend itself, and the worker that touches it would wait for as long as
+//! they like, with all its other devices.
+//!
 //! UNSAFETY: the mapping must cover exactly the file's bytes that were checked, be known to
 //! [`sigbus`](super::sigbus) before anybody reads it, and be unmapped once, when nobody can.
 #![expect(unsafe_code, reason = "mmap and munmap")]
@@ -15,7 +19,9 @@ use nix::sys::stat::{SFlag, fstat};
 use super::sigbus;
 
 const PAGE_BYTES: u64 = 4096;
-/// `HUGETLBFS_MAGIC`, `include/uapi/linux/magic.h`.
+/// `TMPFS_MAGIC`, `include/uapi/linux/magic.h`; also of a memfd.
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+/// `HUGETLBFS_MAGIC`; also of a memfd with huge pages.
 const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
 
 /// A mapped range of a shared file; unmapped when it drops.
@@ -106,10 +112,20 @@ impl Drop for Mapping {
 }
 
 /// What offsets and lengths of a mapping must be multiples of.
+///
+/// # Errors
+/// InvalidInput for a file that does not live in memory.
 fn page_unit(fd: BorrowedFd<'_>, block_bytes: i64) -> io::Result<u64> {
     let kind = nix::sys::statfs::fstatfs(fd)?.filesystem_type().0;
-    match u64::try_from(block_bytes) {
-        Ok(huge) if kind == HUGETLBFS_MAGIC && huge.is_power_of_two() => Ok(huge.max(PAGE_BYTES)),
-        _ => Ok(PAGE_BYTES),
+    match (kind, u64::try_from(block_bytes)) {
+        (TMPFS_MAGIC, _) => Ok(PAGE_BYTES),
+        (HUGETLBFS_MAGIC, Ok(huge)) if huge.is_power_of_two() => Ok(huge.max(PAGE_BYTES)),
+        _ => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!(
+                "its file does not live in memory (file system type {kind:#x}): share guest memory \
+                 as a memfd, or a file on tmpfs or hugetlbfs"
+            ),
+        )),
     }
 }
