@@ -20,6 +20,21 @@ enum Stage {
     Closed,
 }
 
+/// Messages taken from one frontend before others have their turn.
+const MESSAGES_PER_TURN: usize = 32;
+
+/// Where driving a connection has led.
+#[derive(Debug)]
+#[must_use]
+pub(super) enum Driven {
+    /// It waits: for the frontend, or for a worker.
+    Waits,
+    /// It has had its turn, and there may be more to read.
+    HadItsTurn,
+    /// It ends; by an error, or because the frontend is gone.
+    Ended(Option<ProtocolError>),
+}
+
 /// A connection.
 #[derive(Debug)]
 pub(super) struct Connection {
@@ -50,24 +65,26 @@ impl Connection {
         self.stage == Stage::Closed
     }
 
-    /// Reads and handles what there is; why the connection ends, if it does by an error.
-    pub(super) fn drive(&mut self, out: &mut ToWorkers) -> Option<ProtocolError> {
-        let end = match self.exchange(out) {
-            Ok(false) => return None,
-            Ok(true) => None,
-            Err(error) => Some(error),
-        };
-        self.close(out);
-        end
+    /// Reads and handles what there is, for one turn.
+    pub(super) fn drive(&mut self, out: &mut ToWorkers) -> Driven {
+        let driven = self
+            .exchange(out)
+            .unwrap_or_else(|e| Driven::Ended(Some(e)));
+        if matches!(driven, Driven::Ended(_)) {
+            self.close(out);
+        }
+        driven
     }
 
-    /// True: the frontend is gone.
-    fn exchange(&mut self, out: &mut ToWorkers) -> Result<bool, ProtocolError> {
+    fn exchange(&mut self, out: &mut ToWorkers) -> Result<Driven, ProtocolError> {
         if self.stage != Stage::Open {
-            return Ok(false);
+            return Ok(Driven::Waits);
         }
         self.framing.flush()?;
-        while !self.session.is_pending() && !self.framing.has_unsent() {
+        for _ in 0..MESSAGES_PER_TURN {
+            if self.session.is_pending() || self.framing.has_unsent() {
+                return Ok(Driven::Waits);
+            }
             match self.framing.receive()? {
                 Incoming::Message(message) => {
                     let mut outbox = Outbox::default();
@@ -76,38 +93,32 @@ impl Connection {
                     handled?;
                     self.framing.send(&outbox.replies)?;
                 }
-                Incoming::Later => return Ok(false),
-                Incoming::End => return Ok(true),
+                Incoming::Later => return Ok(Driven::Waits),
+                Incoming::End => return Ok(Driven::Ended(None)),
             }
         }
-        Ok(false)
+        Ok(Driven::HadItsTurn)
     }
 
     /// Passes on what a worker says, and goes on with what waited for it.
-    pub(super) fn on_worker(
-        &mut self,
-        message: FromWorker,
-        out: &mut ToWorkers,
-    ) -> Option<ProtocolError> {
+    pub(super) fn on_worker(&mut self, message: FromWorker, out: &mut ToWorkers) -> Driven {
         let mut outbox = Outbox::default();
         let result = self.session.on_worker(message, &mut outbox);
         out.append(&mut outbox.to_workers);
-        match result {
+        let sent = match result {
             Ok(true) => {
                 self.stage = Stage::Closed;
-                None
+                return Driven::Waits;
             }
-            Ok(false) if self.stage == Stage::Open => match self.framing.send(&outbox.replies) {
-                Ok(()) => self.drive(out),
-                Err(error) => {
-                    self.close(out);
-                    Some(error)
-                }
-            },
-            Ok(false) => None,
+            Ok(false) if self.stage != Stage::Open => return Driven::Waits,
+            Ok(false) => self.framing.send(&outbox.replies),
+            Err(error) => Err(error),
+        };
+        match sent {
+            Ok(()) => self.drive(out),
             Err(error) => {
                 self.close(out);
-                Some(error)
+                Driven::Ended(Some(error))
             }
         }
     }

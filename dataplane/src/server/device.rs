@@ -12,12 +12,15 @@ use mio::{Interest, Registry, Token};
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 
-use super::connection::{Connection, ToWorkers};
+use super::connection::{Connection, Driven, ToWorkers};
 use super::{Access, DeviceStatus, Event};
 use crate::blk::{BlkDevice, config_space};
 use crate::log_limit::LogLimit;
-use crate::vhost_user::{Facts, ProtocolError};
+use crate::vhost_user::Facts;
 use crate::worker::message::{DeviceId, FromWorker};
+
+/// What a connection is watched for.
+const CONNECTION: Interest = Interest::READABLE.add(Interest::WRITABLE);
 
 /// Where a device is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +52,13 @@ pub(super) struct Device {
     pub(super) refuse_new: bool,
     /// The detach is to be sent to the workers.
     detach_due: bool,
+    /// The connection has had its turn, and there may be more to read.
+    look_again: bool,
+    /// The last frontend could not be accepted: to be tried again soon, since nothing will say when.
+    accept_failed: bool,
+    /// Lines about frontends that come and go, and about what they did wrong.
+    comings: LogLimit,
+    warnings: LogLimit,
 }
 
 /// A listener and a connection have a token each.
@@ -89,6 +99,10 @@ impl Device {
             connection: None,
             refuse_new: false,
             detach_due: false,
+            look_again: false,
+            accept_failed: false,
+            comings: LogLimit::new(),
+            warnings: LogLimit::new(),
         })
     }
 
@@ -111,6 +125,11 @@ impl Device {
         std::mem::take(&mut self.detach_due)
     }
 
+    /// Whether a frontend waits that could not be accepted.
+    pub(super) fn accept_failed(&self) -> bool {
+        self.accept_failed
+    }
+
     pub(super) fn status(&self) -> DeviceStatus {
         let Some(connection) = &self.connection else {
             return DeviceStatus::default();
@@ -127,8 +146,8 @@ impl Device {
     /// Its listener or its connection is ready; both are looked at.
     pub(super) fn ready(&mut self, out: &mut ToWorkers) {
         if let Some(connection) = &mut self.connection {
-            let end = connection.drive(out);
-            self.explain(end);
+            let driven = connection.drive(out);
+            self.note(driven);
         }
     }
 
@@ -153,8 +172,8 @@ impl Device {
                     self.report_retired(queue.index, reason);
                 }
                 if let Some(connection) = &mut self.connection {
-                    let end = connection.on_worker(message, out);
-                    self.explain(end);
+                    let driven = connection.on_worker(message, out);
+                    self.note(driven);
                 }
             }
         }
@@ -218,11 +237,13 @@ impl Device {
         out: &mut ToWorkers,
         events: &mut Vec<Event>,
     ) -> bool {
+        self.accept_failed = false;
         let stream = match self.listener.accept() {
             Ok((stream, _)) => stream,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return true,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
             Err(error) => {
+                self.accept_failed = true;
                 self.warn(&format!("a frontend can't be accepted: {error}"));
                 return false;
             }
@@ -233,10 +254,12 @@ impl Device {
         match self.connect(stream, registry) {
             Ok(connection) => {
                 let connection = self.connection.insert(connection);
-                tracing::info!("frontend connected to {}", self.label);
+                if self.comings.allows() {
+                    tracing::info!("frontend connected to {}", self.label);
+                }
                 events.push(Event::Connected { id: self.facts.id });
-                let end = connection.drive(out);
-                self.explain(end);
+                let driven = connection.drive(out);
+                self.note(driven);
             }
             Err(error) => self.warn(&format!("a frontend can't be served: {error}")),
         }
@@ -247,8 +270,7 @@ impl Device {
         let connection = Connection::new(stream, self.facts.clone())?;
         let (_, token) = tokens(self.facts.id);
         let fd = connection.as_fd().as_raw_fd();
-        let interest = Interest::READABLE | Interest::WRITABLE;
-        registry.register(&mut SourceFd(&fd), token, interest)?;
+        registry.register(&mut SourceFd(&fd), token, CONNECTION)?;
         Ok(connection)
     }
 
@@ -278,13 +300,46 @@ impl Device {
         if let Some(connection) = self.connection.take() {
             let fd = connection.as_fd().as_raw_fd();
             let _ = registry.deregister(&mut SourceFd(&fd));
-            tracing::info!("frontend disconnected from {}", self.label);
+            self.look_again = false;
+            if self.comings.allows() {
+                tracing::info!("frontend disconnected from {}", self.label);
+            }
         }
     }
 
-    fn explain(&self, end: Option<ProtocolError>) {
-        if let Some(error) = end {
-            self.warn(&format!("the connection is closed: {error}"));
+    fn note(&mut self, driven: Driven) {
+        match driven {
+            Driven::Waits | Driven::Ended(None) => {}
+            Driven::HadItsTurn => self.look_again = true,
+            Driven::Ended(Some(error)) => {
+                self.warn(&format!("the connection is closed: {error}"));
+            }
+        }
+    }
+
+    /// Has the loop come back to a connection that has had its turn.
+    pub(super) fn come_back(&mut self, registry: &Registry) {
+        if std::mem::take(&mut self.look_again)
+            && let Some(connection) = &self.connection
+        {
+            let (_, token) = tokens(self.facts.id);
+            let fd = connection.as_fd().as_raw_fd();
+            let again = registry.reregister(&mut SourceFd(&fd), token, CONNECTION);
+            self.report_unwatched(again);
+        }
+    }
+
+    /// Has the loop come back to a listener with more frontends than one turn takes.
+    pub(super) fn come_back_to_listener(&self, registry: &Registry) {
+        let (token, _) = tokens(self.facts.id);
+        let fd = self.listener.as_raw_fd();
+        let again = registry.reregister(&mut SourceFd(&fd), token, Interest::READABLE);
+        self.report_unwatched(again);
+    }
+
+    fn report_unwatched(&self, watched: io::Result<()>) {
+        if let Err(error) = watched {
+            self.warn(&format!("the event loop does not take its socket: {error}"));
         }
     }
 
@@ -292,10 +347,9 @@ impl Device {
         self.warn(&format!("queue {index} is retired: {reason}"));
     }
 
-    /// A line that a frontend or guest can cause; at most a few a second.
+    /// A line that a frontend or guest can cause; at most a few a second of each device.
     fn warn(&self, text: &str) {
-        static LIMIT: LogLimit = LogLimit::new();
-        if LIMIT.allows() {
+        if self.warnings.allows() {
             tracing::warn!("{}: {text}", self.label);
         }
     }

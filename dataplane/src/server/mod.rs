@@ -1,5 +1,6 @@
 //! The control thread (ADR 0002): listeners, vhost-user connections and workers' answers in one
-//! event loop; nothing in it blocks, whatever a frontend does or doesn't do.
+//! event loop; nothing in it blocks, whatever a frontend does or doesn't do, and a frontend that
+//! never stops talking gets no more than its turn.
 //!
 //! A [`Manager`] (the production one is `crate::control`; `serve` has one that does nothing) adds its
 //! own descriptors to the loop and is told what becomes of devices.
@@ -12,12 +13,13 @@
 mod connection;
 mod device;
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Registry, Token};
@@ -31,6 +33,12 @@ use device::Device;
 /// Tokens from here on are the manager's.
 pub const MANAGER_TOKENS: usize = 1 << 40;
 const REPLIES: Token = Token(0);
+/// Steps of one device, frontends it sends away among them, before others have their turn.
+const STEPS_PER_TURN: usize = 64;
+/// Workers' answers taken before frontends have their turn.
+const REPLIES_PER_TURN: usize = 256;
+/// When a frontend that could not be accepted (no descriptor is free) is tried again.
+const RETRY: Duration = Duration::from_millis(100);
 
 /// Who may connect to a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,7 +118,9 @@ pub struct Server {
     devices: HashMap<DeviceId, Device>,
     last_id: u64,
     events: Vec<Event>,
-    stop: Arc<AtomicBool>,
+    /// Devices with a frontend that could not be accepted.
+    retry: Vec<DeviceId>,
+    stop: Cell<bool>,
 }
 
 impl Server {
@@ -138,7 +148,8 @@ impl Server {
             devices: HashMap::new(),
             last_id: 0,
             events: Vec::new(),
-            stop: Arc::new(AtomicBool::new(false)),
+            retry: Vec::new(),
+            stop: Cell::new(false),
         })
     }
 
@@ -212,7 +223,7 @@ impl Server {
 
     /// Ends [`Server::run`] after the event that is being handled.
     pub fn stop(&self) {
-        self.stop.store(true, Ordering::Release);
+        self.stop.set(true);
     }
 
     /// Serves until [`Server::stop`]; then every worker ends what is in flight.
@@ -222,8 +233,9 @@ impl Server {
     pub fn run(mut self, manager: &mut dyn Manager) -> io::Result<()> {
         manager.register(self.poll.registry())?;
         let mut events = Events::with_capacity(256);
-        while !self.stop.load(Ordering::Acquire) {
-            match self.poll.poll(&mut events, None) {
+        while !self.stop.get() {
+            let timeout = (!self.retry.is_empty()).then_some(RETRY);
+            match self.poll.poll(&mut events, timeout) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
@@ -234,6 +246,9 @@ impl Server {
                     token if token.0 >= MANAGER_TOKENS => manager.ready(&mut self, token),
                     token => self.ready(token),
                 }
+            }
+            for id in std::mem::take(&mut self.retry) {
+                self.settle(id, ToWorkers::new());
             }
             self.report(manager);
         }
@@ -260,7 +275,10 @@ impl Server {
     }
 
     fn take_replies(&mut self) {
-        while let Some(message) = self.replies.next() {
+        for _ in 0..REPLIES_PER_TURN {
+            let Some(message) = self.replies.next() else {
+                return;
+            };
             let id = device_of(&message);
             let mut out = ToWorkers::new();
             if let Some(device) = self.devices.get_mut(&id) {
@@ -268,11 +286,17 @@ impl Server {
             }
             self.settle(id, out);
         }
+        // The descriptor is still readable; watching it anew makes the loop come back.
+        let fd = self.replies.as_fd().as_raw_fd();
+        let registry = self.poll.registry();
+        if let Err(error) = registry.reregister(&mut SourceFd(&fd), REPLIES, Interest::READABLE) {
+            tracing::error!("the workers' answers can't be watched: {error}");
+        }
     }
 
     /// Sends what a step made for the workers, and takes the steps that became possible with it.
     fn settle(&mut self, id: DeviceId, mut out: ToWorkers) {
-        loop {
+        for _ in 0..STEPS_PER_TURN {
             for (queue, message) in out.drain(..) {
                 self.worker_of(queue).send(message);
             }
@@ -290,8 +314,19 @@ impl Server {
                 return;
             }
             if !more && out.is_empty() {
+                device.come_back(self.poll.registry());
+                if device.accept_failed() && !self.retry.contains(&id) {
+                    self.retry.push(id);
+                }
                 return;
             }
+        }
+        for (queue, message) in out.drain(..) {
+            self.worker_of(queue).send(message);
+        }
+        if let Some(device) = self.devices.get_mut(&id) {
+            device.come_back(self.poll.registry());
+            device.come_back_to_listener(self.poll.registry());
         }
     }
 
@@ -311,6 +346,7 @@ fn device_of(message: &FromWorker) -> DeviceId {
         | FromWorker::StartFailed { queue, .. }
         | FromWorker::Stopped { queue, .. }
         | FromWorker::MemorySet { queue }
+        | FromWorker::Changed { queue }
         | FromWorker::Retired { queue, .. } => queue.device,
     }
 }

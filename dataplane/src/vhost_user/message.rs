@@ -66,6 +66,9 @@ pub enum ProtocolError {
         /// Why.
         reason: String,
     },
+    /// The frontend cut the file behind its memory.
+    #[error("guest memory went away while it was used: the frontend truncated its file")]
+    MemoryLost,
     /// The socket.
     #[error("the connection failed: {0}")]
     Io(#[from] std::io::Error),

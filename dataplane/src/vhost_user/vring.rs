@@ -4,8 +4,10 @@
 
 use std::os::fd::OwnedFd;
 
+use super::feature;
 use super::message::VringAddresses;
 use crate::memory::GuestMemory;
+use crate::virtqueue::SplitQueue;
 use crate::worker::message::RingLayout;
 
 /// Entries of the largest queue (virtio 1.2, 2.7).
@@ -40,6 +42,10 @@ pub struct Vring {
     pub error: Option<OwnedFd>,
     /// Where it is.
     pub phase: Phase,
+    /// Where its ring lies, while a worker has it.
+    pub running: Option<RingLayout>,
+    /// It is not served for as long as its ring is in no region of the memory.
+    pub rests: bool,
 }
 
 impl Vring {
@@ -47,6 +53,21 @@ impl Vring {
     #[must_use]
     pub fn is_started(&self) -> bool {
         self.phase != Phase::Stopped
+    }
+
+    /// Whether requests are to be taken from it. Without VHOST_USER_F_PROTOCOL_FEATURES every queue is
+    /// enabled from the start.
+    #[must_use]
+    pub fn is_served(&self, features: u64) -> bool {
+        let always = features & feature::PROTOCOL_FEATURES == 0;
+        (always || self.enabled) && !self.rests
+    }
+
+    /// Whether the ring that a worker serves lies in this memory.
+    #[must_use]
+    pub fn ring_is_in(&self, memory: &GuestMemory) -> bool {
+        self.running
+            .is_some_and(|layout| SplitQueue::check_place(memory, &layout).is_ok())
     }
 
     /// SET_VRING_NUM.

@@ -106,6 +106,14 @@ fn locate(memory: &GuestMemory, layout: &RingLayout) -> Result<Parts, RingError>
 }
 
 impl SplitQueue {
+    /// Whether a ring can lie there, in this memory.
+    ///
+    /// # Errors
+    /// [`RingError::Place`].
+    pub fn check_place(memory: &GuestMemory, layout: &RingLayout) -> Result<(), RingError> {
+        locate(memory, layout).map(drop)
+    }
+
     /// A queue over a ring in guest memory.
     ///
     /// # Errors

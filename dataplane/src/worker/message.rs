@@ -92,7 +92,8 @@ pub enum ToWorker {
         /// The memory.
         memory: Arc<GuestMemory>,
     },
-    /// SET_VRING_ENABLE of a running queue.
+    /// SET_VRING_ENABLE of a running queue. This and the following are answered by
+    /// [`FromWorker::Changed`], also for a queue that does not run.
     SetEnabled {
         /// Which.
         queue: QueueId,
@@ -164,6 +165,11 @@ pub enum FromWorker {
     },
     /// The queue is served from the new memory, or was retired because its ring does not lie in it.
     MemorySet {
+        /// Which.
+        queue: QueueId,
+    },
+    /// What was said about the queue holds from now on.
+    Changed {
         /// Which.
         queue: QueueId,
     },

@@ -152,10 +152,13 @@ impl Worker {
                 }
                 self.reply(FromWorker::MemorySet { queue });
             }
-            ToWorker::SetEnabled { queue, enabled } => self.with(queue, |q| q.enabled = enabled),
-            ToWorker::SetCall { queue, fd } => self.with(queue, |q| q.call = fd),
-            ToWorker::SetError { queue, fd } => self.with(queue, |q| q.error = fd),
-            ToWorker::SetKick { queue, fd } => self.set_kick(queue, fd),
+            ToWorker::SetEnabled { queue, enabled } => self.change(queue, |q| q.enabled = enabled),
+            ToWorker::SetCall { queue, fd } => self.change(queue, |q| q.call = fd),
+            ToWorker::SetError { queue, fd } => self.change(queue, |q| q.error = fd),
+            ToWorker::SetKick { queue, fd } => {
+                self.set_kick(queue, fd);
+                self.reply(FromWorker::Changed { queue });
+            }
             ToWorker::End => {
                 self.ending = true;
                 let all: Vec<QueueId> = self.numbers.keys().copied().collect();
@@ -171,12 +174,13 @@ impl Worker {
         self.queues.get_mut(number as usize)?.as_mut()
     }
 
-    fn with(&mut self, id: QueueId, f: impl FnOnce(&mut Queue)) {
+    fn change(&mut self, id: QueueId, f: impl FnOnce(&mut Queue)) {
         if let Some(number) = self.numbers.get(&id).copied()
             && let Some(queue) = self.queue(number)
         {
             f(queue);
         }
+        self.reply(FromWorker::Changed { queue: id });
     }
 
     fn attach(&mut self, id: DeviceId, device: Arc<BlkDevice>) {

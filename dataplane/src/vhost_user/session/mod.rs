@@ -1,0 +1,307 @@
+//! A connection's state, and what each request does to it (ADR 0002).
+//!
+//! Pure: requests in, replies and messages to workers out ([`Outbox`]). Whatever a worker has to do
+//! leaves the session *pending*: no further request is handled until the worker has answered
+//! ([`Session::on_worker`]), and the reply goes out then. So an acknowledgement means that it was
+//! done, and a frontend can't fill a worker's channel.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+mod queues;
+mod waiting;
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use super::message::{MAX_REGIONS, Message, ProtocolError, Request, code, config_body, reply};
+use super::vring::{Phase, Vring};
+use super::{feature, protocol_feature};
+use crate::blk::config_space::CONFIG_BYTES;
+use crate::memory::GuestMemory;
+use crate::worker::message::{DeviceId, QueueId, ToWorker};
+use queues::Change;
+
+/// What a session knows of its device; never changes while it is connected.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    /// Its number.
+    pub id: DeviceId,
+    /// Features it offers beside [`feature::TRANSPORT`].
+    pub features: u64,
+    /// Queues.
+    pub queues: u16,
+    /// Configuration space.
+    pub config: [u8; CONFIG_BYTES],
+}
+
+/// What a request leads to.
+#[derive(Debug, Default)]
+pub struct Outbox {
+    /// Bytes for the frontend.
+    pub replies: Vec<u8>,
+    /// Messages for the workers that have these queues.
+    pub to_workers: Vec<(QueueId, ToWorker)>,
+}
+
+/// What is waited for.
+#[derive(Debug)]
+enum Pending {
+    /// The start of a queue.
+    Start { index: u16 },
+    /// The end of a queue, for GET_VRING_BASE.
+    Base { index: u16 },
+    /// Messages that change running queues: memory, eventfds, whether they are served.
+    Changes { left: usize },
+    /// Queues that stop for RESET_OWNER.
+    Reset { left: usize },
+    /// Queues that stop because the connection ended.
+    Close { left: usize },
+}
+
+/// A request that waits for an answer, and what for.
+#[derive(Debug)]
+struct Waiting {
+    what: Pending,
+    code: u32,
+    acknowledge: bool,
+}
+
+/// The state of a connection.
+#[derive(Debug)]
+pub struct Session {
+    facts: Facts,
+    /// SET_FEATURES.
+    features: u64,
+    /// SET_PROTOCOL_FEATURES.
+    protocol_features: u64,
+    memory: Arc<GuestMemory>,
+    vrings: Vec<Vring>,
+    waiting: Option<Waiting>,
+    /// Why a queue retired last.
+    fault: Option<String>,
+}
+
+/// How a request went.
+enum Handled {
+    /// Done; an acknowledgement goes out if it was asked for.
+    Done,
+    /// Done, and this is the reply.
+    Reply(Vec<u8>),
+    /// It waits for a worker.
+    Pending(Pending),
+}
+
+type Outcome = Result<Handled, String>;
+
+fn no_memory() -> Arc<GuestMemory> {
+    Arc::new(GuestMemory::none())
+}
+
+impl Session {
+    /// A connection on which nothing was said yet.
+    #[must_use]
+    pub fn new(facts: Facts) -> Self {
+        let vrings = (0..facts.queues).map(|_| Vring::default()).collect();
+        Self {
+            facts,
+            features: 0,
+            protocol_features: 0,
+            memory: no_memory(),
+            vrings,
+            waiting: None,
+            fault: None,
+        }
+    }
+
+    /// Whether it waits for a worker: no request may be handled.
+    #[must_use]
+    pub fn is_pending(&self) -> bool {
+        self.waiting.is_some()
+    }
+
+    /// Queues that run, and queues that retired.
+    #[must_use]
+    pub fn queues(&self) -> (u16, u16) {
+        let count = |phase: Phase| {
+            let n = self.vrings.iter().filter(|v| v.phase == phase).count();
+            u16::try_from(n).unwrap_or(u16::MAX)
+        };
+        (count(Phase::Running), count(Phase::Retired))
+    }
+
+    /// Why a queue retired last.
+    #[must_use]
+    pub fn fault(&self) -> Option<&str> {
+        self.fault.as_deref()
+    }
+
+    /// Handles a message.
+    ///
+    /// # Errors
+    /// [`ProtocolError::Refused`] if it was refused and no acknowledgement was asked for: the
+    /// connection has to end, since the frontend can't know.
+    pub fn handle(&mut self, message: Message, out: &mut Outbox) -> Result<(), ProtocolError> {
+        let code = message.header.code;
+        let acknowledge =
+            message.header.need_reply && self.protocol_features & protocol_feature::REPLY_ACK != 0;
+        let handled = message
+            .parse()
+            .and_then(|request| self.perform(request, out));
+        match handled {
+            Ok(Handled::Done) => {
+                if acknowledge {
+                    out.replies.extend(reply(code, &0u64.to_le_bytes()));
+                }
+            }
+            Ok(Handled::Reply(body)) => out.replies.extend(reply(code, &body)),
+            Ok(Handled::Pending(what)) => {
+                self.waiting = Some(Waiting {
+                    what,
+                    code,
+                    acknowledge,
+                });
+            }
+            Err(reason) => return Self::refuse(code, acknowledge, reason, out),
+        }
+        Ok(())
+    }
+
+    fn refuse(
+        code: u32,
+        acknowledge: bool,
+        reason: String,
+        out: &mut Outbox,
+    ) -> Result<(), ProtocolError> {
+        match code {
+            // An empty payload says no, and the connection goes on.
+            code::GET_CONFIG => out.replies.extend(reply(code, &[])),
+            // A driver's write to a field that can't be written: nothing happens.
+            code::SET_CONFIG if !acknowledge => {}
+            _ if acknowledge && !asks(code) => {
+                tracing::debug!("request {code} was refused: {reason}");
+                out.replies.extend(reply(code, &1u64.to_le_bytes()));
+            }
+            _ => return Err(ProtocolError::Refused { code, reason }),
+        }
+        Ok(())
+    }
+
+    fn perform(&mut self, request: Request, out: &mut Outbox) -> Outcome {
+        match request {
+            Request::GetFeatures => Ok(word(self.offered())),
+            Request::SetFeatures(features) => self.set_features(features),
+            Request::SetOwner => Ok(Handled::Done),
+            Request::ResetOwner => Ok(self.reset(out)),
+            Request::GetProtocolFeatures => Ok(word(protocol_feature::OFFERED)),
+            Request::SetProtocolFeatures(features) => {
+                if features & !protocol_feature::OFFERED != 0 {
+                    return Err(format!("protocol features {features:#x} were not offered"));
+                }
+                self.protocol_features = features;
+                Ok(Handled::Done)
+            }
+            Request::GetQueueNum => Ok(word(u64::from(self.facts.queues))),
+            Request::GetConfig { offset, size } => self.config(offset, size),
+            Request::SetConfig => Err("no field of the configuration can be written".to_owned()),
+            Request::SetMemTable(regions) => {
+                let regions: Vec<_> = regions.iter().map(|(s, fd)| (*s, fd.as_fd())).collect();
+                let memory = GuestMemory::map(&regions).map_err(|e| e.to_string())?;
+                Ok(self.set_memory(memory, Change::Table, out))
+            }
+            Request::GetMaxMemSlots => Ok(word(MAX_REGIONS)),
+            Request::AddMemRegion(spec, fd) => self.add_region(&spec, &fd, out),
+            Request::RemoveMemRegion(spec) => {
+                let memory = self.memory.without_region(&spec);
+                let memory = memory.ok_or("there is no such region")?;
+                Ok(self.set_memory(memory, Change::Region, out))
+            }
+            Request::SetVringNum { index, size } => self.vring(index)?.set_size(size).map(done),
+            Request::SetVringAddr(addresses) => {
+                let vring = self.vring(addresses.index)?;
+                vring.set_addresses(addresses).map(done)
+            }
+            Request::SetVringBase { index, base } => self.vring(index)?.set_base(base).map(done),
+            Request::GetVringBase { index } => self.get_base(index, out),
+            Request::SetVringKick { index, fd } => self.set_kick(index, fd, out),
+            Request::SetVringCall { index, fd } => self.set_call(index, fd, out),
+            Request::SetVringErr { index, fd } => self.set_error(index, fd, out),
+            Request::SetVringEnable { index, enabled } => self.enable(index, enabled, out),
+        }
+    }
+
+    fn offered(&self) -> u64 {
+        self.facts.features | feature::TRANSPORT
+    }
+
+    fn set_features(&mut self, features: u64) -> Outcome {
+        if features & !self.offered() != 0 {
+            return Err(format!("features {features:#x} were not offered"));
+        }
+        let running = self.vrings.iter().any(Vring::is_started);
+        if running && features != self.features {
+            return Err("features can't change while a queue runs".to_owned());
+        }
+        self.features = features;
+        Ok(Handled::Done)
+    }
+
+    fn config(&self, offset: u32, size: u32) -> Outcome {
+        let range = || {
+            let from = usize::try_from(offset).ok()?;
+            let to = from.checked_add(usize::try_from(size).ok()?)?;
+            self.facts.config.get(from..to).filter(|p| !p.is_empty())
+        };
+        let payload = range().ok_or_else(|| {
+            format!("{size} bytes at {offset} are not in the configuration space")
+        })?;
+        Ok(Handled::Reply(config_body(offset, size, payload)))
+    }
+
+    fn vring(&mut self, index: u32) -> Result<&mut Vring, String> {
+        let queues = self.facts.queues;
+        usize::try_from(index)
+            .ok()
+            .and_then(|index| self.vrings.get_mut(index))
+            .ok_or_else(|| format!("there is no queue {index}, the device has {queues}"))
+    }
+
+    fn queue(&self, index: u32) -> QueueId {
+        QueueId {
+            device: self.facts.id,
+            index: u16::try_from(index).unwrap_or(u16::MAX),
+        }
+    }
+
+    /// The queues that a worker has.
+    fn started(&self) -> Vec<QueueId> {
+        (0u32..)
+            .zip(&self.vrings)
+            .filter(|(_, vring)| vring.is_started())
+            .map(|(index, _)| self.queue(index))
+            .collect()
+    }
+}
+
+/// Whether a request has a reply of its own.
+fn asks(code: u32) -> bool {
+    matches!(
+        code,
+        code::GET_FEATURES
+            | code::GET_PROTOCOL_FEATURES
+            | code::GET_QUEUE_NUM
+            | code::GET_VRING_BASE
+            | code::GET_MAX_MEM_SLOTS
+    )
+}
+
+fn word(value: u64) -> Handled {
+    Handled::Reply(value.to_le_bytes().to_vec())
+}
+
+fn done(_: ()) -> Handled {
+    Handled::Done
+}
+
+fn base_body(index: u32, base: u16) -> Vec<u8> {
+    [index.to_le_bytes(), u32::from(base).to_le_bytes()].concat()
+}

@@ -1,0 +1,187 @@
+//! What a request does to a queue, and what a memory table does to all of them.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use super::{Handled, Outbox, Outcome, Pending, Session, base_body};
+use crate::fds::as_event;
+use crate::memory::{GuestMemory, RegionSpec};
+use crate::vhost_user::message::MAX_REGIONS;
+use crate::vhost_user::vring::Phase;
+use crate::worker::message::{QueueStart, ToWorker};
+
+/// How memory changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Change {
+    /// To another table: what is not in it is gone.
+    Table,
+    /// By one region. A frontend that changes a region takes it out and puts another in: in between, a
+    /// running queue's ring may be nowhere.
+    Region,
+}
+
+/// An eventfd of the frontend, made safe to write to.
+fn event(fd: Option<OwnedFd>) -> Result<Option<OwnedFd>, String> {
+    fd.map(as_event).transpose().map_err(|e| e.to_string())
+}
+
+fn copy(fd: Option<&OwnedFd>) -> Result<Option<OwnedFd>, String> {
+    fd.map(OwnedFd::try_clone)
+        .transpose()
+        .map_err(|e: io::Error| e.to_string())
+}
+
+impl Session {
+    pub(super) fn add_region(
+        &mut self,
+        spec: &RegionSpec,
+        fd: &OwnedFd,
+        out: &mut Outbox,
+    ) -> Outcome {
+        if self.memory.len() as u64 >= MAX_REGIONS {
+            return Err(format!("there are {MAX_REGIONS} regions, no more fit"));
+        }
+        let memory = self.memory.with_region(spec, fd.as_fd());
+        let memory = memory.map_err(|e| e.to_string())?;
+        Ok(self.set_memory(memory, Change::Region, out))
+    }
+
+    /// Gives every running queue other memory. The old is let go of when nothing uses it.
+    ///
+    /// A queue whose ring is not in it retires, or rests in the memory it has until a later region
+    /// brings the ring back ([`Change`]).
+    pub(super) fn set_memory(
+        &mut self,
+        memory: GuestMemory,
+        change: Change,
+        out: &mut Outbox,
+    ) -> Handled {
+        self.memory = Arc::new(memory);
+        let before = out.to_workers.len();
+        for queue in self.started() {
+            let features = self.features;
+            let Some(vring) = self.vrings.get_mut(usize::from(queue.index)) else {
+                continue;
+            };
+            let there = vring.ring_is_in(&self.memory);
+            if there || change == Change::Table {
+                let memory = Arc::clone(&self.memory);
+                out.to_workers
+                    .push((queue, ToWorker::SetMemory { queue, memory }));
+            }
+            let rests = !there && change == Change::Region;
+            if rests != vring.rests {
+                vring.rests = rests;
+                let enabled = vring.is_served(features);
+                out.to_workers
+                    .push((queue, ToWorker::SetEnabled { queue, enabled }));
+            }
+        }
+        match out.to_workers.len() - before {
+            0 => Handled::Done,
+            left => Handled::Pending(Pending::Changes { left }),
+        }
+    }
+
+    pub(super) fn get_base(&mut self, index: u32, out: &mut Outbox) -> Outcome {
+        let vring = self.vring(index)?;
+        if !vring.is_started() {
+            let base = vring.base;
+            return Ok(Handled::Reply(base_body(index, base)));
+        }
+        let queue = self.queue(index);
+        out.to_workers.push((queue, ToWorker::Stop { queue }));
+        Ok(Handled::Pending(Pending::Base { index: queue.index }))
+    }
+
+    /// SET_VRING_KICK starts a queue. (The specification starts it at its first kick; a queue that
+    /// is polled needs none.)
+    pub(super) fn set_kick(
+        &mut self,
+        index: u32,
+        fd: Option<OwnedFd>,
+        out: &mut Outbox,
+    ) -> Outcome {
+        let kick = event(fd)?;
+        let queue = self.queue(index);
+        let (features, memory) = (self.features, Arc::clone(&self.memory));
+        let vring = self.vring(index)?;
+        if vring.is_started() {
+            let message = ToWorker::SetKick { queue, fd: kick };
+            out.to_workers.push((queue, message));
+            return Ok(Handled::Pending(Pending::Changes { left: 1 }));
+        }
+        let layout = vring.layout(&memory)?;
+        let start = QueueStart {
+            queue,
+            memory,
+            layout,
+            next_avail: vring.base,
+            features,
+            enabled: vring.is_served(features),
+            kick,
+            call: copy(vring.call.as_ref())?,
+            error: copy(vring.error.as_ref())?,
+        };
+        vring.phase = Phase::Running;
+        vring.running = Some(layout);
+        out.to_workers
+            .push((queue, ToWorker::Start(Box::new(start))));
+        Ok(Handled::Pending(Pending::Start { index: queue.index }))
+    }
+
+    pub(super) fn set_call(
+        &mut self,
+        index: u32,
+        fd: Option<OwnedFd>,
+        out: &mut Outbox,
+    ) -> Outcome {
+        let call = event(fd)?;
+        let queue = self.queue(index);
+        let vring = self.vring(index)?;
+        let fd = copy(call.as_ref())?;
+        vring.call = call;
+        if !vring.is_started() {
+            return Ok(Handled::Done);
+        }
+        out.to_workers
+            .push((queue, ToWorker::SetCall { queue, fd }));
+        Ok(Handled::Pending(Pending::Changes { left: 1 }))
+    }
+
+    pub(super) fn set_error(
+        &mut self,
+        index: u32,
+        fd: Option<OwnedFd>,
+        out: &mut Outbox,
+    ) -> Outcome {
+        let error = event(fd)?;
+        let queue = self.queue(index);
+        let vring = self.vring(index)?;
+        let fd = copy(error.as_ref())?;
+        vring.error = error;
+        if !vring.is_started() {
+            return Ok(Handled::Done);
+        }
+        out.to_workers
+            .push((queue, ToWorker::SetError { queue, fd }));
+        Ok(Handled::Pending(Pending::Changes { left: 1 }))
+    }
+
+    pub(super) fn enable(&mut self, index: u32, enabled: bool, out: &mut Outbox) -> Outcome {
+        let queue = self.queue(index);
+        let features = self.features;
+        let vring = self.vring(index)?;
+        vring.enabled = enabled;
+        if !vring.is_started() {
+            return Ok(Handled::Done);
+        }
+        let enabled = vring.is_served(features);
+        out.to_workers
+            .push((queue, ToWorker::SetEnabled { queue, enabled }));
+        Ok(Handled::Pending(Pending::Changes { left: 1 }))
+    }
+}

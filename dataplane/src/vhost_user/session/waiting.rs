@@ -1,0 +1,188 @@
+//! What a session waits for: workers' answers, and the reply that goes out with the last of them.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use super::{Handled, Outbox, Pending, Session, Waiting, base_body, no_memory};
+use crate::vhost_user::message::{ProtocolError, code, reply};
+use crate::vhost_user::vring::Phase;
+use crate::worker::message::{FromWorker, ToWorker};
+
+impl Session {
+    fn stop_all(&self, out: &mut Outbox) -> usize {
+        let queues = self.started();
+        for queue in &queues {
+            let queue = *queue;
+            out.to_workers.push((queue, ToWorker::Stop { queue }));
+        }
+        queues.len()
+    }
+
+    /// RESET_OWNER, which old frontends send when their guest is reset: every queue stops.
+    pub(super) fn reset(&mut self, out: &mut Outbox) -> Handled {
+        match self.stop_all(out) {
+            0 => Handled::Done,
+            left => Handled::Pending(Pending::Reset { left }),
+        }
+    }
+
+    /// The connection ended: every queue stops. Whether something has to be waited for.
+    pub fn close(&mut self, out: &mut Outbox) -> bool {
+        // A stop that was under way is among those that are waited for: each queue answers every
+        // stop, so that two answers of one queue can't be told apart; asking again would.
+        let already = match self.waiting.take().map(|w| w.what) {
+            Some(Pending::Reset { left } | Pending::Close { left }) => Some(left),
+            Some(Pending::Base { index }) => {
+                let queues = self.started();
+                let others = queues.iter().filter(|q| q.index != index);
+                for queue in others {
+                    let queue = *queue;
+                    out.to_workers.push((queue, ToWorker::Stop { queue }));
+                }
+                Some(queues.len())
+            }
+            _ => None,
+        };
+        let left = already.unwrap_or_else(|| self.stop_all(out));
+        if left == 0 {
+            self.forget();
+            return false;
+        }
+        self.waiting = Some(Waiting {
+            what: Pending::Close { left },
+            code: 0,
+            acknowledge: false,
+        });
+        true
+    }
+
+    /// Lets go of memory and descriptors.
+    fn forget(&mut self) {
+        self.memory = no_memory();
+        self.vrings.clear();
+        self.waiting = None;
+    }
+
+    /// What a worker says about one of this device's queues. True: the connection had ended, and
+    /// now nothing of it is left.
+    ///
+    /// # Errors
+    /// As [`Session::handle`], for the request that waited for it; [`ProtocolError::MemoryLost`].
+    pub fn on_worker(
+        &mut self,
+        message: FromWorker,
+        out: &mut Outbox,
+    ) -> Result<bool, ProtocolError> {
+        match message {
+            FromWorker::Started { queue } => self.on_started(queue.index, Ok(()), out)?,
+            FromWorker::StartFailed { queue, reason } => {
+                self.set_phase(queue.index, Phase::Stopped);
+                self.on_started(queue.index, Err(reason), out)?;
+            }
+            FromWorker::MemorySet { .. } | FromWorker::Changed { .. } => {
+                self.one_less(|w| matches!(w, Pending::Changes { .. }), out)?;
+            }
+            FromWorker::Stopped { queue, next_avail } => {
+                return self.on_stopped(queue.index, next_avail, out);
+            }
+            FromWorker::Retired { queue, reason } => {
+                self.set_phase(queue.index, Phase::Retired);
+                self.fault = Some(reason);
+                if self.memory.is_lost() {
+                    return Err(ProtocolError::MemoryLost);
+                }
+            }
+            FromWorker::Attached { .. } | FromWorker::Detached { .. } => {}
+        }
+        Ok(false)
+    }
+
+    fn set_phase(&mut self, index: u16, phase: Phase) {
+        if let Some(vring) = self.vrings.get_mut(usize::from(index))
+            && (phase != Phase::Retired || vring.is_started())
+        {
+            vring.phase = phase;
+            if phase == Phase::Stopped {
+                vring.running = None;
+                vring.rests = false;
+            }
+        }
+    }
+
+    fn on_started(
+        &mut self,
+        index: u16,
+        result: Result<(), String>,
+        out: &mut Outbox,
+    ) -> Result<(), ProtocolError> {
+        let this = |w: &Pending| matches!(w, Pending::Start { index: i } if *i == index);
+        self.answer(this, result, out)
+    }
+
+    fn on_stopped(
+        &mut self,
+        index: u16,
+        next_avail: Option<u16>,
+        out: &mut Outbox,
+    ) -> Result<bool, ProtocolError> {
+        self.set_phase(index, Phase::Stopped);
+        if let Some(vring) = self.vrings.get_mut(usize::from(index)) {
+            vring.base = next_avail.unwrap_or(vring.base);
+            let base = vring.base;
+            let this = |w: &Waiting| matches!(w.what, Pending::Base { index: i } if i == index);
+            if self.waiting.take_if(|w| this(w)).is_some() {
+                let body = base_body(u32::from(index), base);
+                out.replies.extend(reply(code::GET_VRING_BASE, &body));
+                return Ok(false);
+            }
+        }
+        let closing = matches!(
+            self.waiting.as_ref().map(|w| &w.what),
+            Some(Pending::Close { .. })
+        );
+        let stops = |w: &Pending| matches!(w, Pending::Reset { .. } | Pending::Close { .. });
+        self.one_less(stops, out)?;
+        if closing && self.waiting.is_none() {
+            self.forget();
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    /// One of several answers is there, if it is these that are waited for.
+    fn one_less(
+        &mut self,
+        these: impl Fn(&Pending) -> bool,
+        out: &mut Outbox,
+    ) -> Result<(), ProtocolError> {
+        if let Some(waiting) = self.waiting.as_mut().filter(|w| these(&w.what))
+            && let Pending::Changes { left } | Pending::Reset { left } | Pending::Close { left } =
+                &mut waiting.what
+        {
+            *left -= 1;
+            if *left == 0 {
+                return self.answer(|_| true, Ok(()), out);
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers the request that waits, if it is `this`.
+    fn answer(
+        &mut self,
+        this: impl Fn(&Pending) -> bool,
+        result: Result<(), String>,
+        out: &mut Outbox,
+    ) -> Result<(), ProtocolError> {
+        let Some(waiting) = self.waiting.take_if(|w| this(&w.what)) else {
+            return Ok(());
+        };
+        match result {
+            Ok(()) if waiting.acknowledge => {
+                out.replies.extend(reply(waiting.code, &0u64.to_le_bytes()));
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+            Err(reason) => Self::refuse(waiting.code, waiting.acknowledge, reason, out),
+        }
+    }
+}
