@@ -108,10 +108,12 @@ pub fn know_eventfds() -> io::Result<(u64, u64)> {
     Ok(*KNOWN.get_or_init(|| (stat.st_dev, stat.st_ino)))
 }
 
-/// An eventfd that never blocks us, from a descriptor that a frontend sent as one.
+/// An eventfd, from a descriptor that a frontend sent as one.
 ///
 /// The kernel gives all its event objects one inode, so that a socket, pipe, file or terminal is told
-/// apart; what else shares it (epoll, timers) can be written and read without harm or delay.
+/// apart; what else shares it (epoll, timers) can be written and read without harm. It is set not to
+/// block, which spares the kernel a detour, but the frontend shares the open file and can undo that: only
+/// a ring may read or write it, which waits for nobody (ADR 0008).
 ///
 /// # Errors
 /// InvalidInput for anything else; the descriptor is closed.

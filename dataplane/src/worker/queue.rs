@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
 use super::message::{QueueId, QueueStart};
@@ -25,6 +25,17 @@ pub struct Kick {
     pub file: FixedFile,
     /// The wait for it that is in the ring, with its serial number, if one is.
     pub wait: Option<(EntryId, u32)>,
+}
+
+/// Where the driver is called.
+#[derive(Debug)]
+pub struct Call {
+    /// The eventfd in the worker's ring.
+    pub file: FixedFile,
+    /// The signal that is in the ring, with its serial number, if one is.
+    pub signal: Option<(EntryId, u32)>,
+    /// Another signal is to follow: more was published since.
+    pub again: bool,
 }
 
 /// Requests that ended since the last publish.
@@ -54,7 +65,7 @@ pub struct Queue {
     /// Where the driver kicks; none: it is polled.
     pub kick: Option<Kick>,
     /// Where the driver is called; none: it polls.
-    pub call: Option<OwnedFd>,
+    pub call: Option<Call>,
     /// Where the frontend hears that it retired.
     pub error: Option<OwnedFd>,
     /// FLUSH was negotiated.
@@ -63,7 +74,7 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// A queue as it starts, without a kick.
+    /// A queue as it starts, without kick and call.
     ///
     /// # Errors
     /// [`RingError`]: its ring can't lie where it was said to.
@@ -81,7 +92,7 @@ impl Queue {
             stopping: false,
             retired: false,
             kick: None,
-            call: start.call,
+            call: None,
             error: start.error,
             flush: start.features & feature::FLUSH != 0,
             tally: Tally::default(),
@@ -109,28 +120,18 @@ impl Queue {
         self.ring.push_used(head, outcome.written.saturating_add(1));
     }
 
-    /// Shows the driver what ended, and calls it if it wants that. A retired queue shows nothing.
+    /// Shows the driver what ended; whether it wants to be called. A retired queue shows nothing.
     #[inline]
-    pub fn publish(&mut self) {
+    pub fn publish(&mut self) -> bool {
         let tally = std::mem::take(&mut self.tally);
         if tally.ok | tally.failed == 0 {
-            return;
+            return false;
         }
         let metrics = &self.local.device.metrics;
         metrics.requests_ok.add(tally.ok);
         metrics.requests_failed.add(tally.failed);
         metrics.read_bytes.add(tally.read_bytes);
         metrics.written_bytes.add(tally.written_bytes);
-        if !self.retired
-            && self.ring.publish()
-            && let Some(call) = &self.call
-        {
-            signal(call);
-        }
+        !self.retired && self.ring.publish()
     }
-}
-
-/// Adds one to an eventfd. The descriptor does not block: a counter that is full is a signal too.
-pub fn signal(event: &OwnedFd) {
-    let _ = nix::unistd::write(event.as_fd(), &1u64.to_ne_bytes());
 }

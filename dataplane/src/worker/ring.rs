@@ -26,7 +26,7 @@ use crate::memory::{GuestBuffer, USUAL_MOST_PIECES};
 pub const MAX_IN_FLIGHT: u32 = 4096;
 /// Entries of the submission queue: it is submitted when it is full.
 const SUBMISSION_ENTRIES: u32 = 256;
-/// Fixed files at most: volumes and kicks.
+/// Fixed files at most: volumes, kicks and calls.
 const MAX_FILES: u32 = 8192;
 /// How often a transfer that the kernel could not take right now is tried again.
 const MAX_RETRIES: u8 = 16;
@@ -59,12 +59,22 @@ pub enum Action {
     Flush,
     /// Wait for an eventfd and clear it.
     Event,
+    /// Add one to an eventfd. Not by a system call: the frontend shares the open file, and can make
+    /// it full and blocking at any time.
+    Signal,
+}
+
+impl Action {
+    /// Whether it may end late or never: it waits for whoever has the eventfd's other end.
+    fn is_of_eventfd(self) -> bool {
+        matches!(self, Self::Event | Self::Signal)
+    }
 }
 
 /// Where the bytes are.
 #[derive(Debug)]
 pub enum Buffer {
-    /// Nowhere (flush, event).
+    /// Nowhere (flush, eventfds).
     None,
     /// The first `bytes` of a chunk.
     Staging {
@@ -117,7 +127,7 @@ struct Entry {
     in_flight: Option<InFlight>,
     /// Segments of a guest transfer; the kernel reads them at submission or later.
     iovecs: Vec<libc::iovec>,
-    /// What an eventfd gives.
+    /// What an eventfd gives or gets.
     word: u64,
 }
 
@@ -128,7 +138,7 @@ pub struct Ring {
     entries: Box<[Entry]>,
     free: Vec<u32>,
     free_files: Vec<u32>,
-    /// Events in flight: they end only when something happens.
+    /// Waits and signals in flight: they end only when something happens.
     events: u32,
     /// The staging memory is registered as buffer 0.
     registered: bool,
@@ -217,6 +227,10 @@ impl Ring {
 
     /// Takes a file off the table. Transfers in flight keep it open until they end.
     pub fn forget_file(&mut self, file: FixedFile) {
+        // What is queued means the file that has the number now, and not the one that gets it next.
+        while !self.uring.submission().is_empty() {
+            self.enter();
+        }
         let submitter = self.uring.submitter();
         match submitter.register_files_update(file.0, &[-1]) {
             Ok(_) => self.free_files.push(file.0),
@@ -235,7 +249,7 @@ impl Ring {
         let Some(id) = self.free.pop() else {
             return Err(transfer);
         };
-        if transfer.action == Action::Event {
+        if transfer.action.is_of_eventfd() {
             self.events += 1;
         }
         if let Some(entry) = self.entries.get_mut(id as usize) {
@@ -346,7 +360,9 @@ impl Ring {
         let id = u32::try_from(user_data).ok()?;
         let entry = self.entries.get_mut(id as usize)?;
         let in_flight = entry.in_flight.as_mut()?;
-        let again = matches!(-result, libc::EAGAIN | libc::EINTR);
+        // An eventfd's number in the table may be another file's by now: its transfer ends.
+        let again = matches!(-result, libc::EAGAIN | libc::EINTR)
+            && !in_flight.transfer.action.is_of_eventfd();
         if again && in_flight.retries < MAX_RETRIES {
             in_flight.retries += 1;
             self.queue(id);
@@ -357,7 +373,7 @@ impl Ring {
             entry.iovecs = Vec::with_capacity(USUAL_MOST_PIECES);
         }
         self.free.push(id);
-        if in_flight.transfer.action == Action::Event {
+        if in_flight.transfer.action.is_of_eventfd() {
             self.events -= 1;
         }
         Some(Completion {
@@ -420,6 +436,10 @@ fn submission(entry: &mut Entry, registered: bool) -> Option<squeue::Entry> {
             let word = (&raw mut entry.word).cast::<u8>();
             opcode::Read::new(file, word, 8).build()
         }
+        (_, Action::Signal) => {
+            entry.word = 1;
+            opcode::Write::new(file, (&raw const entry.word).cast(), 8).build()
+        }
         (Buffer::None, _) => return None,
         (Buffer::Staging { chunk, bytes }, _) => {
             let at = chunk.at().as_ptr();
@@ -476,7 +496,7 @@ fn restrictions() -> Vec<Restriction> {
         Restriction::sqe_op(opcode::WriteFixed::CODE),
         // FLUSH.
         Restriction::sqe_op(opcode::Fsync::CODE),
-        // A kick that is no longer waited for.
+        // A kick that is no longer waited for, a call that can't be made.
         Restriction::sqe_op(opcode::AsyncCancel::CODE),
         // Nothing but files of the table, and no other flag.
         Restriction::sqe_flags_allowed(fixed),
@@ -595,5 +615,52 @@ mod tests {
         ring.cancel(id);
         assert_eq!(completions(&mut ring, 1)[0].result, Err(libc::ECANCELED));
         ring.forget_file(file);
+    }
+
+    fn signal(file: FixedFile) -> Transfer {
+        Transfer {
+            action: Action::Signal,
+            file,
+            offset_bytes: 0,
+            buffer: Buffer::None,
+        }
+    }
+
+    #[test]
+    fn a_signal_goes_to_the_file_it_was_meant_for() {
+        let staging = Staging::new().expect("staging");
+        let mut ring = Ring::new(&staging).expect("ring");
+        let event =
+            || nix::sys::eventfd::EventFd::from_flags(nix::sys::eventfd::EfdFlags::EFD_NONBLOCK);
+        let (first, second) = (event().expect("eventfd"), event().expect("eventfd"));
+        let file = ring.register_file(first.as_fd()).expect("register");
+        ring.push(1, signal(file)).expect("room");
+        ring.forget_file(file);
+        let again = ring.register_file(second.as_fd()).expect("register");
+        assert_eq!(again, file, "the number is used again");
+        assert_eq!(completions(&mut ring, 1)[0].result, Ok(()));
+        assert_eq!(first.read(), Ok(1));
+        assert_eq!(second.read(), Err(nix::errno::Errno::EAGAIN));
+    }
+
+    #[test]
+    fn a_signal_that_can_not_be_given_blocks_nobody_and_ends_when_cancelled() {
+        let staging = Staging::new().expect("staging");
+        let mut ring = Ring::new(&staging).expect("ring");
+        for flags in [
+            nix::sys::eventfd::EfdFlags::empty(),
+            nix::sys::eventfd::EfdFlags::EFD_NONBLOCK,
+        ] {
+            let full = nix::sys::eventfd::EventFd::from_flags(flags).expect("eventfd");
+            full.write(u64::MAX - 1).expect("fill");
+            let file = ring.register_file(full.as_fd()).expect("register");
+            let id = ring.push(1, signal(file)).expect("room");
+            ring.turn();
+            assert_eq!(ring.in_flight(), 0, "nobody waits for it");
+            ring.cancel(id);
+            ring.forget_file(file);
+            assert!(completions(&mut ring, 1)[0].result.is_err());
+            assert_eq!(full.read(), Ok(u64::MAX - 1));
+        }
     }
 }

@@ -5,8 +5,10 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod events;
+
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,13 +18,14 @@ use nix::sys::eventfd::EventFd;
 
 use super::message::{DeviceId, FromWorker, QueueId, QueueStart, ToWorker};
 use super::polling::{Next, Polling};
-use super::queue::{Kick, Queue, signal};
-use super::ring::{Action, Buffer, Completion, FixedFile, Transfer};
+use super::queue::Queue;
+use super::ring::{Action, Completion, FixedFile};
 use crate::blk::BlkDevice;
 use crate::blk::pipeline::{Begun, Local, Outcome, Pipeline, Start, TOKEN_BITS};
 use crate::blk::request::parse;
 use crate::storage::StorageSpec;
 use crate::virtqueue::{Chain, RingError};
+use events::Armed;
 
 /// Requests taken from a queue before the next queue has its turn, and what was used is published:
 /// small enough that a fast driver refills the ring while the rest is served.
@@ -34,6 +37,10 @@ const UNKICKED_SLEEP: Duration = Duration::from_micros(100);
 const KICK: u64 = 1 << TOKEN_BITS;
 /// Token of the wait for a message.
 const WAKE: u64 = 2 << TOKEN_BITS;
+/// Tokens of calls: queue number and serial below.
+const CALL: u64 = 3 << TOKEN_BITS;
+/// Token of signals that nobody waits for.
+const ERROR: u64 = 4 << TOKEN_BITS;
 
 /// Everything a worker thread owns.
 #[derive(Debug)]
@@ -56,8 +63,12 @@ pub struct Worker {
     /// Where a chain is put together.
     chain: Chain,
     polling: Polling,
-    /// Serial of the last wait for a kick.
+    /// Serial of the last wait for a kick, and of the last call.
     serial: u32,
+    /// Calls are queued in the ring, to be submitted at once.
+    called: bool,
+    /// A call found no room in the ring.
+    call_is_due: bool,
     ending: bool,
 }
 
@@ -99,6 +110,8 @@ impl Worker {
             chain: Chain::with_capacity(128),
             polling: Polling::default(),
             serial: 0,
+            called: false,
+            call_is_due: false,
             ending: false,
         })
     }
@@ -153,7 +166,10 @@ impl Worker {
                 self.reply(FromWorker::MemorySet { queue });
             }
             ToWorker::SetEnabled { queue, enabled } => self.change(queue, |q| q.enabled = enabled),
-            ToWorker::SetCall { queue, fd } => self.change(queue, |q| q.call = fd),
+            ToWorker::SetCall { queue, fd } => {
+                self.set_call(queue, fd);
+                self.reply(FromWorker::Changed { queue });
+            }
             ToWorker::SetError { queue, fd } => self.change(queue, |q| q.error = fd),
             ToWorker::SetKick { queue, fd } => {
                 self.set_kick(queue, fd);
@@ -216,7 +232,7 @@ impl Worker {
 
     fn start(&mut self, mut start: QueueStart) {
         let id = start.queue;
-        let kick = start.kick.take();
+        let (kick, call) = (start.kick.take(), start.call.take());
         let started = match (self.devices.get(&id.device), self.numbers.get(&id)) {
             (Some(local), None) => {
                 Queue::new(start, Rc::clone(local)).map_err(|error| error.to_string())
@@ -231,6 +247,7 @@ impl Worker {
         let number = self.place(queue);
         self.numbers.insert(id, number);
         self.set_kick(id, kick);
+        self.set_call(id, call);
         self.reply(FromWorker::Started { queue: id });
     }
 
@@ -245,35 +262,6 @@ impl Worker {
             *place = Some(queue);
         }
         u32::try_from(number).unwrap_or(u32::MAX)
-    }
-
-    fn set_kick(&mut self, id: QueueId, fd: Option<OwnedFd>) {
-        let Some(number) = self.numbers.get(&id).copied() else {
-            return;
-        };
-        self.drop_kick(number);
-        let registered = fd.map(|fd| self.pipeline.ring.register_file(fd.as_fd()));
-        let file = match registered {
-            None => return,
-            Some(Ok(file)) => file,
-            Some(Err(error)) => {
-                tracing::warn!("a kick can't be waited for, its queue is polled: {error}");
-                return;
-            }
-        };
-        if let Some(queue) = self.queue(number) {
-            queue.kick = Some(Kick { file, wait: None });
-        }
-    }
-
-    fn drop_kick(&mut self, number: u32) {
-        let Some(kick) = self.queue(number).and_then(|queue| queue.kick.take()) else {
-            return;
-        };
-        if let Some((wait, _)) = kick.wait {
-            self.pipeline.ring.cancel(wait);
-        }
-        self.pipeline.ring.forget_file(kick.file);
     }
 
     fn stop(&mut self, id: QueueId) {
@@ -295,11 +283,12 @@ impl Worker {
         if !self.queue(number).is_some_and(drained) {
             return;
         }
+        self.publish(number);
         self.drop_kick(number);
-        let Some(mut queue) = self.queues.get_mut(number as usize).and_then(Option::take) else {
+        self.drop_call(number);
+        let Some(queue) = self.queues.get_mut(number as usize).and_then(Option::take) else {
             return;
         };
-        queue.publish();
         self.numbers.remove(&queue.id);
         self.reply(FromWorker::Stopped {
             queue: queue.id,
@@ -312,13 +301,14 @@ impl Worker {
             return;
         };
         queue.retired = true;
-        if let Some(event) = &queue.error {
-            signal(event);
-        }
+        let event = queue.error.as_ref().map(|fd| fd.try_clone());
         let retired = FromWorker::Retired {
             queue: queue.id,
             reason: error.to_string(),
         };
+        if let Some(Ok(event)) = event {
+            self.signal_error(&event);
+        }
         self.reply(retired);
     }
 
@@ -356,15 +346,16 @@ impl Worker {
         if queue.ring.memory().is_lost() {
             return self.retire(number, RingError::MemoryLost);
         }
-        queue.publish();
+        if queue.publish() {
+            self.call(number);
+        }
     }
 
     #[inline]
     fn take_completions(&mut self) -> bool {
         let mut any = false;
         while let Some(completion) = self.pipeline.ring.reap() {
-            any = true;
-            self.take_completion(completion);
+            any |= self.take_completion(completion);
         }
         if self.pipeline.has_waiting() {
             let (queues, touched) = (&mut self.queues, &mut self.touched);
@@ -379,29 +370,37 @@ impl Worker {
             self.give_up_if_drained(number);
         }
         self.touched.clear();
+        self.make_due_calls();
+        // The driver waits for these.
+        if std::mem::take(&mut self.called) {
+            self.pipeline.ring.turn();
+        }
         any
     }
 
+    /// Whether it was a sign of work.
     #[inline]
-    fn take_completion(&mut self, completion: Completion) {
+    fn take_completion(&mut self, completion: Completion) -> bool {
         match completion.token >> TOKEN_BITS {
             0 => {
                 if let Some(landed) = self.pipeline.land(completion) {
                     let (queues, touched) = (&mut self.queues, &mut self.touched);
                     note(queues, touched, landed.queue, landed.head, landed.outcome);
                 }
+                return true;
             }
             1 => {
-                let number = u32::try_from((completion.token & !KICK) >> 32).unwrap_or(u32::MAX);
-                let serial = u32::try_from(completion.token & 0xffff_ffff).unwrap_or(0);
-                if let Some(kick) = self.queue(number).and_then(|q| q.kick.as_mut())
-                    && kick.wait.is_some_and(|(_, of)| of == serial)
-                {
-                    kick.wait = None;
-                }
+                self.kicked(completion.token);
+                return true;
             }
-            _ => self.wake_is_awaited = false,
+            2 => {
+                self.wake_is_awaited = false;
+                return true;
+            }
+            3 => self.has_called(completion.token),
+            _ => {}
         }
+        false
     }
 
     /// Arms every kick and sleeps until one comes, a transfer ends or a message is there.
@@ -416,7 +415,7 @@ impl Worker {
             }
         }
         if !self.wake_is_awaited {
-            self.wake_is_awaited = self.await_event(WAKE, self.wake).is_some();
+            self.wake_is_awaited = self.push_event(WAKE, Action::Event, self.wake).is_some();
         }
         // A message that came before the wait is in the channel; one that comes later wakes.
         if self.receiver.is_empty() && self.wake_is_awaited {
@@ -428,61 +427,6 @@ impl Worker {
             queue.ring.disarm();
         }
     }
-
-    fn arm(&mut self, number: u32) -> Armed {
-        let Some(queue) = self.queue(number).filter(|queue| queue.is_served()) else {
-            return Armed::Idle;
-        };
-        match queue.ring.arm() {
-            Ok(true) => return Armed::Work,
-            // The zeroes in the place of a ring that went away can look like one without requests.
-            Ok(false) if queue.ring.memory().is_lost() => {
-                self.retire(number, RingError::MemoryLost);
-                return Armed::Work;
-            }
-            Ok(false) => {}
-            Err(error) => {
-                self.retire(number, error);
-                return Armed::Work;
-            }
-        }
-        let Some((file, wait)) = queue.kick.as_ref().map(|kick| (kick.file, kick.wait)) else {
-            return Armed::Unkicked;
-        };
-        if wait.is_some() {
-            return Armed::Idle;
-        }
-        self.serial = self.serial.wrapping_add(1);
-        let serial = self.serial;
-        let token = KICK | (u64::from(number) << 32) | u64::from(serial);
-        let Some(entry) = self.await_event(token, file) else {
-            return Armed::Unkicked;
-        };
-        if let Some(kick) = self.queue(number).and_then(|queue| queue.kick.as_mut()) {
-            kick.wait = Some((entry, serial));
-        }
-        Armed::Idle
-    }
-
-    fn await_event(&mut self, token: u64, file: FixedFile) -> Option<super::ring::EntryId> {
-        let transfer = Transfer {
-            action: Action::Event,
-            file,
-            offset_bytes: 0,
-            buffer: Buffer::None,
-        };
-        self.pipeline.ring.push(token, transfer).ok()
-    }
-}
-
-/// How a queue goes to sleep.
-enum Armed {
-    /// Its kick is waited for, or it is not served.
-    Idle,
-    /// It has no kick.
-    Unkicked,
-    /// There is something to do first.
-    Work,
 }
 
 /// Notes that a request of a queue ended.

@@ -214,6 +214,12 @@ pub const CASES: &[Case] = &[
             call(a, left.as_fd())
         },
     ),
+    Case::new("call_blocks_once_taken", &[Accepted], CALL, |a| {
+        blocks_once_taken(a, request::SET_VRING_CALL)
+    }),
+    Case::new("error_blocks_once_taken", &[Accepted], CALL, |a| {
+        blocks_once_taken(a, request::SET_VRING_ERR)
+    }),
     Case::new(
         "call_is_none",
         &[Accepted],
@@ -357,6 +363,28 @@ fn call_none(arena: &mut Arena) -> Attack {
         std::thread::sleep(Duration::from_millis(1));
     }
     Err(format!("{left} requests were not served").into())
+}
+
+/// A full eventfd that is made to block after the backend took it: the flag belongs to the open
+/// file, which both sides share. Then calls, and at the end a broken queue.
+fn blocks_once_taken(arena: &mut Arena, request: u32) -> Attack {
+    let mut disk = attach(arena)?;
+    let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?;
+    let end = fate(disk.frontend.set_vring_fd(request, 0, Some(event.as_fd())))?;
+    fcntl(event.as_fd(), FcntlArg::F_SETFL(OFlag::O_RDWR))?;
+    event.write(u64::MAX - 1)?;
+    for _ in 0..4 {
+        load(&mut disk, kind::IN)?;
+        std::thread::sleep(Duration::from_millis(10));
+        while disk.rings[0].poll_used(&disk.memory)?.is_some() {}
+    }
+    disk.rings[0].publish_index(&disk.memory, 0x4000)?;
+    disk.rings[0].kick.write(1)?;
+    std::thread::sleep(Duration::from_millis(10));
+    arena.check_other()?;
+    // A call that waits is given up with its queue.
+    disk.stop_queue(0)?;
+    probe_or_closed(&mut disk, end)
 }
 
 /// The queue breaks, and the descriptor that should say so blocks.

@@ -9,7 +9,7 @@ use bulkhead_integration::arena::{Arena, FILE_BYTES};
 use bulkhead_integration::disk::{DATA, Disk, DiskError, Options, Request};
 use bulkhead_integration::driver::memory::GuestMemory;
 use bulkhead_integration::driver::{kind, status};
-use bulkhead_integration::frontend::message::{self, RegionEntry, request};
+use bulkhead_integration::frontend::message::{self, RegionEntry, protocol_feature, request};
 use nix::sys::eventfd::EventFd;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
@@ -153,6 +153,23 @@ pub const CASES: &[Case] = &[
         one_fd(a, memfd(0)?.as_fd())
     }),
     Case::new(
+        "memory_is_on_a_disk",
+        &[Refused, Closed],
+        "a page that comes from elsewhere makes everybody wait for it",
+        |a| {
+            let dir = std::env::current_exe()?;
+            let file = tempfile::tempfile_in(dir.parent().ok_or("no folder")?)?;
+            file.set_len(MIB)?;
+            one_fd(a, file.as_fd())
+        },
+    ),
+    Case::new(
+        "memory_with_rings_out_and_in",
+        &[Accepted],
+        "a frontend changes a region by removing and adding it: the queues go on",
+        out_and_in,
+    ),
+    Case::new(
         "memory_replaced_under_load",
         &[Accepted, Refused, Closed],
         "the queues go on in the new table, or stop",
@@ -246,6 +263,34 @@ fn replaced(arena: &mut Arena) -> Attack {
             let used = disk.rings[0].wait_used(&disk.memory, Duration::from_secs(5))?;
             if used.len != 0x8_0001 {
                 return Err(format!("{used:?} after the table was replaced").into());
+            }
+        }
+    }
+    probe(&mut disk, 1)?;
+    Ok(Accepted)
+}
+
+/// The region with the rings is removed and added again, many times, while requests run.
+fn out_and_in(arena: &mut Arena) -> Attack {
+    let mut options = Options {
+        queues: 2,
+        ..Options::default()
+    };
+    options.protocol_features |= protocol_feature::CONFIGURE_MEM_SLOTS;
+    let mut disk = arena.attach(&options)?;
+    for _ in 0..20 {
+        reads(&mut disk, kind::IN, 0x8_0000)?;
+        let region = &disk.memory.regions()[0];
+        let body = message::single_region(&region.entry());
+        let frontend = &disk.frontend;
+        frontend.set(request::REM_MEM_REG, &body, &[])?;
+        // Nothing is taken now, and nothing is lost.
+        disk.rings[0].kick.write(1)?;
+        frontend.set(request::ADD_MEM_REG, &body, &[region.file()])?;
+        for _ in 0..4 {
+            let used = disk.rings[0].wait_used(&disk.memory, Duration::from_secs(5))?;
+            if used.len != 0x8_0001 {
+                return Err(format!("{used:?} after the region was there again").into());
             }
         }
     }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bulkhead_integration::arena::Arena;
@@ -348,6 +349,29 @@ pub const CASES: &[Case] = &[
         replies_never_read,
     ),
     Case::new(
+        "requests_without_end",
+        &[Accepted],
+        "a frontend gets its turn, and so do the others",
+        |a| {
+            // So many at once that there is always more to read.
+            let messages = message::encode(request::SET_OWNER, VERSION, &[]).repeat(1024);
+            without_end(a, messages, request::SET_OWNER)
+        },
+    ),
+    Case::new(
+        "changes_without_end",
+        &[Accepted],
+        "a frontend gets its turn, and what it sends does not pile up at a worker",
+        |a| {
+            let message = message::encode(
+                request::SET_VRING_CALL,
+                VERSION,
+                &message::vring_fd(0, true),
+            );
+            without_end(a, message, request::SET_VRING_CALL)
+        },
+    ),
+    Case::new(
         "disconnect_in_a_header",
         &[Closed],
         "an end is an end",
@@ -528,6 +552,46 @@ fn resident_kib(process: &Process) -> Result<u64, Box<dyn std::error::Error>> {
         .find_map(|line| line.strip_prefix("RssAnon:"))
         .ok_or("no RssAnon")?;
     Ok(line.trim().trim_end_matches(" kB").parse()?)
+}
+
+/// One thread sends the same message on and on; the other device serves meanwhile, and no more than
+/// a few descriptors are open at any time.
+fn without_end(arena: &mut Arena, message: Vec<u8>, request: u32) -> Attack {
+    let disk = attach(arena)?;
+    let before = arena.process.open_fds()?;
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| -> Attack {
+        let flood = scope.spawn(|| -> Result<u64, FrontendError> {
+            let event = EventFd::new().map_err(std::io::Error::from)?;
+            let fds = [event.as_fd()];
+            let fds = if request == request::SET_VRING_CALL {
+                &fds[..]
+            } else {
+                &[]
+            };
+            let mut sent = 0;
+            while !ended.load(Ordering::Relaxed) {
+                disk.frontend.send_raw(&message, fds)?;
+                sent += 1;
+            }
+            Ok(sent)
+        });
+        let seen = (0..50).try_for_each(|_| -> Result<(), Box<dyn std::error::Error>> {
+            arena.check_other()?;
+            let now = arena.process.open_fds()?;
+            if now > before + 40 {
+                return Err(format!("{before} descriptors were open, {now} are now").into());
+            }
+            Ok(())
+        });
+        ended.store(true, Ordering::Relaxed);
+        let sent = flood.join().map_err(|_| "the flood ended")??;
+        seen?;
+        if sent < 100 {
+            return Err(format!("sent only {sent} times: that is no flood").into());
+        }
+        Ok(Accepted)
+    })
 }
 
 fn hundred(arena: &mut Arena) -> Attack {

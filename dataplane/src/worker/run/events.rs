@@ -1,0 +1,216 @@
+//! Eventfds of queues: kicks that are waited for, calls and errors that are signalled. All of it goes
+//! through the ring, so that whatever a frontend does with its end makes nobody wait.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use super::{CALL, ERROR, KICK, Worker};
+use crate::virtqueue::RingError;
+use crate::worker::message::QueueId;
+use crate::worker::queue::{Call, Kick};
+use crate::worker::ring::{Action, Buffer, EntryId, FixedFile, Transfer};
+
+/// How a queue goes to sleep.
+pub(super) enum Armed {
+    /// Its kick is waited for, or it is not served.
+    Idle,
+    /// It has no kick.
+    Unkicked,
+    /// There is something to do first.
+    Work,
+}
+
+/// Queue number and serial of a token.
+fn parts(token: u64) -> (u32, u32) {
+    let low = |word: u64| u32::try_from(word & 0xffff_ffff).unwrap_or(0);
+    // The kind lies above the number's 24 bits.
+    (low((token >> 32) & 0x00ff_ffff), low(token))
+}
+
+fn token(kind: u64, number: u32, serial: u32) -> u64 {
+    kind | (u64::from(number) << 32) | u64::from(serial)
+}
+
+impl Worker {
+    fn next_serial(&mut self) -> u32 {
+        self.serial = self.serial.wrapping_add(1);
+        self.serial
+    }
+
+    fn register(&mut self, fd: Option<OwnedFd>, loss: &str) -> Option<FixedFile> {
+        match self.pipeline.ring.register_file(fd?.as_fd()) {
+            Ok(file) => Some(file),
+            Err(error) => {
+                tracing::warn!("{loss}: {error}");
+                None
+            }
+        }
+    }
+
+    pub(super) fn set_kick(&mut self, id: QueueId, fd: Option<OwnedFd>) {
+        let Some(number) = self.numbers.get(&id).copied() else {
+            return;
+        };
+        self.drop_kick(number);
+        let file = self.register(fd, "a kick can't be waited for, its queue is polled");
+        if let Some(queue) = self.queue(number) {
+            queue.kick = file.map(|file| Kick { file, wait: None });
+        }
+    }
+
+    pub(super) fn drop_kick(&mut self, number: u32) {
+        if let Some(kick) = self.queue(number).and_then(|queue| queue.kick.take()) {
+            self.drop_event(kick.file, kick.wait);
+        }
+    }
+
+    pub(super) fn set_call(&mut self, id: QueueId, fd: Option<OwnedFd>) {
+        let Some(number) = self.numbers.get(&id).copied() else {
+            return;
+        };
+        self.drop_call(number);
+        let file = self.register(fd, "a driver can't be called, it has to poll");
+        if let Some(queue) = self.queue(number) {
+            queue.call = file.map(|file| Call {
+                file,
+                signal: None,
+                again: false,
+            });
+        }
+    }
+
+    pub(super) fn drop_call(&mut self, number: u32) {
+        if let Some(call) = self.queue(number).and_then(|queue| queue.call.take()) {
+            self.drop_event(call.file, call.signal);
+        }
+    }
+
+    fn drop_event(&mut self, file: FixedFile, in_ring: Option<(EntryId, u32)>) {
+        if let Some((entry, _)) = in_ring {
+            self.pipeline.ring.cancel(entry);
+        }
+        self.pipeline.ring.forget_file(file);
+    }
+
+    /// Calls the driver of a queue, or does so once the last call is through.
+    #[inline]
+    pub(super) fn call(&mut self, number: u32) {
+        let serial = self.next_serial();
+        let Some(call) = self.queue(number).and_then(|queue| queue.call.as_mut()) else {
+            return;
+        };
+        if call.signal.is_some() {
+            call.again = true;
+            return;
+        }
+        let file = call.file;
+        let entry = self.push_event(token(CALL, number, serial), Action::Signal, file);
+        self.called = true;
+        self.call_is_due |= entry.is_none();
+        if let Some(call) = self.queue(number).and_then(|queue| queue.call.as_mut()) {
+            call.signal = entry.map(|entry| (entry, serial));
+            call.again = entry.is_none();
+        }
+    }
+
+    /// A call is through.
+    #[inline]
+    pub(super) fn has_called(&mut self, token: u64) {
+        let (number, serial) = parts(token);
+        let Some(call) = self.queue(number).and_then(|queue| queue.call.as_mut()) else {
+            return;
+        };
+        if call.signal.is_some_and(|(_, of)| of == serial) {
+            call.signal = None;
+            if std::mem::take(&mut call.again) {
+                self.call(number);
+            }
+        }
+    }
+
+    /// Makes the calls that found no room in the ring.
+    pub(super) fn make_due_calls(&mut self) {
+        if !std::mem::take(&mut self.call_is_due) {
+            return;
+        }
+        for number in 0..u32::try_from(self.queues.len()).unwrap_or(u32::MAX) {
+            let due = |call: &Call| call.again && call.signal.is_none();
+            let call = self.queue(number).and_then(|queue| queue.call.as_ref());
+            if call.is_some_and(due) {
+                self.call(number);
+            }
+        }
+    }
+
+    /// Tells a frontend that its queue retired.
+    pub(super) fn signal_error(&mut self, event: &OwnedFd) {
+        match self.pipeline.ring.register_file(event.as_fd()) {
+            Ok(file) => {
+                self.push_event(ERROR, Action::Signal, file);
+                self.pipeline.ring.forget_file(file);
+            }
+            Err(error) => tracing::warn!("a frontend can't be told of a retired queue: {error}"),
+        }
+    }
+
+    /// A kick came, or its wait was given up.
+    pub(super) fn kicked(&mut self, token: u64) {
+        let (number, serial) = parts(token);
+        if let Some(kick) = self.queue(number).and_then(|queue| queue.kick.as_mut())
+            && kick.wait.is_some_and(|(_, of)| of == serial)
+        {
+            kick.wait = None;
+        }
+    }
+
+    /// Has a queue's driver kick, and waits for it in the ring.
+    pub(super) fn arm(&mut self, number: u32) -> Armed {
+        let Some(queue) = self.queue(number).filter(|queue| queue.is_served()) else {
+            return Armed::Idle;
+        };
+        match queue.ring.arm() {
+            Ok(true) => return Armed::Work,
+            // The zeroes in the place of a ring that went away can look like one without requests.
+            Ok(false) if queue.ring.memory().is_lost() => {
+                self.retire(number, RingError::MemoryLost);
+                return Armed::Work;
+            }
+            Ok(false) => {}
+            Err(error) => {
+                self.retire(number, error);
+                return Armed::Work;
+            }
+        }
+        let Some((file, wait)) = queue.kick.as_ref().map(|kick| (kick.file, kick.wait)) else {
+            return Armed::Unkicked;
+        };
+        if wait.is_some() {
+            return Armed::Idle;
+        }
+        let serial = self.next_serial();
+        let Some(entry) = self.push_event(token(KICK, number, serial), Action::Event, file) else {
+            return Armed::Unkicked;
+        };
+        if let Some(kick) = self.queue(number).and_then(|queue| queue.kick.as_mut()) {
+            kick.wait = Some((entry, serial));
+        }
+        Armed::Idle
+    }
+
+    /// None: the ring has no room.
+    pub(super) fn push_event(
+        &mut self,
+        token: u64,
+        action: Action,
+        file: FixedFile,
+    ) -> Option<EntryId> {
+        let transfer = Transfer {
+            action,
+            file,
+            offset_bytes: 0,
+            buffer: Buffer::None,
+        };
+        self.pipeline.ring.push(token, transfer).ok()
+    }
+}
