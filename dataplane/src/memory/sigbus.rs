@@ -194,3 +194,37 @@ fn replace(address: usize) -> bool {
     }
     false
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_that_is_changing_is_none() {
+        let entry = Entry::free();
+        assert_eq!(entry.range(), None);
+        entry.set_range(0x1000, 0x3000);
+        assert_eq!(entry.range(), Some((0x1000, 0x3000)));
+        // As in the middle of set_range.
+        entry.version.fetch_add(1, Ordering::Relaxed);
+        entry.start.store(0x8000, Ordering::Relaxed);
+        assert_eq!(entry.range(), None);
+    }
+
+    #[test]
+    fn a_range_is_read_in_one_piece() {
+        let entry = Entry::free();
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                for n in 1..200_000 {
+                    entry.set_range(n * 0x1000, n * 0x1000 + 0x1000);
+                }
+            });
+            while !writer.is_finished() {
+                if let Some((start, end)) = entry.range() {
+                    assert_eq!(end - start, 0x1000, "{start:#x}");
+                }
+            }
+        });
+    }
+}
