@@ -114,8 +114,8 @@ fn show(host: &mut Host, boot: &Boot) -> Result<(), Box<dyn Error>> {
         || second_boot(host, boot, &written),
     )?;
     step("end", || {
-        host.stop();
         fs::write(host.path("processes.log"), host.log())?;
+        host.stop();
         Ok("all processes ended".to_owned())
     })
 }
