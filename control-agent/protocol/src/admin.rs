@@ -69,7 +69,7 @@ pub struct HostStatus {
     /// Digest of the envelope applied last.
     #[n(3)]
     pub digest: Option<EnvelopeDigest>,
-    /// One entry per process that rot started, rot aside.
+    /// One entry per process that rot introduced to the agent: not rot, and not the agent itself.
     #[n(4)]
     pub processes: Vec<ProcessStatus>,
     /// One entry per volume of the bundle.
