@@ -141,12 +141,13 @@ impl Session {
     /// [`ProtocolError::Refused`] if it was refused and no acknowledgement was asked for: the
     /// connection has to end, since the frontend can't know.
     pub fn handle(&mut self, message: Message, out: &mut Outbox) -> Result<(), ProtocolError> {
-        let code = message.header.code;
-        let acknowledge =
-            message.header.need_reply && self.protocol_features & protocol_feature::REPLY_ACK != 0;
+        let (code, asked) = (message.header.code, message.header.need_reply);
         let handled = message
             .parse()
             .and_then(|request| self.perform(request, out));
+        // After it, so that the negotiation of acknowledgements is itself acknowledged, as
+        // libvhost-user does.
+        let acknowledge = asked && self.protocol_features & protocol_feature::REPLY_ACK != 0;
         match handled {
             Ok(Handled::Done) => {
                 if acknowledge {

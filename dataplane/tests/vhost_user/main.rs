@@ -1,0 +1,7 @@
+//! The vhost-user protocol: streams in pieces, and a session without sockets and workers.
+
+mod framing;
+mod messages;
+mod negotiation;
+mod queues;
+mod rig;
