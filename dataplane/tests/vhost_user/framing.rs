@@ -40,13 +40,15 @@ fn take(framing: &mut Framing) -> Vec<Message> {
     }
 }
 
-/// Request, body and number of descriptors of each.
-fn shapes(messages: &[Message]) -> Vec<(u32, Vec<u8>, usize)> {
+/// Request, body and number of descriptors.
+type Shape = (u32, Vec<u8>, usize);
+
+fn shapes(messages: &[Message]) -> Vec<Shape> {
     let shape = |m: &Message| (m.header.code, m.body.clone(), m.fds.len());
     messages.iter().map(shape).collect()
 }
 
-fn three() -> (Vec<u8>, Vec<(u32, Vec<u8>, usize)>) {
+fn three() -> (Vec<u8>, Vec<Shape>) {
     let bodies = [
         (code::SET_VRING_KICK, words(&[1])),
         (code::GET_FEATURES, Vec::new()),

@@ -1,0 +1,319 @@
+//! The control thread with real sockets and workers: who may connect, who waits, what a detach waits for,
+//! and that nobody keeps the others from their turn.
+
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use std::{fs, io};
+
+use bulkhead_dataplane::blk::{BlkDevice, Geometry};
+use bulkhead_dataplane::server::{
+    Access, DeviceStatus, Event, MANAGER_TOKENS, Manager, Server, ServerConfig,
+};
+use bulkhead_dataplane::storage::StorageSpec;
+use bulkhead_dataplane::vhost_user::message::code;
+use bulkhead_dataplane::worker::WorkerConfig;
+use bulkhead_dataplane::worker::message::DeviceId;
+use mio::{Registry, Token, Waker};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What a test has the control thread do.
+type Job = Box<dyn FnOnce(&mut Server) + Send>;
+
+/// A manager that does as a test says, and passes on what it is told.
+struct Told {
+    jobs: Receiver<Job>,
+    events: Sender<Event>,
+    waker: Sender<Waker>,
+}
+
+impl Manager for Told {
+    fn register(&mut self, registry: &Registry) -> io::Result<()> {
+        let waker = Waker::new(registry, Token(MANAGER_TOKENS))?;
+        self.waker.send(waker).map_err(io::Error::other)
+    }
+
+    fn ready(&mut self, server: &mut Server, _: Token) {
+        for job in self.jobs.try_iter() {
+            job(server);
+        }
+    }
+
+    fn event(&mut self, _: &mut Server, event: Event) {
+        let _ = self.events.send(event);
+    }
+}
+
+struct Rig {
+    jobs: Sender<Job>,
+    events: Receiver<Event>,
+    waker: Waker,
+    thread: Option<JoinHandle<()>>,
+    dir: tempfile::TempDir,
+    count: usize,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let ((jobs, jobs_in), (events_out, events)) = (channel(), channel());
+        let (waker_out, waker) = channel();
+        let thread = std::thread::spawn(move || {
+            let config = ServerConfig {
+                workers: vec![WorkerConfig::default(); 2],
+            };
+            let server = Server::new(&config).expect("server");
+            let mut manager = Told {
+                jobs: jobs_in,
+                events: events_out,
+                waker: waker_out,
+            };
+            server.run(&mut manager).expect("an end in order");
+        });
+        Self {
+            jobs,
+            events,
+            waker: waker.recv().expect("it runs"),
+            thread: Some(thread),
+            dir: tempfile::tempdir().expect("folder"),
+            count: 0,
+        }
+    }
+
+    /// What the control thread makes of it.
+    fn ask<T: Send + 'static>(&self, f: impl FnOnce(&mut Server) -> T + Send + 'static) -> T {
+        let (answer, answered) = channel();
+        let job = move |server: &mut Server| drop(answer.send(f(server)));
+        self.jobs.send(Box::new(job)).expect("it runs");
+        self.waker.wake().expect("it runs");
+        answered.recv_timeout(PATIENCE).expect("an answer")
+    }
+
+    fn event(&self) -> Event {
+        self.events.recv_timeout(PATIENCE).expect("an event")
+    }
+
+    fn quiet(&self) -> bool {
+        self.events.recv_timeout(Duration::from_millis(50)).is_err()
+    }
+
+    /// Offers a device on a socket of its own.
+    fn attach(&mut self, allowed_uid: Option<u32>) -> (DeviceId, PathBuf) {
+        self.count += 1;
+        let path = self.dir.path().join(format!("{}.sock", self.count));
+        let listener = UnixListener::bind(&path).expect("bind");
+        let geometry = Geometry {
+            capacity_sectors: 2048,
+            logical_block_bytes: 512,
+            read_only: false,
+            serial: [0; 20],
+            queues: 1,
+        };
+        let device = BlkDevice::new(geometry, StorageSpec::Null, None);
+        let access = Access { allowed_uid };
+        let id = self.ask(move |server| {
+            server
+                .attach(&device, listener, access, "disk".to_owned())
+                .expect("attach")
+        });
+        assert!(matches!(self.event(), Event::Attached { id: of, result: Ok(()) } if of == id));
+        (id, path)
+    }
+
+    fn status(&self, id: DeviceId) -> DeviceStatus {
+        self.ask(move |server| server.status(id))
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        let _ = self.jobs.send(Box::new(|server| server.stop()));
+        let _ = self.waker.wake();
+        if let Some(thread) = self.thread.take() {
+            let ended = thread.join();
+            assert!(std::thread::panicking() || ended.is_ok());
+        }
+    }
+}
+
+fn connect(path: &Path) -> UnixStream {
+    let stream = UnixStream::connect(path).expect("connect");
+    stream.set_read_timeout(Some(PATIENCE)).expect("timeout");
+    stream
+}
+
+fn question(code: u32) -> Vec<u8> {
+    [code, 1, 0].iter().flat_map(|v| v.to_le_bytes()).collect()
+}
+
+/// Asks for the number of queues.
+fn is_answered(stream: &UnixStream) -> bool {
+    let mut reply = [0; 20];
+    let mut stream = stream;
+    stream.write_all(&question(code::GET_QUEUE_NUM)).is_ok()
+        && stream.read_exact(&mut reply).is_ok()
+        && reply[12..] == 1u64.to_le_bytes()
+}
+
+fn is_closed(mut stream: &UnixStream) -> bool {
+    matches!(stream.read(&mut [0; 64]), Ok(0))
+}
+
+#[test]
+fn only_the_allowed_uid_is_served() {
+    let mut rig = Rig::new();
+    let me = nix::unistd::geteuid().as_raw();
+    let (_, others) = rig.attach(Some(me + 1));
+    let (_, mine) = rig.attach(Some(me));
+    let refused = connect(&others);
+    assert!(is_closed(&refused));
+    assert!(rig.quiet(), "it never was connected");
+    assert!(is_answered(&connect(&mine)));
+}
+
+#[test]
+fn a_second_frontend_waits_until_the_first_is_gone() {
+    let mut rig = Rig::new();
+    let (id, path) = rig.attach(None);
+    let first = connect(&path);
+    assert!(is_answered(&first));
+    assert!(matches!(rig.event(), Event::Connected { .. }));
+    let second = connect(&path);
+    (&second)
+        .write_all(&question(code::GET_QUEUE_NUM))
+        .expect("it waits");
+    assert!(rig.quiet());
+    assert!(is_answered(&first), "it is not disturbed");
+    drop(first);
+    assert!(matches!(rig.event(), Event::Disconnected { .. }));
+    assert!(matches!(rig.event(), Event::Connected { .. }));
+    let mut reply = [0; 20];
+    (&second).read_exact(&mut reply).expect("its turn has come");
+    assert!(rig.status(id).connected);
+}
+
+#[test]
+fn a_detach_ends_the_connection_and_whoever_waits() {
+    let mut rig = Rig::new();
+    let (id, path) = rig.attach(None);
+    let (_, other) = rig.attach(None);
+    let frontends = [connect(&path), connect(&path)];
+    assert!(is_answered(&frontends[0]));
+    assert!(matches!(rig.event(), Event::Connected { .. }));
+    rig.ask(move |server| server.detach(id));
+    assert!(matches!(rig.event(), Event::Disconnected { .. }));
+    assert!(matches!(rig.event(), Event::Detached { id: of } if of == id));
+    assert!(is_closed(&frontends[0]));
+    assert!(!is_answered(&frontends[1]));
+    assert_eq!(rig.status(id), DeviceStatus::default());
+    assert!(is_answered(&connect(&other)));
+}
+
+#[test]
+fn a_detach_at_once_comes_after_the_attach() {
+    let mut rig = Rig::new();
+    for _ in 0..50 {
+        let listener = UnixListener::bind(rig.dir.path().join("at-once")).expect("bind");
+        let geometry = Geometry {
+            capacity_sectors: 8,
+            logical_block_bytes: 512,
+            read_only: false,
+            serial: [0; 20],
+            queues: 1,
+        };
+        let device = BlkDevice::new(geometry, StorageSpec::Null, None);
+        let weak = std::sync::Arc::downgrade(&device);
+        let id = rig.ask(move |server| {
+            let anybody = Access { allowed_uid: None };
+            let id = server.attach(&device, listener, anybody, "disk".to_owned());
+            let id = id.expect("attach");
+            server.detach(id);
+            id
+        });
+        assert!(matches!(rig.event(), Event::Detached { id: of } if of == id));
+        assert_eq!(weak.strong_count(), 0, "nobody holds it, nor its key");
+        fs::remove_file(rig.dir.path().join("at-once")).expect("remove");
+    }
+    assert!(rig.quiet());
+    rig.count += 1;
+}
+
+#[test]
+fn new_frontends_wait_while_they_are_refused() {
+    let mut rig = Rig::new();
+    let (id, path) = rig.attach(None);
+    rig.ask(move |server| server.refuse_new(id, true));
+    let frontend = connect(&path);
+    assert!(rig.quiet());
+    rig.ask(move |server| server.refuse_new(id, false));
+    assert!(matches!(rig.event(), Event::Connected { .. }));
+    assert!(is_answered(&frontend));
+}
+
+/// A frontend never stops sending what needs no answer.
+#[test]
+fn everybody_has_a_turn() {
+    let mut rig = Rig::new();
+    let (_, busy) = rig.attach(None);
+    let (_, path) = rig.attach(None);
+    let loud = connect(&busy);
+    loud.set_write_timeout(Some(PATIENCE)).expect("timeout");
+    let (ended, sent) = (AtomicBool::new(false), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let many = question(code::SET_OWNER).repeat(1024);
+            while !ended.load(Ordering::Relaxed) {
+                (&loud).write_all(&many).expect("it is read");
+                sent.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        while sent.load(Ordering::Relaxed) < 100 {
+            std::thread::yield_now();
+        }
+        let since = Instant::now();
+        let answered = (0..100).filter(|_| is_answered(&connect(&path))).count();
+        ended.store(true, Ordering::Relaxed);
+        assert_eq!(answered, 100);
+        // Without turns each of them waited for a pause of the other's, a sixth of a second.
+        assert!(since.elapsed() < PATIENCE / 2, "{:?}", since.elapsed());
+    });
+}
+
+/// Set in the process that runs out of descriptors.
+const CHILD: &str = "BULKHEAD_TEST_CHILD";
+
+#[test]
+fn a_frontend_that_finds_no_descriptor_free_is_served_later() {
+    let name = "a_frontend_that_finds_no_descriptor_free_is_served_later";
+    if std::env::var_os(CHILD).is_none() {
+        let this = std::env::current_exe().expect("this test");
+        let mut child = std::process::Command::new(this);
+        let run = child.args([name, "--exact", "--nocapture"]).env(CHILD, "1");
+        let output = run.output().expect("run");
+        let text = [output.stdout, output.stderr].concat();
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&text)
+        );
+        return;
+    }
+    let mut rig = Rig::new();
+    let (_, path) = rig.attach(None);
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("limits");
+    // Room for the frontend's own end, and none for ours.
+    let lowest = fs::File::open("/dev/null").expect("open");
+    let next = u64::try_from(lowest.as_raw_fd()).expect("a number");
+    drop(lowest);
+    setrlimit(Resource::RLIMIT_NOFILE, next + 1, hard).expect("limit");
+    let frontend = connect(&path);
+    assert!(rig.quiet());
+    setrlimit(Resource::RLIMIT_NOFILE, soft, hard).expect("limit");
+    assert!(is_answered(&frontend));
+}
