@@ -301,12 +301,12 @@ impl Worker {
             return;
         };
         queue.retired = true;
-        let event = queue.error.as_ref().map(|fd| fd.try_clone());
+        let event = queue.error.take();
         let retired = FromWorker::Retired {
             queue: queue.id,
             reason: error.to_string(),
         };
-        if let Some(Ok(event)) = event {
+        if let Some(event) = event {
             self.signal_error(&event);
         }
         self.reply(retired);
