@@ -251,6 +251,13 @@ impl Host {
         let out = format!("{}.toml", spec.name);
         let queues = spec.queues.to_string();
         let allowed = spec.allowed_uid.to_string();
+        // Without root, rot can give a socket to its own user and group only.
+        let (socket_uid, socket_gid) = if is_root() {
+            (allowed.clone(), allowed.clone())
+        } else {
+            let gid = nix::unistd::getgid().as_raw();
+            (own_uid().to_string(), gid.to_string())
+        };
         let owner = uid_of("agent").to_string();
         let unit = spec
             .data_unit
@@ -277,7 +284,9 @@ impl Host {
             "--allowed-uid",
             &allowed,
             "--socket-uid",
-            &allowed,
+            &socket_uid,
+            "--socket-gid",
+            &socket_gid,
             "--out",
             &out,
         ];
