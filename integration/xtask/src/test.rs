@@ -124,7 +124,16 @@ fn check(name: &str, arguments: &[String], logs: &Path) -> Result<Counts, Box<dy
 
 fn suite(package: &str, logs: &Path) -> Result<Counts, Box<dyn Error>> {
     let log = logs.join(format!("{package}.log"));
-    let arguments = ["test", "-p", package, "--no-fail-fast"].map(str::to_owned);
+    // Tests that passed print what they left out: `skipped: ...`.
+    let arguments = [
+        "test",
+        "-p",
+        package,
+        "--no-fail-fast",
+        "--",
+        "--show-output",
+    ];
+    let arguments = arguments.map(str::to_owned);
     let mut counts = Counts::default();
     report::step(package, || {
         let ended_well = cargo(&arguments, &log)?;
