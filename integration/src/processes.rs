@@ -221,6 +221,17 @@ impl Process {
         Ok(fs::read_dir(format!("/proc/{}/fd", self.pid()))?.count())
     }
 
+    /// How many of them are sockets.
+    ///
+    /// # Errors
+    /// As [`Process::open_fds`].
+    pub fn open_sockets(&self) -> io::Result<usize> {
+        let entries = fs::read_dir(format!("/proc/{}/fd", self.pid()))?.flatten();
+        let targets = entries.filter_map(|entry| fs::read_link(entry.path()).ok());
+        let is_socket = |target: &PathBuf| target.to_string_lossy().starts_with("socket:");
+        Ok(targets.filter(is_socket).count())
+    }
+
     /// What its descriptors are, for messages: one line each.
     #[must_use]
     pub fn describe_fds(&self) -> String {
