@@ -6,7 +6,6 @@ use std::io;
 use std::path::Path;
 
 use bulkhead_protocol::process;
-use caps::{CapSet, Capability};
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, PathFd, Ruleset, RulesetAttr,
     RulesetCreatedAttr, Scope, make_bitflags,
@@ -27,7 +26,7 @@ pub(crate) fn lock_in(
 ) -> Result<(), process::StartError> {
     process::no_dump_no_privileges()?;
     restrict_files(state_dir, volumes).map_err(|e| failed("Landlock", io::Error::other(e)))?;
-    drop_capabilities().map_err(|e| failed("capabilities", io::Error::other(e)))?;
+    process::keep_capabilities(&[])?;
     process::refuse_network_and_exec()
 }
 
@@ -58,22 +57,6 @@ fn restrict_files(
     let status = rules.restrict_self()?;
     if status.ruleset == landlock::RulesetStatus::NotEnforced {
         tracing::warn!("this kernel has no Landlock: the agent may open any file its uid may");
-    }
-    Ok(())
-}
-
-fn drop_capabilities() -> Result<(), caps::errors::CapsError> {
-    // Without CAP_SETPCAP the bounding set stays; without exec it has no effect.
-    if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
-        caps::clear(None, CapSet::Bounding)?;
-    }
-    for set in [
-        CapSet::Ambient,
-        CapSet::Inheritable,
-        CapSet::Effective,
-        CapSet::Permitted,
-    ] {
-        caps::clear(None, set)?;
     }
     Ok(())
 }

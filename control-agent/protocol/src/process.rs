@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use caps::{CapSet, Capability, CapsHashSet};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetArch};
 
 use crate::channel::Channel;
@@ -95,6 +96,31 @@ pub fn init_logging(process: &'static str) {
 pub fn no_dump_no_privileges() -> Result<(), StartError> {
     prctl("PR_SET_DUMPABLE", libc::PR_SET_DUMPABLE, 0)?;
     prctl("PR_SET_NO_NEW_PRIVS", libc::PR_SET_NO_NEW_PRIVS, 1)
+}
+
+/// Drops every capability of this thread but those named, for good.
+///
+/// # Errors
+/// [`StartError::Lockdown`].
+pub fn keep_capabilities(kept: &[Capability]) -> Result<(), StartError> {
+    reduce_capabilities(kept).map_err(|e| StartError::Lockdown {
+        step: "capabilities",
+        source: io::Error::other(e),
+    })
+}
+
+fn reduce_capabilities(kept: &[Capability]) -> Result<(), caps::errors::CapsError> {
+    // Without CAP_SETPCAP the bounding set stays; without exec it has no effect.
+    if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
+        caps::clear(None, CapSet::Bounding)?;
+    }
+    let kept: CapsHashSet = kept.iter().copied().collect();
+    let held = caps::read(None, CapSet::Permitted)?;
+    let kept: CapsHashSet = held.intersection(&kept).copied().collect();
+    caps::clear(None, CapSet::Ambient)?;
+    caps::clear(None, CapSet::Inheritable)?;
+    caps::set(None, CapSet::Effective, &kept)?;
+    caps::set(None, CapSet::Permitted, &kept)
 }
 
 fn prctl(step: &'static str, option: libc::c_int, value: libc::c_ulong) -> Result<(), StartError> {

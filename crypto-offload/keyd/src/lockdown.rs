@@ -7,7 +7,6 @@ use std::io;
 use std::path::Path;
 
 use bulkhead_protocol::process::{self, StartError};
-use caps::{CapSet, Capability};
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, PathFd, Ruleset, RulesetAttr,
     RulesetCreatedAttr, RulesetStatus, Scope, make_bitflags,
@@ -50,7 +49,7 @@ fn lock_memory() -> nix::Result<()> {
 /// Which step failed, and with what.
 pub(crate) fn lock_in(state_dir: &Path) -> Result<(), StartError> {
     restrict_files(state_dir).map_err(|e| failed("Landlock", io::Error::other(e)))?;
-    drop_capabilities().map_err(|e| failed("capabilities", io::Error::other(e)))?;
+    process::keep_capabilities(&[])?;
     process::refuse_network_and_exec()
 }
 
@@ -72,22 +71,6 @@ fn restrict_files(state_dir: &Path) -> Result<(), Box<dyn std::error::Error + Se
         .restrict_self()?;
     if status.ruleset == RulesetStatus::NotEnforced {
         tracing::warn!("this kernel has no Landlock: keyd may open any file its uid may");
-    }
-    Ok(())
-}
-
-fn drop_capabilities() -> Result<(), caps::errors::CapsError> {
-    // Without CAP_SETPCAP the bounding set stays; without exec it has no effect.
-    if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
-        caps::clear(None, CapSet::Bounding)?;
-    }
-    for set in [
-        CapSet::Ambient,
-        CapSet::Inheritable,
-        CapSet::Effective,
-        CapSet::Permitted,
-    ] {
-        caps::clear(None, set)?;
     }
     Ok(())
 }

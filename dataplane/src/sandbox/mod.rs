@@ -21,9 +21,8 @@ pub mod calls;
 
 use std::io;
 
-use bulkhead_protocol::process::{StartError, no_dump_no_privileges};
-use caps::errors::CapsError;
-use caps::{CapSet, Capability, CapsHashSet};
+use bulkhead_protocol::process::{StartError, keep_capabilities, no_dump_no_privileges};
+use caps::Capability;
 use landlock::{
     ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetError, RulesetStatus, Scope,
 };
@@ -36,7 +35,7 @@ const LANDLOCK: ABI = ABI::V10;
 /// A step of the lock-in that failed: the process must not serve.
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
-    /// Dumping or privileges.
+    /// Dumping, privileges or capabilities.
     #[error(transparent)]
     Process(#[from] StartError),
     /// The limit on core files.
@@ -45,9 +44,6 @@ pub enum SandboxError {
     /// Landlock.
     #[error("can't enforce the Landlock ruleset: {0}")]
     Landlock(#[from] RulesetError),
-    /// Capabilities.
-    #[error("can't drop capabilities: {0}")]
-    Capabilities(#[from] CapsError),
     /// The filter can't be made.
     #[error("can't make the system call filter: {0}")]
     Filter(#[from] BackendError),
@@ -122,19 +118,4 @@ fn refuse_paths_and_network() -> Result<(), SandboxError> {
         );
     }
     Ok(())
-}
-
-/// Drops every capability of this thread but those named, for good.
-fn keep_capabilities(kept: &[Capability]) -> Result<(), CapsError> {
-    // Without CAP_SETPCAP the bounding set stays; without exec it has no effect.
-    if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
-        caps::clear(None, CapSet::Bounding)?;
-    }
-    let kept: CapsHashSet = kept.iter().copied().collect();
-    let held = caps::read(None, CapSet::Permitted)?;
-    let kept: CapsHashSet = held.intersection(&kept).copied().collect();
-    caps::clear(None, CapSet::Ambient)?;
-    caps::clear(None, CapSet::Inheritable)?;
-    caps::set(None, CapSet::Effective, &kept)?;
-    caps::set(None, CapSet::Permitted, &kept)
 }
