@@ -109,13 +109,13 @@ impl Rig {
         let path = self.dir.path().join(format!("{}.sock", self.count));
         let listener = UnixListener::bind(&path).expect("bind");
         let geometry = Geometry {
-            capacity_sectors: 2048,
             logical_block_bytes: 512,
             read_only: false,
             serial: [0; 20],
             queues: 1,
+            discard: false,
         };
-        let device = BlkDevice::new(geometry, StorageSpec::Null, None);
+        let device = BlkDevice::new(geometry, 2048, StorageSpec::Null, None);
         let access = Access { allowed_uid };
         let id = self.ask(move |server| {
             server
@@ -221,13 +221,13 @@ fn a_detach_at_once_comes_after_the_attach() {
     for _ in 0..50 {
         let listener = UnixListener::bind(rig.dir.path().join("at-once")).expect("bind");
         let geometry = Geometry {
-            capacity_sectors: 8,
             logical_block_bytes: 512,
             read_only: false,
             serial: [0; 20],
             queues: 1,
+            discard: false,
         };
-        let device = BlkDevice::new(geometry, StorageSpec::Null, None);
+        let device = BlkDevice::new(geometry, 8, StorageSpec::Null, None);
         let weak = std::sync::Arc::downgrade(&device);
         let id = rig.ask(move |server| {
             let anybody = Access { allowed_uid: None };

@@ -63,11 +63,11 @@ fn dup(event: &EventFd) -> Option<OwnedFd> {
 
 fn geometry() -> Geometry {
     Geometry {
-        capacity_sectors: VOLUME_BYTES / 512,
         logical_block_bytes: 512,
         read_only: false,
         serial: *b"serial-of-the-volume",
         queues: 1,
+        discard: false,
     }
 }
 
@@ -104,7 +104,7 @@ impl Rig {
             error: event(),
             avail: 0,
             used: 0,
-            device: BlkDevice::new(geometry(), storage, cipher),
+            device: BlkDevice::new(geometry(), VOLUME_BYTES / 512, storage, cipher),
         };
         let attach = ToWorker::Attach {
             id: QUEUE.device,

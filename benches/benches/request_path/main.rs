@@ -20,6 +20,7 @@ use bulkhead_benches::serve::reference::store::{Disk, Scratch};
 use bulkhead_crypto::xts::KEY_BYTES;
 use bulkhead_crypto::{DataUnit, SecretArena, SecretMemory, XtsKey};
 use bulkhead_dataplane::blk::BlkDevice;
+use bulkhead_dataplane::blk::config_space::feature;
 use bulkhead_dataplane::blk::pipeline::{Begun, Local, Pipeline, Start};
 use bulkhead_dataplane::blk::request::parse;
 use bulkhead_dataplane::virtqueue::split::QueueFeatures;
@@ -112,8 +113,9 @@ impl Ours {
     }
 
     fn request(&mut self, head: u16, depth: Depth) -> u32 {
-        let geometry = &self.local.device.geometry;
-        let operation = parse(&mut self.chain, geometry, true).unwrap().unwrap();
+        let device = &self.local.device;
+        let operation = parse(&mut self.chain, device, feature::FLUSH);
+        let operation = operation.unwrap().unwrap();
         if depth == Depth::Parse {
             std::hint::black_box(operation);
             return 0;

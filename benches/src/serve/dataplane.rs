@@ -105,15 +105,16 @@ pub fn block_device(
     arena: &Arc<SecretArena>,
 ) -> Result<Arc<BlkDevice>, ServeError> {
     let geometry = Geometry {
-        capacity_sectors: disk.backing.bytes() / SECTOR_BYTES,
         logical_block_bytes: disk.logical_block_bytes,
         read_only: disk.read_only,
         serial: disk.serial,
         queues: disk.queues,
+        discard: false,
     };
+    let capacity_sectors = disk.backing.bytes() / SECTOR_BYTES;
     let storage = storage(disk.backing, &geometry)?;
     let cipher = disk.xts.map(|xts| expand(&xts, arena)).transpose()?;
-    Ok(BlkDevice::new(geometry, storage, cipher))
+    Ok(BlkDevice::new(geometry, capacity_sectors, storage, cipher))
 }
 
 fn storage(backing: Backing, geometry: &Geometry) -> Result<StorageSpec, ServeError> {

@@ -1,7 +1,10 @@
-//! A block device as every worker sees it: what never changes while it is attached, and its counters.
+//! A block device as every worker sees it: what never changes while it is attached, the little that
+//! does (capacity, cache mode, a failed flush), and its counters.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use bulkhead_crypto::{DataUnit, XtsKey};
 
@@ -11,11 +14,9 @@ use crate::storage::StorageSpec;
 /// Bytes of a sector, always (virtio 1.2, 5.2).
 pub const SECTOR_BYTES: u64 = 512;
 
-/// Shape and identity of a device.
+/// Shape and identity of a device: what never changes while it is attached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Geometry {
-    /// Capacity in sectors.
-    pub capacity_sectors: u64,
     /// Logical block in bytes, 512 or 4096: requests are whole numbers of them.
     pub logical_block_bytes: u32,
     /// Writes are refused.
@@ -24,6 +25,42 @@ pub struct Geometry {
     pub serial: [u8; 20],
     /// Request queues.
     pub queues: u16,
+    /// DISCARD is offered, and reaches the storage.
+    pub discard: bool,
+}
+
+/// Why a device can't have another capacity.
+#[derive(Debug, thiserror::Error)]
+pub enum ResizeError {
+    /// Less than before.
+    #[error(
+        "{to_sectors} sectors are fewer than the device's {from_sectors}: a guest may have data \
+         behind them; a smaller device is another volume"
+    )]
+    Shrinks {
+        /// As it is.
+        from_sectors: u64,
+        /// As it was to be.
+        to_sectors: u64,
+    },
+    /// Not whole logical blocks, or more bytes than a file can have.
+    #[error(
+        "{0} sectors are no size of a device: they are whole logical blocks of it, below 2^63 bytes"
+    )]
+    Size(u64),
+    /// The storage ends before.
+    #[error(
+        "the volume's storage has {has_bytes} bytes, and {needs_bytes} are needed: grow it first"
+    )]
+    Storage {
+        /// Of the storage.
+        has_bytes: u64,
+        /// Of the device.
+        needs_bytes: u64,
+    },
+    /// The storage does not tell its length.
+    #[error("the length of the volume's storage can't be told: {0}")]
+    Io(#[from] std::io::Error),
 }
 
 /// The cipher of an encrypted volume.
@@ -47,6 +84,10 @@ pub struct BlkDevice {
     pub cipher: Option<Cipher>,
     /// Counters, written by the workers.
     pub metrics: Metrics,
+    /// Grows only.
+    capacity_sectors: AtomicU64,
+    /// The driver's cache mode: completed writes may be volatile until a flush.
+    writeback: AtomicBool,
     /// A flush failed: what was written before may be lost, and no later flush can say otherwise.
     flush_failed: AtomicBool,
 }
@@ -54,14 +95,76 @@ pub struct BlkDevice {
 impl BlkDevice {
     /// A device.
     #[must_use]
-    pub fn new(geometry: Geometry, storage: StorageSpec, cipher: Option<Cipher>) -> Arc<Self> {
+    pub fn new(
+        geometry: Geometry,
+        capacity_sectors: u64,
+        storage: StorageSpec,
+        cipher: Option<Cipher>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             geometry,
             storage,
             cipher,
             metrics: Metrics::default(),
+            capacity_sectors: AtomicU64::new(capacity_sectors),
+            writeback: AtomicBool::new(true),
             flush_failed: AtomicBool::new(false),
         })
+    }
+
+    /// Capacity in sectors. Whoever checks a request against it reads it once, and uses what it read.
+    #[must_use]
+    #[inline]
+    pub fn capacity_sectors(&self) -> u64 {
+        self.capacity_sectors.load(Ordering::Acquire)
+    }
+
+    /// Gives it another capacity: at least the one it has, and no more than its storage has. To be called
+    /// by one thread at a time; the frontend still has to be told.
+    ///
+    /// # Errors
+    /// See [`ResizeError`]; then nothing has changed.
+    pub fn resize(&self, capacity_sectors: u64) -> Result<(), ResizeError> {
+        let from_sectors = self.capacity_sectors();
+        if capacity_sectors < from_sectors {
+            return Err(ResizeError::Shrinks {
+                from_sectors,
+                to_sectors: capacity_sectors,
+            });
+        }
+        let block = u64::from(self.geometry.logical_block_bytes);
+        let needs_bytes = capacity_sectors
+            .checked_mul(SECTOR_BYTES)
+            .filter(|bytes| i64::try_from(*bytes).is_ok() && bytes.is_multiple_of(block))
+            .ok_or(ResizeError::Size(capacity_sectors))?;
+        let has_bytes = self.storage.bytes()?;
+        if needs_bytes > has_bytes {
+            return Err(ResizeError::Storage {
+                has_bytes,
+                needs_bytes,
+            });
+        }
+        self.capacity_sectors
+            .store(capacity_sectors, Ordering::Release);
+        Ok(())
+    }
+
+    /// The cache mode that the driver chose (virtio 1.2, 5.2.5.2): completed writes may be volatile
+    /// until a flush. Without FLUSH negotiated they never are, whatever this says.
+    #[must_use]
+    #[inline]
+    pub fn writeback(&self) -> bool {
+        self.writeback.load(Ordering::Acquire)
+    }
+
+    /// Chooses the cache mode.
+    pub fn set_writeback(&self, writeback: bool) {
+        self.writeback.store(writeback, Ordering::Release);
+    }
+
+    /// What a reset of the device puts back. A failed flush stays failed: what it lost stays lost.
+    pub fn reset(&self) {
+        self.set_writeback(true);
     }
 
     /// Whether a flush failed since it was attached.
@@ -73,5 +176,76 @@ impl BlkDevice {
     /// From now on every flush fails, until the volume is attached anew.
     pub fn latch_flush_failure(&self) {
         self.flush_failed.store(true, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{FileSpec, RamSpec};
+
+    fn device(storage: StorageSpec, capacity_sectors: u64) -> Arc<BlkDevice> {
+        let geometry = Geometry {
+            logical_block_bytes: 4096,
+            read_only: false,
+            serial: [0; 20],
+            queues: 1,
+            discard: false,
+        };
+        BlkDevice::new(geometry, capacity_sectors, storage, None)
+    }
+
+    #[test]
+    fn it_grows_as_far_as_its_storage_does() {
+        let file = tempfile::NamedTempFile::new_in(".").expect("temporary file");
+        file.as_file().set_len(1 << 20).expect("length");
+        let fd = file.reopen().expect("reopen").into();
+        let spec = FileSpec::from_fd(fd, false, 4096).expect("usable");
+        let device = device(StorageSpec::File(spec), 2048);
+        let error = device
+            .resize(2056)
+            .expect_err("the file is as short as before");
+        assert!(matches!(
+            error,
+            ResizeError::Storage {
+                has_bytes: 1_048_576,
+                ..
+            }
+        ));
+        assert_eq!(device.capacity_sectors(), 2048);
+        file.as_file().set_len(2 << 20).expect("length");
+        device.resize(4096).expect("the file has grown");
+        assert_eq!(device.capacity_sectors(), 4096);
+    }
+
+    #[test]
+    fn it_never_shrinks_and_has_whole_blocks() {
+        let ram = RamSpec::new(1 << 20).expect("memory");
+        let device = device(StorageSpec::Ram(ram), 1024);
+        let shrinks = device.resize(1016).expect_err("smaller");
+        assert!(matches!(
+            shrinks,
+            ResizeError::Shrinks {
+                from_sectors: 1024,
+                ..
+            }
+        ));
+        for odd in [1025, 1031, u64::MAX, u64::MAX / 512] {
+            let error = device.resize(odd).expect_err("no size");
+            assert!(matches!(error, ResizeError::Size(_)), "{odd}: {error}");
+        }
+        device.resize(1024).expect("as it is");
+        device.resize(2048).expect("all of it");
+        assert!(device.resize(2056).is_err());
+    }
+
+    #[test]
+    fn a_reset_puts_the_cache_mode_back_and_forgives_no_failed_flush() {
+        let device = device(StorageSpec::Null, 8);
+        assert!(device.writeback());
+        device.set_writeback(false);
+        device.latch_flush_failure();
+        device.reset();
+        assert!(device.writeback() && device.flush_failed());
     }
 }

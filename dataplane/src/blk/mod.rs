@@ -8,5 +8,5 @@ pub mod pipeline;
 pub mod request;
 pub mod transform;
 
-pub use device::{BlkDevice, Cipher, Geometry, SECTOR_BYTES};
+pub use device::{BlkDevice, Cipher, Geometry, ResizeError, SECTOR_BYTES};
 pub use metrics::{Counter, Metrics};

@@ -2,7 +2,8 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use super::device::{Geometry, SECTOR_BYTES};
+use super::config_space::feature;
+use super::device::{BlkDevice, SECTOR_BYTES};
 use crate::virtqueue::{Chain, RingError};
 
 /// Request types (virtio 1.2, 5.2.6).
@@ -54,45 +55,53 @@ const HEADER_BYTES: usize = 16;
 const MAX_ID_BYTES: u64 = 512;
 
 /// Parses a chain, and splits header and status off its buffers: what is asked, or the status
-/// that says why it can't be done.
+/// that says why it can't be done. `features` are the negotiated ones.
 ///
 /// # Errors
 /// [`RingError::NoStatus`]: there is no way to answer.
 #[inline]
 pub fn parse(
     chain: &mut Chain,
-    geometry: &Geometry,
-    flush: bool,
+    device: &BlkDevice,
+    features: u64,
 ) -> Result<Result<Operation, Status>, RingError> {
     if !chain.writable.split_last_byte() {
         return Err(RingError::NoStatus);
     }
     Ok(match chain.readable.take_front::<HEADER_BYTES>() {
-        Some(header) => decide(header, chain, geometry, flush),
+        Some(header) => decide(header, chain, device, features),
         None => Err(Status::IoError),
     })
+}
+
+/// Whether a write is to be completed only once it is stable: without FLUSH a driver has no way to ask
+/// for that, and in write-through mode it relies on it (virtio 1.2, 5.2.6.2).
+#[must_use]
+#[inline]
+pub fn is_durable(device: &BlkDevice, features: u64) -> bool {
+    features & feature::FLUSH == 0 || !device.writeback()
 }
 
 #[inline]
 fn decide(
     header: [u8; HEADER_BYTES],
     chain: &Chain,
-    geometry: &Geometry,
-    flush: bool,
+    device: &BlkDevice,
+    features: u64,
 ) -> Result<Operation, Status> {
     let [t0, t1, t2, t3, _, _, _, _, s0, s1, s2, s3, s4, s5, s6, s7] = header;
     let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
     match u32::from_le_bytes([t0, t1, t2, t3]) {
         kind::IN if chain.readable.is_empty() => {
-            let offset_bytes = range(sector, chain.writable.bytes(), geometry)?;
+            let offset_bytes = range(sector, chain.writable.bytes(), device)?;
             Ok(Operation::Read { offset_bytes })
         }
-        kind::OUT if chain.writable.is_empty() && !geometry.read_only => {
-            let offset_bytes = range(sector, chain.readable.bytes(), geometry)?;
+        kind::OUT if chain.writable.is_empty() && !device.geometry.read_only => {
+            let offset_bytes = range(sector, chain.readable.bytes(), device)?;
             Ok(Operation::Write { offset_bytes })
         }
         kind::IN | kind::OUT => Err(Status::IoError),
-        kind::FLUSH if flush => Ok(Operation::Flush),
+        kind::FLUSH if features & feature::FLUSH != 0 => Ok(Operation::Flush),
         kind::GET_ID if (1..=MAX_ID_BYTES).contains(&chain.writable.bytes()) => {
             Ok(Operation::GetId)
         }
@@ -103,9 +112,10 @@ fn decide(
 
 /// First byte of a range of the device.
 #[inline]
-fn range(sector: u64, bytes: u64, geometry: &Geometry) -> Result<u64, Status> {
-    let block = u64::from(geometry.logical_block_bytes);
-    let capacity = geometry.capacity_sectors.saturating_mul(SECTOR_BYTES);
+fn range(sector: u64, bytes: u64, device: &BlkDevice) -> Result<u64, Status> {
+    let block = u64::from(device.geometry.logical_block_bytes);
+    // Once: it may grow meanwhile.
+    let capacity = device.capacity_sectors().saturating_mul(SECTOR_BYTES);
     let offset = sector.checked_mul(SECTOR_BYTES).ok_or(Status::IoError)?;
     let end = offset.checked_add(bytes).ok_or(Status::IoError)?;
     if bytes == 0 || end > capacity || (offset | bytes) & (block - 1) != 0 {
@@ -122,18 +132,21 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::blk::Geometry;
     use crate::memory::{GuestBuffer, Lease, anonymous};
+    use crate::storage::StorageSpec;
 
     const MEMORY_BYTES: u64 = 1 << 20;
 
-    fn geometry(capacity_sectors: u64, logical_block_bytes: u32, read_only: bool) -> Geometry {
-        Geometry {
-            capacity_sectors,
-            logical_block_bytes,
+    fn device(capacity_sectors: u64, block_bytes: u32, read_only: bool) -> Arc<BlkDevice> {
+        let geometry = Geometry {
+            logical_block_bytes: block_bytes,
             read_only,
             serial: [0; 20],
             queues: 1,
-        }
+            discard: false,
+        };
+        BlkDevice::new(geometry, capacity_sectors, StorageSpec::Null, None)
     }
 
     /// A chain with a header as given and `readable` and `writable` bytes of data.
@@ -170,10 +183,10 @@ mod tests {
             read_only in any::<bool>(),
         ) {
             let bytes = blocks * 512 + odd;
-            let geometry = geometry(capacity, block, read_only);
+            let device = device(capacity, block, read_only);
             let (readable, writable) = if kind == kind::IN { (0, bytes) } else { (bytes, 0) };
             let mut chain = chain(kind, sector, readable, writable);
-            let parsed = parse(&mut chain, &geometry, true).expect("it has a status");
+            let parsed = parse(&mut chain, &device, feature::FLUSH).expect("it has a status");
             let inside = sector
                 .checked_mul(512)
                 .and_then(|at| at.checked_add(u64::from(bytes)))
@@ -198,34 +211,31 @@ mod tests {
 
     #[test]
     fn the_wrong_direction_is_an_error() {
-        let geometry = geometry(1024, 512, false);
+        let device = device(1024, 512, false);
         for (kind, readable, writable) in [(kind::IN, 512, 512), (kind::OUT, 512, 512)] {
             let mut chain = chain(kind, 0, readable, writable);
             assert_eq!(
-                parse(&mut chain, &geometry, true),
+                parse(&mut chain, &device, feature::FLUSH),
                 Ok(Err(Status::IoError)),
                 "{kind}"
             );
         }
         let mut nothing = chain(kind::GET_ID, 0, 0, 0);
         assert_eq!(
-            parse(&mut nothing, &geometry, true),
+            parse(&mut nothing, &device, feature::FLUSH),
             Ok(Err(Status::IoError))
         );
     }
 
     #[test]
     fn a_flush_that_was_not_negotiated_and_types_of_others_are_not_supported() {
-        let geometry = geometry(1024, 512, true);
+        let device = device(1024, 512, true);
         let mut flush = chain(kind::FLUSH, 0, 0, 0);
-        assert_eq!(
-            parse(&mut flush, &geometry, false),
-            Ok(Err(Status::Unsupported))
-        );
+        assert_eq!(parse(&mut flush, &device, 0), Ok(Err(Status::Unsupported)));
         for kind in [2, 3, 5, 7, 9, 10, 11, 13, 14, 0x8000_0000, u32::MAX] {
             let mut chain = chain(kind, 0, 0, 512);
             assert_eq!(
-                parse(&mut chain, &geometry, true),
+                parse(&mut chain, &device, feature::FLUSH),
                 Ok(Err(Status::Unsupported)),
                 "{kind}"
             );
@@ -236,7 +246,7 @@ mod tests {
     fn without_a_status_byte_there_is_no_answer() {
         let mut chain = chain(kind::IN, 0, 0, 0);
         chain.writable.release();
-        let error = parse(&mut chain, &geometry(8, 512, false), true);
+        let error = parse(&mut chain, &device(8, 512, false), feature::FLUSH);
         assert_eq!(error, Err(RingError::NoStatus));
     }
 }

@@ -11,7 +11,7 @@ use bulkhead_protocol::keys::VolumeGrant;
 use bulkhead_protocol::{SocketName, VolumeId};
 
 use super::answer::Agent;
-use super::grant::geometry;
+use super::grant::{capacity_sectors, geometry};
 use super::volumes::{Serving, Volume, Volumes, into_key};
 use crate::blk::{BlkDevice, Cipher};
 use crate::server::{Access, Server};
@@ -124,6 +124,7 @@ impl Volumes {
         };
         Ok(BlkDevice::new(
             geometry(grant),
+            capacity_sectors(grant),
             StorageSpec::File(file),
             cipher,
         ))

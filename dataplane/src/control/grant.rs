@@ -7,8 +7,8 @@ use std::sync::Arc;
 
 use bulkhead_crypto::xts::KEY_BYTES;
 use bulkhead_crypto::{DataUnit, SecretArena, SecretMemory, XtsKey};
-use bulkhead_protocol::Received;
 use bulkhead_protocol::keys::{KeydToDataplane, VolumeGrant, XTS_KEY_BYTES};
+use bulkhead_protocol::{DiscardPolicy, Received};
 
 use crate::blk::Geometry;
 
@@ -104,17 +104,22 @@ pub(super) fn geometry(grant: &VolumeGrant) -> Geometry {
         *to = from;
     }
     Geometry {
-        capacity_sectors: grant.size_bytes / SECTOR_BYTES,
         logical_block_bytes: grant.logical_block_bytes,
         read_only: grant.read_only,
         serial,
         queues: grant.queues,
+        discard: grant.discard == DiscardPolicy::Pass,
     }
+}
+
+/// Its capacity in sectors.
+pub(super) fn capacity_sectors(grant: &VolumeGrant) -> u64 {
+    grant.size_bytes / SECTOR_BYTES
 }
 
 #[cfg(test)]
 mod tests {
-    use bulkhead_protocol::{DiscardPolicy, VolumeId};
+    use bulkhead_protocol::VolumeId;
 
     use super::*;
 
@@ -171,7 +176,7 @@ mod tests {
     #[test]
     fn the_device_is_what_was_granted() {
         let device = geometry(&grant());
-        assert_eq!(device.capacity_sectors, 2048);
+        assert_eq!(capacity_sectors(&grant()), 2048);
         assert_eq!(&device.serial[..8], b"serial\0\0");
     }
 }

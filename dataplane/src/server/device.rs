@@ -86,7 +86,7 @@ impl Device {
             id,
             features: config_space::features(&device.geometry),
             queues: device.geometry.queues,
-            config: config_space::bytes(&device.geometry),
+            config: config_space::read(device),
         };
         Ok(Self {
             facts,

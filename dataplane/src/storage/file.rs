@@ -10,7 +10,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::stat::{SFlag, fstat};
+use nix::sys::stat::{FileStat, SFlag, fstat};
 
 /// Why a descriptor can't be a volume.
 #[derive(Debug, thiserror::Error)]
@@ -74,13 +74,7 @@ impl FileSpec {
         read_only: bool,
         logical_block_bytes: u32,
     ) -> Result<Self, StorageError> {
-        let stat = fstat(&fd).map_err(failed("fstat"))?;
-        let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
-        let bytes = match kind {
-            SFlag::S_IFREG => u64::try_from(stat.st_size).unwrap_or(0),
-            SFlag::S_IFBLK => block_device_bytes(&fd)?,
-            _ => return Err(StorageError::Kind),
-        };
+        let (kind, stat, bytes) = measure(&fd)?;
         let identity = match kind {
             SFlag::S_IFBLK => (stat.st_rdev, u64::MAX),
             _ => (stat.st_dev, stat.st_ino),
@@ -106,6 +100,27 @@ impl FileSpec {
             offset_align_bytes: offset.max(1),
         })
     }
+
+    /// Its length in bytes, as it is now.
+    ///
+    /// # Errors
+    /// What `fstat` or BLKGETSIZE64 fails with.
+    pub fn current_bytes(&self) -> io::Result<u64> {
+        let (_, _, bytes) = measure(&self.fd).map_err(io::Error::other)?;
+        Ok(bytes)
+    }
+}
+
+/// What kind of file it is, what else the kernel says of it, and its length in bytes.
+fn measure(fd: &OwnedFd) -> Result<(SFlag, FileStat, u64), StorageError> {
+    let stat = fstat(fd).map_err(failed("fstat"))?;
+    let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
+    let bytes = match kind {
+        SFlag::S_IFREG => u64::try_from(stat.st_size).unwrap_or(0),
+        SFlag::S_IFBLK => block_device_bytes(fd)?,
+        _ => return Err(StorageError::Kind),
+    };
+    Ok((kind, stat, bytes))
 }
 
 fn failed<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> StorageError {

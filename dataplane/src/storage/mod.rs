@@ -19,3 +19,17 @@ pub enum StorageSpec {
     /// Memory of this process, for measuring.
     Ram(RamSpec),
 }
+
+impl StorageSpec {
+    /// Its length in bytes, as it is now.
+    ///
+    /// # Errors
+    /// What asking the kernel fails with.
+    pub fn bytes(&self) -> std::io::Result<u64> {
+        match self {
+            Self::File(file) => file.current_bytes(),
+            Self::Null => Ok(i64::MAX.unsigned_abs()),
+            Self::Ram(ram) => Ok(ram.bytes()),
+        }
+    }
+}

@@ -7,7 +7,6 @@ use std::rc::Rc;
 
 use super::message::{QueueId, QueueStart};
 use super::ring::{EntryId, FixedFile};
-use crate::blk::config_space::feature;
 use crate::blk::pipeline::{Local, Outcome};
 use crate::blk::request::Status;
 use crate::virtqueue::split::QueueFeatures;
@@ -68,8 +67,8 @@ pub struct Queue {
     pub call: Option<Call>,
     /// Where the frontend hears that it retired.
     pub error: Option<OwnedFd>,
-    /// FLUSH was negotiated.
-    pub flush: bool,
+    /// Negotiated features.
+    pub features: u64,
     tally: Tally,
 }
 
@@ -94,7 +93,7 @@ impl Queue {
             kick: None,
             call: None,
             error: start.error,
-            flush: start.features & feature::FLUSH != 0,
+            features: start.features,
             tally: Tally::default(),
         })
     }

@@ -22,7 +22,7 @@ use super::queue::Queue;
 use super::ring::{Action, Completion, FixedFile};
 use crate::blk::BlkDevice;
 use crate::blk::pipeline::{Begun, Local, Outcome, Pipeline, Start, TOKEN_BITS};
-use crate::blk::request::parse;
+use crate::blk::request::{is_durable, parse};
 use crate::storage::StorageSpec;
 use crate::virtqueue::{Chain, RingError};
 use events::Armed;
@@ -463,7 +463,7 @@ fn serve(
             Ok(None) => return (taken, None),
             Err(error) => return (taken, Some(error)),
         };
-        let parsed = match parse(chain, &queue.local.device.geometry, queue.flush) {
+        let parsed = match parse(chain, &queue.local.device, queue.features) {
             Ok(parsed) => parsed,
             Err(error) => {
                 queue.ring.abandon(head);
@@ -477,7 +477,7 @@ fn serve(
                     head,
                     operation,
                     local: &queue.local,
-                    durable: !queue.flush,
+                    durable: is_durable(&queue.local.device, queue.features),
                 };
                 pipeline.begin(start, chain)
             }
