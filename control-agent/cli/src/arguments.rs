@@ -6,7 +6,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 mod volume;
 
-pub(crate) use volume::{VolumeCreate, VolumeRecover};
+pub(crate) use volume::{VolumeCreate, VolumeExport, VolumeRecover, VolumeReseal};
 
 /// Where rot puts the agent's socket.
 const ADMIN_SOCKET: &str = "/run/bulkhead/admin.sock";
@@ -87,8 +87,12 @@ pub(crate) enum HostCommand {
 pub(crate) enum VolumeCommand {
     /// Make a volume: a random key sealed to its hosts and to recovery, its file, its stanza
     Create(Box<VolumeCreate>),
+    /// Seal a volume's key anew: to further hosts, or for a greater size
+    Reseal(VolumeReseal),
     /// Without any Bulkhead running: a volume's key, and the cryptsetup line that opens it
     Recover(VolumeRecover),
+    /// Without any Bulkhead running: a volume's bytes, decrypted, to a stream or a file
+    Export(VolumeExport),
 }
 
 #[derive(Debug, Args)]

@@ -1,4 +1,5 @@
-//! The file behind a new volume: made and reserved in full, or one that is there and large enough.
+//! The file behind a volume: made and reserved in full, one that is there and large enough, or one
+//! that grows.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek as _, SeekFrom};
@@ -68,19 +69,21 @@ fn make(path: &Path, size_bytes: u64) -> Result<(File, Image), Failure> {
     let image = Image {
         made: Some(path.to_owned()),
     };
-    reserve(&file, path, size_bytes)?;
+    reserve(&file, path, 0, size_bytes)?;
     file.sync_all().map_err(|e| Failure::at(path, e))?;
     Ok((file, image))
 }
 
-/// Reserves every block. `fallocate(2)` itself and not the C library's `posix_fallocate`, which
+/// Reserves every block from `has_bytes` on. `fallocate(2)` itself and not the C library's `posix_fallocate`, which
 /// writes to every block where the file system can't reserve: there the file is left sparse, and
 /// the operator is told.
-fn reserve(file: &File, path: &Path, size_bytes: u64) -> Result<(), Failure> {
-    let length = i64::try_from(size_bytes)
-        .map_err(|_| Failure::new(format!("--size: {size_bytes} bytes: no file is that large")))?;
+fn reserve(file: &File, path: &Path, has_bytes: u64, size_bytes: u64) -> Result<(), Failure> {
+    let too_large = |_| Failure::new(format!("--size: {size_bytes} bytes: no file is that large"));
+    i64::try_from(size_bytes).map_err(too_large)?;
+    let from = i64::try_from(has_bytes).map_err(too_large)?;
+    let length = i64::try_from(size_bytes - has_bytes).map_err(too_large)?;
     loop {
-        return match fallocate(file, FallocateFlags::empty(), 0, length) {
+        return match fallocate(file, FallocateFlags::empty(), from, length) {
             Ok(()) => Ok(()),
             Err(Errno::EINTR) => continue,
             Err(Errno::EOPNOTSUPP) => {
@@ -101,13 +104,53 @@ fn reserve(file: &File, path: &Path, size_bytes: u64) -> Result<(), Failure> {
     }
 }
 
-fn check_existing(path: &Path, size_bytes: u64) -> Result<File, Failure> {
+/// Enlarges a volume's file to `size_bytes`, which are reserved; a device is only looked at. Nothing
+/// of what the file holds changes, and it may be in use. True if it was enlarged.
+pub(crate) fn grow(path: &Path, size_bytes: u64) -> Result<bool, Failure> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlag::O_NONBLOCK.bits())
+        .open(path)
+        .map_err(|e| Failure::at(path, e))?;
+    let has_bytes = length_of(&file, path)?;
+    if has_bytes >= size_bytes {
+        return Ok(false);
+    }
+    let kind = file.metadata().map_err(|e| Failure::at(path, e))?;
+    if !kind.is_file() {
+        return Err(Failure::at(
+            path,
+            format!(
+                "is a block device of {has_bytes} bytes, and the volume is to have {size_bytes}: \
+                 enlarge it with the tools that made it (`lvextend`, for one) first"
+            ),
+        ));
+    }
+    reserve(&file, path, has_bytes, size_bytes)?;
+    file.sync_all().map_err(|e| Failure::at(path, e))?;
+    Ok(true)
+}
+
+/// Opens a volume's file for reading, if it is one and has at least `size_bytes`.
+pub(crate) fn check_existing(path: &Path, size_bytes: u64) -> Result<File, Failure> {
     // Non-blocking, so that a pipe of that name can't hold us up before it is refused.
-    let mut file = OpenOptions::new()
+    let file = OpenOptions::new()
         .read(true)
         .custom_flags(OFlag::O_NONBLOCK.bits())
         .open(path)
         .map_err(|e| Failure::at(path, e))?;
+    let length = length_of(&file, path)?;
+    if length < size_bytes {
+        return Err(Failure::at(
+            path,
+            format!("has {length} bytes, and the volume needs {size_bytes}"),
+        ));
+    }
+    Ok(file)
+}
+
+fn length_of(mut file: &File, path: &Path) -> Result<u64, Failure> {
     let kind = file
         .metadata()
         .map_err(|e| Failure::at(path, e))?
@@ -116,14 +159,6 @@ fn check_existing(path: &Path, size_bytes: u64) -> Result<File, Failure> {
         return Err(Failure::at(path, "is neither a file nor a block device"));
     }
     // The end of a block device is found by going there; its metadata says 0.
-    let length = file
-        .seek(SeekFrom::End(0))
-        .map_err(|e| Failure::at(path, e))?;
-    if length < size_bytes {
-        return Err(Failure::at(
-            path,
-            format!("has {length} bytes, and the volume needs {size_bytes}"),
-        ));
-    }
-    Ok(file)
+    file.seek(SeekFrom::End(0))
+        .map_err(|e| Failure::at(path, e))
 }

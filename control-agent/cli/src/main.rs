@@ -1,5 +1,5 @@
 //! `bulkhead`: the operator's command line. It makes keys, trust roots and volumes, signs bundles,
-//! hands them to a host's agent, and recovers a volume's key when there is no Bulkhead left.
+//! hands them to a host's agent, and recovers a volume's key or bytes when there is no Bulkhead left.
 //!
 //! | module | owns |
 //! | --- | --- |
@@ -7,8 +7,10 @@
 //! | `operator` | operators' keys, trust roots, signing |
 //! | `recipient` | the keys of hosts and of recovery |
 //! | `volume` | making a volume: its key, file and stanza |
-//! | `image` | the file behind a new volume |
+//! | `image` | the file behind a new volume, or one that grows |
+//! | `reseal` | a volume's key for more hosts or another size |
 //! | `recover` | a volume's key from its recovery key, for `cryptsetup` |
+//! | `export` | a volume's bytes, decrypted, to a stream or a file |
 //! | `show` | what an envelope or a source says |
 //! | `admin` | talking to a host's agent |
 //! | `status` | what the agent answers, as a table or JSON |
@@ -20,6 +22,7 @@
 
 mod admin;
 mod arguments;
+mod export;
 mod failure;
 mod image;
 mod json;
@@ -27,6 +30,7 @@ mod operator;
 mod output;
 mod recipient;
 mod recover;
+mod reseal;
 mod show;
 mod status;
 mod volume;
@@ -62,7 +66,9 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Recovery(RecoveryCommand::New(a)) => recipient::recovery(&a),
         Command::Host(HostCommand::Init(a)) => recipient::host(&a),
         Command::Volume(VolumeCommand::Create(a)) => volume::create(&a),
+        Command::Volume(VolumeCommand::Reseal(a)) => reseal::reseal(&a),
         Command::Volume(VolumeCommand::Recover(a)) => recover::recover(&a),
+        Command::Volume(VolumeCommand::Export(a)) => export::export(&a),
         Command::Show(a) => show::show(&a),
         Command::Apply(a) => admin::apply(&a),
         Command::Status(a) => admin::status(&a),

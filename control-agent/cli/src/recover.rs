@@ -52,7 +52,8 @@ pub(crate) fn recover(arguments: &VolumeRecover) -> Result<(), Failure> {
     Ok(())
 }
 
-fn find<'a>(volumes: &'a [Volume], wanted: &str) -> Result<&'a Volume, Failure> {
+/// The volume of that name or id.
+pub(crate) fn find<'a>(volumes: &'a [Volume], wanted: &str) -> Result<&'a Volume, Failure> {
     let found = volumes
         .iter()
         .find(|volume| volume.name == wanted || volume.id.to_string() == wanted);
@@ -65,7 +66,8 @@ fn find<'a>(volumes: &'a [Volume], wanted: &str) -> Result<&'a Volume, Failure> 
     })
 }
 
-fn sealed_for(volume: &Volume, recipient: &str) -> Result<SealedKey, Failure> {
+/// The volume's key as it is sealed to a recipient.
+pub(crate) fn sealed_for(volume: &Volume, recipient: &str) -> Result<SealedKey, Failure> {
     let entry = volume.sealed_for(recipient).ok_or_else(|| {
         let names = volume.sealed_keys.iter().map(|e| e.recipient.as_str());
         Failure::new(format!(

@@ -1,5 +1,7 @@
 //! Making a volume: a random key, sealed and forgotten, its file, and its stanza for a bundle.
 
+use std::path::PathBuf;
+
 use bulkhead_bundle::validate::check_host_name;
 use bulkhead_bundle::{
     HostBundle, RECOVERY_RECIPIENT, SealedKeyEntry, SocketSpec, Volume, private_file, source,
@@ -49,13 +51,7 @@ pub(crate) fn create(arguments: &VolumeCreate) -> Result<(), Failure> {
 /// The hosts, then recovery. A file given for the wrong role is refused: a host's key as recovery
 /// would make a volume that only its own host can open.
 fn recipients(arguments: &VolumeCreate) -> Result<Vec<RecipientPublicKey>, Failure> {
-    let mut recipients = Vec::new();
-    for path in &arguments.hosts {
-        let host = RecipientPublicKey::load(path)?;
-        check_host_name(&host.name)
-            .map_err(|e| Failure::at(path, format!("is not a host's public key: {e}")))?;
-        recipients.push(host);
-    }
+    let mut recipients = host_keys(&arguments.hosts)?;
     if let Some(path) = &arguments.recovery {
         let recovery = RecipientPublicKey::load(path)?;
         if recovery.name != RECOVERY_RECIPIENT {
@@ -71,6 +67,18 @@ fn recipients(arguments: &VolumeCreate) -> Result<Vec<RecipientPublicKey>, Failu
         recipients.push(recovery);
     }
     Ok(recipients)
+}
+
+/// Hosts' public keys, and nobody else's.
+pub(crate) fn host_keys(paths: &[PathBuf]) -> Result<Vec<RecipientPublicKey>, Failure> {
+    let mut hosts = Vec::with_capacity(paths.len());
+    for path in paths {
+        let host = RecipientPublicKey::load(path)?;
+        check_host_name(&host.name)
+            .map_err(|e| Failure::at(path, format!("is not a host's public key: {e}")))?;
+        hosts.push(host);
+    }
+    Ok(hosts)
 }
 
 /// The volume that the command line describes, still without sealed keys.
@@ -138,15 +146,24 @@ fn sealed_keys(
     random(key)?;
     let mut entries = Vec::with_capacity(recipients.len());
     for recipient in recipients {
-        let sealed = seal(key, recipient, context)?; // refuses a key with equal halves
-        entries.push(SealedKeyEntry {
-            recipient: sealed.recipient,
-            fingerprint: sealed.fingerprint,
-            enc: sealed.enc,
-            ciphertext: sealed.ciphertext,
-        });
+        entries.push(seal_to(key, recipient, context)?);
     }
     Ok(entries)
+}
+
+/// The key, sealed to one recipient. A key with equal halves is refused.
+pub(crate) fn seal_to(
+    key: &[u8; XTS_KEY_BYTES],
+    recipient: &RecipientPublicKey,
+    context: &VolumeContext,
+) -> Result<SealedKeyEntry, Failure> {
+    let sealed = seal(key, recipient, context)?;
+    Ok(SealedKeyEntry {
+        recipient: sealed.recipient,
+        fingerprint: sealed.fingerprint,
+        enc: sealed.enc,
+        ciphertext: sealed.ciphertext,
+    })
 }
 
 /// Room for one volume key in memory that no other process, core file or swap shows; it is wiped
@@ -167,7 +184,7 @@ fn random(bytes: &mut [u8]) -> Result<(), Failure> {
 
 /// Holds the volume against the bundle's own rules, so that the mistake is named here and not when
 /// the bundle is signed.
-fn check(volume: &Volume) -> Result<(), Failure> {
+pub(crate) fn check(volume: &Volume) -> Result<(), Failure> {
     validate(&bundle_of(vec![volume.clone()])).map_err(|error| {
         let option = match error.field {
             "sealed_key" => "host".to_owned(),

@@ -1,4 +1,4 @@
-//! The command line of `volume`: making one, and recovering its key.
+//! The command line of `volume`: making one, sealing its key anew, recovering its key or its bytes.
 
 use std::path::PathBuf;
 
@@ -141,6 +141,76 @@ pub(crate) struct VolumeRecover {
     #[arg(long, value_name = "FILE")]
     pub(crate) recovery: PathBuf,
     /// The key file to make: 64 bytes, mode 0600
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+}
+
+const EXPORT_HELP: &str = "\
+Examples:
+  bulkhead volume export --bundle bundle.cose --volume disk --recovery recovery.key \\
+      --file /srv/volumes/disk.img --out disk.raw
+  bulkhead volume export --bundle disk.toml --volume disk --recovery recovery.key \\
+      --file /srv/volumes/disk.img | zstd > disk.raw.zst
+
+While it runs the volume is locked: a guest that starts meanwhile waits for its disk. What the
+guest never wrote of an encrypted volume comes out as random bytes.";
+
+#[derive(Debug, Args)]
+#[command(after_help = EXPORT_HELP)]
+pub(crate) struct VolumeExport {
+    /// An envelope, a bundle's source, or the volume's stanza
+    #[arg(long, value_name = "FILE")]
+    pub(crate) bundle: PathBuf,
+    /// The volume's name or id
+    #[arg(long, value_name = "NAME")]
+    pub(crate) volume: String,
+    /// The recovery key (or a host's key, if the volume is sealed to that); a plain volume needs none
+    #[arg(long, value_name = "FILE")]
+    pub(crate) recovery: Option<PathBuf>,
+    /// The volume's file or block device
+    #[arg(long, value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    /// Where the bytes go: a file of mode 0600, sparse where they are zero; - is standard output
+    #[arg(long, value_name = "FILE", default_value = "-")]
+    pub(crate) out: PathBuf,
+    /// Overwrite --out, and read the volume even while it is in use
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+const RESEAL_HELP: &str = "\
+Examples:
+  for a further host, to migrate a guest there:
+  bulkhead volume reseal --volume disk.toml --recovery recovery.key --host host-b.pub --out disk-2.toml
+  for a greater size, which the guest sees at the next `bulkhead apply`:
+  bulkhead volume reseal --volume disk.toml --recovery recovery.key --host host-a.pub \\
+      --size 128MiB --grow-file /srv/volumes/disk.img --out disk-2.toml
+
+The key stays the same, and so do the volume's bytes. A sealed key holds for one size: with --size,
+each host of the volume has to be given again (or dropped).";
+
+#[derive(Debug, Args)]
+#[command(after_help = RESEAL_HELP)]
+pub(crate) struct VolumeReseal {
+    /// The volume's stanza, as it is now
+    #[arg(long, value_name = "FILE")]
+    pub(crate) volume: PathBuf,
+    /// The recovery key; a plain volume needs none
+    #[arg(long, value_name = "FILE")]
+    pub(crate) recovery: Option<PathBuf>,
+    /// Its new capacity, not below the one it has
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) size: Option<u64>,
+    /// Public key of a host that may serve it; may be given several times
+    #[arg(long = "host", value_name = "FILE")]
+    pub(crate) hosts: Vec<PathBuf>,
+    /// A host that the key is sealed to no more; may be given several times
+    #[arg(long = "drop-host", value_name = "NAME")]
+    pub(crate) dropped: Vec<String>,
+    /// Enlarge this, the volume's file, to its new size
+    #[arg(long, value_name = "FILE")]
+    pub(crate) grow_file: Option<PathBuf>,
+    /// The stanza to write
     #[arg(long, value_name = "FILE")]
     pub(crate) out: PathBuf,
 }

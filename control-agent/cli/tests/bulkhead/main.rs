@@ -2,9 +2,11 @@
 //! exit code, and what is left behind in files.
 
 mod admin;
+mod export;
 mod flow;
 mod keys;
 mod refusals;
+mod reseal;
 mod volumes;
 
 use std::fs;

@@ -52,6 +52,8 @@ fn help_has_an_example_for_every_command() {
         "host init",
         "volume create",
         "volume recover",
+        "volume export",
+        "volume reseal",
         "sign",
         "show",
         "apply",
