@@ -163,6 +163,21 @@ fn ieee_1619_vectors() {
 }
 
 #[test]
+fn a_key_is_told_from_one_that_differs_in_any_half() {
+    let bytes: [u8; 64] = std::array::from_fn(|i| u8::try_from(i).expect("small"));
+    let arena = SecretArena::new(4).expect("arena");
+    let key = XtsKey::new(&arena, &bytes).expect("key");
+    let again = XtsKey::new(&arena, &bytes).expect("key");
+    assert!(key.is_same(&again) && key.is_same(&key));
+    for at in [0, 31, 32, 63] {
+        let mut other = bytes;
+        other[at] ^= 0x80;
+        let other = XtsKey::new(&arena, &other).expect("key");
+        assert!(!key.is_same(&other) && !other.is_same(&key), "byte {at}");
+    }
+}
+
+#[test]
 fn equal_halves_are_refused() {
     let arena = SecretArena::new(1).expect("arena");
     assert!(matches!(

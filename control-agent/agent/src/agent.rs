@@ -51,7 +51,7 @@ pub(crate) struct Known {
     pub(crate) accepted: Option<Stored>,
     /// A bundle that keyd may have accepted: nothing else happens until that is known.
     pub(crate) candidate: Option<Stored>,
-    /// Open files of the bundle in force.
+    /// Files of the bundle in force that were opened with it and have not gone to the data plane yet.
     pub(crate) files: Files,
     /// keyd accepted the bundle in force since it and the data plane were started.
     pub(crate) granted: bool,

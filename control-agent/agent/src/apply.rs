@@ -21,7 +21,7 @@ use bulkhead_protocol::keys::{AgentToKeyd, Undelivered};
 use crate::agent::{ACCEPT_TIME, Agent, Job, Outcome};
 use crate::message::{Action, Answer, ClientId, Peer};
 use crate::open_files::{self, Files};
-use crate::plan::{Leaving, Plan};
+use crate::plan::{Leaving, Plan, refuse_shrinking};
 use crate::store::Stored;
 use crate::text::first_lines;
 
@@ -130,6 +130,7 @@ impl Agent {
         };
         let bundle = verify(&envelope, &policy).map_err(|error| error.to_string())?;
         let old = self.known.accepted.as_ref().map(|stored| &*stored.bundle);
+        refuse_shrinking(old, &bundle)?;
         let plan = Plan::between(old, &bundle);
         let files = open_files::open_new(
             &self.host.directories,

@@ -236,14 +236,14 @@ impl Agent {
             .ok_or_else(|| "no volume has it".to_owned())
     }
 
-    /// Opens and locks the volume's file if that was not done yet, and sends it.
+    /// Sends the volume's file, opened when the bundle was taken in or now. Nothing of it stays here.
     fn begin_attach(&mut self, now: Instant, id: VolumeId) -> Result<(), String> {
         let bundle = self.known.accepted.as_ref().map(|stored| &stored.bundle);
         let volume = bundle
             .and_then(|bundle| bundle.volume(id))
             .ok_or("it is not in the bundle")?;
         let socket = volume.socket.name.clone();
-        let mut file = match self.known.files.remove(&id) {
+        let file = match self.known.files.remove(&id) {
             Some(file) => file,
             None => self
                 .host
@@ -251,11 +251,7 @@ impl Agent {
                 .open_volume(volume)
                 .map_err(|error| error.to_string())?,
         };
-        let locked = file.lock();
-        let descriptor = file.descriptor();
-        self.known.files.insert(id, file);
-        locked.map_err(|error| error.to_string())?;
-        let descriptor = descriptor.map_err(|error| error.to_string())?;
+        let descriptor = file.into_descriptor();
         self.ask(now, Peer::Dataplane, |request_id| {
             let message = AgentToDataplane::Attach {
                 request_id,
@@ -321,8 +317,12 @@ impl Agent {
             .map_err(|error| error.to_string())?;
         let attached = self.known.attached.as_mut();
         if attached.is_some_and(|attached| attached.remove(&id)) {
-            // Its key was wiped with it, and comes back only with another grant.
+            // Its key was wiped with it, and comes back only with another grant. A grant that did not
+            // suit the file it had may suit the one it gets.
             self.known.granted = false;
+            if let Job::Pass(pass) = &mut self.job {
+                pass.failed.remove(&Step::Accept);
+            }
         }
         Ok(())
     }

@@ -37,7 +37,7 @@ mod volume_file;
 pub use agent::{Agent, Host};
 pub use arguments::Arguments;
 pub use message::{Action, Answer, ClientId, Event, Peer};
-pub use plan::{Change, Plan};
+pub use plan::{Change, Growing, Leaving, Plan};
 pub use start::{StartupError, run};
 pub use store::{Store, StoreError, Stored};
 pub use volume_file::{VolumeDirectories, VolumeFile, VolumeFileError};

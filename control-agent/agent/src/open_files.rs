@@ -1,5 +1,6 @@
 //! Opening every file that a new bundle needs, before anything is changed: each file serves one
-//! volume, and one that an applied volume holds already keeps its open file and its lock.
+//! volume, and is large enough for it. No lock is taken: a volume that migrates is in the bundles of two
+//! hosts at once, and whose turn it is to write is decided between their data planes.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::collections::BTreeMap;
@@ -14,7 +15,7 @@ use crate::volume_file::{Identity, VolumeDirectories, VolumeFile};
 pub(crate) type Files = BTreeMap<VolumeId, VolumeFile>;
 
 /// Opens the files of the volumes that are new or change, and checks them against those of the
-/// volumes that stay.
+/// volumes that stay. One that grows is only measured: the data plane has it open.
 ///
 /// # Errors
 /// For the operator: which volume, which path, what to do.
@@ -30,7 +31,8 @@ pub(crate) fn open_new(
     let mut opened = Files::new();
     for volume in &new.volumes {
         let kept = plan.kept.contains(&volume.id);
-        let identity = if kept {
+        let grows = plan.growing.iter().any(|growing| growing.id == volume.id);
+        let identity = if kept && !grows {
             // One that can't be opened now is the concern of its own pending step.
             owned.iter().find(|(id, _)| **id == volume.id).map(|o| *o.1)
         } else {
@@ -38,7 +40,9 @@ pub(crate) fn open_new(
                 .open_volume(volume)
                 .map_err(|error| format!("volume {}: {error}", volume.name))?;
             let identity = file.identity();
-            opened.insert(volume.id, file);
+            if !kept {
+                opened.insert(volume.id, file);
+            }
             Some(identity)
         };
         let Some(identity) = identity else { continue };
@@ -48,12 +52,6 @@ pub(crate) fn open_new(
                  path or as a hard link; each volume has its own",
                 volume.name, volume.path
             ));
-        }
-    }
-    for volume in &new.volumes {
-        if let Some(file) = opened.get_mut(&volume.id) {
-            lock(file, held, &owned)
-                .map_err(|reason| format!("volume {}: {reason}", volume.name))?;
         }
     }
     Ok(opened)
@@ -72,23 +70,4 @@ fn owned_now(
     };
     let known = volumes.iter().map(|v| (v.id, identity(v)));
     known.filter_map(|(id, i)| Some((id, i?))).collect()
-}
-
-/// Locks a file against others. One that an applied volume has open in the same way is replaced by
-/// that, with its lock; the lock on one that is ours and was opened in another way is taken when
-/// the data plane has let go of it.
-fn lock(
-    file: &mut VolumeFile,
-    held: &Files,
-    owned: &BTreeMap<VolumeId, Identity>,
-) -> Result<(), String> {
-    let same = |other: &&VolumeFile| {
-        other.identity() == file.identity() && other.is_read_only() == file.is_read_only()
-    };
-    if let Some(ours) = held.values().find(same) {
-        *file = ours.share().map_err(|error| error.to_string())?;
-    } else if !owned.values().any(|identity| *identity == file.identity()) {
-        file.lock().map_err(|error| error.to_string())?;
-    }
-    Ok(())
 }

@@ -25,6 +25,15 @@ pub struct Leaving {
     pub change: Option<Change>,
 }
 
+/// A volume that grows while it is served.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Growing {
+    /// Which.
+    pub id: VolumeId,
+    /// The size it has, in bytes.
+    pub from_bytes: u64,
+}
+
 /// What a bundle changes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Plan {
@@ -32,8 +41,10 @@ pub struct Plan {
     pub added: Vec<VolumeId>,
     /// Volumes that go or have to be detached for a change, in the order of the applied bundle.
     pub leaving: Vec<Leaving>,
-    /// Volumes that go on undisturbed.
+    /// Volumes that are not detached: those that go on undisturbed, and those that grow.
     pub kept: Vec<VolumeId>,
+    /// Of the kept volumes, those that get a greater size.
+    pub growing: Vec<Growing>,
     /// Listeners that are new, or get another owner or mode.
     pub bind: Vec<SocketName>,
     /// Listeners that go.
@@ -50,7 +61,15 @@ impl Plan {
             let after = new.volume(volume.id);
             let change = after.and_then(|after| change(volume, after));
             match (after, change) {
-                (Some(_), None) => plan.kept.push(volume.id),
+                (Some(after), None) => {
+                    plan.kept.push(volume.id);
+                    if after.size_bytes > volume.size_bytes {
+                        plan.growing.push(Growing {
+                            id: volume.id,
+                            from_bytes: volume.size_bytes,
+                        });
+                    }
+                }
                 (after, change) => plan.leaving.push(Leaving {
                     id: volume.id,
                     name: volume.name.clone(),
@@ -81,6 +100,7 @@ impl Plan {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.added.is_empty()
+            && self.growing.is_empty()
             && self.leaving.is_empty()
             && self.bind.is_empty()
             && self.unbind.is_empty()
@@ -103,15 +123,43 @@ impl Plan {
                 volume.name, volume.path, volume.socket.name
             ));
         }
+        for growing in &self.growing {
+            if let Some(volume) = new.volume(growing.id) {
+                lines.push(format!(
+                    "volume {}: grows from {} to {} bytes; its frontend stays",
+                    volume.name, growing.from_bytes, volume.size_bytes
+                ));
+            }
+        }
         lines.extend(self.bind.iter().map(|n| format!("listener {n}: bound")));
         lines.extend(self.unbind.iter().map(|n| format!("listener {n}: removed")));
-        if self.kept.len() == 1 {
-            lines.push("1 volume goes on undisturbed".to_owned());
-        } else if !self.kept.is_empty() {
-            lines.push(format!("{} volumes go on undisturbed", self.kept.len()));
+        match self.kept.len() - self.growing.len() {
+            0 => {}
+            1 => lines.push("1 volume goes on undisturbed".to_owned()),
+            count => lines.push(format!("{count} volumes go on undisturbed")),
         }
         lines
     }
+}
+
+/// A volume never shrinks under its id: what lies behind the new end would be lost, and a guest that
+/// has it would not know.
+///
+/// # Errors
+/// For the operator: which volume, and what to do.
+pub(crate) fn refuse_shrinking(old: Option<&HostBundle>, new: &HostBundle) -> Result<(), String> {
+    for before in old.map_or(&[][..], |bundle| &bundle.volumes) {
+        if let Some(after) = new.volume(before.id)
+            && after.size_bytes < before.size_bytes
+        {
+            return Err(format!(
+                "volume {}: it has {} bytes, and the bundle gives it {}: a volume never shrinks; \
+                 make a smaller one (with an id of its own) and copy what is to be kept",
+                after.name, before.size_bytes, after.size_bytes
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Whether the operators said that a connected frontend does not matter.
@@ -151,7 +199,8 @@ fn change(old: &Volume, new: &Volume) -> Option<Change> {
             },
         allowed_uid,
     } = old;
-    let same_grant = *size_bytes == new.size_bytes
+    // A grant that differs by a greater size alone updates the one that the data plane holds.
+    let same_grant = *size_bytes <= new.size_bytes
         && *data_unit_bytes == new.data_unit_bytes
         && *logical_block_bytes == new.logical_block_bytes
         && *read_only == new.read_only

@@ -69,7 +69,7 @@ fn the_same_bundle_changes_nothing() {
 fn each_field_of_a_grant_detaches_the_volume() {
     type Edit = fn(&mut Volume);
     let edits: [(&str, Edit); 9] = [
-        ("size", |v| v.size_bytes *= 2),
+        ("smaller", |v| v.size_bytes /= 2),
         ("data unit", |v| v.data_unit_bytes = None),
         ("logical block", |v| v.logical_block_bytes = 4096),
         ("read only", |v| v.read_only = true),
@@ -100,6 +100,43 @@ fn another_file_detaches_the_volume_by_the_agent() {
     let plan = plan(&[volume(1)], &[after]);
     assert_eq!(plan.leaving[0].change, Some(Change::File));
     assert!(plan.bind.is_empty() && plan.unbind.is_empty());
+}
+
+#[test]
+fn a_greater_size_detaches_nobody() {
+    let mut grown = volume(1);
+    grown.size_bytes *= 2;
+    let growing = Growing {
+        id: grown.id,
+        from_bytes: 1 << 20,
+    };
+    let only = plan(&[volume(1)], &[grown.clone()]);
+    assert_eq!(only.growing, [growing]);
+    assert_eq!(only.kept, [grown.id]);
+    assert!(only.leaving.is_empty() && !only.is_empty(), "{only:?}");
+    // With anything else that is granted, it is a replacement; with another file, a move.
+    for (edit, change) in [
+        ((|v| v.queues = 2) as fn(&mut Volume), Change::Grant),
+        (|v| v.path.push('2'), Change::File),
+    ] {
+        let mut after = grown.clone();
+        edit(&mut after);
+        let plan = plan(&[volume(1)], &[after]);
+        assert_eq!(plan.leaving[0].change, Some(change));
+        assert!(plan.growing.is_empty() && plan.kept.is_empty(), "{plan:?}");
+    }
+}
+
+#[test]
+fn shrinking_is_refused_and_nothing_else_is() {
+    let old = bundle(vec![volume(1), volume(2)]);
+    assert_eq!(refuse_shrinking(None, &old), Ok(()));
+    assert_eq!(refuse_shrinking(Some(&old), &old), Ok(()));
+    assert_eq!(refuse_shrinking(Some(&old), &bundle(vec![])), Ok(()));
+    let mut after = volume(2);
+    after.size_bytes -= 512;
+    let refused = refuse_shrinking(Some(&old), &bundle(vec![after])).expect_err("smaller");
+    assert!(refused.contains("volume disk2") && refused.contains("never shrinks"));
 }
 
 #[test]

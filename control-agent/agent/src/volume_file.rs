@@ -1,11 +1,12 @@
 //! Opening the file or block device of a volume: beneath an allowed directory, through no symbolic
-//! link, of a kind that holds blocks, large enough, and locked against other users.
+//! link, of a kind that holds blocks, and large enough. Whose turn it is to write is decided by the data
+//! planes that have it: the agent takes no lock on it.
 //!
 //! A path in a bundle is signed, but the tree below it may belong to others: what is opened is
 //! decided by the kernel in one walk (`openat2`), and looked at before it is opened for use.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::fs::{File, Metadata, TryLockError};
+use std::fs::{File, Metadata};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -67,12 +68,6 @@ pub enum VolumeFileError {
         /// Size of the volume.
         needs_bytes: u64,
     },
-    /// Somebody holds a lock.
-    #[error(
-        "path {0} is locked by another process: end what uses it (`lslocks` or `fuser` tells \
-         which); two writers would destroy it"
-    )]
-    Locked(PathBuf),
     /// Any other failure.
     #[error("path {path}: {source}")]
     Io {
@@ -101,10 +96,7 @@ pub(crate) enum Identity {
 #[derive(Debug)]
 pub struct VolumeFile {
     file: File,
-    path: PathBuf,
     identity: Identity,
-    read_only: bool,
-    locked: bool,
 }
 
 impl VolumeFile {
@@ -112,46 +104,10 @@ impl VolumeFile {
         self.identity
     }
 
-    pub(crate) fn is_read_only(&self) -> bool {
-        self.read_only
-    }
-
-    /// Takes the lock, which lasts as long as any copy of this descriptor, the data plane's too.
-    ///
-    /// # Errors
-    /// [`VolumeFileError::Locked`] if somebody has it.
-    pub(crate) fn lock(&mut self) -> Result<(), VolumeFileError> {
-        if self.locked {
-            return Ok(());
-        }
-        match self.file.try_lock() {
-            Ok(()) => {
-                self.locked = true;
-                Ok(())
-            }
-            Err(TryLockError::WouldBlock) => Err(VolumeFileError::Locked(self.path.clone())),
-            Err(TryLockError::Error(source)) => Err(io_error(&self.path)(source)),
-        }
-    }
-
-    /// The same open file, with the same lock.
-    ///
-    /// # Errors
-    /// No descriptor is free.
-    pub(crate) fn share(&self) -> io::Result<Self> {
-        Ok(Self {
-            file: self.file.try_clone()?,
-            path: self.path.clone(),
-            ..*self
-        })
-    }
-
-    /// A descriptor for the data plane.
-    ///
-    /// # Errors
-    /// No descriptor is free.
-    pub(crate) fn descriptor(&self) -> io::Result<OwnedFd> {
-        Ok(self.file.try_clone()?.into())
+    /// The descriptor for the data plane. It is the only one of this open file: the lock that the data
+    /// plane takes on it goes with the data plane, and not before its last request has ended.
+    pub(crate) fn into_descriptor(self) -> OwnedFd {
+        self.file.into()
     }
 }
 
@@ -186,7 +142,7 @@ impl VolumeDirectories {
         self.directories.iter().map(|(_, fd)| fd)
     }
 
-    /// Opens the volume's file, unlocked. A relative path is looked for in each directory in turn.
+    /// Opens the volume's file. A relative path is looked for in each directory in turn.
     ///
     /// # Errors
     /// See [`VolumeFileError`].
@@ -261,13 +217,7 @@ fn open_beneath(
             needs_bytes: volume.size_bytes,
         });
     }
-    Ok(VolumeFile {
-        file,
-        path,
-        identity,
-        read_only: volume.read_only,
-        locked: false,
-    })
+    Ok(VolumeFile { file, identity })
 }
 
 fn identify(file: &File, path: &Path) -> Result<Identity, VolumeFileError> {

@@ -46,7 +46,7 @@ fn the_data_plane_gets_a_blocking_descriptor_of_the_right_access() {
         let mut volume = volume("f", 1024);
         volume.read_only = read_only;
         let file = directories(&dir).open_volume(&volume).expect("opened");
-        let descriptor = file.descriptor().expect("a descriptor");
+        let descriptor = file.into_descriptor();
         let flags = OFlag::from_bits_retain(fcntl(&descriptor, FcntlArg::F_GETFL).expect("flags"));
         let access = if read_only {
             OFlag::O_RDONLY
@@ -56,25 +56,6 @@ fn the_data_plane_gets_a_blocking_descriptor_of_the_right_access() {
         assert_eq!(flags & OFlag::O_ACCMODE, access);
         assert!(!flags.contains(OFlag::O_NONBLOCK));
     }
-}
-
-#[test]
-fn a_lock_lasts_as_long_as_the_data_planes_descriptor() {
-    let dir = tempfile::tempdir().expect("dir");
-    fs::write(dir.path().join("f"), [0; 512]).expect("write");
-    let directories = directories(&dir);
-    let open = || directories.open_volume(&volume("f", 512)).expect("opened");
-    let mut first = open();
-    first.lock().expect("free");
-    first.lock().expect("ours already");
-    let descriptor = first.descriptor().expect("a descriptor");
-    let shared = first.share().expect("shared");
-    drop(first);
-    assert!(matches!(open().lock(), Err(VolumeFileError::Locked(_))));
-    drop(descriptor);
-    assert!(matches!(open().lock(), Err(VolumeFileError::Locked(_))));
-    drop(shared);
-    open().lock().expect("free again");
 }
 
 #[test]

@@ -66,7 +66,7 @@ fn volumes(volumes: &[VolumeEntry]) -> String {
         return "  none\n".to_owned();
     }
     let mut rows = vec![row(&[
-        "NAME", "STATE", "KEY", "QUEUES", "OK", "FAILED", "READ", "WRITTEN", "SOCKET",
+        "NAME", "STATE", "SIZE", "KEY", "QUEUES", "OK", "FAILED", "READ", "WRITTEN", "SOCKET",
     ])];
     for entry in volumes {
         rows.push(volume_row(entry));
@@ -92,6 +92,11 @@ fn volume_row(entry: &VolumeEntry) -> Vec<String> {
                 retired => format!("{} ({retired} retired)", state.running_queues),
             };
             cells.extend([
+                if state.attached {
+                    size(state.capacity_bytes)
+                } else {
+                    "-".to_owned()
+                },
                 if state.encrypted { "held" } else { "-" }.to_owned(),
                 queues,
                 state.requests_ok.to_string(),
@@ -100,7 +105,7 @@ fn volume_row(entry: &VolumeEntry) -> Vec<String> {
                 size(state.written_bytes),
             ]);
         }
-        None => cells.extend(row(&["?"; 6])),
+        None => cells.extend(row(&["?"; 7])),
     }
     cells.push(printable(&entry.socket_path));
     cells
@@ -164,6 +169,7 @@ fn state_json(state: &VolumeStatus) -> Json {
     Json::Object(vec![
         ("attached", Json::Bool(state.attached)),
         ("connected", Json::Bool(state.connected)),
+        ("capacity_bytes", Json::Number(state.capacity_bytes)),
         ("encrypted", Json::Bool(state.encrypted)),
         ("running_queues", Json::Number(state.running_queues.into())),
         ("retired_queues", Json::Number(state.retired_queues.into())),

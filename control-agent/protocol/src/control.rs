@@ -134,4 +134,7 @@ pub struct VolumeStatus {
     /// Why the device failed, if it did (for people).
     #[n(10)]
     pub fault: Option<String>,
+    /// Capacity that the frontend sees, in bytes; zero while it is not attached.
+    #[n(11)]
+    pub capacity_bytes: u64,
 }

@@ -115,8 +115,10 @@ pub enum KeydToDataplane {
     /// memory that begins with the [`XTS_KEY_BYTES`]; the data plane expands it and wipes the
     /// page. None for a plain volume.
     ///
-    /// A grant equal to the one held (the epoch aside) changes nothing but the epoch; one that
-    /// differs replaces it, and a volume served under the old one is detached first.
+    /// A grant equal to the one held (the epoch aside) changes nothing but the epoch. One that
+    /// differs by a greater size alone gives the served volume that capacity, and its frontend
+    /// stays; refused if its file is shorter or its key another. Any other replaces the one held,
+    /// and a volume served under the old one is detached first.
     #[n(0)]
     Grant {
         /// The grant.

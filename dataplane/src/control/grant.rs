@@ -97,6 +97,16 @@ pub(super) fn is_same(one: &VolumeGrant, other: &VolumeGrant) -> bool {
     } == *other
 }
 
+/// Whether a grant says the same as another but for a greater size, the epoch aside.
+pub(super) fn only_grew(from: &VolumeGrant, to: &VolumeGrant) -> bool {
+    let VolumeGrant { size_bytes, .. } = *from;
+    let as_before = VolumeGrant {
+        size_bytes,
+        ..to.clone()
+    };
+    to.size_bytes > size_bytes && is_same(from, &as_before)
+}
+
 /// The device that a grant describes.
 pub(super) fn geometry(grant: &VolumeGrant) -> Geometry {
     let mut serial = [0; SERIAL_BYTES];
@@ -171,6 +181,18 @@ mod tests {
         assert!(is_same(&grant(), &other));
         other.allowed_uid += 1;
         assert!(!is_same(&grant(), &other));
+    }
+
+    #[test]
+    fn growth_is_a_greater_size_and_nothing_else() {
+        let mut other = grant();
+        assert!(!only_grew(&grant(), &other), "the same");
+        other.size_bytes *= 2;
+        other.epoch += 1;
+        assert!(only_grew(&grant(), &other));
+        assert!(!only_grew(&other, &grant()), "smaller");
+        other.queues += 1;
+        assert!(!only_grew(&grant(), &other), "and more");
     }
 
     #[test]

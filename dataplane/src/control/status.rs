@@ -6,6 +6,7 @@ use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::control::VolumeStatus;
 
 use super::volumes::{Volume, Volumes};
+use crate::blk::SECTOR_BYTES;
 use crate::server::Server;
 
 /// Most characters of a fault: the entries of [`super::MAX_VOLUMES`] volumes fit one message.
@@ -32,6 +33,7 @@ fn one(id: VolumeId, volume: &Volume, server: &Server) -> VolumeStatus {
         read_bytes: 0,
         written_bytes: 0,
         fault: None,
+        capacity_bytes: 0,
     };
     let Some((device_id, device)) = volume.served() else {
         return status;
@@ -41,6 +43,7 @@ fn one(id: VolumeId, volume: &Volume, server: &Server) -> VolumeStatus {
     status.connected = now.connected;
     status.running_queues = now.running_queues;
     status.retired_queues = now.retired_queues;
+    status.capacity_bytes = device.capacity_sectors() * SECTOR_BYTES;
     status.requests_ok = device.metrics.requests_ok.get();
     status.requests_failed = device.metrics.requests_failed.get();
     status.read_bytes = device.metrics.read_bytes.get();

@@ -19,7 +19,7 @@ use bulkhead_protocol::{SocketName, VolumeId};
 
 use super::answer::{Agent, Answers, Keyd};
 use super::attach::Begun;
-use super::grant::is_same;
+use super::grant::{capacity_sectors, is_same, only_grew};
 use crate::blk::BlkDevice;
 use crate::server::{Event, Server};
 use crate::storage::{FileSpec, StorageSpec};
@@ -115,6 +115,33 @@ impl Volume {
         }
     }
 
+    /// Gives the served volume the greater capacity of a grant that is otherwise the one held: the
+    /// frontend stays, and hears of it. The key that came with the grant has to be the one in use.
+    /// On an error all is as before.
+    fn grow(&mut self, new: &Held) -> Result<(), String> {
+        let Serving::Yes(_, device) = &self.serving else {
+            return Err("it is not served".to_owned());
+        };
+        let same_key = match (&device.cipher, &new.key) {
+            (None, None) => true,
+            (Some(cipher), Some(key)) => cipher.key.is_same(key),
+            _ => false,
+        };
+        if !same_key {
+            return Err(
+                "its size and its key changed at once: with another key what is stored could not \
+                 be read; seal the key that it has (`bulkhead volume reseal`)"
+                    .to_owned(),
+            );
+        }
+        device
+            .resize(capacity_sectors(&new.grant))
+            .map_err(|e| e.to_string())?;
+        tracing::info!(volume = %new.grant.volume, bytes = new.grant.size_bytes, "volume grew");
+        self.held.grant = new.grant.clone();
+        Ok(())
+    }
+
     /// Whether its key is in memory, expanded.
     pub(super) fn has_key(&self) -> bool {
         let device = self.serving.device();
@@ -206,6 +233,12 @@ impl Volumes {
                 volume.held.key = new.key;
             }
             return answers.granted(keyd, id);
+        }
+        if only_grew(&volume.held.grant, &new.grant) && volume.served().is_some() {
+            return match volume.grow(&new) {
+                Ok(()) => answers.granted(keyd, id),
+                Err(reason) => answers.grant_refused(keyd, id, reason),
+            };
         }
         tracing::info!(volume = %id, "another grant replaces the one held");
         if let Some(Then::Replace(keyd, new)) = self.detach(server, id, Then::Replace(keyd, new)) {

@@ -14,7 +14,7 @@ use bulkhead_protocol::control::{AgentToDataplane, DataplaneToAgent};
 use bulkhead_protocol::keys::{DataplaneToKeyd, KeydToDataplane, VolumeGrant};
 use bulkhead_protocol::rot::{FromRot, Role};
 
-use harness::{Host, features, grant, key, key_page, pidfd_of, socket, volume};
+use harness::{Host, VOLUME_BYTES, features, grant, key, key_page, pidfd_of, socket, volume};
 
 /// Makes a grant another one.
 type Change = fn(&mut VolumeGrant);
@@ -199,6 +199,54 @@ fn another_grant_detaches_what_was_served_under_the_old_one() {
         host.status_of(1)
             .is_some_and(|s| s.attached && !s.connected)
     );
+}
+
+#[test]
+fn a_greater_size_reaches_a_served_volume_whose_frontend_stays() {
+    let mut host = Host::start();
+    host.served(1);
+    let mut frontend = host.frontend(1);
+    assert!(features(&mut frontend).is_some());
+    let grown = VolumeGrant {
+        size_bytes: 2 * VOLUME_BYTES,
+        epoch: 2,
+        ..grant(1)
+    };
+    let capacity = |host: &mut Host| host.status_of(1).expect("granted").capacity_bytes;
+    assert_eq!(capacity(&mut host), VOLUME_BYTES);
+    // Its file is as short as before: refused, and nothing changed.
+    let page = key_page(&key(1));
+    grant_refused(host.grant(&grown, &[page.as_fd()]), "1048576");
+    assert_eq!(page.as_bytes(), [0; 64], "the page is wiped for everyone");
+    // Its file is longer, and the key another: refused as well.
+    host.file_of(1, 2 * VOLUME_BYTES);
+    let other = key_page(&key(2));
+    let answer = host.grant(&grown, &[other.as_fd()]);
+    grant_refused(answer, "its size and its key changed at once");
+    assert_eq!(capacity(&mut host), VOLUME_BYTES);
+    let page = key_page(&key(1));
+    let volume = volume(1);
+    let answer = host.grant(&grown, &[page.as_fd()]);
+    assert_eq!(answer, DataplaneToKeyd::Granted { volume });
+    assert_eq!(capacity(&mut host), 2 * VOLUME_BYTES);
+    assert!(features(&mut frontend).is_some(), "the connection stays");
+    assert!(host.status_of(1).is_some_and(|s| s.attached && s.connected));
+    // The same again changes nothing; the size it had replaces the grant.
+    let page = key_page(&key(1));
+    let answer = host.grant(&grown, &[page.as_fd()]);
+    assert_eq!(answer, DataplaneToKeyd::Granted { volume });
+    assert!(features(&mut frontend).is_some(), "the connection stays");
+    host.granted(1);
+    assert_eq!(features(&mut frontend), None, "it was detached to shrink");
+    assert_eq!(capacity(&mut host), 0);
+    // Not served, it takes any size; the file is looked at when it is attached.
+    let page = key_page(&key(1));
+    let answer = host.grant(&grown, &[page.as_fd()]);
+    assert_eq!(answer, DataplaneToKeyd::Granted { volume });
+    refused(host.attach(1), "its file has 1048576 bytes");
+    let file = host.file_of(1, 2 * VOLUME_BYTES);
+    assert_eq!(host.attach_on(1, 1, &file), Ok(()));
+    assert_eq!(capacity(&mut host), 2 * VOLUME_BYTES);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use bulkhead_protocol::admin::AdminReply;
 
-use crate::bundles::{bundle, encrypted, id, signed, volume};
+use crate::bundles::{SIZE_BYTES, bundle, encrypted, id, signed, volume};
 use crate::world::World;
 
 /// What the peers saw since the last time.
@@ -67,9 +67,83 @@ fn the_rest_goes_on_undisturbed_when_one_volume_is_replaced() {
         ]
     );
     assert!(world.peers.connected.contains(&id(2)));
-    // The file of the volume that went is free again.
-    let file = std::fs::File::open(world.path("volumes/disk1.img")).expect("open");
-    file.try_lock().expect("unlocked");
+}
+
+#[test]
+fn a_file_is_the_data_planes_alone_and_another_hosts_lock_does_not_matter() {
+    let mut world = World::new();
+    // Another host's data plane serves the volume until its guest has migrated.
+    let other = std::fs::File::open(world.path("volumes/disk1.img")).expect("open");
+    other.lock().expect("lock");
+    world.apply_fully(&bundle(1, vec![volume(1), volume(2)]));
+    let held = std::fs::read_dir(format!("/proc/{}/fd", world.pid())).expect("list");
+    let held: Vec<_> = held
+        .filter_map(|entry| std::fs::read_link(entry.expect("entry").path()).ok())
+        .filter(|target| target.to_string_lossy().ends_with(".img"))
+        .collect();
+    assert!(held.is_empty(), "the agent still holds {held:?}");
+    // What the data plane locks is free as soon as it has closed it.
+    let file = &world.peers.attached[&id(2)];
+    file.try_lock().expect("nobody else has a lock");
+    world.peers.attached.remove(&id(2));
+    let file = std::fs::File::open(world.path("volumes/disk2.img")).expect("open");
+    file.try_lock().expect("the lock went with the descriptor");
+}
+
+#[test]
+fn a_volume_grows_while_its_frontend_is_connected() {
+    let mut world = World::new();
+    world.apply_fully(&bundle(1, vec![encrypted(1), volume(2)]));
+    world.peers.connected.insert(id(1));
+    world.make_file("disk1.img", 2 * SIZE_BYTES);
+    seen(&mut world);
+    let mut grown = encrypted(1);
+    grown.size_bytes *= 2;
+    let next = bundle(2, vec![grown, volume(2)]);
+    let client = world.send_apply(&signed(&next), true);
+    let AdminReply::Applied { steps, .. } = world.reply(&client) else {
+        panic!("the dry run was refused");
+    };
+    assert_eq!(
+        steps,
+        [
+            "volume disk1: grows from 1048576 to 2097152 bytes; its frontend stays",
+            "1 volume goes on undisturbed",
+        ]
+    );
+    assert!(seen(&mut world).is_empty());
+    world.apply_fully(&next);
+    assert_eq!(seen(&mut world), ["keyd accept 2", "dataplane status"]);
+    assert!(world.peers.connected.contains(&id(1)));
+}
+
+#[test]
+fn a_volume_grows_and_moves_to_another_file_at_once() {
+    let mut world = World::new();
+    world.apply_fully(&bundle(1, vec![encrypted(1)]));
+    world.make_file("disk4.img", 2 * SIZE_BYTES);
+    seen(&mut world);
+    // The file that it has is too short for the grant.
+    world.peers.too_short.insert(id(1));
+    let mut moved = encrypted(1);
+    (moved.size_bytes, moved.path) = (2 * SIZE_BYTES, "disk4.img".to_owned());
+    world.apply_fully(&bundle(2, vec![moved]));
+    assert_eq!(
+        seen(&mut world),
+        [
+            "dataplane status",
+            "dataplane prepare 1 force=false",
+            "keyd accept 2",
+            "keyd accept 2",
+            "dataplane status",
+            "dataplane detach 1",
+            "keyd accept 2",
+            "dataplane status",
+            "dataplane attach 1 vm1",
+            "dataplane cancel 1",
+        ]
+    );
+    assert_eq!(world.peers.inodes()[&id(1)], world.inode("disk4.img"));
 }
 
 #[test]
@@ -128,16 +202,12 @@ fn two_volumes_exchange_their_files() {
     world.apply_fully(&bundle(1, vec![volume(1), volume(2)]));
     let (mut one, mut two) = (volume(1), volume(2));
     (one.path, two.path) = (two.path, one.path);
-    // One of them even changes how its file is opened, while its lock is still held.
+    // One of them even changes how its file is opened.
     one.read_only = true;
     world.apply_fully(&bundle(2, vec![one, two]));
     let inodes = world.peers.inodes();
     assert_eq!(inodes[&id(1)], world.inode("disk2.img"));
     assert_eq!(inodes[&id(2)], world.inode("disk1.img"));
-    for name in ["disk1.img", "disk2.img"] {
-        let file = std::fs::File::open(world.path("volumes").join(name)).expect("open");
-        assert!(file.try_lock().is_err(), "{name} is not locked");
-    }
 }
 
 #[test]

@@ -36,6 +36,8 @@ pub struct Peers {
     pub keyd_refuses: Option<String>,
     /// Grants that get lost.
     pub undelivered: BTreeSet<VolumeId>,
+    /// Their files are too short to grow: such a grant is refused while they are attached.
+    pub too_short: BTreeSet<VolumeId>,
     /// rot.
     pub bound: BTreeMap<SocketName, (u32, u32, u32)>,
     /// The data plane.
@@ -158,7 +160,9 @@ impl Peers {
                 self.revoke(*id);
             }
             for volume in &verified.volumes {
-                if self.undelivered.contains(&volume.id) {
+                let stuck =
+                    self.too_short.contains(&volume.id) && self.attached.contains_key(&volume.id);
+                if self.undelivered.contains(&volume.id) || stuck {
                     undelivered.push(Undelivered {
                         volume: volume.id,
                         reason: "the data plane did not answer".to_owned(),
@@ -183,7 +187,8 @@ impl Peers {
     }
 
     fn grant(&mut self, volume: &Volume) {
-        // What a grant has: everything but the names, the file and the owner of the socket.
+        // What a grant has: everything but the names, the file and the owner of the socket. A
+        // greater size alone takes nothing away.
         let essence = |v: &Volume| {
             let mut v = v.clone();
             v.path = "-".to_owned();
@@ -193,10 +198,13 @@ impl Peers {
             (v.socket.uid, v.socket.gid, v.socket.mode) = (0, 0, 0);
             v
         };
-        let differs = self
-            .granted
-            .get(&volume.id)
-            .is_some_and(|held| essence(held) != essence(volume));
+        let differs = self.granted.get(&volume.id).is_some_and(|held| {
+            let mut held = essence(held);
+            if held.size_bytes < volume.size_bytes {
+                held.size_bytes = volume.size_bytes;
+            }
+            held != essence(volume)
+        });
         if differs {
             self.revoke(volume.id);
         }
@@ -318,6 +326,7 @@ impl Peers {
             read_bytes: 0,
             written_bytes: 0,
             fault: Some("a fault\x1b[2J".to_owned()),
+            capacity_bytes: 0,
         }
     }
 }

@@ -344,17 +344,18 @@ fn refused_larger_than_the_file_it_has() {
 }
 
 #[test]
-fn refused_file_locked_by_another() {
+fn refused_shrinking() {
     let mut world = world();
-    let other = fs::File::open(world.path("volumes/disk3.img")).expect("open");
-    other.try_lock().expect("lock");
-    let envelope = signed(&bundle(6, vec![volume(1), volume(2), volume(3)]));
+    let mut smaller = volume(1);
+    smaller.size_bytes /= 2;
     refused(
         &mut world,
-        &envelope,
-        &["volume disk3", "locked by another process"],
+        &signed(&bundle(6, vec![smaller, volume(2)])),
+        &[
+            "volume disk1: it has 1048576 bytes, and the bundle gives it 524288",
+            "never shrinks",
+        ],
     );
-    // disk2, opened and locked before disk3 was refused, was let go: `refused` attached it.
 }
 
 #[test]

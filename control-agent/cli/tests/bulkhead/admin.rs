@@ -227,6 +227,7 @@ fn status() -> HostStatus {
         read_bytes: 8192,
         written_bytes: 1 << 20,
         fault: None,
+        capacity_bytes: 64 << 20,
     };
     let failed = VolumeStatus {
         volume: VolumeId([2; 16]),
@@ -262,10 +263,10 @@ fn status_is_a_table() {
         "host    host-a\nepoch   7 (the next is above 7)\ndigest  {digest}\n\n\
          processes\n  ROLE  PID   GENERATION  MEASUREMENT\n  keyd  4242  2           1111111111111111\n\n\
          volumes\n\
-         \x20 NAME   STATE      KEY   QUEUES         OK  FAILED  READ   WRITTEN  SOCKET\n\
-         \x20 disk1  connected  held  4 (1 retired)  12  3       8 KiB  1 MiB    /run/bulkhead/vhost/vm1.sock\n\
-         \x20 disk2  failed     held  4 (1 retired)  12  3       8 KiB  1 MiB    /run/bulkhead/vhost/vm2.sock\n\
-         \x20 disk3  unknown    ?     ?              ?   ?       ?      ?        /run/bulkhead/vhost/vm3.sock\n\
+         \x20 NAME   STATE      SIZE    KEY   QUEUES         OK  FAILED  READ   WRITTEN  SOCKET\n\
+         \x20 disk1  connected  64 MiB  held  4 (1 retired)  12  3       8 KiB  1 MiB    /run/bulkhead/vhost/vm1.sock\n\
+         \x20 disk2  failed     64 MiB  held  4 (1 retired)  12  3       8 KiB  1 MiB    /run/bulkhead/vhost/vm2.sock\n\
+         \x20 disk3  unknown    ?       ?     ?              ?   ?       ?      ?        /run/bulkhead/vhost/vm3.sock\n\
          \x20 disk2: the file \"shrank\"\\n\n\n\
          pending: failed, and tried again\n  attach disk3: no such file\n",
         digest = "ab".repeat(48)
@@ -306,7 +307,7 @@ fn status_is_json_for_programs() {
     };
     let state = |fault: &str| {
         format!(
-            r#"{{"attached":true,"connected":true,"encrypted":true,"running_queues":4,"retired_queues":1,"requests_ok":12,"requests_failed":3,"read_bytes":8192,"written_bytes":1048576,"fault":{fault}}}"#
+            r#"{{"attached":true,"connected":true,"capacity_bytes":67108864,"encrypted":true,"running_queues":4,"retired_queues":1,"requests_ok":12,"requests_failed":3,"read_bytes":8192,"written_bytes":1048576,"fault":{fault}}}"#
         )
     };
     let expected = format!(
