@@ -85,6 +85,8 @@ pub struct Arena {
     pub backend: Backend,
     /// What the first device holds, as its guest sees it.
     pub contents: Vec<u8>,
+    /// virtio features that guests negotiate beside those of their options: packed rings, say.
+    pub guest_features: u64,
     /// Byte ranges of the first device that the test may have changed.
     pub touched: Vec<Range<usize>>,
     file_bytes: Vec<u8>,
@@ -128,6 +130,7 @@ impl Arena {
             file,
             backend,
             contents: Vec::new(),
+            guest_features: 0,
             touched: Vec::new(),
             file_bytes,
             fds: 0,
@@ -140,12 +143,29 @@ impl Arena {
         Ok(arena)
     }
 
-    /// Attaches the first device with the usual options.
+    /// The options with what every guest of this arena negotiates.
+    #[must_use]
+    pub fn options(&self, options: &Options) -> Options {
+        Options {
+            features: options.features | self.guest_features,
+            ..*options
+        }
+    }
+
+    /// Attaches the first device with these options and those of the arena.
     ///
     /// # Errors
     /// See [`ArenaError`].
     pub fn attach(&self, options: &Options) -> Result<Disk, ArenaError> {
-        Disk::attach(&self.socket, options).map_err(|e| self.explain(first(e)))
+        Disk::attach(&self.socket, &self.options(options)).map_err(|e| self.explain(first(e)))
+    }
+
+    /// As [`Arena::attach`], without memory and queues.
+    ///
+    /// # Errors
+    /// See [`ArenaError`].
+    pub fn negotiate(&self, options: &Options) -> Result<Disk, ArenaError> {
+        Disk::negotiate(&self.socket, &self.options(options)).map_err(|e| self.explain(first(e)))
     }
 
     /// Says that a test may have changed this range of the first device. Rounded out to 4096
@@ -160,7 +180,7 @@ impl Arena {
     }
 
     fn read_first(&mut self) -> Result<Vec<u8>, ArenaError> {
-        let attach = Disk::attach(&self.socket, &Options::default());
+        let attach = Disk::attach(&self.socket, &self.options(&Options::default()));
         let mut disk = attach.map_err(|e| self.explain(first(e)))?;
         let sectors = disk.capacity_sectors().map_err(first)?;
         if sectors != FILE_SECTORS {
@@ -176,7 +196,7 @@ impl Arena {
     /// # Errors
     /// [`ArenaError::Disk`].
     pub fn check_other(&mut self) -> Result<(), ArenaError> {
-        let attach = Disk::attach(&self.other_socket, &Options::default());
+        let attach = Disk::attach(&self.other_socket, &self.options(&Options::default()));
         let mut disk = attach.map_err(|e| self.explain(second(e)))?;
         exercise(&mut disk, &mut self.random).map_err(|e| self.explain(second(e)))
     }

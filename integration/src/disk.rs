@@ -10,7 +10,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use crate::driver::memory::GuestMemory;
-use crate::driver::ring::{Desc, Ring, linked};
+use crate::driver::ring::{Desc, Format, Ring};
 use crate::driver::{
     DriverError, HEADER_BYTES, ID_BYTES, SECTOR_BYTES, header, kind, status as blk_status,
 };
@@ -29,6 +29,8 @@ pub mod feature {
     pub const EVENT_IDX: u64 = 1 << 29;
     pub const PROTOCOL_FEATURES: u64 = 1 << 30;
     pub const VERSION_1: u64 = 1 << 32;
+    pub const RING_PACKED: u64 = 1 << 34;
+    pub const IN_ORDER: u64 = 1 << 35;
 }
 
 /// First region: rings, headers, status bytes.
@@ -101,6 +103,9 @@ pub enum DiskError {
     /// The virtio side.
     #[error(transparent)]
     Driver(#[from] DriverError),
+    /// The backend does not offer what decides how rings are read.
+    #[error("the backend does not offer features {0:#x}")]
+    NotOffered(u64),
     /// A mistake of the test, or a system call.
     #[error("disk: {0}")]
     Io(#[from] std::io::Error),
@@ -174,10 +179,16 @@ impl Disk {
         layout.extend(options.extra_region.map(|(addr, bytes)| (addr, bytes, 0)));
         let memory = GuestMemory::new(&layout)?;
         let mut rings = Vec::new();
+        let format = if features & feature::RING_PACKED != 0 {
+            Format::Packed
+        } else {
+            Format::Split
+        };
         for i in 0..u64::from(options.queues) {
             let base = LOW + i * Ring::SPAN_BYTES;
-            let mut ring = Ring::new(&memory, base, options.queue_size)?;
+            let mut ring = Ring::with_format(&memory, base, options.queue_size, format)?;
             ring.event_idx = features & feature::EVENT_IDX != 0;
+            ring.in_order = features & feature::IN_ORDER != 0;
             rings.push(ring);
         }
         Ok(Self {
@@ -222,11 +233,8 @@ impl Disk {
         let number = u32::try_from(index).unwrap_or(u32::MAX);
         self.frontend
             .set_vring_state(request::SET_VRING_NUM, number, u32::from(ring.size))?;
-        self.frontend.set_vring_state(
-            request::SET_VRING_BASE,
-            number,
-            u32::from(ring.last_used),
-        )?;
+        self.frontend
+            .set_vring_state(request::SET_VRING_BASE, number, ring.base())?;
         self.set_addresses(index, ring.desc, ring.used, ring.avail)?;
         self.give_events(index)?;
         self.enable(index)
@@ -281,14 +289,21 @@ impl Disk {
         Ok(self.frontend.set(request::SET_VRING_ADDR, &body, &[])?)
     }
 
-    /// Stops a queue; the index it would go on from.
+    /// Stops a queue; what GET_VRING_BASE says, in its whole width.
+    ///
+    /// # Errors
+    /// See [`DiskError`].
+    pub fn stop_queue_at(&self, index: usize) -> Result<u32, DiskError> {
+        let number = u32::try_from(index).unwrap_or(u32::MAX);
+        Ok(self.frontend.get_vring_base(number)?)
+    }
+
+    /// Stops a split queue; the index it would go on from.
     ///
     /// # Errors
     /// See [`DiskError`].
     pub fn stop_queue(&self, index: usize) -> Result<u16, DiskError> {
-        let base = self
-            .frontend
-            .get_vring_base(u32::try_from(index).unwrap_or(u32::MAX))?;
+        let base = self.stop_queue_at(index)?;
         Ok(u16::try_from(base).map_err(std::io::Error::other)?)
     }
 
@@ -348,7 +363,8 @@ impl Disk {
         Ok(descs)
     }
 
-    /// Puts a request into the avail ring, directly or in an indirect table.
+    /// Offers a request, directly or in an indirect table; the backend sees it with
+    /// [`Disk::publish`].
     ///
     /// # Errors
     /// See [`DiskError`]; too many segments for a slot count as a mistake of the test.
@@ -357,15 +373,11 @@ impl Disk {
         let head = Self::head(slot);
         let ring = &mut self.rings[queue];
         if self.indirect || descs.len() > usize::from(SLOT_DESCS) {
-            let table: Vec<u8> = linked(&descs, 0).iter().flat_map(Desc::bytes).collect();
-            self.memory.write(Self::table_addr(slot), &table)?;
-            let bytes = u32::try_from(table.len()).unwrap_or(u32::MAX);
-            let desc = Desc::indirect(Self::table_addr(slot), bytes);
-            ring.write_desc(&self.memory, head, &desc)?;
+            ring.offer_table(&self.memory, head, Self::table_addr(slot), &descs)?;
         } else {
-            ring.write_chain(&self.memory, head, &descs)?;
+            ring.offer(&self.memory, head, &descs)?;
         }
-        Ok(ring.push(&self.memory, head)?)
+        Ok(())
     }
 
     /// Shows the backend what was pushed.
@@ -497,6 +509,11 @@ impl Disk {
 fn negotiate_features(frontend: &mut Frontend, options: &Options) -> Result<u64, DiskError> {
     frontend.set(request::SET_OWNER, &[], &[])?;
     let offered = frontend.ask_u64(request::GET_FEATURES)?;
+    // What changes how rings are read can't be left out quietly: the test would be another one.
+    let missing = options.features & !offered & (feature::RING_PACKED | feature::IN_ORDER);
+    if missing != 0 {
+        return Err(DiskError::NotOffered(missing));
+    }
     let mut features = options.features & offered;
     if offered & feature::PROTOCOL_FEATURES != 0 && options.protocol_features != 0 {
         features |= feature::PROTOCOL_FEATURES;

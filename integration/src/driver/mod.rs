@@ -1,7 +1,11 @@
 //! A virtio-blk driver in shared memory: well-behaved requests, and the parts to make others from.
 
+pub mod desc;
 pub mod memory;
+pub mod model;
+pub mod packed;
 pub mod ring;
+mod split;
 
 use std::io;
 
@@ -71,6 +75,12 @@ pub enum DriverError {
         /// Index now.
         now: u16,
     },
+    /// The device used a chain that it does not have.
+    #[error("the device used {} with {} bytes, which is not in flight", .0.id, .0.len)]
+    NotInFlight(ring::Used),
+    /// A packed ring has no room for the chain: a mistake of the test.
+    #[error("the ring has no room for this chain")]
+    Full,
     /// The device used a head that was not waited for.
     #[error("the device used head {given} with {len} bytes, expected head {expected}")]
     WrongHead {

@@ -1,270 +1,323 @@
-//! A split virtqueue as a driver sees it (virtio 1.3, section 2.7), with every field open to
-//! be written wrongly.
+//! A virtqueue as a driver sees it, split or packed behind one interface: offer, publish, wait.
+//!
+//! What only one format has, and what attacks write by hand, lies in [`super::split`] and
+//! [`super::packed`].
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+pub use super::desc::{DESC_BYTES, Desc, INDIRECT, NEXT, WRITE, linked};
+
 use super::DriverError;
 use super::memory::{GuestMemory, OutOfMemory};
+use super::packed::{START, advance};
 use crate::frontend::wait_readable;
 
-/// The chain goes on in `next`.
-pub const NEXT: u16 = 1;
-/// The device writes to this buffer.
-pub const WRITE: u16 = 2;
-/// The buffer holds a table of descriptors.
-pub const INDIRECT: u16 = 4;
-
-/// Bytes of a descriptor.
-pub const DESC_BYTES: u64 = 16;
-/// Avail ring: no call wanted.
-const AVAIL_NO_INTERRUPT: u16 = 1;
-/// Used ring: no kick wanted.
-const USED_NO_NOTIFY: u16 = 1;
-
-/// A descriptor as it stands in memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Desc {
-    /// Guest-physical address.
-    pub addr: u64,
-    /// Bytes.
-    pub len: u32,
-    /// [`NEXT`], [`WRITE`], [`INDIRECT`].
-    pub flags: u16,
-    /// Index of the next one.
-    pub next: u16,
-}
-
-impl Desc {
-    /// A buffer that the device reads.
-    #[must_use]
-    pub fn readable(addr: u64, len: u32) -> Self {
-        Self {
-            addr,
-            len,
-            flags: 0,
-            next: 0,
-        }
-    }
-
-    /// A buffer that the device writes.
-    #[must_use]
-    pub fn writable(addr: u64, len: u32) -> Self {
-        Self {
-            flags: WRITE,
-            ..Self::readable(addr, len)
-        }
-    }
-
-    /// A table of descriptors.
-    #[must_use]
-    pub fn indirect(addr: u64, len: u32) -> Self {
-        Self {
-            flags: INDIRECT,
-            ..Self::readable(addr, len)
-        }
-    }
-
-    /// Its 16 bytes.
-    #[must_use]
-    pub fn bytes(&self) -> [u8; 16] {
-        let mut bytes = [0; 16];
-        bytes[..8].copy_from_slice(&self.addr.to_le_bytes());
-        bytes[8..12].copy_from_slice(&self.len.to_le_bytes());
-        bytes[12..14].copy_from_slice(&self.flags.to_le_bytes());
-        bytes[14..].copy_from_slice(&self.next.to_le_bytes());
-        bytes
-    }
-}
-
-/// The chain of `descs` as table entries from index `first` on: each but the last gets [`NEXT`].
-#[must_use]
-pub fn linked(descs: &[Desc], first: u16) -> Vec<Desc> {
-    let mut table = descs.to_vec();
-    let last = table.len().saturating_sub(1);
-    for ((i, desc), next) in table.iter_mut().enumerate().zip(first.wrapping_add(1)..) {
-        if i < last {
-            desc.flags |= NEXT;
-            desc.next = next;
-        }
-    }
-    table
-}
-
-/// An entry of the used ring.
+/// What the device gave back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Used {
-    /// Head of the chain that is done.
+    /// Head (split) or id (packed) of the chain that is done.
     pub id: u32,
     /// Bytes that the device says it wrote.
     pub len: u32,
 }
 
+/// How a ring is laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// virtio 1.2, section 2.7.
+    Split,
+    /// virtio 1.2, section 2.8.
+    Packed,
+}
+
+/// A chain that the device has.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct InFlight {
+    pub(super) id: u16,
+    /// Descriptors of the ring that it takes.
+    pub(super) slots: u16,
+    pub(super) writable_bytes: u32,
+}
+
 /// A virtqueue: where it lies and how far the driver is.
 #[derive(Debug)]
 pub struct Ring {
+    /// Split or packed.
+    pub format: Format,
     /// Entries.
     pub size: u16,
-    /// Guest address of the descriptor table.
+    /// Guest address of the descriptor table; packed: of the descriptor ring.
     pub desc: u64,
-    /// Guest address of the avail ring.
+    /// Guest address of the avail ring; packed: of the driver event suppression structure.
     pub avail: u64,
-    /// Guest address of the used ring.
+    /// Guest address of the used ring; packed: of the device event suppression structure.
     pub used: u64,
     /// Whether EVENT_IDX was negotiated.
     pub event_idx: bool,
+    /// Whether IN_ORDER was negotiated: chains are used in the order in which they were offered.
+    pub in_order: bool,
     /// Driver to device.
     pub kick: EventFd,
     /// Device to driver.
     pub call: EventFd,
     /// Device to driver: the queue failed.
     pub err: EventFd,
-    /// Index that the next chain is published under.
+    /// Split: index that the next chain is published under. Packed: place of its first descriptor.
     pub next_avail: u16,
-    /// Index of the next used entry to look at.
+    /// Split: index of the next used entry to look at. Packed: its place.
     pub last_used: u16,
-    kicked: u16,
+    /// `next_avail` as it was at the last publication.
+    pub(super) kicked: u16,
+    /// Packed: where the flags that make a batch available belong.
+    pub(super) held: Option<(u64, u16)>,
+    /// Chains offered and not used yet, in the order of their offers.
+    pub(super) in_flight: VecDeque<InFlight>,
+    /// Chains that the device skipped or used, in order, and that were not fetched yet.
+    done: VecDeque<Used>,
 }
 
 impl Ring {
     /// Bytes that a ring of up to 1024 entries takes from its base address on.
     pub const SPAN_BYTES: u64 = 0x8000;
 
-    /// A ring at `base`, all zeroes.
+    /// A split ring at `base`, all zeroes.
     ///
     /// # Errors
     /// [`DriverError`] if it is not in memory or an eventfd can't be made.
     pub fn new(memory: &GuestMemory, base: u64, size: u16) -> Result<Self, DriverError> {
+        Self::with_format(memory, base, size, Format::Split)
+    }
+
+    /// A ring at `base`, all zeroes.
+    ///
+    /// # Errors
+    /// [`DriverError`] if it is not in memory or an eventfd can't be made.
+    pub fn with_format(
+        memory: &GuestMemory,
+        base: u64,
+        size: u16,
+        format: Format,
+    ) -> Result<Self, DriverError> {
         memory.fill(base, 0x8000, 0)?;
         let event = || EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK);
+        let start = if format == Format::Packed { START } else { 0 };
         Ok(Self {
+            format,
             size,
             desc: base,
             avail: base + 0x4000,
             used: base + 0x5000,
             event_idx: false,
+            in_order: false,
             kick: event()?,
             call: event()?,
             err: event()?,
-            next_avail: 0,
-            last_used: 0,
-            kicked: 0,
+            next_avail: start,
+            last_used: start,
+            kicked: start,
+            held: None,
+            in_flight: VecDeque::new(),
+            done: VecDeque::new(),
         })
     }
 
-    /// Sets both indexes, as after GET_VRING_BASE or for a start in the middle.
+    /// A ring with nothing in it and all indexes as at first: after a reset of the device.
     ///
     /// # Errors
     /// [`OutOfMemory`].
-    pub fn rebase(&mut self, memory: &GuestMemory, index: u16) -> Result<(), OutOfMemory> {
-        self.next_avail = index;
-        self.last_used = index;
-        self.kicked = index;
-        memory.store_u16(self.avail + 2, index)?;
-        memory.store_u16(self.used + 2, index)
+    pub fn restart(&mut self, memory: &GuestMemory) -> Result<(), OutOfMemory> {
+        memory.fill(self.desc, 0x8000, 0)?;
+        let start = if self.is_packed() { START } else { 0 };
+        (self.next_avail, self.last_used, self.kicked) = (start, start, start);
+        self.held = None;
+        self.in_flight.clear();
+        self.done.clear();
+        Ok(())
     }
 
-    /// Writes one entry of the descriptor table.
-    ///
-    /// # Errors
-    /// [`OutOfMemory`].
-    pub fn write_desc(
-        &self,
-        memory: &GuestMemory,
-        index: u16,
-        desc: &Desc,
-    ) -> Result<(), OutOfMemory> {
-        memory.write(self.desc + u64::from(index) * DESC_BYTES, &desc.bytes())
+    /// Whether it is a packed ring.
+    #[must_use]
+    pub fn is_packed(&self) -> bool {
+        self.format == Format::Packed
     }
 
-    /// Writes a chain into the table from index `first` on, linked in order.
-    ///
-    /// # Errors
-    /// [`OutOfMemory`].
-    pub fn write_chain(
-        &self,
-        memory: &GuestMemory,
-        first: u16,
-        descs: &[Desc],
-    ) -> Result<(), OutOfMemory> {
-        for (desc, index) in linked(descs, first).iter().zip(first..) {
-            self.write_desc(memory, index, desc)?;
+    /// What SET_VRING_BASE says of a ring from which everything that was taken is used: the next
+    /// entry, for a packed ring twice (avail in the low half, used in the high one).
+    #[must_use]
+    pub fn base(&self) -> u32 {
+        match self.format {
+            Format::Split => u32::from(self.last_used),
+            Format::Packed => u32::from(self.last_used) << 16 | u32::from(self.last_used),
         }
+    }
+
+    /// Offers a chain under `id`; the device sees it with [`Ring::publish`]. Split: `id` is the
+    /// head, and the chain lies in the table from there on.
+    ///
+    /// # Errors
+    /// [`DriverError::Full`] for a packed ring without room for it.
+    pub fn offer(
+        &mut self,
+        memory: &GuestMemory,
+        id: u16,
+        descs: &[Desc],
+    ) -> Result<(), DriverError> {
+        let slots = u16::try_from(descs.len()).unwrap_or(u16::MAX);
+        match self.format {
+            Format::Split => {
+                self.write_chain(memory, id, descs)?;
+                self.push(memory, id)?;
+            }
+            Format::Packed => self.packed_push(memory, id, descs)?,
+        }
+        self.note(id, slots, descs);
         Ok(())
     }
 
-    /// Puts a head into the avail ring; the device sees it with [`Ring::publish`].
+    /// As [`Ring::offer`], with the chain in an indirect table at guest address `at`.
+    ///
+    /// # Errors
+    /// As [`Ring::offer`].
+    pub fn offer_table(
+        &mut self,
+        memory: &GuestMemory,
+        id: u16,
+        at: u64,
+        descs: &[Desc],
+    ) -> Result<(), DriverError> {
+        let bytes = self.write_table(memory, at, descs)?;
+        let outer = [Desc::indirect(at, bytes)];
+        match self.format {
+            Format::Split => {
+                self.write_chain(memory, id, &outer)?;
+                self.push(memory, id)?;
+            }
+            Format::Packed => self.packed_push(memory, id, &outer)?,
+        }
+        self.note(id, 1, descs);
+        Ok(())
+    }
+
+    /// Writes an indirect table in this ring's format: linked where it is split, in order where it
+    /// is packed. Its bytes.
     ///
     /// # Errors
     /// [`OutOfMemory`].
-    pub fn push(&mut self, memory: &GuestMemory, head: u16) -> Result<(), OutOfMemory> {
-        let slot = u64::from(self.next_avail % self.size.max(1));
-        memory.write(self.avail + 4 + 2 * slot, &head.to_le_bytes())?;
-        self.next_avail = self.next_avail.wrapping_add(1);
-        Ok(())
+    pub fn write_table(
+        &self,
+        memory: &GuestMemory,
+        at: u64,
+        descs: &[Desc],
+    ) -> Result<u32, OutOfMemory> {
+        let table: Vec<u8> = match self.format {
+            Format::Split => linked(descs, 0).iter().flat_map(Desc::bytes).collect(),
+            Format::Packed => descs.iter().flat_map(Desc::packed_bytes).collect(),
+        };
+        memory.write(at, &table)?;
+        Ok(u32::try_from(table.len()).unwrap_or(u32::MAX))
     }
 
-    /// Shows the device what was pushed, and kicks it if it wants that.
+    fn note(&mut self, id: u16, slots: u16, descs: &[Desc]) {
+        if !self.is_packed() && !self.in_order {
+            return;
+        }
+        let writable = descs.iter().filter(|d| d.flags & WRITE != 0);
+        let writable_bytes = writable.fold(0u32, |sum, d| sum.wrapping_add(d.len));
+        self.in_flight.push_back(InFlight {
+            id,
+            slots,
+            writable_bytes,
+        });
+    }
+
+    /// Shows the device what was offered, and kicks it if it wants that.
     ///
     /// # Errors
     /// [`DriverError`].
     pub fn publish(&mut self, memory: &GuestMemory) -> Result<(), DriverError> {
-        self.publish_index(memory, self.next_avail)?;
-        if self.wants_kick(memory)? {
+        if self.publish_quietly(memory)? {
             self.kick.write(1)?;
         }
-        self.kicked = self.next_avail;
         Ok(())
     }
 
-    /// Shows the device any avail index, without a kick.
+    /// Shows the device what was offered, without a kick; whether it wants one.
     ///
     /// # Errors
-    /// [`OutOfMemory`].
-    pub fn publish_index(&self, memory: &GuestMemory, index: u16) -> Result<(), OutOfMemory> {
-        memory.store_u16(self.avail + 2, index)
-    }
-
-    fn wants_kick(&self, memory: &GuestMemory) -> Result<bool, OutOfMemory> {
-        if !self.event_idx {
-            return Ok(memory.load_u16(self.used)? & USED_NO_NOTIFY == 0);
-        }
-        let event = memory.load_u16(self.used + 4 + 8 * u64::from(self.size))?;
-        Ok(passed(event, self.next_avail, self.kicked))
-    }
-
-    /// The next used entry, if there is one; no waiting.
-    ///
-    /// # Errors
-    /// [`DriverError::UsedJumped`] if the device published more than was ever offered.
-    pub fn poll_used(&mut self, memory: &GuestMemory) -> Result<Option<Used>, DriverError> {
-        let index = memory.load_u16(self.used + 2)?;
-        let done = index.wrapping_sub(self.last_used);
-        if done == 0 {
-            return Ok(None);
-        }
-        if done > self.size {
-            return Err(DriverError::UsedJumped {
-                last: self.last_used,
-                now: index,
-            });
-        }
-        let slot = u64::from(self.last_used % self.size);
-        let entry = memory.read(self.used + 4 + 8 * slot, 8)?;
-        self.last_used = self.last_used.wrapping_add(1);
-        let field = |at: usize| {
-            let bytes: [u8; 4] = entry[at..at + 4].try_into().unwrap_or_default();
-            u32::from_le_bytes(bytes)
+    /// [`DriverError`].
+    pub fn publish_quietly(&mut self, memory: &GuestMemory) -> Result<bool, DriverError> {
+        let wanted = match self.format {
+            Format::Split => {
+                self.publish_index(memory, self.next_avail)?;
+                self.split_wants_kick(memory)?
+            }
+            Format::Packed => {
+                self.packed_publish(memory)?;
+                self.packed_wants_kick(memory)?
+            }
         };
-        Ok(Some(Used {
-            id: field(0),
-            len: field(4),
-        }))
+        self.kicked = self.next_avail;
+        Ok(wanted)
     }
 
-    /// The next used entry, after waiting for a call where there is none yet.
+    /// The next used chain, if there is one; no waiting.
+    ///
+    /// # Errors
+    /// [`DriverError::UsedJumped`] if the device published more than was ever offered,
+    /// [`DriverError::NotInFlight`] if it used what it does not have.
+    pub fn poll_used(&mut self, memory: &GuestMemory) -> Result<Option<Used>, DriverError> {
+        if let Some(used) = self.done.pop_front() {
+            return Ok(Some(used));
+        }
+        let found = match self.format {
+            Format::Split => self.split_used(memory)?,
+            Format::Packed => self.packed_used(memory)?.map(|used| (used, u16::MAX)),
+        };
+        let Some((used, most)) = found else {
+            return Ok(None);
+        };
+        if self.in_order {
+            self.use_in_order(used, most)?;
+            return Ok(self.done.pop_front());
+        }
+        match self.format {
+            Format::Split => self.last_used = self.last_used.wrapping_add(1),
+            Format::Packed => {
+                let known = self.in_flight.iter();
+                let at = known.clone().position(|f| u32::from(f.id) == used.id);
+                let flight = at.and_then(|at| self.in_flight.remove(at));
+                let flight = flight.ok_or(DriverError::NotInFlight(used))?;
+                self.last_used = advance(self.last_used, flight.slots, self.size);
+            }
+        }
+        Ok(Some(used))
+    }
+
+    /// With IN_ORDER one entry may stand for a batch: it names the batch's last chain, and those
+    /// before it count as used wholly (2.7.9, 2.8.14). At most `most` can be meant.
+    fn use_in_order(&mut self, used: Used, most: u16) -> Result<(), DriverError> {
+        let count = self.in_flight.iter().take(usize::from(most));
+        let last = count.map(|f| u32::from(f.id)).position(|id| id == used.id);
+        let last = last.ok_or(DriverError::NotInFlight(used))?;
+        for (i, flight) in self.in_flight.drain(..=last).enumerate() {
+            self.last_used = match self.format {
+                Format::Split => self.last_used.wrapping_add(1),
+                Format::Packed => advance(self.last_used, flight.slots, self.size),
+            };
+            let whole = Used {
+                id: u32::from(flight.id),
+                len: flight.writable_bytes,
+            };
+            self.done.push_back(if i == last { used } else { whole });
+        }
+        Ok(())
+    }
+
+    /// The next used chain, after waiting for a call where there is none yet.
     ///
     /// # Errors
     /// [`DriverError::NothingUsed`] after `patience`; [`DriverError::CallLost`] if the entry came
@@ -296,20 +349,26 @@ impl Ring {
         }
     }
 
-    fn ask_for_call(&self, memory: &GuestMemory) -> Result<(), OutOfMemory> {
-        if self.event_idx {
-            let used_event = self.avail + 4 + 2 * u64::from(self.size);
-            return memory.store_u16(used_event, self.last_used);
+    /// Asks the device for a call with the next chain that it uses.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`].
+    pub fn ask_for_call(&self, memory: &GuestMemory) -> Result<(), OutOfMemory> {
+        match self.format {
+            Format::Split => self.split_ask_for_call(memory),
+            Format::Packed => self.packed_ask_for_call(memory),
         }
-        memory.store_u16(self.avail, 0)
     }
 
-    /// Tells the device that no call is wanted (without EVENT_IDX).
+    /// Tells the device that no call is wanted (split: without EVENT_IDX).
     ///
     /// # Errors
     /// [`OutOfMemory`].
     pub fn suppress_calls(&self, memory: &GuestMemory) -> Result<(), OutOfMemory> {
-        memory.store_u16(self.avail, AVAIL_NO_INTERRUPT)
+        match self.format {
+            Format::Split => self.split_suppress_calls(memory),
+            Format::Packed => self.packed_suppress_calls(memory),
+        }
     }
 
     /// Whether the device signalled that the queue failed, within `patience`.
@@ -326,31 +385,5 @@ impl Ring {
             self.call.as_fd().as_raw_fd(),
             self.err.as_fd().as_raw_fd(),
         ]
-    }
-}
-
-/// Whether `event` lies in the entries published since `old` (virtio 1.3, section 2.7.10).
-fn passed(event: u16, new: u16, old: u16) -> bool {
-    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn event_index_wraps() {
-        assert!(passed(5, 6, 5));
-        assert!(!passed(6, 6, 5));
-        assert!(passed(0xffff, 0, 0xffff));
-        assert!(!passed(0, 0, 0xffff));
-    }
-
-    #[test]
-    fn a_chain_is_linked_but_for_its_last() {
-        let table = linked(&[Desc::readable(1, 2), Desc::writable(3, 4)], 7);
-        assert_eq!((table[0].flags, table[0].next), (NEXT, 8));
-        assert_eq!((table[1].flags, table[1].next), (WRITE, 0));
-        assert_eq!(table[0].bytes()[12..], [1, 0, 8, 0]);
     }
 }
