@@ -299,7 +299,11 @@ fn what_is_written_is_what_the_cipher_makes_of_it() {
 fn memory_storage_and_none() {
     for unit in [None, Some(512), Some(4096)] {
         let ram = RamSpec::new(VOLUME_BYTES).expect("memory");
-        let mut rig = Rig::new(StorageSpec::Ram(ram), unit.map(cipher), FLUSH_FEATURE);
+        let mut rig = Rig::new(
+            StorageSpec::Ram(ram.into()),
+            unit.map(cipher),
+            FLUSH_FEATURE,
+        );
         round_trip(&mut rig, 8, DATA, 4096);
         round_trip(&mut rig, 16, DATA + 5, 1 << 20);
     }

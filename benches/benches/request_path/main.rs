@@ -86,17 +86,15 @@ impl Ours {
     fn new(kind: u32, encrypted: bool) -> Self {
         let guest = Guest::new(kind);
         let staging = Staging::new().unwrap();
-        let ring = Ring::new(&staging).unwrap();
+        let mut ring = Ring::new(&staging).unwrap();
+        let local = Local::open(device(encrypted), &mut ring).unwrap();
         let features = QueueFeatures::default();
         Self {
             queue: SplitQueue::new(&guest.device_side, Guest::layout(), 0, features).unwrap(),
             guest,
             chain: Chain::with_capacity(4),
             pipeline: Pipeline::new(ring, staging),
-            local: Rc::new(Local {
-                device: device(encrypted),
-                file: None,
-            }),
+            local: Rc::new(local),
         }
     }
 

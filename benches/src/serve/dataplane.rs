@@ -121,7 +121,7 @@ fn storage(backing: Backing, geometry: &Geometry) -> Result<StorageSpec, ServeEr
     match backing {
         Backing::Null { .. } => Ok(StorageSpec::Null),
         Backing::Ram { bytes } => RamSpec::new(bytes)
-            .map(StorageSpec::Ram)
+            .map(|ram| StorageSpec::Ram(Arc::new(ram)))
             .map_err(|e| ServeError::Memory("a disk", e)),
         Backing::File { file, .. } => FileSpec::from_fd(
             file.into(),

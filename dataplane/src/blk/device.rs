@@ -4,10 +4,11 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use bulkhead_crypto::{DataUnit, XtsKey};
 
+use super::config_space::feature;
 use super::metrics::Metrics;
 use crate::storage::StorageSpec;
 
@@ -27,6 +28,26 @@ pub struct Geometry {
     pub queues: u16,
     /// DISCARD is offered, and reaches the storage.
     pub discard: bool,
+}
+
+/// What a storage may turn out not to have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Lack {
+    /// Blocks can be given up (`FALLOC_FL_PUNCH_HOLE`).
+    Punch = 1,
+    /// A range can be zeroed (`FALLOC_FL_ZERO_RANGE`).
+    ZeroRange = 2,
+}
+
+impl Lack {
+    /// What is done instead, for the log.
+    pub(super) fn consequence(self) -> &'static str {
+        match self {
+            Self::Punch => "discards do nothing, zeroes are allocated",
+            Self::ZeroRange => "zeroes are written",
+        }
+    }
 }
 
 /// Why a device can't have another capacity.
@@ -88,6 +109,14 @@ pub struct BlkDevice {
     capacity_sectors: AtomicU64,
     /// The driver's cache mode: completed writes may be volatile until a flush.
     writeback: AtomicBool,
+    /// How often the driver changed to write-through, and up to which of these what was written before
+    /// is stable.
+    settle_wanted: AtomicU64,
+    settled: AtomicU64,
+    /// A flush is in flight.
+    flushing: AtomicBool,
+    /// What the storage was found not to have: a bit for each [`Lack`].
+    lacks: AtomicU8,
     /// A flush failed: what was written before may be lost, and no later flush can say otherwise.
     flush_failed: AtomicBool,
 }
@@ -108,6 +137,10 @@ impl BlkDevice {
             metrics: Metrics::default(),
             capacity_sectors: AtomicU64::new(capacity_sectors),
             writeback: AtomicBool::new(true),
+            settle_wanted: AtomicU64::new(0),
+            settled: AtomicU64::new(0),
+            flushing: AtomicBool::new(false),
+            lacks: AtomicU8::new(0),
             flush_failed: AtomicBool::new(false),
         })
     }
@@ -157,9 +190,58 @@ impl BlkDevice {
         self.writeback.load(Ordering::Acquire)
     }
 
-    /// Chooses the cache mode.
+    /// Chooses the cache mode. After a change to write-through, the first write that is completed makes
+    /// stable what was written before, too.
     pub fn set_writeback(&self, writeback: bool) {
+        if !writeback && self.writeback() {
+            self.settle_wanted.fetch_add(1, Ordering::AcqRel);
+        }
         self.writeback.store(writeback, Ordering::Release);
+    }
+
+    /// A driver negotiated these features: without a way to flush it begins in write-through mode
+    /// (virtio 1.2, 5.2.5.2). May be called again with the same.
+    pub fn negotiated(&self, features: u64) {
+        if features & feature::CONFIG_WCE != 0 && features & feature::FLUSH == 0 {
+            self.set_writeback(false);
+        }
+    }
+
+    /// Whether what was written before a change to write-through may still be volatile.
+    #[inline]
+    pub(super) fn is_unsettled(&self) -> bool {
+        self.settled.load(Ordering::Acquire) != self.settle_wanted()
+    }
+
+    /// What a flush that begins now settles.
+    pub(super) fn settle_wanted(&self) -> u64 {
+        self.settle_wanted.load(Ordering::Acquire)
+    }
+
+    /// A flush that began when so much was wanted has succeeded.
+    pub(super) fn settle(&self, wanted: u64) {
+        self.settled.fetch_max(wanted, Ordering::AcqRel);
+    }
+
+    /// Takes the right to flush; false while another worker has it.
+    pub(super) fn take_flush_turn(&self) -> bool {
+        !self.flushing.swap(true, Ordering::AcqRel)
+    }
+
+    /// Gives it back, once a failure is latched.
+    pub(super) fn give_flush_turn(&self) {
+        self.flushing.store(false, Ordering::Release);
+    }
+
+    /// Whether its storage was found not to have something.
+    #[inline]
+    pub(super) fn lacks(&self, lack: Lack) -> bool {
+        self.lacks.load(Ordering::Relaxed) & lack as u8 != 0
+    }
+
+    /// Its storage does not have something; whether that was known.
+    pub(super) fn note_lack(&self, lack: Lack) -> bool {
+        self.lacks.fetch_or(lack as u8, Ordering::Relaxed) & lack as u8 != 0
     }
 
     /// What a reset of the device puts back. A failed flush stays failed: what it lost stays lost.
@@ -221,7 +303,7 @@ mod tests {
     #[test]
     fn it_never_shrinks_and_has_whole_blocks() {
         let ram = RamSpec::new(1 << 20).expect("memory");
-        let device = device(StorageSpec::Ram(ram), 1024);
+        let device = device(StorageSpec::Ram(ram.into()), 1024);
         let shrinks = device.resize(1016).expect_err("smaller");
         assert!(matches!(
             shrinks,

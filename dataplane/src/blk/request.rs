@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use super::config_space::feature;
+use super::config_space::{self, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, feature};
 use super::device::{BlkDevice, SECTOR_BYTES};
 use crate::virtqueue::{Chain, RingError};
 
@@ -16,6 +16,10 @@ pub mod kind {
     pub const FLUSH: u32 = 4;
     /// Serial.
     pub const GET_ID: u32 = 8;
+    /// Blocks are given up.
+    pub const DISCARD: u32 = 11;
+    /// Zeroes.
+    pub const WRITE_ZEROES: u32 = 13;
 }
 
 /// What the status byte says.
@@ -48,9 +52,31 @@ pub enum Operation {
     Flush,
     /// The serial, to the chain's writable part.
     GetId,
+    /// Give up the ranges in the chain's readable part ([`ranges`]).
+    Discard,
+    /// Zero them.
+    WriteZeroes,
 }
 
+/// A range of a discard or of zeroes: inside the device, whole logical blocks, no longer than is offered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Range {
+    /// First byte on the device.
+    pub offset_bytes: u64,
+    /// How many.
+    pub bytes: u64,
+    /// Zeroes may be given up.
+    pub unmap: bool,
+}
+
+/// Most ranges of one request.
+pub const MAX_RANGES: usize = config_space::MAX_RANGES as usize;
+
 const HEADER_BYTES: usize = 16;
+/// `struct virtio_blk_discard_write_zeroes` (virtio 1.2, 5.2.6).
+const RANGE_BYTES: usize = 16;
+/// Of its flags.
+const UNMAP: u32 = 1;
 /// Longest buffer of a GET_ID that is filled.
 const MAX_ID_BYTES: u64 = 512;
 
@@ -93,11 +119,21 @@ fn decide(
     let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
     match u32::from_le_bytes([t0, t1, t2, t3]) {
         kind::IN if chain.readable.is_empty() => {
-            let offset_bytes = range(sector, chain.writable.bytes(), device)?;
+            let offset_bytes = range(
+                sector,
+                chain.writable.bytes(),
+                device.capacity_sectors(),
+                device,
+            )?;
             Ok(Operation::Read { offset_bytes })
         }
         kind::OUT if chain.writable.is_empty() && !device.geometry.read_only => {
-            let offset_bytes = range(sector, chain.readable.bytes(), device)?;
+            let offset_bytes = range(
+                sector,
+                chain.readable.bytes(),
+                device.capacity_sectors(),
+                device,
+            )?;
             Ok(Operation::Write { offset_bytes })
         }
         kind::IN | kind::OUT => Err(Status::IoError),
@@ -106,16 +142,103 @@ fn decide(
             Ok(Operation::GetId)
         }
         kind::GET_ID => Err(Status::IoError),
+        kind::DISCARD if features & feature::DISCARD != 0 => {
+            are_ranges(chain, device).map(|()| Operation::Discard)
+        }
+        kind::WRITE_ZEROES if features & feature::WRITE_ZEROES != 0 => {
+            are_ranges(chain, device).map(|()| Operation::WriteZeroes)
+        }
         _ => Err(Status::Unsupported),
     }
 }
 
-/// First byte of a range of the device.
+/// Whether a chain can have ranges of a device that may be changed: their number is decided here, before
+/// any is read.
+fn are_ranges(chain: &Chain, device: &BlkDevice) -> Result<(), Status> {
+    let bytes = chain.readable.bytes();
+    let most = (MAX_RANGES * RANGE_BYTES) as u64;
+    let whole = bytes.is_multiple_of(RANGE_BYTES as u64) && (1..=most).contains(&bytes);
+    if whole && chain.writable.is_empty() && !device.geometry.read_only {
+        Ok(())
+    } else {
+        Err(Status::IoError)
+    }
+}
+
+/// Reads the ranges of a discard or of zeroes into `out`, each byte once. All of them are good, or none
+/// is done.
+///
+/// # Errors
+/// The status that says why not: `Unsupported` for flags that there are not, else `IoError`.
+pub fn ranges(
+    chain: &Chain,
+    operation: Operation,
+    device: &BlkDevice,
+    out: &mut Vec<Range>,
+) -> Result<(), Status> {
+    out.clear();
+    let (flags_known, most_sectors) = match operation {
+        Operation::WriteZeroes => (UNMAP, MAX_WRITE_ZEROES_SECTORS),
+        _ => (0, MAX_DISCARD_SECTORS),
+    };
+    let capacity = device.capacity_sectors();
+    let count = chain.readable.bytes() / RANGE_BYTES as u64;
+    for index in 0..count.min(MAX_RANGES as u64) {
+        let mut bytes = [0; RANGE_BYTES];
+        if !chain
+            .readable
+            .copy_out(index * RANGE_BYTES as u64, &mut bytes)
+        {
+            return Err(Status::IoError);
+        }
+        let [
+            s0,
+            s1,
+            s2,
+            s3,
+            s4,
+            s5,
+            s6,
+            s7,
+            n0,
+            n1,
+            n2,
+            n3,
+            f0,
+            f1,
+            f2,
+            f3,
+        ] = bytes;
+        let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+        let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
+        let flags = u32::from_le_bytes([f0, f1, f2, f3]);
+        if flags & !flags_known != 0 {
+            return Err(Status::Unsupported);
+        }
+        if sectors > most_sectors {
+            return Err(Status::IoError);
+        }
+        let bytes = u64::from(sectors) * SECTOR_BYTES;
+        out.push(Range {
+            offset_bytes: range(sector, bytes, capacity, device)?,
+            bytes,
+            unmap: flags & UNMAP != 0,
+        });
+    }
+    Ok(())
+}
+
+/// First byte of a range of the device. Its capacity was read once for the whole request: it may grow
+/// meanwhile.
 #[inline]
-fn range(sector: u64, bytes: u64, device: &BlkDevice) -> Result<u64, Status> {
+fn range(
+    sector: u64,
+    bytes: u64,
+    capacity_sectors: u64,
+    device: &BlkDevice,
+) -> Result<u64, Status> {
     let block = u64::from(device.geometry.logical_block_bytes);
-    // Once: it may grow meanwhile.
-    let capacity = device.capacity_sectors().saturating_mul(SECTOR_BYTES);
+    let capacity = capacity_sectors.saturating_mul(SECTOR_BYTES);
     let offset = sector.checked_mul(SECTOR_BYTES).ok_or(Status::IoError)?;
     let end = offset.checked_add(bytes).ok_or(Status::IoError)?;
     if bytes == 0 || end > capacity || (offset | bytes) & (block - 1) != 0 {
@@ -125,128 +248,4 @@ fn range(sector: u64, bytes: u64, device: &BlkDevice) -> Result<u64, Status> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::rc::Rc;
-    use std::sync::Arc;
-
-    use proptest::prelude::*;
-
-    use super::*;
-    use crate::blk::Geometry;
-    use crate::memory::{GuestBuffer, Lease, anonymous};
-    use crate::storage::StorageSpec;
-
-    const MEMORY_BYTES: u64 = 1 << 20;
-
-    fn device(capacity_sectors: u64, block_bytes: u32, read_only: bool) -> Arc<BlkDevice> {
-        let geometry = Geometry {
-            logical_block_bytes: block_bytes,
-            read_only,
-            serial: [0; 20],
-            queues: 1,
-            discard: false,
-        };
-        BlkDevice::new(geometry, capacity_sectors, StorageSpec::Null, None)
-    }
-
-    /// A chain with a header as given and `readable` and `writable` bytes of data.
-    fn chain(kind: u32, sector: u64, readable: u32, writable: u32) -> Chain {
-        let (memory, _fd) = anonymous(MEMORY_BYTES).expect("memory");
-        let lease: Lease = Rc::new(Arc::new(memory));
-        let mut header = kind.to_le_bytes().to_vec();
-        header.extend([0; 4]);
-        header.extend(sector.to_le_bytes());
-        let mut chain = Chain::default();
-        let fill = |buffer: &mut GuestBuffer, at: u64, bytes: u32| {
-            buffer.reset(&lease);
-            buffer.push(at, bytes).expect("in memory");
-        };
-        fill(&mut chain.readable, 0, 16 + readable);
-        assert!(chain.readable.copy_in(0, &header));
-        fill(&mut chain.writable, MEMORY_BYTES / 2, writable + 1);
-        chain
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(2000))]
-
-        /// Whatever is asked: an accepted range lies inside, has whole blocks, and is not written
-        /// to a read-only device.
-        #[test]
-        fn an_accepted_range_is_inside(
-            kind in prop_oneof![Just(kind::IN), Just(kind::OUT)],
-            sector in prop_oneof![0..2048u64, Just(u64::MAX), Just(1 << 55), any::<u64>()],
-            blocks in 0..64u32,
-            odd in 0..3u32,
-            capacity in 0..1024u64,
-            block in prop_oneof![Just(512u32), Just(4096)],
-            read_only in any::<bool>(),
-        ) {
-            let bytes = blocks * 512 + odd;
-            let device = device(capacity, block, read_only);
-            let (readable, writable) = if kind == kind::IN { (0, bytes) } else { (bytes, 0) };
-            let mut chain = chain(kind, sector, readable, writable);
-            let parsed = parse(&mut chain, &device, feature::FLUSH).expect("it has a status");
-            let inside = sector
-                .checked_mul(512)
-                .and_then(|at| at.checked_add(u64::from(bytes)))
-                .is_some_and(|end| end <= capacity * 512);
-            let whole = bytes > 0
-                && bytes % block == 0
-                && (u128::from(sector) * 512).is_multiple_of(u128::from(block));
-            let allowed = kind == kind::IN || !read_only;
-            match parsed {
-                Ok(Operation::Read { offset_bytes } | Operation::Write { offset_bytes }) => {
-                    prop_assert!(inside && whole && allowed);
-                    prop_assert_eq!(offset_bytes, sector * 512);
-                }
-                Ok(other) => prop_assert!(false, "{other:?}"),
-                Err(status) => {
-                    prop_assert!(!(inside && whole && allowed));
-                    prop_assert_eq!(status, Status::IoError);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn the_wrong_direction_is_an_error() {
-        let device = device(1024, 512, false);
-        for (kind, readable, writable) in [(kind::IN, 512, 512), (kind::OUT, 512, 512)] {
-            let mut chain = chain(kind, 0, readable, writable);
-            assert_eq!(
-                parse(&mut chain, &device, feature::FLUSH),
-                Ok(Err(Status::IoError)),
-                "{kind}"
-            );
-        }
-        let mut nothing = chain(kind::GET_ID, 0, 0, 0);
-        assert_eq!(
-            parse(&mut nothing, &device, feature::FLUSH),
-            Ok(Err(Status::IoError))
-        );
-    }
-
-    #[test]
-    fn a_flush_that_was_not_negotiated_and_types_of_others_are_not_supported() {
-        let device = device(1024, 512, true);
-        let mut flush = chain(kind::FLUSH, 0, 0, 0);
-        assert_eq!(parse(&mut flush, &device, 0), Ok(Err(Status::Unsupported)));
-        for kind in [2, 3, 5, 7, 9, 10, 11, 13, 14, 0x8000_0000, u32::MAX] {
-            let mut chain = chain(kind, 0, 0, 512);
-            assert_eq!(
-                parse(&mut chain, &device, feature::FLUSH),
-                Ok(Err(Status::Unsupported)),
-                "{kind}"
-            );
-        }
-    }
-
-    #[test]
-    fn without_a_status_byte_there_is_no_answer() {
-        let mut chain = chain(kind::IN, 0, 0, 0);
-        chain.writable.release();
-        let error = parse(&mut chain, &device(8, 512, false), feature::FLUSH);
-        assert_eq!(error, Err(RingError::NoStatus));
-    }
-}
+mod tests;

@@ -71,6 +71,27 @@ pub fn store(span: Span<'_>, cipher: Option<&Cipher>, to: Place<'_>) -> bool {
     encrypt(span, cipher, to)
 }
 
+/// Zeroes, encrypted where there is a cipher, to the front of a chunk, as they belong at `offset_bytes` of
+/// the device. False where they don't fit, or are no whole data units: a mistake of the caller.
+#[must_use]
+pub fn zeroes(chunk: &mut Chunk, bytes: u64, offset_bytes: u64, cipher: Option<&Cipher>) -> bool {
+    let Some(bytes) = u32::try_from(bytes).ok().filter(|b| chunk.zero(*b)) else {
+        return false;
+    };
+    let Some(cipher) = cipher else {
+        return true;
+    };
+    let first = offset_bytes / u64::from(cipher.unit.bytes());
+    let at = chunk.at().as_ptr();
+    // SAFETY: the chunk has that many bytes, which nobody else uses; source and destination are the same.
+    let done = unsafe {
+        cipher
+            .key
+            .encrypt_raw(cipher.unit, first, at, at, bytes as usize)
+    };
+    done.is_ok()
+}
+
 /// From our side to guest memory, decrypted where there is a cipher. As [`store`].
 #[inline]
 #[must_use]

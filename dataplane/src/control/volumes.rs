@@ -22,7 +22,7 @@ use super::attach::Begun;
 use super::grant::{capacity_sectors, is_same, only_grew};
 use crate::blk::BlkDevice;
 use crate::server::{Event, Server};
-use crate::storage::{FileSpec, StorageSpec};
+use crate::storage::FileSpec;
 use crate::worker::message::DeviceId;
 
 /// Volumes that can be granted at a time.
@@ -149,10 +149,7 @@ impl Volume {
     }
 
     pub(super) fn file(&self) -> Option<&FileSpec> {
-        match &self.serving.device()?.1.storage {
-            StorageSpec::File(file) => Some(file),
-            StorageSpec::Null | StorageSpec::Ram(_) => None,
-        }
+        self.serving.device()?.1.storage.file()
     }
 }
 

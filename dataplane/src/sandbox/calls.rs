@@ -20,6 +20,8 @@ pub type Calls = BTreeMap<i64, Vec<SeccompRule>>;
 const REGISTER_FILES_UPDATE: u64 = 6;
 /// `BLKGETSIZE64`: `_IOR(0x12, 114, size_t)`.
 const BLKGETSIZE64: u64 = 0x8008_1272;
+/// `BLKIOMIN`, `BLKIOOPT`, `BLKALIGNOFF` and `BLKPBSZGET`: `_IO(0x12, 120)` and those behind it.
+const BLOCK_DEVICE_TOPOLOGY: [u64; 4] = [0x1278, 0x1279, 0x127a, 0x127b];
 
 /// Both kinds, whatever the arguments.
 const BOTH: [c_long; 17] = [
@@ -141,6 +143,15 @@ fn fcntl() -> Result<Vec<SeccompRule>, BackendError> {
     .collect()
 }
 
+/// Sizes of a block device; the standard library makes a socket non-blocking with FIONBIO.
+fn ioctl() -> Result<Vec<SeccompRule>, BackendError> {
+    [BLKGETSIZE64, libc::FIONBIO]
+        .into_iter()
+        .chain(BLOCK_DEVICE_TOPOLOGY)
+        .map(|command| one_of(1, command))
+        .collect()
+}
+
 /// The control thread alone, with some arguments only.
 fn restricted_control() -> Result<Calls, BackendError> {
     let by_descriptor = |flags: u8| masked(flags, libc::AT_EMPTY_PATH, libc::AT_EMPTY_PATH);
@@ -168,11 +179,7 @@ fn restricted_control() -> Result<Calls, BackendError> {
                 0,
             )?])?],
         ),
-        // Size of a block device; the standard library makes a socket non-blocking with FIONBIO.
-        (
-            libc::SYS_ioctl,
-            vec![one_of(1, BLKGETSIZE64)?, one_of(1, libc::FIONBIO)?],
-        ),
+        (libc::SYS_ioctl, ioctl()?),
         // fstat, as some C libraries make it, and the alignment of a volume.
         (
             libc::SYS_newfstatat,

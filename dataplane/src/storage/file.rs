@@ -2,7 +2,7 @@
 //!
 //! UNSAFETY: `statx`, `ioctl` and `pread` are called with buffers of this module that live
 //! through the call, with their true sizes.
-#![expect(unsafe_code, reason = "statx, BLKGETSIZE64 and a trial read")]
+#![expect(unsafe_code, reason = "statx, a block device's sizes and a trial read")]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::io;
@@ -11,6 +11,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{FileStat, SFlag, fstat};
+
+use super::Topology;
 
 /// Why a descriptor can't be a volume.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +58,8 @@ pub struct FileSpec {
     pub memory_align_bytes: u32,
     /// What offsets, and lengths of each segment, must be multiples of.
     pub offset_align_bytes: u32,
+    /// What it likes best.
+    pub topology: Topology,
 }
 
 impl AsFd for FileSpec {
@@ -80,6 +84,10 @@ impl FileSpec {
             _ => (stat.st_dev, stat.st_ino),
         };
         let direct = prepare(&fd, read_only)?;
+        let topology = match kind {
+            SFlag::S_IFBLK => block_device_topology(&fd)?,
+            _ => Topology::of_file(u32::try_from(stat.st_blksize).unwrap_or(0)),
+        };
         let (memory, offset) = if direct {
             direct_alignment(&fd, logical_block_bytes)?
         } else {
@@ -98,6 +106,7 @@ impl FileSpec {
             direct,
             memory_align_bytes: memory.max(1),
             offset_align_bytes: offset.max(1),
+            topology,
         })
     }
 
@@ -157,6 +166,29 @@ fn prepare(fd: &OwnedFd, read_only: bool) -> Result<bool, StorageError> {
 }
 
 nix::ioctl_read!(blkgetsize64, 0x12, 114, u64);
+nix::ioctl_read_bad!(blkiomin, 0x1278, libc::c_uint);
+nix::ioctl_read_bad!(blkioopt, 0x1279, libc::c_uint);
+nix::ioctl_read_bad!(blkalignoff, 0x127a, libc::c_int);
+nix::ioctl_read_bad!(blkpbszget, 0x127b, libc::c_uint);
+
+fn block_device_topology(fd: &OwnedFd) -> Result<Topology, StorageError> {
+    let fd = fd.as_raw_fd();
+    let (mut physical, mut least, mut best, mut shift) = (0, 0, 0, 0);
+    // SAFETY: each writes one word, to a live one.
+    unsafe {
+        blkpbszget(fd, &raw mut physical).map_err(failed("BLKPBSZGET"))?;
+        blkiomin(fd, &raw mut least).map_err(failed("BLKIOMIN"))?;
+        blkioopt(fd, &raw mut best).map_err(failed("BLKIOOPT"))?;
+        blkalignoff(fd, &raw mut shift).map_err(failed("BLKALIGNOFF"))?;
+    }
+    Ok(Topology {
+        min_io_bytes: least,
+        opt_io_bytes: best,
+        // Negative: the device's parts don't fit together.
+        alignment_offset_bytes: u32::try_from(shift).unwrap_or(0),
+        ..Topology::of_file(physical)
+    })
+}
 
 fn block_device_bytes(fd: &OwnedFd) -> Result<u64, StorageError> {
     let mut bytes = 0u64;

@@ -1,8 +1,8 @@
 //! A worker's io_uring: made disabled, restricted to a handful of operations on fixed files, then
 //! enabled. It owns the buffers that the kernel uses until their completion was seen.
 //!
-//! What a process that was broken into could do with it: read, write and flush the volumes and read the
-//! eventfds that this worker has anyway. It can't open, connect or pass anything.
+//! What a process that was broken into could do with it: read, write, flush and give up blocks of the volumes
+//! and read the eventfds that this worker has anyway. It can't open, connect or pass anything.
 //!
 //! UNSAFETY: the kernel reads and writes the buffers of a submitted entry at any time until its
 //! completion. They are moved into the ring's table with the submission and leave it with the
@@ -10,17 +10,21 @@
 #![expect(unsafe_code, reason = "io_uring submission")]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod submission;
+
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;
 
 use io_uring::register::Restriction;
 use io_uring::squeue::{self, Flags};
-use io_uring::types::{Fixed, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode};
 
-use super::staging::{Chunk, Staging};
-use crate::memory::{GuestBuffer, USUAL_MOST_PIECES};
+use super::staging::Staging;
+use crate::memory::USUAL_MOST_PIECES;
+use crate::storage::{Done, Transfer};
+use submission::submission;
 
 /// Transfers that can be in flight, and the completion queue's length, so that it can't overflow.
 pub const MAX_IN_FLIGHT: u32 = 4096;
@@ -28,12 +32,8 @@ pub const MAX_IN_FLIGHT: u32 = 4096;
 const SUBMISSION_ENTRIES: u32 = 256;
 /// Fixed files at most: volumes, kicks and calls.
 const MAX_FILES: u32 = 8192;
-/// How often a transfer that the kernel could not take right now is tried again.
-const MAX_RETRIES: u8 = 16;
 /// The kernel's limit on segments of one transfer (`UIO_MAXIOV`).
 pub const MAX_SEGMENTS: usize = 1024;
-/// `RWF_DSYNC`.
-const RWF_DSYNC: i32 = 0x2;
 /// `IORING_ENTER_GETEVENTS`.
 const ENTER_GETEVENTS: u32 = 1;
 /// `IORING_REGISTER_FILES_UPDATE`.
@@ -45,81 +45,44 @@ const NO_ENTRY: u64 = u64::MAX;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FixedFile(u32);
 
-/// What the kernel is to do.
+/// What is done with an eventfd. Such an entry may end late or never: it waits for whoever has the
+/// eventfd's other end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Action {
-    /// From the file into the buffer.
-    Read,
-    /// From the buffer to the file; `durable`: completed only when stable.
-    Write {
-        /// Write-through.
-        durable: bool,
-    },
-    /// Make completed writes stable.
-    Flush,
-    /// Wait for an eventfd and clear it.
-    Event,
-    /// Add one to an eventfd. Not by a system call: the frontend shares the open file, and can make
-    /// it full and blocking at any time.
+pub enum Event {
+    /// Wait for it and clear it.
+    Wait,
+    /// Add one to it. Not by a system call: the frontend shares the open file, and can make it full and
+    /// blocking at any time.
     Signal,
 }
 
-impl Action {
-    /// Whether it may end late or never: it waits for whoever has the eventfd's other end.
-    fn is_of_eventfd(self) -> bool {
-        matches!(self, Self::Event | Self::Signal)
-    }
-}
-
-/// Where the bytes are.
-#[derive(Debug)]
-pub enum Buffer {
-    /// Nowhere (flush, eventfds).
-    None,
-    /// The first `bytes` of a chunk.
-    Staging {
-        /// The chunk.
-        chunk: Chunk,
-        /// How many bytes of it.
-        bytes: u32,
-    },
-    /// All of a guest buffer.
-    Guest(GuestBuffer),
-}
-
-/// A transfer to be submitted.
-#[derive(Debug)]
-pub struct Transfer {
-    /// What to do.
-    pub action: Action,
-    /// With which file.
-    pub file: FixedFile,
-    /// At which byte of it.
-    pub offset_bytes: u64,
-    /// With which buffer.
-    pub buffer: Buffer,
-}
-
-/// A transfer that ended.
+/// An entry that ended.
 #[derive(Debug)]
 pub struct Completion {
     /// As it was given with the submission.
     pub token: u64,
-    /// The buffer back.
-    pub buffer: Buffer,
-    /// Done in full; or the errno, EIO for a short transfer.
-    pub result: Result<(), i32>,
+    /// The transfer back; none: it was an event.
+    pub transfer: Option<Transfer>,
+    /// As many bytes as the kernel says, or the errno. Whether that is all of them, and whether to try
+    /// again, is decided by who pushed it.
+    pub done: Done,
 }
 
-/// A transfer's entry in the table: what to cancel.
+/// An entry in the table: what to cancel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EntryId(u32);
 
 #[derive(Debug)]
+enum Job {
+    Transfer(Transfer),
+    Event(Event),
+}
+
+#[derive(Debug)]
 struct InFlight {
     token: u64,
-    transfer: Transfer,
-    retries: u8,
+    file: FixedFile,
+    job: Job,
 }
 
 #[derive(Debug, Default)]
@@ -239,28 +202,41 @@ impl Ring {
         }
     }
 
-    /// Queues a transfer; it is submitted by the next [`Ring::turn`] or [`Ring::wait`].
+    /// Queues a transfer with a file; it is submitted by the next [`Ring::turn`] or [`Ring::wait`].
     ///
     /// # Errors
     /// Gives the transfer back when as many are in flight as can be; the caller tries again
     /// after a completion.
     #[inline]
-    pub fn push(&mut self, token: u64, transfer: Transfer) -> Result<EntryId, Transfer> {
+    pub fn push(
+        &mut self,
+        token: u64,
+        file: FixedFile,
+        transfer: Transfer,
+    ) -> Result<EntryId, Transfer> {
         let Some(id) = self.free.pop() else {
             return Err(transfer);
         };
-        if transfer.action.is_of_eventfd() {
-            self.events += 1;
-        }
+        let job = Job::Transfer(transfer);
+        Ok(self.enqueue(id, InFlight { token, file, job }))
+    }
+
+    /// Queues something with an eventfd, as [`Ring::push`] does; none: there is no room.
+    #[inline]
+    pub fn push_event(&mut self, token: u64, file: FixedFile, event: Event) -> Option<EntryId> {
+        let id = self.free.pop()?;
+        self.events += 1;
+        let job = Job::Event(event);
+        Some(self.enqueue(id, InFlight { token, file, job }))
+    }
+
+    #[inline]
+    fn enqueue(&mut self, id: u32, in_flight: InFlight) -> EntryId {
         if let Some(entry) = self.entries.get_mut(id as usize) {
-            entry.in_flight = Some(InFlight {
-                token,
-                transfer,
-                retries: 0,
-            });
+            entry.in_flight = Some(in_flight);
         }
         self.queue(id);
-        Ok(EntryId(id))
+        EntryId(id)
     }
 
     /// Asks for the end of a transfer; its completion comes with ECANCELED, or as it was.
@@ -280,7 +256,7 @@ impl Ring {
             .get_mut(id as usize)
             .and_then(|entry| submission(entry, registered))
         else {
-            debug_assert!(false, "entry {id} has no transfer");
+            debug_assert!(false, "entry {id} has nothing that the kernel could do");
             return;
         };
         self.queue_sqe(sqe.user_data(u64::from(id)));
@@ -359,27 +335,22 @@ impl Ring {
     fn finish(&mut self, user_data: u64, result: i32) -> Option<Completion> {
         let id = u32::try_from(user_data).ok()?;
         let entry = self.entries.get_mut(id as usize)?;
-        let in_flight = entry.in_flight.as_mut()?;
-        // An eventfd's number in the table may be another file's by now: its transfer ends.
-        let again = matches!(-result, libc::EAGAIN | libc::EINTR)
-            && !in_flight.transfer.action.is_of_eventfd();
-        if again && in_flight.retries < MAX_RETRIES {
-            in_flight.retries += 1;
-            self.queue(id);
-            return None;
-        }
         let in_flight = entry.in_flight.take()?;
         if entry.iovecs.capacity() > USUAL_MOST_PIECES {
             entry.iovecs = Vec::with_capacity(USUAL_MOST_PIECES);
         }
         self.free.push(id);
-        if in_flight.transfer.action.is_of_eventfd() {
-            self.events -= 1;
-        }
+        let transfer = match in_flight.job {
+            Job::Transfer(transfer) => Some(transfer),
+            Job::Event(_) => {
+                self.events -= 1;
+                None
+            }
+        };
         Some(Completion {
             token: in_flight.token,
-            result: judge(&in_flight.transfer, result),
-            buffer: in_flight.transfer.buffer,
+            transfer,
+            done: u64::try_from(result).map_err(|_| -result),
         })
     }
 }
@@ -401,85 +372,6 @@ impl Drop for Ring {
     }
 }
 
-/// A result: done in full, or why not.
-#[inline]
-fn judge(transfer: &Transfer, result: i32) -> Result<(), i32> {
-    let Ok(done) = u64::try_from(result) else {
-        return Err(-result);
-    };
-    let expected = match &transfer.buffer {
-        Buffer::None => return Ok(()),
-        Buffer::Staging { bytes, .. } => u64::from(*bytes),
-        Buffer::Guest(buffer) => buffer.bytes(),
-    };
-    if done == expected {
-        Ok(())
-    } else {
-        Err(libc::EIO)
-    }
-}
-
-/// The kernel's form of an entry's transfer.
-#[inline]
-fn submission(entry: &mut Entry, registered: bool) -> Option<squeue::Entry> {
-    let transfer = &entry.in_flight.as_ref()?.transfer;
-    let file = Fixed(transfer.file.0);
-    let offset = transfer.offset_bytes;
-    let flags = match transfer.action {
-        Action::Write { durable: true } => RWF_DSYNC,
-        _ => 0,
-    };
-    let write = matches!(transfer.action, Action::Write { .. });
-    Some(match (&transfer.buffer, transfer.action) {
-        (_, Action::Flush) => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
-        (_, Action::Event) => {
-            let word = (&raw mut entry.word).cast::<u8>();
-            opcode::Read::new(file, word, 8).build()
-        }
-        (_, Action::Signal) => {
-            entry.word = 1;
-            opcode::Write::new(file, (&raw const entry.word).cast(), 8).build()
-        }
-        (Buffer::None, _) => return None,
-        (Buffer::Staging { chunk, bytes }, _) => {
-            let at = chunk.at().as_ptr();
-            match (registered, write) {
-                (true, true) => opcode::WriteFixed::new(file, at, *bytes, 0)
-                    .offset(offset)
-                    .rw_flags(flags)
-                    .build(),
-                (true, false) => opcode::ReadFixed::new(file, at, *bytes, 0)
-                    .offset(offset)
-                    .build(),
-                (false, true) => opcode::Write::new(file, at, *bytes)
-                    .offset(offset)
-                    .rw_flags(flags)
-                    .build(),
-                (false, false) => opcode::Read::new(file, at, *bytes).offset(offset).build(),
-            }
-        }
-        (Buffer::Guest(buffer), _) => {
-            entry.iovecs.clear();
-            entry
-                .iovecs
-                .extend(buffer.pieces().iter().map(|piece| libc::iovec {
-                    iov_base: piece.host().as_ptr().cast(),
-                    iov_len: piece.bytes() as usize,
-                }));
-            let list = entry.iovecs.as_ptr();
-            let count = u32::try_from(entry.iovecs.len()).ok()?;
-            if write {
-                opcode::Writev::new(file, list, count)
-                    .offset(offset)
-                    .rw_flags(flags)
-                    .build()
-            } else {
-                opcode::Readv::new(file, list, count).offset(offset).build()
-            }
-        }
-    })
-}
-
 /// What the ring may ever be asked for.
 fn restrictions() -> Vec<Restriction> {
     let fixed = Flags::FIXED_FILE.bits();
@@ -496,6 +388,9 @@ fn restrictions() -> Vec<Restriction> {
         Restriction::sqe_op(opcode::WriteFixed::CODE),
         // FLUSH.
         Restriction::sqe_op(opcode::Fsync::CODE),
+        // DISCARD and WRITE_ZEROES. A restriction can't name the mode: other modes change the length of a
+        // volume that this worker may write to anyway.
+        Restriction::sqe_op(opcode::Fallocate::CODE),
         // A kick that is no longer waited for, a call that can't be made.
         Restriction::sqe_op(opcode::AsyncCancel::CODE),
         // Nothing but files of the table, and no other flag.
@@ -514,153 +409,4 @@ fn file_slots() -> io::Result<u32> {
 mod escape;
 
 #[cfg(test)]
-mod tests {
-    use std::os::fd::AsFd;
-
-    use super::*;
-
-    fn completions(ring: &mut Ring, count: usize) -> Vec<Completion> {
-        let mut out = Vec::new();
-        while out.len() < count {
-            ring.wait(Some(Duration::from_secs(5)));
-            while let Some(completion) = ring.reap() {
-                out.push(completion);
-            }
-        }
-        out
-    }
-
-    fn chunk_transfer(staging: &mut Staging, file: FixedFile, action: Action) -> Transfer {
-        Transfer {
-            action,
-            file,
-            offset_bytes: 0,
-            buffer: Buffer::Staging {
-                chunk: staging.take(4096).expect("free"),
-                bytes: 4096,
-            },
-        }
-    }
-
-    #[test]
-    fn bytes_go_there_and_back_and_a_short_read_fails() {
-        let mut staging = Staging::new().expect("staging");
-        let mut ring = Ring::new(&staging).expect("ring");
-        let file = tempfile::tempfile().expect("file");
-        let fixed = ring.register_file(file.as_fd()).expect("register");
-        let write = chunk_transfer(&mut staging, fixed, Action::Write { durable: true });
-        if let Buffer::Staging { chunk, .. } = &write.buffer {
-            // SAFETY: the chunk has more than 4096 bytes and is ours.
-            unsafe { chunk.at().write_bytes(0xa5, 4096) };
-        }
-        ring.push(1, write).expect("room");
-        let done = completions(&mut ring, 1);
-        assert_eq!((done[0].token, done[0].result), (1, Ok(())));
-        let mut read = chunk_transfer(&mut staging, fixed, Action::Read);
-        ring.push(2, read).expect("room");
-        let done = completions(&mut ring, 1);
-        assert_eq!(done[0].result, Ok(()));
-        let Buffer::Staging { chunk, .. } = &done[0].buffer else {
-            panic!("another buffer came back");
-        };
-        // SAFETY: as above.
-        assert_eq!(unsafe { chunk.at().add(4095).read() }, 0xa5);
-        read = chunk_transfer(&mut staging, fixed, Action::Read);
-        read.offset_bytes = 512;
-        ring.push(3, read).expect("room");
-        assert_eq!(completions(&mut ring, 1)[0].result, Err(libc::EIO));
-    }
-
-    #[test]
-    fn a_full_ring_gives_the_transfer_back_and_a_drop_waits() {
-        let staging = Staging::new().expect("staging");
-        let mut ring = Ring::new(&staging).expect("ring");
-        let event = nix::sys::eventfd::EventFd::new().expect("eventfd");
-        let fixed = ring.register_file(event.as_fd()).expect("register");
-        let wait = || Transfer {
-            action: Action::Event,
-            file: fixed,
-            offset_bytes: 0,
-            buffer: Buffer::None,
-        };
-        for token in 0..u64::from(MAX_IN_FLIGHT) {
-            ring.push(token, wait()).expect("room");
-        }
-        assert!(ring.push(0, wait()).is_err());
-        assert_eq!(ring.in_flight(), 0);
-        event.write(1).expect("write");
-        assert_eq!(completions(&mut ring, 1)[0].result, Ok(()));
-        ring.push(0, wait()).expect("room again");
-        drop(ring);
-    }
-
-    #[test]
-    fn an_event_can_be_cancelled() {
-        let staging = Staging::new().expect("staging");
-        let mut ring = Ring::new(&staging).expect("ring");
-        let event = nix::sys::eventfd::EventFd::new().expect("eventfd");
-        let file = ring.register_file(event.as_fd()).expect("register");
-        let id = ring
-            .push(
-                9,
-                Transfer {
-                    action: Action::Event,
-                    file,
-                    offset_bytes: 0,
-                    buffer: Buffer::None,
-                },
-            )
-            .expect("room");
-        ring.turn();
-        ring.cancel(id);
-        assert_eq!(completions(&mut ring, 1)[0].result, Err(libc::ECANCELED));
-        ring.forget_file(file);
-    }
-
-    fn signal(file: FixedFile) -> Transfer {
-        Transfer {
-            action: Action::Signal,
-            file,
-            offset_bytes: 0,
-            buffer: Buffer::None,
-        }
-    }
-
-    #[test]
-    fn a_signal_goes_to_the_file_it_was_meant_for() {
-        let staging = Staging::new().expect("staging");
-        let mut ring = Ring::new(&staging).expect("ring");
-        let event =
-            || nix::sys::eventfd::EventFd::from_flags(nix::sys::eventfd::EfdFlags::EFD_NONBLOCK);
-        let (first, second) = (event().expect("eventfd"), event().expect("eventfd"));
-        let file = ring.register_file(first.as_fd()).expect("register");
-        ring.push(1, signal(file)).expect("room");
-        ring.forget_file(file);
-        let again = ring.register_file(second.as_fd()).expect("register");
-        assert_eq!(again, file, "the number is used again");
-        assert_eq!(completions(&mut ring, 1)[0].result, Ok(()));
-        assert_eq!(first.read(), Ok(1));
-        assert_eq!(second.read(), Err(nix::errno::Errno::EAGAIN));
-    }
-
-    #[test]
-    fn a_signal_that_can_not_be_given_blocks_nobody_and_ends_when_cancelled() {
-        let staging = Staging::new().expect("staging");
-        let mut ring = Ring::new(&staging).expect("ring");
-        for flags in [
-            nix::sys::eventfd::EfdFlags::empty(),
-            nix::sys::eventfd::EfdFlags::EFD_NONBLOCK,
-        ] {
-            let full = nix::sys::eventfd::EventFd::from_flags(flags).expect("eventfd");
-            full.write(u64::MAX - 1).expect("fill");
-            let file = ring.register_file(full.as_fd()).expect("register");
-            let id = ring.push(1, signal(file)).expect("room");
-            ring.turn();
-            assert_eq!(ring.in_flight(), 0, "nobody waits for it");
-            ring.cancel(id);
-            ring.forget_file(file);
-            assert!(completions(&mut ring, 1)[0].result.is_err());
-            assert_eq!(full.read(), Ok(u64::MAX - 1));
-        }
-    }
-}
+mod tests;

@@ -19,19 +19,18 @@ use nix::sys::eventfd::EventFd;
 use super::message::{DeviceId, FromWorker, QueueId, QueueStart, ToWorker};
 use super::polling::{Next, Polling};
 use super::queue::Queue;
-use super::ring::{Action, Completion, FixedFile};
+use super::ring::{Completion, Event, FixedFile};
 use crate::blk::BlkDevice;
 use crate::blk::pipeline::{Begun, Local, Outcome, Pipeline, Start, TOKEN_BITS};
 use crate::blk::request::{is_durable, parse};
-use crate::storage::StorageSpec;
 use crate::virtqueue::{Chain, RingError};
 use events::Armed;
 
 /// Requests taken from a queue before the next queue has its turn, and what was used is published:
 /// small enough that a fast driver refills the ring while the rest is served.
 const REQUESTS_PER_TURN: usize = 16;
-/// How long a queue without a kick may wait for its worker.
-const UNKICKED_SLEEP: Duration = Duration::from_micros(100);
+/// How long a queue without a kick, and a request that no completion will wake, may wait for its worker.
+const SHORT_SLEEP: Duration = Duration::from_micros(100);
 
 /// Tokens of waits for a kick: queue number and serial below.
 const KICK: u64 = 1 << TOKEN_BITS;
@@ -200,18 +199,13 @@ impl Worker {
     }
 
     fn attach(&mut self, id: DeviceId, device: Arc<BlkDevice>) {
-        let result = match &device.storage {
-            StorageSpec::File(file) => self
-                .pipeline
-                .ring
-                .register_file(file.as_fd())
-                .map(Some)
-                .map_err(|e| format!("the worker can't take the volume's file: {e}")),
-            StorageSpec::Null | StorageSpec::Ram(_) => Ok(None),
+        let result = match Local::open(device, &mut self.pipeline.ring) {
+            Ok(local) => {
+                self.devices.insert(id, Rc::new(local));
+                Ok(())
+            }
+            Err(e) => Err(format!("the worker can't take the volume's storage: {e}")),
         };
-        let result = result.map(|file| {
-            self.devices.insert(id, Rc::new(Local { device, file }));
-        });
         self.reply(FromWorker::Attached {
             id,
             worker: self.index,
@@ -220,9 +214,8 @@ impl Worker {
     }
 
     fn detach(&mut self, id: DeviceId) {
-        let file = self.devices.remove(&id).and_then(|local| local.file);
-        if let Some(file) = file {
-            self.pipeline.ring.forget_file(file);
+        if let Some(local) = self.devices.remove(&id) {
+            local.close(&mut self.pipeline.ring);
         }
         self.reply(FromWorker::Detached {
             id,
@@ -359,7 +352,8 @@ impl Worker {
         }
         if self.pipeline.has_waiting() {
             let (queues, touched) = (&mut self.queues, &mut self.touched);
-            self.pipeline
+            any |= self
+                .pipeline
                 .resume(|landed| note(queues, touched, landed.queue, landed.head, landed.outcome));
         }
         for at in 0..self.touched.len() {
@@ -415,12 +409,17 @@ impl Worker {
             }
         }
         if !self.wake_is_awaited {
-            self.wake_is_awaited = self.push_event(WAKE, Action::Event, self.wake).is_some();
+            self.wake_is_awaited = self
+                .pipeline
+                .ring
+                .push_event(WAKE, self.wake, Event::Wait)
+                .is_some();
         }
         // A message that came before the wait is in the channel; one that comes later wakes.
         if self.receiver.is_empty() && self.wake_is_awaited {
             let since = Instant::now();
-            self.pipeline.ring.wait(unkicked.then_some(UNKICKED_SLEEP));
+            let briefly = unkicked || self.pipeline.has_waiting();
+            self.pipeline.ring.wait(briefly.then_some(SHORT_SLEEP));
             self.polling.slept(since.elapsed());
         }
         for queue in self.queues.iter_mut().flatten() {

@@ -57,6 +57,45 @@ impl Chunk {
     pub fn bytes(&self) -> u32 {
         self.bytes
     }
+
+    /// Copies its front into `to`; false, with nothing copied, where it is shorter.
+    #[must_use]
+    pub fn copy_out(&self, to: &mut [u8]) -> bool {
+        let fits = to.len() <= self.bytes as usize;
+        if fits {
+            // SAFETY: it has that many bytes, which nobody else uses; `to` is memory of its own.
+            unsafe {
+                self.at
+                    .copy_to_nonoverlapping(NonNull::from(&mut *to).cast(), to.len())
+            };
+        }
+        fits
+    }
+
+    /// Copies `from` to its front; false, with nothing copied, where it is shorter.
+    #[must_use]
+    pub fn copy_in(&mut self, from: &[u8]) -> bool {
+        let fits = from.len() <= self.bytes as usize;
+        if fits {
+            // SAFETY: as above, the other way.
+            unsafe {
+                self.at
+                    .copy_from_nonoverlapping(NonNull::from(from).cast(), from.len())
+            };
+        }
+        fits
+    }
+
+    /// Zeroes its first `bytes` bytes; false, with nothing done, where it is shorter.
+    #[must_use]
+    pub fn zero(&mut self, bytes: u32) -> bool {
+        let fits = bytes <= self.bytes;
+        if fits {
+            // SAFETY: it has that many bytes, which nobody else uses.
+            unsafe { self.at.write_bytes(0, bytes as usize) };
+        }
+        fits
+    }
 }
 
 /// The chunks that nobody uses.

@@ -7,7 +7,7 @@
 use std::os::fd::AsFd;
 
 use io_uring::squeue::{Entry, Flags};
-use io_uring::types::{Fd, OpenHow};
+use io_uring::types::{Fd, Fixed, OpenHow};
 
 use super::*;
 use crate::sandbox::lock_worker_thread;
@@ -110,7 +110,7 @@ fn escape_ring_everything_else_is_refused() {
             "rename",
             opcode::RenameAt::new(Fd(libc::AT_FDCWD), name, Fd(libc::AT_FDCWD), name).build(),
         ),
-        ("fallocate", opcode::Fallocate::new(Fixed(0), 1).build()),
+        ("truncate", opcode::Ftruncate::new(Fixed(0), 1).build()),
         (
             "uring command",
             opcode::UringCmd16::new(Fixed(0), 0).build(),

@@ -9,7 +9,7 @@ use super::{CALL, ERROR, KICK, Worker};
 use crate::virtqueue::RingError;
 use crate::worker::message::QueueId;
 use crate::worker::queue::{Call, Kick};
-use crate::worker::ring::{Action, Buffer, EntryId, FixedFile, Transfer};
+use crate::worker::ring::{EntryId, Event, FixedFile};
 
 /// How a queue goes to sleep.
 pub(super) enum Armed {
@@ -105,7 +105,10 @@ impl Worker {
             return;
         }
         let file = call.file;
-        let entry = self.push_event(token(CALL, number, serial), Action::Signal, file);
+        let entry = self
+            .pipeline
+            .ring
+            .push_event(token(CALL, number, serial), file, Event::Signal);
         self.called = true;
         self.call_is_due |= entry.is_none();
         if let Some(call) = self.queue(number).and_then(|queue| queue.call.as_mut()) {
@@ -147,7 +150,7 @@ impl Worker {
     pub(super) fn signal_error(&mut self, event: &OwnedFd) {
         match self.pipeline.ring.register_file(event.as_fd()) {
             Ok(file) => {
-                self.push_event(ERROR, Action::Signal, file);
+                self.pipeline.ring.push_event(ERROR, file, Event::Signal);
                 self.pipeline.ring.forget_file(file);
             }
             Err(error) => tracing::warn!("a frontend can't be told of a retired queue: {error}"),
@@ -189,28 +192,13 @@ impl Worker {
             return Armed::Idle;
         }
         let serial = self.next_serial();
-        let Some(entry) = self.push_event(token(KICK, number, serial), Action::Event, file) else {
+        let wait = token(KICK, number, serial);
+        let Some(entry) = self.pipeline.ring.push_event(wait, file, Event::Wait) else {
             return Armed::Unkicked;
         };
         if let Some(kick) = self.queue(number).and_then(|queue| queue.kick.as_mut()) {
             kick.wait = Some((entry, serial));
         }
         Armed::Idle
-    }
-
-    /// None: the ring has no room.
-    pub(super) fn push_event(
-        &mut self,
-        token: u64,
-        action: Action,
-        file: FixedFile,
-    ) -> Option<EntryId> {
-        let transfer = Transfer {
-            action,
-            file,
-            offset_bytes: 0,
-            buffer: Buffer::None,
-        };
-        self.pipeline.ring.push(token, transfer).ok()
     }
 }

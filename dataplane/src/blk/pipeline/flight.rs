@@ -1,0 +1,231 @@
+//! A request under way, from where it starts to how it ends.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::cell::Cell;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use crate::blk::device::{BlkDevice, SECTOR_BYTES};
+use crate::blk::request::{Operation, Range, Status};
+use crate::memory::GuestBuffer;
+use crate::storage::{Limits, RamSpec, Storage, StorageSpec};
+use crate::virtqueue::Chain;
+use crate::worker::ring::Ring;
+
+/// Ranges of guest memory that a chain has room for from the start.
+const USUAL_PIECES: usize = 4;
+
+/// Blocks that need no transfer.
+#[derive(Debug)]
+pub(super) enum Memory {
+    /// They do.
+    No,
+    /// There are none.
+    Nowhere,
+    /// They are in memory of this process.
+    Ram(Arc<RamSpec>),
+}
+
+/// A worker's way to a device.
+#[derive(Debug)]
+pub struct Local {
+    /// The device.
+    pub device: Arc<BlkDevice>,
+    pub(super) storage: Box<dyn Storage>,
+    pub(super) limits: Limits,
+    pub(super) memory: Memory,
+    /// What the flush under way settles ([`BlkDevice::settle_wanted`]).
+    pub(super) settling: Cell<u64>,
+}
+
+impl Local {
+    /// Takes the device's storage into a worker's ring.
+    ///
+    /// # Errors
+    /// What the ring refuses it with.
+    pub fn open(device: Arc<BlkDevice>, ring: &mut Ring) -> io::Result<Self> {
+        let storage = device.storage.open(ring)?;
+        let memory = match &device.storage {
+            StorageSpec::Null => Memory::Nowhere,
+            StorageSpec::Ram(ram) => Memory::Ram(Arc::clone(ram)),
+            _ => Memory::No,
+        };
+        Ok(Self {
+            limits: storage.limits(),
+            device,
+            storage,
+            memory,
+            settling: Cell::new(0),
+        })
+    }
+
+    /// Takes the storage out of the ring again; nothing of the device is under way.
+    pub fn close(&self, ring: &mut Ring) {
+        self.storage.close(ring);
+    }
+}
+
+/// What became of a request at its start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begun {
+    /// It ended.
+    Done(Outcome),
+    /// It is under way.
+    Pending,
+}
+
+/// How a request ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Outcome {
+    /// Its status.
+    pub status: Status,
+    /// Bytes of its writable buffer that were written, the status aside.
+    pub written: u32,
+    /// Bytes moved for the guest, for the counters.
+    pub read_bytes: u32,
+    /// Bytes taken from the guest, for the counters.
+    pub stored_bytes: u32,
+}
+
+impl Outcome {
+    /// It failed.
+    #[must_use]
+    pub fn failed(status: Status) -> Self {
+        Self {
+            status,
+            written: 0,
+            read_bytes: 0,
+            stored_bytes: 0,
+        }
+    }
+
+    pub(super) fn ok(operation: Operation, bytes: u64) -> Self {
+        // A chain has at most 2^32 bytes, one of them the status.
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        let (written, read_bytes, stored_bytes) = match operation {
+            Operation::Read { .. } => (bytes, bytes, 0),
+            Operation::Write { .. } => (0, 0, bytes),
+            Operation::GetId => (bytes, 0, 0),
+            Operation::Flush | Operation::Discard | Operation::WriteZeroes => (0, 0, 0),
+        };
+        Self {
+            status: Status::Ok,
+            written,
+            read_bytes,
+            stored_bytes,
+        }
+    }
+}
+
+/// What starts a request.
+#[derive(Debug, Clone, Copy)]
+pub struct Start<'a> {
+    /// The worker's number of its queue.
+    pub queue: u32,
+    /// Its head.
+    pub head: u16,
+    /// What is asked.
+    pub operation: Operation,
+    /// Of which device.
+    pub local: &'a Rc<Local>,
+    /// It is completed only when what it changed is stable.
+    pub durable: bool,
+}
+
+/// A request that ended after a while.
+#[derive(Debug)]
+pub struct Landed {
+    /// Its queue, as it was given at the start.
+    pub queue: u32,
+    /// Its head.
+    pub head: u16,
+    /// How it ended; the status byte is written.
+    pub outcome: Outcome,
+}
+
+/// Where a request is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// Its transfers are under way.
+    Transfers,
+    /// They ended, and it waits for a flush.
+    Flush,
+}
+
+/// A request under way.
+#[derive(Debug)]
+pub(super) struct Flight {
+    pub(super) queue: u32,
+    pub(super) head: u16,
+    pub(super) operation: Operation,
+    pub(super) chain: Chain,
+    /// Data bytes.
+    pub(super) bytes: u64,
+    /// Data bytes that were given to the storage.
+    pub(super) submitted: u64,
+    /// Of a discard or zeroes: what was not given to the storage yet.
+    pub(super) ranges: Vec<Range>,
+    /// Transfers that the storage has, or that wait for room there.
+    pub(super) outstanding: u32,
+    /// Transfers that were tried again.
+    pub(super) retries: u32,
+    pub(super) failed: bool,
+    /// It stands in line, for staging or for its end.
+    pub(super) waiting: bool,
+    /// Writes are stable when they end.
+    pub(super) durable: bool,
+    /// A flush follows its transfers.
+    pub(super) flushes: bool,
+    pub(super) stage: Stage,
+    pub(super) local: Option<Rc<Local>>,
+}
+
+impl Flight {
+    pub(super) fn none() -> Self {
+        Self {
+            queue: 0,
+            head: 0,
+            operation: Operation::Flush,
+            chain: Chain::with_capacity(USUAL_PIECES),
+            bytes: 0,
+            submitted: 0,
+            ranges: Vec::new(),
+            outstanding: 0,
+            retries: 0,
+            failed: false,
+            waiting: false,
+            durable: false,
+            flushes: false,
+            stage: Stage::Transfers,
+            local: None,
+        }
+    }
+
+    /// Whether something was not given to the storage yet.
+    #[inline]
+    pub(super) fn has_more(&self) -> bool {
+        self.submitted < self.bytes || !self.ranges.is_empty()
+    }
+}
+
+/// Where a transfer belongs: flight and first sector within it.
+pub(super) fn token(flight: u32, at: u64) -> u64 {
+    // A request has less than 2^32 bytes: 2^23 sectors.
+    (u64::from(flight) << 24) | (at / SECTOR_BYTES)
+}
+
+pub(super) fn untoken(token: u64) -> (u32, u64) {
+    let flight = u32::try_from(token >> 24).unwrap_or(u32::MAX);
+    (flight, (token & 0xff_ffff) * SECTOR_BYTES)
+}
+
+/// The buffer with a transfer's data.
+#[inline]
+pub(super) fn data(operation: Operation, chain: &Chain) -> &GuestBuffer {
+    match operation {
+        Operation::Write { .. } => &chain.readable,
+        _ => &chain.writable,
+    }
+}

@@ -1,0 +1,108 @@
+//! FLUSH, and the flush behind what else has to be stable.
+//!
+//! A device has one flush in flight at a time, whichever worker's: the kernel tells of a lost write once for
+//! an open file, to the first flush that ends, and one beside it would then succeed without truth. One that
+//! comes meanwhile waits for the next, which is for all that wait in its worker. A failed one fails all
+//! that come later, until the volume is attached anew.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::rc::Rc;
+
+use super::flight::{Landed, Local, Stage};
+use super::{Pipeline, report};
+use crate::storage::Transfer;
+
+impl Pipeline {
+    /// Has a request wait for a flush that begins from now on; or ends it, where none can succeed.
+    pub(super) fn want_flush(&mut self, index: u32) -> Option<Landed> {
+        let flight = self.flights.get_mut(index as usize)?;
+        let local = flight.local.clone()?;
+        flight.stage = Stage::Flush;
+        if local.device.flush_failed() {
+            flight.failed = true;
+            return self.finish(index);
+        }
+        self.unflushed.push_back(index);
+        self.start_flush(&local);
+        None
+    }
+
+    /// Begins a flush for all requests here that wait for one of this device; false while another is in
+    /// flight.
+    fn start_flush(&mut self, local: &Rc<Local>) -> bool {
+        if !local.device.take_flush_turn() {
+            return false;
+        }
+        let mut leader = None;
+        for _ in 0..self.unflushed.len() {
+            let Some(index) = self.unflushed.pop_front() else {
+                break;
+            };
+            if self.is_of(index, local) {
+                leader = Some(index);
+                self.flushing.push(index);
+            } else {
+                self.unflushed.push_back(index);
+            }
+        }
+        match leader {
+            // The last one may have failed between the look and the turn.
+            Some(_) if local.device.flush_failed() => self.flushed(local, Err(libc::EIO)),
+            Some(leader) => {
+                local.settling.set(local.device.settle_wanted());
+                self.submit(leader, 0, Transfer::flush());
+            }
+            None => local.device.give_flush_turn(),
+        }
+        true
+    }
+
+    fn is_of(&self, index: u32, local: &Rc<Local>) -> bool {
+        let flight = self.flights.get(index as usize);
+        let of = flight.and_then(|flight| flight.local.as_ref());
+        of.is_some_and(|of| Rc::ptr_eq(of, local))
+    }
+
+    /// A flush ended, and with it every request that it was for.
+    pub(super) fn flushed(&mut self, local: &Rc<Local>, result: Result<(), i32>) {
+        match result {
+            Ok(()) => local.device.settle(local.settling.get()),
+            Err(errno) => {
+                // Latched before the next flush can begin.
+                local.device.latch_flush_failure();
+                report(crate::blk::request::Operation::Flush, errno);
+            }
+        }
+        local.device.give_flush_turn();
+        let mut at = 0;
+        while let Some(&index) = self.flushing.get(at) {
+            if !self.is_of(index, local) {
+                at += 1;
+                continue;
+            }
+            self.flushing.swap_remove(at);
+            if let Some(flight) = self.flights.get_mut(index as usize) {
+                flight.failed |= result.is_err();
+            }
+            self.wait_in_line(index);
+        }
+    }
+
+    /// Begins the flushes that waited for another worker's.
+    pub(super) fn resume_flushes(&mut self) {
+        for _ in 0..self.unflushed.len() {
+            let Some(&index) = self.unflushed.front() else {
+                return;
+            };
+            let flight = self.flights.get(index as usize);
+            let Some(local) = flight.and_then(|flight| flight.local.clone()) else {
+                self.unflushed.pop_front();
+                continue;
+            };
+            if !self.start_flush(&local) {
+                self.unflushed.rotate_left(1);
+            }
+        }
+    }
+}

@@ -1,0 +1,552 @@
+//! The way of a parsed request to the storage and back.
+//!
+//! What can be answered at once is ([`Begun::Done`]). Everything else is under way: a plain
+//! transfer straight between guest memory and file where the alignment allows, else parts of it
+//! through staging, as many at a time as there is room for. A request waits for staging, for the
+//! ring or for a flush in a queue, never in a loop.
+//!
+//! A transfer that a storage could not take right now is tried again as it was, a few times; one that
+//! ends short has failed.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+mod at_once;
+mod flight;
+mod flush;
+mod ranges;
+
+use std::collections::VecDeque;
+use std::rc::Rc;
+
+use super::request::{MAX_RANGES, Operation, Range, Status};
+use super::transform::{Place, Span, load, store};
+use crate::memory::GuestBuffer;
+use crate::storage::{Action, Begin, Buffer, Completion, Limits, Polled, Transfer};
+use crate::virtqueue::Chain;
+use crate::worker::ring::{self, MAX_IN_FLIGHT, MAX_SEGMENTS, Ring};
+use crate::worker::staging::{Chunk, LARGE_BYTES, Staging};
+use at_once::identify;
+pub use flight::{Begun, Landed, Local, Outcome, Start};
+use flight::{Flight, Memory, Stage, data, token, untoken};
+
+/// First bit that a token of this module never has.
+pub const TOKEN_BITS: u32 = 56;
+/// How often the transfers of one request are tried again.
+const MAX_RETRIES: u32 = 16;
+
+/// All requests under way on a worker, and what they need.
+#[derive(Debug)]
+pub struct Pipeline {
+    /// Dropped first: it waits for what the kernel still uses.
+    pub ring: Ring,
+    staging: Staging,
+    /// Where the ciphertext of a device without storage goes.
+    scratch: Option<Chunk>,
+    flights: Vec<Flight>,
+    free: Vec<u32>,
+    /// Flights that have something left to submit and no staging, or that are to end.
+    waiting: VecDeque<u32>,
+    /// Transfers that the storage had no room for.
+    again: VecDeque<(u64, Transfer)>,
+    /// Transfers that ended outside the ring.
+    ended: VecDeque<Completion>,
+    /// Ways to storages that hold transfers, and how many there are in all.
+    holders: Vec<Rc<Local>>,
+    held: usize,
+    /// Flights that wait for a flush to begin, and those that one is in flight for.
+    unflushed: VecDeque<u32>,
+    flushing: Vec<u32>,
+    /// Where the ranges of a request are put together.
+    ranges: Vec<Range>,
+}
+
+impl Pipeline {
+    /// Nothing under way; room for as much as the ring has, so that nothing is allocated later.
+    #[must_use]
+    pub fn new(ring: Ring, mut staging: Staging) -> Self {
+        let scratch = staging.take(u64::from(LARGE_BYTES));
+        let most = MAX_IN_FLIGHT as usize;
+        Self {
+            ring,
+            staging,
+            scratch,
+            flights: (0..MAX_IN_FLIGHT).map(|_| Flight::none()).collect(),
+            free: (0..MAX_IN_FLIGHT).rev().collect(),
+            waiting: VecDeque::with_capacity(most),
+            again: VecDeque::with_capacity(most),
+            ended: VecDeque::new(),
+            holders: Vec::new(),
+            held: 0,
+            unflushed: VecDeque::with_capacity(most),
+            flushing: Vec::with_capacity(most),
+            ranges: Vec::with_capacity(MAX_RANGES),
+        }
+    }
+
+    /// Whether another request can be begun.
+    #[must_use]
+    #[inline]
+    pub fn has_room(&self) -> bool {
+        !self.free.is_empty()
+    }
+
+    /// Begins a request. Its chain is taken (and an empty one left) if it is under way afterwards.
+    #[inline]
+    pub fn begin(&mut self, start: Start<'_>, chain: &mut Chain) -> Begun {
+        let local = start.local;
+        match start.operation {
+            Operation::Read { .. } | Operation::Write { .. } => match local.memory {
+                Memory::No => self.begin_transfer(start, chain),
+                Memory::Nowhere | Memory::Ram(_) => Begun::Done(self.at_once(start, chain)),
+            },
+            Operation::GetId => Begun::Done(identify(&local.device, chain)),
+            Operation::Flush => self.begin_flush(start, chain),
+            Operation::Discard | Operation::WriteZeroes => self.begin_ranges(start, chain),
+        }
+    }
+
+    fn begin_flush(&mut self, start: Start<'_>, chain: &mut Chain) -> Begun {
+        if start.local.device.flush_failed() {
+            return Begun::Done(Outcome::failed(Status::IoError));
+        }
+        if !matches!(start.local.memory, Memory::No) {
+            return Begun::Done(Outcome::ok(Operation::Flush, 0));
+        }
+        let Some(index) = self.take_off(start, chain, 0) else {
+            return Begun::Done(Outcome::failed(Status::IoError));
+        };
+        // It has not failed a line above, and if it has since, the flight is in line for its end.
+        if self.want_flush(index).is_some() {
+            return Begun::Done(Outcome::failed(Status::IoError));
+        }
+        Begun::Pending
+    }
+
+    #[inline]
+    fn begin_transfer(&mut self, start: Start<'_>, chain: &mut Chain) -> Begun {
+        let local = start.local;
+        let buffer = data(start.operation, chain);
+        let bytes = buffer.bytes();
+        let direct = local.device.cipher.is_none() && is_aligned(buffer, local.limits);
+        let Some(index) = self.take_off(start, chain, bytes) else {
+            return Begun::Done(Outcome::failed(Status::IoError));
+        };
+        if direct {
+            self.submit_direct(index);
+        } else {
+            self.advance(index);
+        }
+        Begun::Pending
+    }
+
+    /// A flight ends outside of [`Pipeline::land`] by standing in line.
+    fn fail(&mut self, index: u32) {
+        if let Some(flight) = self.flights.get_mut(index as usize) {
+            flight.failed = true;
+            if flight.outstanding == 0 {
+                self.wait_in_line(index);
+            }
+        }
+    }
+
+    /// Moves a chain into a flight; none if there is no room ([`Pipeline::has_room`]).
+    #[inline]
+    fn take_off(&mut self, start: Start<'_>, chain: &mut Chain, bytes: u64) -> Option<u32> {
+        let index = self.free.pop()?;
+        let flight = self.flights.get_mut(index as usize)?;
+        std::mem::swap(&mut flight.chain, chain);
+        flight.queue = start.queue;
+        flight.head = start.head;
+        flight.operation = start.operation;
+        flight.bytes = bytes;
+        flight.submitted = 0;
+        flight.outstanding = 0;
+        flight.retries = 0;
+        flight.failed = false;
+        flight.durable = start.durable;
+        // What was written before the driver chose write-through is to be stable no later.
+        flight.flushes = start.durable
+            && matches!(start.operation, Operation::Write { .. })
+            && start.local.device.is_unsettled();
+        flight.stage = Stage::Transfers;
+        flight.local = Some(Rc::clone(start.local));
+        Some(index)
+    }
+
+    /// The whole request as one transfer between guest memory and file.
+    #[inline]
+    fn submit_direct(&mut self, index: u32) {
+        let Some(flight) = self.flights.get_mut(index as usize) else {
+            return;
+        };
+        let (action, offset_bytes, buffer) = match flight.operation {
+            Operation::Read { offset_bytes } => {
+                (Action::Read, offset_bytes, &mut flight.chain.writable)
+            }
+            Operation::Write { offset_bytes } => {
+                let durable = flight.durable;
+                let action = Action::Write { durable };
+                (action, offset_bytes, &mut flight.chain.readable)
+            }
+            _ => return,
+        };
+        let transfer = Transfer {
+            action,
+            offset_bytes,
+            bytes: flight.bytes,
+            buffer: Buffer::Guest(std::mem::take(buffer)),
+        };
+        flight.submitted = flight.bytes;
+        self.submit(index, 0, transfer);
+    }
+
+    /// Gives a transfer of a flight to its storage; false where that has no more room.
+    #[inline]
+    fn submit(&mut self, index: u32, at: u64, transfer: Transfer) -> bool {
+        if let Some(flight) = self.flights.get_mut(index as usize) {
+            flight.outstanding += 1;
+        }
+        self.give(token(index, at), transfer)
+    }
+
+    #[inline]
+    fn give(&mut self, token: u64, transfer: Transfer) -> bool {
+        let (index, _) = untoken(token);
+        let flight = self.flights.get(index as usize);
+        let Some(local) = flight.and_then(|flight| flight.local.as_ref()) else {
+            debug_assert!(false, "a transfer of no flight");
+            return true;
+        };
+        match local.storage.begin(&mut self.ring, token, transfer) {
+            Begin::Later => {}
+            Begin::Held => {
+                self.held += 1;
+                if !self.holders.iter().any(|held| Rc::ptr_eq(held, local)) {
+                    self.holders.push(Rc::clone(local));
+                }
+            }
+            Begin::Done(transfer, done) => self.ended.push_back(Completion {
+                token,
+                transfer,
+                done,
+            }),
+            Begin::Full(transfer) => {
+                self.again.push_back((token, transfer));
+                return false;
+            }
+        }
+        true
+    }
+
+    fn wait_in_line(&mut self, index: u32) {
+        if let Some(flight) = self.flights.get_mut(index as usize)
+            && !flight.waiting
+        {
+            flight.waiting = true;
+            self.waiting.push_back(index);
+        }
+    }
+
+    /// Submits as many parts of a request as there is room for.
+    fn advance(&mut self, index: u32) {
+        let flight = self.flights.get(index as usize);
+        let Some((local, operation)) =
+            flight.and_then(|flight| Some((flight.local.clone()?, flight.operation)))
+        else {
+            return;
+        };
+        match operation {
+            Operation::Discard | Operation::WriteZeroes => self.advance_ranges(index, &local),
+            _ => self.advance_staged(index, &local),
+        }
+        // Nothing will come back for it: it ends, or goes on, from the line.
+        let flight = self.flights.get(index as usize);
+        if flight.is_some_and(|flight| flight.outstanding == 0) {
+            self.wait_in_line(index);
+        }
+    }
+
+    fn advance_staged(&mut self, index: u32, local: &Rc<Local>) {
+        loop {
+            let Some(flight) = self.flights.get_mut(index as usize) else {
+                return;
+            };
+            let left = flight.bytes - flight.submitted;
+            if flight.failed || left == 0 {
+                return;
+            }
+            let Some(chunk) = self.staging.take(left) else {
+                return self.wait_in_line(index);
+            };
+            let bytes = chunk.bytes().min(u32::try_from(left).unwrap_or(u32::MAX));
+            let at = flight.submitted;
+            let (action, offset_bytes) = match flight.operation {
+                Operation::Write { offset_bytes } => {
+                    let offset_bytes = offset_bytes + at;
+                    let span = Span {
+                        buffer: &flight.chain.readable,
+                        at,
+                        bytes: bytes as usize,
+                        offset_bytes,
+                    };
+                    let cipher = local.device.cipher.as_ref();
+                    if !store(span, cipher, Place::Chunk(&chunk)) {
+                        self.staging.give(chunk);
+                        return self.fail(index);
+                    }
+                    let durable = flight.durable;
+                    (Action::Write { durable }, offset_bytes)
+                }
+                Operation::Read { offset_bytes } => (Action::Read, offset_bytes + at),
+                _ => return self.staging.give(chunk),
+            };
+            flight.submitted += u64::from(bytes);
+            let transfer = Transfer {
+                action,
+                offset_bytes,
+                bytes: u64::from(bytes),
+                buffer: Buffer::Staging(chunk),
+            };
+            if !self.submit(index, at, transfer) {
+                return;
+            }
+        }
+    }
+
+    /// Takes a completion of the ring in; the request it was the last of, if it was.
+    #[inline]
+    pub fn land(&mut self, completion: ring::Completion) -> Option<Landed> {
+        self.take_in(Completion {
+            token: completion.token,
+            transfer: completion.transfer?,
+            done: completion.done,
+        })
+    }
+
+    #[inline]
+    fn take_in(&mut self, completion: Completion) -> Option<Landed> {
+        let Completion {
+            token,
+            transfer,
+            done,
+        } = completion;
+        let (index, at) = untoken(token);
+        let flight = self.flights.get_mut(index as usize)?;
+        let local = flight.local.clone()?;
+        let result = transfer.judge(done);
+        if let Err(errno) = result
+            && is_temporary(transfer.action, errno)
+            && flight.retries < MAX_RETRIES
+        {
+            flight.retries += 1;
+            self.give(token, transfer);
+            return None;
+        }
+        flight.outstanding -= 1;
+        if transfer.action == Action::Flush {
+            self.flushed(&local, result);
+            return None;
+        }
+        if let Err(errno) = result
+            && !self.goes_another_way(index, &local, &transfer, errno)
+        {
+            self.note_failure(index, &local, transfer.action, errno);
+        }
+        self.take_back(index, at, &local, transfer);
+        self.go_on(index)
+    }
+
+    fn note_failure(&mut self, index: u32, local: &Local, action: Action, errno: i32) {
+        if let Some(flight) = self.flights.get_mut(index as usize) {
+            flight.failed = true;
+            report(flight.operation, errno);
+        }
+        if action == (Action::Write { durable: true }) {
+            // What it did not make stable, no flush can say to be.
+            local.device.latch_flush_failure();
+        }
+    }
+
+    /// The buffer of a transfer: back to where it is from, with what was read.
+    #[inline]
+    fn take_back(&mut self, index: u32, at: u64, local: &Local, transfer: Transfer) {
+        let Some(flight) = self.flights.get_mut(index as usize) else {
+            return;
+        };
+        match transfer.buffer {
+            Buffer::None => {}
+            Buffer::Guest(buffer) => match flight.operation {
+                Operation::Read { .. } => flight.chain.writable = buffer,
+                _ => flight.chain.readable = buffer,
+            },
+            Buffer::Staging(chunk) => {
+                if let (Operation::Read { .. }, false) = (flight.operation, flight.failed) {
+                    let span = Span {
+                        buffer: &flight.chain.writable,
+                        at,
+                        bytes: usize::try_from(transfer.bytes).unwrap_or(usize::MAX),
+                        offset_bytes: transfer.offset_bytes,
+                    };
+                    let cipher = local.device.cipher.as_ref();
+                    flight.failed |= !load(span, cipher, Place::Chunk(&chunk));
+                }
+                self.staging.give(chunk);
+            }
+        }
+    }
+
+    /// What comes next for a flight: more transfers, a flush, or its end.
+    #[inline]
+    fn go_on(&mut self, index: u32) -> Option<Landed> {
+        let flight = self.flights.get_mut(index as usize)?;
+        if flight.waiting || flight.local.is_none() {
+            return None;
+        }
+        if flight.stage == Stage::Transfers && !flight.failed {
+            if flight.has_more() {
+                self.advance(index);
+                return None;
+            }
+            if flight.outstanding == 0 && flight.flushes {
+                return self.want_flush(index);
+            }
+        }
+        self.finish(index)
+    }
+
+    /// Ends a flight of which nothing is in flight.
+    fn finish(&mut self, index: u32) -> Option<Landed> {
+        let flight = self.flights.get_mut(index as usize)?;
+        if flight.outstanding > 0 {
+            return None;
+        }
+        let outcome = if flight.failed {
+            Outcome::failed(Status::IoError)
+        } else {
+            Outcome::ok(flight.operation, flight.bytes)
+        };
+        flight.chain.writable.write_last_byte(outcome.status as u8);
+        let landed = Landed {
+            queue: flight.queue,
+            head: flight.head,
+            outcome,
+        };
+        flight.chain.release();
+        flight.ranges.clear();
+        flight.local = None;
+        self.free.push(index);
+        Some(landed)
+    }
+
+    /// Goes on with what waited, as far as it can; whether something did. Requests that end by it are
+    /// handed to `landed`.
+    pub fn resume(&mut self, mut landed: impl FnMut(Landed)) -> bool {
+        let mut any = self.take_ended(&mut landed);
+        while let Some((token, transfer)) = self.again.pop_front() {
+            if !self.give(token, transfer) {
+                // It is the last now, and was the first.
+                self.again.rotate_right(1);
+                break;
+            }
+            any = true;
+        }
+        any |= self.poll_holders();
+        self.resume_flushes();
+        for _ in 0..self.waiting.len() {
+            let Some(index) = self.waiting.pop_front() else {
+                break;
+            };
+            if let Some(flight) = self.flights.get_mut(index as usize) {
+                flight.waiting = false;
+            }
+            if let Some(ended) = self.go_on(index) {
+                landed(ended);
+            }
+            // The first that still has no room: the others have none either.
+            if self.waiting.back() == Some(&index) {
+                self.waiting.rotate_right(1);
+                break;
+            }
+            any = true;
+        }
+        any
+    }
+
+    /// Takes in what had ended outside the ring when this began.
+    fn take_ended(&mut self, landed: &mut impl FnMut(Landed)) -> bool {
+        let count = self.ended.len();
+        for _ in 0..count {
+            if let Some(ended) = self.ended.pop_front().and_then(|c| self.take_in(c)) {
+                landed(ended);
+            }
+        }
+        count > 0
+    }
+
+    fn poll_holders(&mut self) -> bool {
+        let mut any = false;
+        let mut at = 0;
+        while let Some(holder) = self.holders.get(at) {
+            match holder.storage.poll(&mut self.ring) {
+                Some(Polled::Passed) => self.held -= 1,
+                Some(Polled::Ended(completion)) => {
+                    self.held -= 1;
+                    self.ended.push_back(completion);
+                }
+                None => {
+                    at += 1;
+                    continue;
+                }
+            }
+            any = true;
+        }
+        if self.held == 0 {
+            self.holders.clear();
+        }
+        any
+    }
+
+    /// Whether something waits that [`Pipeline::resume`] goes on with. It may be that no completion of
+    /// the ring comes before: whoever sleeps does so for a short while only.
+    #[must_use]
+    #[inline]
+    pub fn has_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+            || self.held > 0
+            || !self.unflushed.is_empty()
+            || !self.ended.is_empty()
+            || !self.again.is_empty()
+    }
+}
+
+/// Whether another try may go better. Of a flush it may not: the kernel forgets a lost write once it has
+/// told of it, and a second flush would know nothing of it. A durable write repeats what it makes stable,
+/// but tells of others' lost writes too.
+fn is_temporary(action: Action, errno: i32) -> bool {
+    match action {
+        Action::Flush => false,
+        Action::Write { durable: true } => matches!(errno, libc::EAGAIN | libc::EINTR),
+        _ => matches!(errno, libc::EAGAIN | libc::EINTR | libc::ENOMEM),
+    }
+}
+
+/// Whether a storage can transfer a buffer as it lies.
+#[inline]
+fn is_aligned(buffer: &GuestBuffer, limits: Limits) -> bool {
+    let pieces = buffer.pieces();
+    pieces.len() <= MAX_SEGMENTS
+        && pieces.iter().all(|piece| {
+            let at = piece.host().addr().get();
+            at.is_multiple_of(limits.memory_align_bytes as usize)
+                && piece.bytes().is_multiple_of(limits.length_align_bytes)
+        })
+}
+
+/// A failed transfer, for the log; at most a few lines a second.
+fn report(operation: Operation, errno: i32) {
+    static LIMIT: crate::log_limit::LogLimit = crate::log_limit::LogLimit::new();
+    if LIMIT.allows() {
+        let error = std::io::Error::from_raw_os_error(errno);
+        tracing::warn!("a transfer failed ({operation:?}): {error}");
+    }
+}

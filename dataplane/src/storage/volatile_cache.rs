@@ -1,0 +1,168 @@
+//! Memory behind a write cache that a power cut empties: for tests of what a flush promises.
+//!
+//! A write stays in the cache until a flush or a durable write of the same sectors. [`VolatileCache::cut`]
+//! shows what a power cut may leave: of each sector that was in the cache, by itself, what was stable or
+//! any of what was written to it since, so that writes are dropped, reordered and torn.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::{Action, Begin, Done, RamSpec, Storage, Transfer};
+use crate::blk::SECTOR_BYTES;
+use crate::worker::ring::Ring;
+
+const SECTOR: usize = 512;
+const _: () = assert!(SECTOR as u64 == SECTOR_BYTES);
+
+type Sector = [u8; SECTOR];
+
+/// A storage with a volatile cache; several workers share it.
+#[derive(Debug)]
+pub struct VolatileCache {
+    stable: RamSpec,
+    cache: Mutex<Cache>,
+}
+
+#[derive(Debug, Default)]
+struct Cache {
+    /// What was written to a sector since it was stable, in order; never empty.
+    versions: BTreeMap<u64, Vec<Sector>>,
+    /// The next flush loses what it should have made stable, and says so once.
+    loss: Option<i32>,
+}
+
+impl VolatileCache {
+    /// A cache over memory with what is stable.
+    #[must_use]
+    pub fn new(stable: RamSpec) -> Arc<Self> {
+        Arc::new(Self {
+            stable,
+            cache: Mutex::default(),
+        })
+    }
+
+    /// Its length in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.stable.bytes()
+    }
+
+    /// The next flush fails with this errno and empties the cache; those after it find nothing wrong,
+    /// as a file system does that marks pages clean which it could not write.
+    pub fn lose_at_next_flush(&self, errno: i32) {
+        self.lock().loss = Some(errno);
+    }
+
+    /// What a power cut now may leave. `choose(n)` chooses one of `n`.
+    #[must_use]
+    pub fn cut(&self, mut choose: impl FnMut(usize) -> usize) -> Vec<u8> {
+        let cache = self.lock();
+        let mut image = vec![0; usize::try_from(self.bytes()).unwrap_or(0)];
+        let _ = self.stable.copy_out(0, &mut image);
+        for (sector, versions) in &cache.versions {
+            let at = usize::try_from(sector * SECTOR_BYTES).unwrap_or(usize::MAX);
+            let chosen = choose(versions.len() + 1).checked_sub(1);
+            let chosen = chosen.and_then(|index| versions.get(index));
+            if let (Some(bytes), Some(to)) = (chosen, image.get_mut(at..at.saturating_add(SECTOR)))
+            {
+                to.copy_from_slice(bytes);
+            }
+        }
+        image
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Cache> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self, transfer: &mut Transfer) -> Done {
+        let sectors = transfer.offset_bytes / SECTOR_BYTES;
+        let sectors = sectors..sectors + transfer.bytes / SECTOR_BYTES;
+        let end = transfer.offset_bytes.checked_add(transfer.bytes);
+        let whole = (transfer.offset_bytes | transfer.bytes).is_multiple_of(SECTOR_BYTES);
+        if !whole || end.is_none_or(|end| end > self.bytes()) {
+            return Err(libc::EINVAL);
+        }
+        let length = usize::try_from(transfer.bytes).map_err(|_| libc::EINVAL)?;
+        let mut cache = self.lock();
+        match transfer.action {
+            Action::Flush => self.flush(&mut cache)?,
+            // What is discarded may stay as it is.
+            Action::Discard => {}
+            Action::Zero { .. } => cache.write(sectors, &vec![0; length]),
+            Action::Read => {
+                let mut bytes = vec![0; length];
+                let fits = self.stable.copy_out(transfer.offset_bytes, &mut bytes);
+                cache.read(sectors, &mut bytes);
+                if !fits || !transfer.copy_in(&bytes) {
+                    return Err(libc::EFAULT);
+                }
+            }
+            Action::Write { durable } => {
+                let mut bytes = vec![0; length];
+                if !transfer.copy_out(&mut bytes) {
+                    return Err(libc::EFAULT);
+                }
+                if durable {
+                    cache.versions.retain(|sector, _| !sectors.contains(sector));
+                    if !self.stable.copy_in(transfer.offset_bytes, &bytes) {
+                        return Err(libc::EIO);
+                    }
+                } else {
+                    cache.write(sectors, &bytes);
+                }
+            }
+        }
+        Ok(transfer.bytes)
+    }
+
+    fn flush(&self, cache: &mut Cache) -> Result<(), i32> {
+        let versions = std::mem::take(&mut cache.versions);
+        if let Some(errno) = cache.loss.take() {
+            return Err(errno);
+        }
+        for (sector, versions) in versions {
+            if let Some(last) = versions.last()
+                && !self.stable.copy_in(sector * SECTOR_BYTES, last)
+            {
+                return Err(libc::EIO);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Cache {
+    fn write(&mut self, sectors: std::ops::Range<u64>, bytes: &[u8]) {
+        for (sector, part) in sectors.zip(bytes.as_chunks::<SECTOR>().0) {
+            self.versions.entry(sector).or_default().push(*part);
+        }
+    }
+
+    fn read(&self, sectors: std::ops::Range<u64>, bytes: &mut [u8]) {
+        for (sector, part) in sectors.zip(bytes.as_chunks_mut::<SECTOR>().0) {
+            if let Some(last) = self.versions.get(&sector).and_then(|v| v.last()) {
+                *part = *last;
+            }
+        }
+    }
+}
+
+/// A worker's way to it.
+#[derive(Debug)]
+pub(super) struct VolatileStorage(Arc<VolatileCache>);
+
+impl VolatileStorage {
+    pub(super) fn new(cache: &Arc<VolatileCache>) -> Self {
+        Self(Arc::clone(cache))
+    }
+}
+
+impl Storage for VolatileStorage {
+    fn begin(&self, _ring: &mut Ring, _token: u64, mut transfer: Transfer) -> Begin {
+        let done = self.0.run(&mut transfer);
+        Begin::Done(transfer, done)
+    }
+}

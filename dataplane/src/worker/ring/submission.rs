@@ -1,0 +1,103 @@
+//! A submission queue entry for an entry of the ring's table.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use io_uring::types::{Fixed, FsyncFlags};
+use io_uring::{opcode, squeue};
+
+use super::{Entry, Event, Job};
+use crate::storage::{Action, Buffer, Transfer};
+
+/// `RWF_DSYNC`.
+const RWF_DSYNC: i32 = 0x2;
+
+/// The kernel's form of an entry.
+#[inline]
+pub(super) fn submission(entry: &mut Entry, registered: bool) -> Option<squeue::Entry> {
+    let in_flight = entry.in_flight.as_ref()?;
+    let file = Fixed(in_flight.file.0);
+    let transfer = match &in_flight.job {
+        Job::Transfer(transfer) => transfer,
+        Job::Event(Event::Wait) => {
+            let word = (&raw mut entry.word).cast::<u8>();
+            return Some(opcode::Read::new(file, word, 8).build());
+        }
+        Job::Event(Event::Signal) => {
+            entry.word = 1;
+            let word = (&raw const entry.word).cast();
+            return Some(opcode::Write::new(file, word, 8).build());
+        }
+    };
+    match &transfer.buffer {
+        Buffer::None => without_buffer(file, transfer),
+        Buffer::Staging(chunk) => {
+            let at = chunk.at().as_ptr();
+            let bytes = u32::try_from(transfer.bytes).ok()?;
+            (bytes <= chunk.bytes()).then(|| from_staging(file, transfer, at, bytes, registered))
+        }
+        Buffer::Guest(buffer) => {
+            entry.iovecs.clear();
+            entry
+                .iovecs
+                .extend(buffer.pieces().iter().map(|piece| libc::iovec {
+                    iov_base: piece.host().as_ptr().cast(),
+                    iov_len: piece.bytes() as usize,
+                }));
+            let list = entry.iovecs.as_ptr();
+            let count = u32::try_from(entry.iovecs.len()).ok()?;
+            let offset = transfer.offset_bytes;
+            Some(match transfer.action {
+                Action::Write { durable } => opcode::Writev::new(file, list, count)
+                    .offset(offset)
+                    .rw_flags(write_flags(durable))
+                    .build(),
+                _ => opcode::Readv::new(file, list, count).offset(offset).build(),
+            })
+        }
+    }
+}
+
+fn write_flags(durable: bool) -> i32 {
+    if durable { RWF_DSYNC } else { 0 }
+}
+
+fn from_staging(
+    file: Fixed,
+    transfer: &Transfer,
+    at: *mut u8,
+    bytes: u32,
+    registered: bool,
+) -> squeue::Entry {
+    let offset = transfer.offset_bytes;
+    match (transfer.action, registered) {
+        (Action::Write { durable }, true) => opcode::WriteFixed::new(file, at, bytes, 0)
+            .offset(offset)
+            .rw_flags(write_flags(durable))
+            .build(),
+        (Action::Write { durable }, false) => opcode::Write::new(file, at, bytes)
+            .offset(offset)
+            .rw_flags(write_flags(durable))
+            .build(),
+        (_, true) => opcode::ReadFixed::new(file, at, bytes, 0)
+            .offset(offset)
+            .build(),
+        (_, false) => opcode::Read::new(file, at, bytes).offset(offset).build(),
+    }
+}
+
+fn without_buffer(file: Fixed, transfer: &Transfer) -> Option<squeue::Entry> {
+    let mode = match transfer.action {
+        Action::Flush => {
+            let fsync = opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC);
+            return Some(fsync.build());
+        }
+        // The length of a file stays as it is, whatever is asked.
+        Action::Discard | Action::Zero { unmap: true } => libc::FALLOC_FL_PUNCH_HOLE,
+        Action::Zero { unmap: false } => libc::FALLOC_FL_ZERO_RANGE,
+        Action::Read | Action::Write { .. } => return None,
+    };
+    let fallocate = opcode::Fallocate::new(file, transfer.bytes)
+        .offset(transfer.offset_bytes)
+        .mode(mode | libc::FALLOC_FL_KEEP_SIZE);
+    Some(fallocate.build())
+}
