@@ -283,6 +283,8 @@ impl Worker {
             return;
         };
         self.numbers.remove(&queue.id);
+        // It may hold on to the guest memory of a request that ended at once.
+        self.chain.release();
         self.reply(FromWorker::Stopped {
             queue: queue.id,
             next_avail: Some(queue.ring.next_avail()),
