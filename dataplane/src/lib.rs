@@ -3,7 +3,7 @@
 //!
 //! **A block request** in at most six steps, each a function that can be named:
 //! 1. a worker sees that the avail index moved and takes a chain as checked buffers
-//!    ([`virtqueue::SplitQueue::pop`]);
+//!    ([`virtqueue::Virtqueue::pop`]);
 //! 2. the chain is parsed once into a typed operation ([`blk::request::parse`]): every range, length
 //!    and permission is decided there;
 //! 3. it begins ([`blk::pipeline::Pipeline::begin`]): plain and aligned, the kernel transfers guest
@@ -12,7 +12,7 @@
 //! 4. one submission a turn gives everything to the kernel ([`worker::ring::Ring::turn`]);
 //! 5. a completion comes back with its buffer ([`blk::pipeline::Pipeline::land`]); a read is decrypted
 //!    into guest memory in one pass ([`blk::transform::load`]) and the status byte written;
-//! 6. the used ring is published once a batch, with at most one call ([`virtqueue::SplitQueue::publish`]).
+//! 6. the used ring is published once a batch, with at most one call ([`virtqueue::Virtqueue::publish`]).
 //!
 //! | module | owns |
 //! | --- | --- |

@@ -150,8 +150,8 @@ impl Worker {
                 }
             }
             ToWorker::Stop { queue } => {
-                let next_avail = self.has.remove(&queue).map(|start| start.next_avail);
-                FromWorker::Stopped { queue, next_avail }
+                let base = self.has.remove(&queue).map(|start| start.base);
+                FromWorker::Stopped { queue, base }
             }
             ToWorker::SetMemory { queue, memory } => {
                 let start = self
@@ -164,6 +164,7 @@ impl Worker {
             ToWorker::SetEnabled { queue, .. }
             | ToWorker::SetKick { queue, .. }
             | ToWorker::SetCall { queue, .. }
+            | ToWorker::SetLog { queue, .. }
             | ToWorker::SetError { queue, .. } => {
                 assert!(
                     self.has.contains_key(&queue),
@@ -171,6 +172,7 @@ impl Worker {
                 );
                 FromWorker::Changed { queue }
             }
+            ToWorker::Flush { queue } => FromWorker::Flushed { queue },
             other => panic!("a session does not say {other:?}"),
         })
     }

@@ -6,8 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use bulkhead_dataplane::memory::{GuestBuffer, GuestMemory, anonymous};
-use bulkhead_dataplane::virtqueue::split::QueueFeatures;
-use bulkhead_dataplane::virtqueue::{Chain, RingError, SplitQueue};
+use bulkhead_dataplane::virtqueue::{Chain, QueueFeatures, RingError, SplitQueue};
 use bulkhead_dataplane::worker::message::RingLayout;
 use proptest::prelude::*;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -26,8 +25,10 @@ const RINGS: RingLayout = RingLayout {
     used: USED,
 };
 const INDIRECT: QueueFeatures = QueueFeatures {
+    packed: false,
     event_idx: false,
     indirect: true,
+    in_order: false,
 };
 
 /// A descriptor, before it is written down.
@@ -237,7 +238,7 @@ proptest! {
         let (memory, fd) = anonymous(MEMORY_BYTES).expect("memory");
         let file: File = fd.into();
         file.write_all_at(&noise, 0).expect("write");
-        let features = QueueFeatures { event_idx, indirect: true };
+        let features = QueueFeatures { event_idx, ..INDIRECT };
         let memory = Arc::new(memory);
         let mut queue = SplitQueue::new(&memory, RINGS, base, features).expect("rings");
         let mut chain = Chain::default();
@@ -263,7 +264,7 @@ fn indexes_wrap_at_every_batch_size() {
         let pair = Pair::new();
         let features = QueueFeatures {
             event_idx,
-            indirect: false,
+            ..QueueFeatures::default()
         };
         let mut queue = pair.queue(features);
         for place in 0..SIZE {

@@ -23,7 +23,7 @@ use bulkhead_dataplane::blk::BlkDevice;
 use bulkhead_dataplane::blk::config_space::feature;
 use bulkhead_dataplane::blk::pipeline::{Begun, Local, Pipeline, Start};
 use bulkhead_dataplane::blk::request::parse;
-use bulkhead_dataplane::virtqueue::split::QueueFeatures;
+use bulkhead_dataplane::virtqueue::QueueFeatures;
 use bulkhead_dataplane::virtqueue::{Chain, SplitQueue};
 use bulkhead_dataplane::worker::message::{DeviceId, FromWorker, QueueId, QueueStart, ToWorker};
 use bulkhead_dataplane::worker::ring::Ring;
@@ -56,7 +56,6 @@ fn spec(encrypted: bool) -> DiskSpec {
         logical_block_bytes: if encrypted { 4096 } else { 512 },
         queues: 1,
         read_only: false,
-        discard: false,
         serial: [0; 20],
     }
 }
@@ -210,7 +209,9 @@ impl Threaded {
             },
             memory: Arc::clone(&threaded.guest.device_side),
             layout: Guest::layout(),
-            next_avail: 0,
+            base: 0,
+            log: None,
+            region: None,
             features: 0,
             enabled: true,
             // Without one the queue is polled, at most 100 us apart.

@@ -5,7 +5,6 @@
 //! | module | owns |
 //! | --- | --- |
 //! | [`arguments`] | the command line, parsed and checked as far as that goes without opening anything |
-//! | [`spec`] | what a disk is made of |
 //! | [`devices`] | from there to opened files, keys in secret memory and listeners |
 //! | [`file`] | a disk's file |
 //! | [`cpus`] | CPUs to serve on |
@@ -20,4 +19,3 @@ pub mod devices;
 pub mod file;
 pub mod reference;
 pub mod socket;
-pub mod spec;

@@ -162,12 +162,26 @@ impl GuestBuffer {
         true
     }
 
-    /// Writes the byte that was split off.
+    /// Writes the byte that was split off: the last write of a request, after which everything that
+    /// it may have written is marked in the memory's dirty log, where one is kept.
     #[inline]
     pub fn write_last_byte(&self, value: u8) {
         if let Some(at) = self.last {
             // SAFETY: it lies in the memory that the lease still holds.
             unsafe { at.as_ptr().write_volatile(value) };
+        }
+        if let Some(memory) = self.lease.as_ref().filter(|m| m.log().is_enabled()) {
+            self.mark_written(memory);
+        }
+    }
+
+    #[cold]
+    fn mark_written(&self, memory: &GuestMemory) {
+        for piece in self.pieces() {
+            memory.mark_host(piece.host, u64::from(piece.bytes));
+        }
+        if let Some(at) = self.last {
+            memory.mark_host(at, 1);
         }
     }
 

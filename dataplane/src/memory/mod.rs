@@ -12,7 +12,9 @@
 #![expect(unsafe_code, reason = "mapping and copying guest memory")]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod area;
 mod buffer;
+mod dirty;
 mod mapping;
 pub mod sigbus;
 
@@ -21,7 +23,9 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
+pub use area::SharedArea;
 pub use buffer::{GuestBuffer, Lease, OutsideMemory, Piece, USUAL_MOST_PIECES};
+pub use dirty::DirtyLog;
 use mapping::Mapping;
 
 /// A region as a frontend describes it (vhost-user, "Memory region description").
@@ -70,6 +74,8 @@ struct Region {
 pub struct GuestMemory {
     /// Sorted by guest address, not overlapping.
     regions: Vec<Region>,
+    /// Where writes to it are marked.
+    log: Arc<DirtyLog>,
 }
 
 // SAFETY: the pointers name mappings that the value keeps alive; every access goes through raw
@@ -95,6 +101,32 @@ impl GuestMemory {
     pub fn none() -> Self {
         Self {
             regions: Vec::new(),
+            log: Arc::default(),
+        }
+    }
+
+    /// The same memory, whose writes are marked there.
+    #[must_use]
+    pub fn with_log(mut self, log: &Arc<DirtyLog>) -> Self {
+        self.log = Arc::clone(log);
+        self
+    }
+
+    /// Where writes to it are marked.
+    #[must_use]
+    #[inline]
+    pub fn log(&self) -> &DirtyLog {
+        &self.log
+    }
+
+    /// Marks a range that was written and is known by where it lies in this process.
+    fn mark_host(&self, at: NonNull<u8>, bytes: u64) {
+        let found = self.regions.iter().find_map(|r| {
+            let offset = (at.addr().get() as u64).wrapping_sub(r.host.addr().get() as u64);
+            (offset < r.spec.bytes).then(|| r.spec.guest_addr + offset)
+        });
+        if let Some(guest_addr) = found {
+            self.log.mark(guest_addr, bytes);
         }
     }
 
@@ -118,7 +150,7 @@ impl GuestMemory {
     pub fn with_region(&self, spec: &RegionSpec, fd: BorrowedFd<'_>) -> Result<Self, MemoryError> {
         let mut regions = self.regions.clone();
         regions.push(map_region(regions.len(), spec, fd)?);
-        Self::sorted(regions)
+        Ok(Self::sorted(regions)?.with_log(&self.log))
     }
 
     /// This memory without the region that has this guest address, frontend address and length.
@@ -129,7 +161,8 @@ impl GuestMemory {
                 == (spec.guest_addr, spec.user_addr, spec.bytes)
         };
         let regions: Vec<_> = self.regions.iter().filter(|r| !same(r)).cloned().collect();
-        (regions.len() + 1 == self.regions.len()).then_some(Self { regions })
+        let log = Arc::clone(&self.log);
+        (regions.len() + 1 == self.regions.len()).then_some(Self { regions, log })
     }
 
     fn sorted(mut regions: Vec<Region>) -> Result<Self, MemoryError> {
@@ -140,7 +173,10 @@ impl GuestMemory {
                 return Err(MemoryError::Overlap(b.spec.guest_addr));
             }
         }
-        Ok(Self { regions })
+        Ok(Self {
+            regions,
+            log: Arc::default(),
+        })
     }
 
     /// How many regions there are.
@@ -223,7 +259,6 @@ pub(crate) unsafe fn shared_u16<'a>(at: NonNull<u16>) -> &'a AtomicU16 {
 ///
 /// # Safety
 /// As [`shared_u16`].
-#[allow(dead_code, reason = "packed rings use it")]
 pub(crate) unsafe fn shared_u32<'a>(at: NonNull<u32>) -> &'a AtomicU32 {
     // SAFETY: as above.
     unsafe { AtomicU32::from_ptr(at.as_ptr()) }

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use crate::vhost_user::inflight_flags;
 use std::collections::BTreeMap;
 
 use libc::c_long;
@@ -48,7 +49,7 @@ const BOTH: [c_long; 17] = [
 ];
 
 /// The control thread alone, whatever the arguments.
-const CONTROL: [c_long; 10] = [
+const CONTROL: [c_long; 12] = [
     libc::SYS_read, // eventfds: the event loop's and that of the workers' answers
     // The event loop.
     libc::SYS_epoll_ctl,
@@ -60,8 +61,10 @@ const CONTROL: [c_long; 10] = [
     // What a descriptor from a peer is.
     libc::SYS_fstat,
     libc::SYS_fstatfs,
-    libc::SYS_pread64, // the trial read of a volume
-    libc::SYS_mlock,   // a key's page that is not memfd_secret
+    libc::SYS_pread64,   // the trial read of a volume
+    libc::SYS_mlock,     // a key's page that is not memfd_secret
+    libc::SYS_ftruncate, // an in-flight region's length
+    libc::SYS_flock,     // whose a volume is
 ];
 
 /// What a thread of this kind may call.
@@ -137,6 +140,7 @@ fn fcntl() -> Result<Vec<SeccompRule>, BackendError> {
         libc::F_SETFL,
         libc::F_DUPFD_CLOEXEC,
         libc::F_GET_SEALS, // of a key's page that is not memfd_secret
+        libc::F_ADD_SEALS, // of an in-flight region
     ]
     .into_iter()
     .map(|command| one_of(1, number(command)))
@@ -160,6 +164,11 @@ fn restricted_control() -> Result<Calls, BackendError> {
         (
             libc::SYS_mmap,
             vec![SeccompRule::new(vec![not_executable()?])?],
+        ),
+        // An in-flight region. Nothing is ever executed.
+        (
+            libc::SYS_memfd_create,
+            vec![one_of(1, u64::from(inflight_flags().bits()))?],
         ),
         // Who a frontend is.
         (

@@ -91,7 +91,7 @@ impl Connection {
                     let handled = self.session.handle(message, &mut outbox);
                     out.append(&mut outbox.to_workers);
                     handled?;
-                    self.framing.send(&outbox.replies)?;
+                    self.framing.send(&outbox.replies, outbox.reply_fd)?;
                 }
                 Incoming::Later => return Ok(Driven::Waits),
                 Incoming::End => return Ok(Driven::Ended(None)),
@@ -111,7 +111,7 @@ impl Connection {
                 return Driven::Waits;
             }
             Ok(false) if self.stage != Stage::Open => return Driven::Waits,
-            Ok(false) => self.framing.send(&outbox.replies),
+            Ok(false) => self.framing.send(&outbox.replies, outbox.reply_fd),
             Err(error) => Err(error),
         };
         match sent {
@@ -121,6 +121,14 @@ impl Connection {
                 Driven::Ended(Some(error))
             }
         }
+    }
+
+    /// Tries again what nothing announces.
+    pub(super) fn retry(&mut self, out: &mut ToWorkers) {
+        let mut outbox = Outbox::default();
+        self.session.retry_volume(&mut outbox);
+        self.session.retry_backend();
+        out.append(&mut outbox.to_workers);
     }
 
     /// Sends the frontend away; its queues stop, and when they have, it is closed.

@@ -6,6 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
@@ -14,7 +15,7 @@ use nix::sys::socket::sockopt::PeerCredentials;
 
 use super::connection::{Connection, Driven, ToWorkers};
 use super::{Access, DeviceStatus, Event};
-use crate::blk::{BlkDevice, config_space};
+use crate::blk::{BlkDevice, ResizeError, config_space};
 use crate::log_limit::LogLimit;
 use crate::vhost_user::Facts;
 use crate::worker::message::{DeviceId, FromWorker};
@@ -74,7 +75,7 @@ pub(super) fn id_of(token: Token) -> DeviceId {
 
 impl Device {
     pub(super) fn new(
-        device: &BlkDevice,
+        device: &Arc<BlkDevice>,
         id: DeviceId,
         listener: UnixListener,
         access: Access,
@@ -86,7 +87,7 @@ impl Device {
             id,
             features: config_space::features(&device.geometry),
             queues: device.geometry.queues,
-            config: config_space::read(device),
+            device: Arc::clone(device),
         };
         Ok(Self {
             facts,
@@ -125,9 +126,27 @@ impl Device {
         std::mem::take(&mut self.detach_due)
     }
 
-    /// Whether a frontend waits that could not be accepted.
-    pub(super) fn accept_failed(&self) -> bool {
-        self.accept_failed
+    /// Whether something is to be tried again soon: a frontend waits that could not be accepted, the
+    /// volume is somebody else's, or a frontend has not been told of a change.
+    pub(super) fn wants_retry(&self) -> bool {
+        let session = self.connection.as_ref().map(|c| &c.session);
+        self.accept_failed || session.is_some_and(|s| s.waits_for_volume() || s.backend_is_due())
+    }
+
+    /// Tries again.
+    pub(super) fn retry(&mut self, out: &mut ToWorkers) {
+        if let Some(connection) = &mut self.connection {
+            connection.retry(out);
+        }
+    }
+
+    /// Gives the device another capacity, and tells the frontend.
+    pub(super) fn resize(&mut self, capacity_sectors: u64) -> Result<(), ResizeError> {
+        self.facts.device.resize(capacity_sectors)?;
+        if let Some(connection) = &mut self.connection {
+            connection.session.config_changed();
+        }
+        Ok(())
     }
 
     pub(super) fn status(&self) -> DeviceStatus {
@@ -140,6 +159,8 @@ impl Device {
             running_queues,
             retired_queues,
             fault: connection.session.fault().map(str::to_owned),
+            holds_volume: connection.session.holds_volume(),
+            waits_for_volume: connection.session.waits_for_volume(),
         }
     }
 

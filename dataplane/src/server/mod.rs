@@ -37,7 +37,8 @@ const REPLIES: Token = Token(0);
 const STEPS_PER_TURN: usize = 64;
 /// Workers' answers taken before frontends have their turn.
 const REPLIES_PER_TURN: usize = 256;
-/// When a frontend that could not be accepted (no descriptor is free) is tried again.
+/// When something is tried again that nothing announces: a frontend that could not be accepted (no
+/// descriptor is free), a volume that another host has.
 const RETRY: Duration = Duration::from_millis(100);
 
 /// Who may connect to a device.
@@ -65,6 +66,10 @@ pub struct DeviceStatus {
     pub retired_queues: u16,
     /// Why the last of them retired.
     pub fault: Option<String>,
+    /// Queues run, and the volume is this host's.
+    pub holds_volume: bool,
+    /// Queues run and are not served, because another host has the volume.
+    pub waits_for_volume: bool,
 }
 
 /// What became of a device.
@@ -118,7 +123,7 @@ pub struct Server {
     devices: HashMap<DeviceId, Device>,
     last_id: u64,
     events: Vec<Event>,
-    /// Devices with a frontend that could not be accepted.
+    /// Devices with something to be tried again.
     retry: Vec<DeviceId>,
     stop: Cell<bool>,
 }
@@ -198,6 +203,20 @@ impl Server {
         self.settle(id, out);
     }
 
+    /// Gives a device another capacity while it runs. A connected frontend is told, and its guest
+    /// sees it.
+    ///
+    /// # Errors
+    /// [`ResizeError`](crate::blk::ResizeError) in words, or that there is no such device; nothing
+    /// changed.
+    pub fn resize(&mut self, id: DeviceId, capacity_sectors: u64) -> Result<(), String> {
+        let device = self.devices.get_mut(&id);
+        let device = device.ok_or("the device is not attached")?;
+        device.resize(capacity_sectors).map_err(|e| e.to_string())?;
+        self.settle(id, ToWorkers::new());
+        Ok(())
+    }
+
     /// Whether new frontends are kept out from now on.
     pub fn refuse_new(&mut self, id: DeviceId, refuse: bool) {
         if let Some(device) = self.devices.get_mut(&id) {
@@ -248,7 +267,11 @@ impl Server {
                 }
             }
             for id in std::mem::take(&mut self.retry) {
-                self.settle(id, ToWorkers::new());
+                let mut out = ToWorkers::new();
+                if let Some(device) = self.devices.get_mut(&id) {
+                    device.retry(&mut out);
+                }
+                self.settle(id, out);
             }
             self.report(manager);
         }
@@ -315,7 +338,7 @@ impl Server {
             }
             if !more && out.is_empty() {
                 device.come_back(self.poll.registry());
-                if device.accept_failed() && !self.retry.contains(&id) {
+                if device.wants_retry() && !self.retry.contains(&id) {
                     self.retry.push(id);
                 }
                 return;
@@ -346,6 +369,7 @@ fn device_of(message: &FromWorker) -> DeviceId {
         | FromWorker::StartFailed { queue, .. }
         | FromWorker::Stopped { queue, .. }
         | FromWorker::MemorySet { queue }
+        | FromWorker::Flushed { queue }
         | FromWorker::Changed { queue }
         | FromWorker::Retired { queue, .. } => queue.device,
     }

@@ -7,6 +7,7 @@
 pub mod delay;
 pub mod error;
 mod file;
+mod hold;
 mod null;
 mod ram;
 mod topology;

@@ -3,9 +3,11 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::io::{self, ErrorKind, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io::{self, ErrorKind, IoSlice, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use super::message::{HEADER_BYTES, Header, MAX_TABLE_REGIONS, Message, ProtocolError};
 use crate::fds::{ControlBuffer, receive};
@@ -29,8 +31,9 @@ pub struct Framing {
     /// Of the header, or with one of the body.
     bytes: Vec<u8>,
     fds: Vec<OwnedFd>,
-    /// Replies that the frontend has not read.
+    /// Replies that the frontend has not read, and the descriptor that goes with their first byte.
     unsent: Vec<u8>,
+    unsent_fd: Option<OwnedFd>,
     control: ControlBuffer,
 }
 
@@ -53,6 +56,7 @@ impl Framing {
             bytes: Vec::new(),
             fds: Vec::new(),
             unsent: Vec::new(),
+            unsent_fd: None,
             control: ControlBuffer::default(),
         })
     }
@@ -120,13 +124,32 @@ impl Framing {
         Ok(Some(received.bytes))
     }
 
-    /// Sends a reply, or keeps what the frontend does not take now.
+    /// Sends a reply, with the descriptor that belongs to it, or keeps what the frontend does not take
+    /// now. Nothing else is unsent when a descriptor comes ([`Framing::has_unsent`]).
     ///
     /// # Errors
     /// The connection is of no more use.
-    pub fn send(&mut self, bytes: &[u8]) -> Result<(), ProtocolError> {
+    pub fn send(&mut self, bytes: &[u8], fd: Option<OwnedFd>) -> Result<(), ProtocolError> {
+        debug_assert!(fd.is_none() || self.unsent.is_empty());
         self.unsent.extend_from_slice(bytes);
+        self.unsent_fd = fd.or(self.unsent_fd.take());
         self.flush()
+    }
+
+    fn write(&mut self) -> io::Result<usize> {
+        let Some(fd) = &self.unsent_fd else {
+            return self.stream.write(&self.unsent);
+        };
+        let fds = [fd.as_raw_fd()];
+        let sent = sendmsg::<()>(
+            self.stream.as_raw_fd(),
+            &[IoSlice::new(&self.unsent)],
+            &[ControlMessage::ScmRights(&fds)],
+            MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL,
+            None,
+        )?;
+        self.unsent_fd = None;
+        Ok(sent)
     }
 
     /// Sends what was kept, as far as the frontend takes it.
@@ -135,7 +158,7 @@ impl Framing {
     /// The connection is of no more use.
     pub fn flush(&mut self) -> Result<(), ProtocolError> {
         while !self.unsent.is_empty() {
-            match self.stream.write(&self.unsent) {
+            match self.write() {
                 Ok(count) => {
                     self.unsent.drain(..count);
                 }

@@ -21,6 +21,8 @@ const FLAG_REPLY: u32 = 0x4;
 const FLAG_NEED_REPLY: u32 = 0x8;
 const VRING_INDEX_MASK: u64 = 0xff;
 const VRING_NO_FD: u64 = 0x100;
+/// `VHOST_VRING_F_LOG`, a flag of SET_VRING_ADDR.
+const VRING_LOG: u32 = 1;
 const CONFIG_HEADER_BYTES: usize = 12;
 
 /// Request numbers.
@@ -31,6 +33,8 @@ pub mod code {
     pub const SET_OWNER: u32 = 3;
     pub const RESET_OWNER: u32 = 4;
     pub const SET_MEM_TABLE: u32 = 5;
+    pub const SET_LOG_BASE: u32 = 6;
+    pub const SET_LOG_FD: u32 = 7;
     pub const SET_VRING_NUM: u32 = 8;
     pub const SET_VRING_ADDR: u32 = 9;
     pub const SET_VRING_BASE: u32 = 10;
@@ -42,11 +46,17 @@ pub mod code {
     pub const SET_PROTOCOL_FEATURES: u32 = 16;
     pub const GET_QUEUE_NUM: u32 = 17;
     pub const SET_VRING_ENABLE: u32 = 18;
+    pub const SET_BACKEND_REQ_FD: u32 = 21;
     pub const GET_CONFIG: u32 = 24;
     pub const SET_CONFIG: u32 = 25;
+    pub const GET_INFLIGHT_FD: u32 = 31;
+    pub const SET_INFLIGHT_FD: u32 = 32;
+    pub const RESET_DEVICE: u32 = 34;
     pub const GET_MAX_MEM_SLOTS: u32 = 36;
     pub const ADD_MEM_REG: u32 = 37;
     pub const REM_MEM_REG: u32 = 38;
+    pub const SET_STATUS: u32 = 39;
+    pub const GET_STATUS: u32 = 40;
 }
 
 /// What ends a connection.
@@ -111,6 +121,14 @@ impl Header {
     }
 }
 
+/// The bytes of a message that we begin and that has no body.
+#[must_use]
+pub fn notice(code: u32) -> [u8; HEADER_BYTES] {
+    let [c0, c1, c2, c3] = code.to_le_bytes();
+    let [f0, f1, f2, f3] = FLAG_VERSION.to_le_bytes();
+    [c0, c1, c2, c3, f0, f1, f2, f3, 0, 0, 0, 0]
+}
+
 /// The bytes of a reply to a request.
 #[must_use]
 pub fn reply(code: u32, body: &[u8]) -> Vec<u8> {
@@ -147,17 +165,97 @@ pub enum Request {
     GetMaxMemSlots,
     AddMemRegion(RegionSpec, OwnedFd),
     RemoveMemRegion(RegionSpec),
-    SetVringNum { index: u32, size: u32 },
+    SetVringNum {
+        index: u32,
+        size: u32,
+    },
     SetVringAddr(VringAddresses),
-    SetVringBase { index: u32, base: u32 },
-    GetVringBase { index: u32 },
-    SetVringKick { index: u32, fd: Option<OwnedFd> },
-    SetVringCall { index: u32, fd: Option<OwnedFd> },
-    SetVringErr { index: u32, fd: Option<OwnedFd> },
-    SetVringEnable { index: u32, enabled: bool },
+    SetVringBase {
+        index: u32,
+        base: u32,
+    },
+    GetVringBase {
+        index: u32,
+    },
+    SetVringKick {
+        index: u32,
+        fd: Option<OwnedFd>,
+    },
+    SetVringCall {
+        index: u32,
+        fd: Option<OwnedFd>,
+    },
+    SetVringErr {
+        index: u32,
+        fd: Option<OwnedFd>,
+    },
+    SetVringEnable {
+        index: u32,
+        enabled: bool,
+    },
     GetQueueNum,
-    GetConfig { offset: u32, size: u32 },
-    SetConfig,
+    GetConfig {
+        offset: u32,
+        size: u32,
+    },
+    SetConfig {
+        offset: u32,
+        payload: Vec<u8>,
+    },
+    SetLogBase {
+        bytes: u64,
+        offset: u64,
+        fd: OwnedFd,
+    },
+    SetLogFd,
+    SetBackendReqFd(OwnedFd),
+    GetInflightFd(Inflight),
+    SetInflightFd(Inflight, OwnedFd),
+    ResetDevice,
+    SetStatus(u64),
+    GetStatus,
+}
+
+/// The in-flight region (vhost-user, "Inflight description").
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Inflight {
+    /// Bytes to map.
+    pub bytes: u64,
+    /// Where in the file they begin.
+    pub offset: u64,
+    /// Queues.
+    pub queues: u16,
+    /// Entries of each.
+    pub queue_size: u16,
+    /// The body has the padding that a C compiler puts behind the last field.
+    pub padded: bool,
+}
+
+impl Inflight {
+    fn parse(body: &mut Fields<'_>) -> Option<Self> {
+        let (bytes, offset, sizes) = (body.u64()?, body.u64()?, body.u32()?);
+        let half = |shift: u32| u16::try_from((sizes >> shift) & 0xffff).unwrap_or(0);
+        Some(Self {
+            bytes,
+            offset,
+            queues: half(0),
+            queue_size: half(16),
+            padded: body.0.len() == 4 && body.u32().is_some(),
+        })
+    }
+
+    /// As a body, as long as the one it was read from.
+    #[must_use]
+    pub fn body(self) -> Vec<u8> {
+        let mut body = self.bytes.to_le_bytes().to_vec();
+        body.extend(self.offset.to_le_bytes());
+        body.extend(self.queues.to_le_bytes());
+        body.extend(self.queue_size.to_le_bytes());
+        if self.padded {
+            body.extend([0; 4]);
+        }
+        body
+    }
 }
 
 /// SET_VRING_ADDR, in frontend addresses.
@@ -171,6 +269,9 @@ pub struct VringAddresses {
     pub used: u64,
     /// Avail ring.
     pub avail: u64,
+    /// Address of the used ring in the dirty log, if writes to the ring are to be marked
+    /// (VHOST_VRING_F_LOG).
+    pub log: Option<u64>,
 }
 
 /// Reads little-endian fields off the front of a body.
@@ -212,7 +313,11 @@ impl Message {
         let Some(request) = parsed else {
             return Err(format!("a body of {} bytes is too short", self.body.len()));
         };
-        if !body.0.is_empty() && !matches!(request, Request::SetOwner | Request::ResetOwner) {
+        let any_body = matches!(
+            request,
+            Request::SetOwner | Request::ResetOwner | Request::ResetDevice | Request::SetLogFd
+        );
+        if !body.0.is_empty() && !any_body {
             return Err(format!("a body of {} bytes is too long", self.body.len()));
         }
         if fds.next().is_some() && takes_fds(code) {
@@ -230,6 +335,10 @@ fn takes_fds(code: u32) -> bool {
             | code::SET_VRING_KICK
             | code::SET_VRING_CALL
             | code::SET_VRING_ERR
+            | code::SET_LOG_BASE
+            | code::SET_LOG_FD
+            | code::SET_BACKEND_REQ_FD
+            | code::SET_INFLIGHT_FD
     )
 }
 
@@ -264,9 +373,41 @@ fn parse(
         }),
         code::GET_QUEUE_NUM => Some(Request::GetQueueNum),
         code::GET_CONFIG | code::SET_CONFIG => return config(code, body),
+        code::SET_LOG_BASE => return log_base(body, fds),
+        code::SET_LOG_FD => {
+            // To be signalled when something was marked; nobody waits for it. It is closed.
+            let _ = fds.next();
+            Some(Request::SetLogFd)
+        }
+        code::SET_BACKEND_REQ_FD => Some(Request::SetBackendReqFd(needed(fds)?)),
+        code::GET_INFLIGHT_FD => Inflight::parse(body).map(Request::GetInflightFd),
+        code::SET_INFLIGHT_FD => match Inflight::parse(body) {
+            Some(region) => Some(Request::SetInflightFd(region, needed(fds)?)),
+            None => None,
+        },
+        code::RESET_DEVICE => Some(Request::ResetDevice),
+        code::SET_STATUS => body.u64().map(Request::SetStatus),
+        code::GET_STATUS => Some(Request::GetStatus),
         _ => return Err("it is not known, or was not negotiated".to_owned()),
     };
     Ok(request)
+}
+
+/// The descriptor that a message has to come with.
+fn needed(fds: &mut impl Iterator<Item = OwnedFd>) -> Result<OwnedFd, String> {
+    fds.next()
+        .ok_or_else(|| "it came without its descriptor".to_owned())
+}
+
+fn log_base(
+    body: &mut Fields<'_>,
+    fds: &mut impl Iterator<Item = OwnedFd>,
+) -> Result<Option<Request>, String> {
+    let (Some(bytes), Some(offset)) = (body.u64(), body.u64()) else {
+        return Ok(None);
+    };
+    let fd = needed(fds)?;
+    Ok(Some(Request::SetLogBase { bytes, offset, fd }))
 }
 
 fn pair(body: &mut Fields<'_>) -> Option<(u32, u32)> {
@@ -312,15 +453,15 @@ fn memory_region(
 }
 
 fn vring_addresses(body: &mut Fields<'_>) -> Option<VringAddresses> {
-    let (index, _flags) = pair(body)?;
-    let addresses = VringAddresses {
+    let (index, flags) = pair(body)?;
+    let (desc, used, avail, log) = (body.u64()?, body.u64()?, body.u64()?, body.u64()?);
+    Some(VringAddresses {
         index,
-        desc: body.u64()?,
-        used: body.u64()?,
-        avail: body.u64()?,
-    };
-    let _log = body.u64()?;
-    Some(addresses)
+        desc,
+        used,
+        avail,
+        log: (flags & VRING_LOG != 0).then_some(log),
+    })
 }
 
 fn vring_fd(
@@ -335,7 +476,7 @@ fn vring_fd(
     let fd = if word & VRING_NO_FD != 0 {
         None
     } else {
-        Some(fds.next().ok_or("it came without its descriptor")?)
+        Some(needed(fds)?)
     };
     Ok(Some(match code {
         code::SET_VRING_KICK => Request::SetVringKick { index, fd },
@@ -357,7 +498,10 @@ fn config(code: u32, body: &mut Fields<'_>) -> Result<Option<Request>, String> {
     }
     Ok(Some(match code {
         code::GET_CONFIG => Request::GetConfig { offset, size },
-        _ => Request::SetConfig,
+        _ => Request::SetConfig {
+            offset,
+            payload: payload.to_vec(),
+        },
     }))
 }
 

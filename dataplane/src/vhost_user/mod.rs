@@ -5,17 +5,22 @@
 //! a connection and what a request does to it: pure, driven by the server and by tests alike.
 //! The frontend is hostile: any bytes, in any pieces and order, with any descriptors.
 
+mod backend;
 pub mod framing;
 pub mod message;
 pub mod session;
 mod vring;
 
+pub use backend::BackendChannel;
 pub use framing::{Framing, Incoming};
 pub use message::{Message, ProtocolError};
+pub(crate) use session::inflight_flags;
 pub use session::{Facts, Outbox, Session};
 
 /// virtio and vhost-user feature bits that this back-end knows, beside a device's own.
 pub mod feature {
+    /// VHOST_F_LOG_ALL: writes to guest memory are marked in the dirty log.
+    pub const LOG_ALL: u64 = 1 << 26;
     /// VIRTIO_F_INDIRECT_DESC.
     pub const INDIRECT_DESC: u64 = 1 << 28;
     /// VIRTIO_F_EVENT_IDX.
@@ -24,20 +29,55 @@ pub mod feature {
     pub const PROTOCOL_FEATURES: u64 = 1 << 30;
     /// VIRTIO_F_VERSION_1.
     pub const VERSION_1: u64 = 1 << 32;
+    /// VIRTIO_F_ACCESS_PLATFORM: addresses are what the platform says. Without an IOMMU of the guest's they
+    /// are guest addresses, those of bounce buffers in a confidential guest among them.
+    pub const ACCESS_PLATFORM: u64 = 1 << 33;
+    /// VIRTIO_F_RING_PACKED.
+    pub const RING_PACKED: u64 = 1 << 34;
+    /// VIRTIO_F_IN_ORDER.
+    pub const IN_ORDER: u64 = 1 << 35;
+    /// VIRTIO_F_RING_RESET: one queue is stopped and started anew while the others run.
+    pub const RING_RESET: u64 = 1 << 40;
     /// What every device offers.
-    pub const TRANSPORT: u64 = INDIRECT_DESC | EVENT_IDX | PROTOCOL_FEATURES | VERSION_1;
+    pub const TRANSPORT: u64 = LOG_ALL
+        | INDIRECT_DESC
+        | EVENT_IDX
+        | PROTOCOL_FEATURES
+        | VERSION_1
+        | ACCESS_PLATFORM
+        | RING_PACKED
+        | IN_ORDER
+        | RING_RESET;
 }
 
 /// Protocol feature bits.
 pub mod protocol_feature {
     /// Several queues.
     pub const MQ: u64 = 1 << 0;
+    /// The dirty log as a shared file.
+    pub const LOG_SHMFD: u64 = 1 << 1;
     /// Acknowledgements.
     pub const REPLY_ACK: u64 = 1 << 3;
+    /// The backend channel.
+    pub const BACKEND_REQ: u64 = 1 << 5;
     /// GET_CONFIG and SET_CONFIG.
     pub const CONFIG: u64 = 1 << 9;
+    /// The in-flight region.
+    pub const INFLIGHT_SHMFD: u64 = 1 << 12;
+    /// RESET_DEVICE.
+    pub const RESET_DEVICE: u64 = 1 << 13;
     /// Memory regions one by one.
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
+    /// GET_STATUS and SET_STATUS.
+    pub const STATUS: u64 = 1 << 16;
     /// What is offered.
-    pub const OFFERED: u64 = MQ | REPLY_ACK | CONFIG | CONFIGURE_MEM_SLOTS;
+    pub const OFFERED: u64 = MQ
+        | LOG_SHMFD
+        | REPLY_ACK
+        | BACKEND_REQ
+        | CONFIG
+        | INFLIGHT_SHMFD
+        | RESET_DEVICE
+        | CONFIGURE_MEM_SLOTS
+        | STATUS;
 }

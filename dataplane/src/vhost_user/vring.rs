@@ -7,11 +7,14 @@ use std::os::fd::OwnedFd;
 use super::feature;
 use super::message::VringAddresses;
 use crate::memory::GuestMemory;
-use crate::virtqueue::SplitQueue;
+use crate::virtqueue::{QueueFeatures, Virtqueue};
 use crate::worker::message::RingLayout;
 
 /// Entries of the largest queue (virtio 1.2, 2.7).
 const MAX_SIZE: u32 = 32768;
+
+/// Base of a packed ring at its beginning: index 0 on both sides, and both wrap counters 1.
+const PACKED_START: u32 = 0x8000_8000;
 
 /// Where a queue is between its first message and its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -32,8 +35,8 @@ pub struct Vring {
     pub size: u16,
     /// SET_VRING_ADDR.
     pub addresses: Option<VringAddresses>,
-    /// SET_VRING_BASE, or where it was stopped.
-    pub base: u16,
+    /// SET_VRING_BASE, or where it was stopped; none: at its beginning.
+    pub base: Option<u32>,
     /// SET_VRING_ENABLE.
     pub enabled: bool,
     /// SET_VRING_CALL.
@@ -65,19 +68,22 @@ impl Vring {
 
     /// Whether the ring that a worker serves lies in this memory.
     #[must_use]
-    pub fn ring_is_in(&self, memory: &GuestMemory) -> bool {
+    pub fn ring_is_in(&self, memory: &GuestMemory, features: u64) -> bool {
+        let features = QueueFeatures::of(features);
         self.running
-            .is_some_and(|layout| SplitQueue::check_place(memory, &layout).is_ok())
+            .is_some_and(|layout| Virtqueue::check_place(memory, &layout, features).is_ok())
     }
 
     /// SET_VRING_NUM.
     ///
     /// # Errors
     /// A size that can't be, or another one while it runs.
-    pub fn set_size(&mut self, size: u32) -> Result<(), String> {
-        if !size.is_power_of_two() || size > MAX_SIZE {
+    pub fn set_size(&mut self, size: u32, features: u64) -> Result<(), String> {
+        let packed = features & feature::RING_PACKED != 0;
+        if size == 0 || size > MAX_SIZE || !(packed || size.is_power_of_two()) {
+            let kind = if packed { "number" } else { "power of two" };
             return Err(format!(
-                "the queue size {size} is not a power of two from 1 to {MAX_SIZE}"
+                "the queue size {size} is not a {kind} from 1 to {MAX_SIZE}"
             ));
         }
         // At most 2^15.
@@ -92,9 +98,15 @@ impl Vring {
     /// SET_VRING_ADDR.
     ///
     /// # Errors
-    /// Others than it has, while it runs.
+    /// Others than it has, while it runs. (Whether it logs may change.)
     pub fn set_addresses(&mut self, addresses: VringAddresses) -> Result<(), String> {
-        if self.is_started() && self.addresses != Some(addresses) {
+        let same = |old: VringAddresses| {
+            VringAddresses {
+                log: addresses.log,
+                ..old
+            } == addresses
+        };
+        if self.is_started() && !self.addresses.is_some_and(same) {
             return Err("the addresses of a running queue can't change".to_owned());
         }
         self.addresses = Some(addresses);
@@ -104,14 +116,23 @@ impl Vring {
     /// SET_VRING_BASE.
     ///
     /// # Errors
-    /// While it runs, or past 16 bits.
-    pub fn set_base(&mut self, base: u32) -> Result<(), String> {
+    /// While it runs, or of a split ring past 16 bits.
+    pub fn set_base(&mut self, base: u32, features: u64) -> Result<(), String> {
         if self.is_started() {
             return Err("the index of a running queue can't be set".to_owned());
         }
-        self.base =
-            u16::try_from(base).map_err(|_| format!("the index {base} has more than 16 bits"))?;
+        if features & feature::RING_PACKED == 0 && base > u32::from(u16::MAX) {
+            return Err(format!("the index {base} has more than 16 bits"));
+        }
+        self.base = Some(base);
         Ok(())
+    }
+
+    /// Where it goes on.
+    #[must_use]
+    pub fn base(&self, features: u64) -> u32 {
+        let packed = features & feature::RING_PACKED != 0;
+        self.base.unwrap_or(if packed { PACKED_START } else { 0 })
     }
 
     /// Where its ring lies in guest memory.

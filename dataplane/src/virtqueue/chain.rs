@@ -1,9 +1,15 @@
 //! A descriptor chain as checked buffers.
-#![forbid(unsafe_code)]
+//!
+//! UNSAFETY: entries of an indirect table are read at addresses inside a span that was looked up, of
+//! memory that the walk holds.
+#![expect(unsafe_code, reason = "tables in guest memory")]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use super::RingError;
-use crate::memory::{GuestBuffer, Lease};
+use std::ptr::NonNull;
+
+use super::{QueueFeatures, RingError};
+use crate::blk::config_space::SEG_MAX;
+use crate::memory::{GuestBuffer, Lease, read_once};
 
 /// The chain continues at `next`.
 pub const NEXT: u16 = 1;
@@ -22,11 +28,53 @@ pub struct Descriptor {
     pub len: u32,
     /// 1: the chain continues; 2: device-writable; 4: a table of descriptors.
     pub flags: u16,
-    /// Where the chain continues.
+    /// Where the chain continues; of a packed ring, the buffer ID.
     pub next: u16,
 }
 
+/// Bytes of a descriptor, split or packed.
+pub(super) const DESCRIPTOR_BYTES: u32 = 16;
+
+/// Longest chain that is followed in a queue of that size.
+pub(super) fn longest(size: u16) -> u32 {
+    // A driver may put SEG_MAX segments into an indirect table of a shorter queue.
+    u32::from(size).max(SEG_MAX + 2)
+}
+
+/// Address and length, which both formats have in the same place.
+fn addr_and_len(raw: [u8; 16]) -> (u64, u32) {
+    let [a0, a1, a2, a3, a4, a5, a6, a7, l0, l1, l2, l3, ..] = raw;
+    let addr = u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]);
+    (addr, u32::from_le_bytes([l0, l1, l2, l3]))
+}
+
 impl Descriptor {
+    /// From the bytes of a split queue's table.
+    pub(super) fn of_split(raw: [u8; 16]) -> Self {
+        let (addr, len) = addr_and_len(raw);
+        let [.., f0, f1, n0, n1] = raw;
+        Self {
+            addr,
+            len,
+            flags: u16::from_le_bytes([f0, f1]),
+            next: u16::from_le_bytes([n0, n1]),
+        }
+    }
+
+    /// From the bytes of a packed ring (2.8.13), whose buffer ID is kept as `next`.
+    #[inline]
+    pub(super) fn of_packed(raw: [u8; 16]) -> Self {
+        let (addr, len) = addr_and_len(raw);
+        let [.., i0, i1, f0, f1] = raw;
+        Self {
+            addr,
+            len,
+            flags: u16::from_le_bytes([f0, f1]),
+            next: u16::from_le_bytes([i0, i1]),
+        }
+    }
+
+    #[inline]
     pub(super) fn has(self, flag: u16) -> bool {
         self.flags & flag != 0
     }
@@ -83,5 +131,94 @@ impl Chain {
     pub fn release(&mut self) {
         self.readable.release();
         self.writable.release();
+    }
+}
+
+/// An indirect table in guest memory (virtio 1.2, 2.7.5.3 and 2.8.7).
+#[derive(Debug)]
+pub(super) struct Table<'a> {
+    _lease: &'a Lease,
+    entries: NonNull<[u8; DESCRIPTOR_BYTES as usize]>,
+    size: u32,
+    longest: u32,
+}
+
+/// The table that a descriptor names.
+///
+/// # Errors
+/// [`RingError::Indirect`].
+pub(super) fn table<'a>(
+    lease: &'a Lease,
+    descriptor: &Descriptor,
+    features: QueueFeatures,
+    longest: u32,
+) -> Result<Table<'a>, RingError> {
+    if !features.indirect {
+        return Err(RingError::Indirect("it was not negotiated"));
+    }
+    if descriptor.has(NEXT) {
+        return Err(RingError::Indirect("a descriptor follows it"));
+    }
+    if descriptor.len == 0 || !descriptor.len.is_multiple_of(DESCRIPTOR_BYTES) {
+        return Err(RingError::Indirect("its length is not whole descriptors"));
+    }
+    let entries = lease
+        .span(descriptor.addr, u64::from(descriptor.len))
+        .ok_or(RingError::Indirect("it is not in guest memory"))?
+        .cast();
+    Ok(Table {
+        _lease: lease,
+        entries,
+        size: descriptor.len / DESCRIPTOR_BYTES,
+        longest,
+    })
+}
+
+impl Table<'_> {
+    /// An entry's bytes, read once; `index` is below the size.
+    fn entry(&self, index: u32) -> [u8; DESCRIPTOR_BYTES as usize] {
+        debug_assert!(index < self.size);
+        // SAFETY: the entry lies inside the span that was looked up; the lease keeps it. Bytes
+        // need no alignment.
+        unsafe { read_once(self.entries.add(index as usize)) }
+    }
+
+    /// Follows the chain in the table of a split queue.
+    pub(super) fn walk(&self, chain: &mut Chain) -> Result<(), RingError> {
+        let mut index = 0u16;
+        for _ in 0..self.longest {
+            if u32::from(index) >= self.size {
+                return Err(RingError::OutOfTable {
+                    index,
+                    size: self.size,
+                });
+            }
+            let descriptor = Descriptor::of_split(self.entry(u32::from(index)));
+            if descriptor.has(INDIRECT) {
+                return Err(RingError::Indirect("it holds another one"));
+            }
+            chain.push(descriptor)?;
+            if !descriptor.has(NEXT) {
+                return Ok(());
+            }
+            index = descriptor.next;
+        }
+        Err(RingError::ChainTooLong(self.longest))
+    }
+
+    /// Takes all entries of the table of a packed queue, one after the other: there, only the
+    /// WRITE flag means something.
+    pub(super) fn take_all(&self, chain: &mut Chain) -> Result<(), RingError> {
+        if self.size > self.longest {
+            return Err(RingError::ChainTooLong(self.longest));
+        }
+        for index in 0..self.size {
+            let descriptor = Descriptor::of_packed(self.entry(index));
+            if descriptor.has(INDIRECT) {
+                return Err(RingError::Indirect("it holds another one"));
+            }
+            chain.push(descriptor)?;
+        }
+        Ok(())
     }
 }

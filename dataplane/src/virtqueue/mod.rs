@@ -3,14 +3,67 @@
 //! Everything a driver can write is hostile, at any time. What breaks a ring's own rules is a
 //! [`RingError`]: the queue retires. What only a request got wrong is left to the device.
 //!
-//! UNSAFETY: see [`split`].
+//! | module | owns |
+//! | --- | --- |
+//! | [`split`], [`packed`] | the two formats of a ring |
+//! | `chain` | a descriptor chain, and indirect tables |
+//! | `notify` | when a driver wants to be called |
+//! | `order` | VIRTIO_F_IN_ORDER |
+//! | [`inflight`] | the in-flight region |
+//! | [`queue`] | a queue of either format |
+//!
+//! UNSAFETY: see [`split`] and [`packed`].
 
 mod chain;
+pub mod inflight;
 mod notify;
+mod order;
+pub mod packed;
+pub mod queue;
 pub mod split;
 
 pub use chain::{Chain, Descriptor};
+pub use inflight::{Format, QueueRegion};
+pub use packed::PackedQueue;
+pub use queue::Virtqueue;
 pub use split::SplitQueue;
+
+/// What was negotiated about a queue.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct QueueFeatures {
+    /// VIRTIO_F_RING_PACKED.
+    pub packed: bool,
+    /// VIRTIO_F_EVENT_IDX.
+    pub event_idx: bool,
+    /// VIRTIO_F_INDIRECT_DESC.
+    pub indirect: bool,
+    /// VIRTIO_F_IN_ORDER.
+    pub in_order: bool,
+}
+
+impl QueueFeatures {
+    /// Of negotiated virtio features.
+    #[must_use]
+    pub fn of(features: u64) -> Self {
+        use crate::vhost_user::feature;
+        Self {
+            packed: features & feature::RING_PACKED != 0,
+            event_idx: features & feature::EVENT_IDX != 0,
+            indirect: features & feature::INDIRECT_DESC != 0,
+            in_order: features & feature::IN_ORDER != 0,
+        }
+    }
+
+    /// The format of the ring.
+    #[must_use]
+    pub fn format(self) -> Format {
+        if self.packed {
+            Format::Packed
+        } else {
+            Format::Split
+        }
+    }
+}
 
 /// How a driver broke its ring. The queue takes no more requests until it is started anew.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -18,6 +71,28 @@ pub enum RingError {
     /// The size is no power of two from 1 to 32768 (virtio 1.2, 2.7).
     #[error("the queue size {0} is not a power of two from 1 to 32768")]
     Size(u16),
+    /// The size of a packed ring is not one from 1 to 32768 (virtio 1.2, 2.8).
+    #[error("the queue size {0} is not one from 1 to 32768")]
+    PackedSize(u16),
+    /// A packed ring can't go on there.
+    #[error("the ring can't go on at {base:#x}: an index in it is not below the queue size {size}")]
+    Base {
+        /// As SET_VRING_BASE gave it.
+        base: u32,
+        /// Descriptors.
+        size: u16,
+    },
+    /// The in-flight region of the queue has no room for it.
+    #[error("the in-flight region has room for {entries} descriptors, and the queue has {size}")]
+    Region {
+        /// Of the region.
+        entries: u16,
+        /// Of the queue.
+        size: u16,
+    },
+    /// More descriptors of a packed ring were made available than it has.
+    #[error("more descriptors were made available than the ring's {0}")]
+    Overcommitted(u16),
     /// A part of the ring is not in guest memory, or not aligned as 2.7 demands.
     #[error("the {part} at guest address {guest_addr:#x} is not in guest memory, or not aligned")]
     Place {

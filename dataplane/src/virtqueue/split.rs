@@ -15,10 +15,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
+use super::QueueFeatures;
 use super::RingError;
-use super::chain::{Chain, Descriptor, INDIRECT, NEXT};
+use super::chain::{Chain, Descriptor, INDIRECT, NEXT, longest, table};
+use super::inflight::{QueueRegion, SplitRegion};
 use super::notify::{NO_INTERRUPT, NO_NOTIFY, passed};
-use crate::blk::config_space::SEG_MAX;
+use super::order::Order;
 use crate::memory::{GuestMemory, Lease, full_fence, read_once, shared_u16};
 use crate::worker::message::RingLayout;
 
@@ -45,15 +47,6 @@ struct Parts {
     avail_event: NonNull<u16>,
 }
 
-/// What was negotiated about a queue.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct QueueFeatures {
-    /// VIRTIO_F_EVENT_IDX.
-    pub event_idx: bool,
-    /// VIRTIO_F_INDIRECT_DESC.
-    pub indirect: bool,
-}
-
 /// A running split queue.
 #[derive(Debug)]
 pub struct SplitQueue {
@@ -76,6 +69,12 @@ pub struct SplitQueue {
     in_flight_count: u16,
     /// The driver was told not to kick.
     quiet: bool,
+    /// With VIRTIO_F_IN_ORDER: what has to be shown in which order.
+    order: Option<Order>,
+    /// Where what is in flight is kept for a successor.
+    region: Option<SplitRegion>,
+    /// Where writes to the used ring are marked: its guest address.
+    log: Option<u64>,
 }
 
 fn locate(memory: &GuestMemory, layout: &RingLayout) -> Result<Parts, RingError> {
@@ -134,8 +133,7 @@ impl SplitQueue {
             parts,
             layout,
             features,
-            // A driver may put SEG_MAX segments into an indirect table of a shorter queue.
-            longest: u32::from(layout.size).max(SEG_MAX + 2),
+            longest: longest(layout.size),
             next_avail,
             seen_avail: next_avail,
             next_used: 0,
@@ -143,6 +141,9 @@ impl SplitQueue {
             in_flight: vec![0; words].into_boxed_slice(),
             in_flight_count: 0,
             quiet: false,
+            order: features.in_order.then(|| Order::new(layout.size)),
+            region: None,
+            log: None,
         };
         // The driver's view of the used ring is the truth about it (a restart goes on there).
         queue.published = queue.used(1).load(Ordering::Relaxed);
@@ -159,6 +160,22 @@ impl SplitQueue {
         self.parts = locate(memory, &self.layout)?;
         self.lease = Rc::new(Arc::clone(memory));
         Ok(())
+    }
+
+    /// Keeps what is in flight there, from now on; nothing is in flight yet.
+    pub fn track(&mut self, region: QueueRegion) {
+        self.region = Some(SplitRegion::new(region, self.layout.size, self.published));
+    }
+
+    /// Marks writes to the used ring in the memory's dirty log, as of a used ring at this address.
+    pub fn set_log(&mut self, used_guest_addr: Option<u64>) {
+        self.log = used_guest_addr;
+    }
+
+    /// Whether memory that it needs went away.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        self.lease.is_lost() || self.region.as_ref().is_some_and(SplitRegion::is_lost)
     }
 
     /// The memory it is served from.
@@ -247,6 +264,12 @@ impl SplitQueue {
         }
         self.in_flight_count += 1;
         self.next_avail = self.next_avail.wrapping_add(1);
+        if let Some(order) = &mut self.order {
+            order.taken(head);
+        }
+        if let Some(region) = &mut self.region {
+            region.taken(head);
+        }
         Ok(Some(head))
     }
 
@@ -263,7 +286,7 @@ impl SplitQueue {
             // SAFETY: index is below the table's length; the lease keeps the table.
             let descriptor = unsafe { read_once(self.parts.desc.add(usize::from(index))) };
             if descriptor.has(INDIRECT) {
-                return self.walk_table(descriptor, chain);
+                return table(&self.lease, &descriptor, self.features, self.longest)?.walk(chain);
             }
             chain.push(descriptor)?;
             if !descriptor.has(NEXT) {
@@ -274,47 +297,14 @@ impl SplitQueue {
         Err(RingError::ChainTooLong(self.longest))
     }
 
-    /// Follows a chain inside an indirect table (2.7.5.3).
-    fn walk_table(&self, table: Descriptor, chain: &mut Chain) -> Result<(), RingError> {
-        const ENTRY_BYTES: u32 = 16;
-        if !self.features.indirect {
-            return Err(RingError::Indirect("it was not negotiated"));
-        }
-        if table.has(NEXT) {
-            return Err(RingError::Indirect("a descriptor follows it"));
-        }
-        if table.len == 0 || !table.len.is_multiple_of(ENTRY_BYTES) {
-            return Err(RingError::Indirect("its length is not whole descriptors"));
-        }
-        let size = table.len / ENTRY_BYTES;
-        let entries = self
-            .lease
-            .span(table.addr, u64::from(table.len))
-            .ok_or(RingError::Indirect("it is not in guest memory"))?
-            .cast::<[u8; ENTRY_BYTES as usize]>();
-        let mut index = 0u16;
-        for _ in 0..self.longest {
-            if u32::from(index) >= size {
-                return Err(RingError::OutOfTable { index, size });
-            }
-            // SAFETY: index is below the table's length; the lease keeps it. Bytes need no alignment.
-            let raw = unsafe { read_once(entries.add(usize::from(index))) };
-            let descriptor = decode(raw);
-            if descriptor.has(INDIRECT) {
-                return Err(RingError::Indirect("it holds another one"));
-            }
-            chain.push(descriptor)?;
-            if !descriptor.has(NEXT) {
-                return Ok(());
-            }
-            index = descriptor.next;
-        }
-        Err(RingError::ChainTooLong(self.longest))
-    }
-
-    /// Gives up a chain that can't be given back: its queue retires.
+    /// Gives up a chain that can't be given back: its queue retires, and shows nothing any more.
     pub fn abandon(&mut self, head: u16) {
         self.end_flight(head);
+        if let Some(mut order) = self.order.take() {
+            while let Some(ended) = order.dissolve() {
+                self.end_flight(ended);
+            }
+        }
     }
 
     /// Notes that a head is no longer in flight; false if it was not.
@@ -331,9 +321,21 @@ impl SplitQueue {
     }
 
     /// Gives a chain back: `len` bytes of its writable part were written, from its front on.
-    /// The driver sees it after the next [`SplitQueue::publish`].
+    /// The driver sees it after the next [`SplitQueue::publish`], in order behind what was taken
+    /// before it.
     #[inline]
     pub fn push_used(&mut self, head: u16, len: u32) {
+        let Some(order) = &mut self.order else {
+            return self.write_used(head, len);
+        };
+        order.ended(head, len);
+        while let Some((head, len)) = self.order.as_mut().and_then(Order::next) {
+            self.write_used(head, len);
+        }
+    }
+
+    #[inline]
+    fn write_used(&mut self, head: u16, len: u32) {
         if !self.end_flight(head) {
             return;
         }
@@ -344,7 +346,19 @@ impl SplitQueue {
         };
         // SAFETY: the slot is masked to the ring's length; the lease keeps it.
         unsafe { self.parts.used_ring.add(slot).write_volatile(entry) };
+        self.mark(4 + 8 * slot as u64, 8);
+        if let Some(region) = &mut self.region {
+            region.used(head);
+        }
         self.next_used = self.next_used.wrapping_add(1);
+    }
+
+    /// Marks bytes of the used ring that were written.
+    #[inline]
+    fn mark(&self, offset: u64, bytes: u64) {
+        if let Some(used) = self.log {
+            self.lease.log().mark(used.saturating_add(offset), bytes);
+        }
     }
 
     /// Shows the driver what was used since the last time; whether it wants to be called.
@@ -357,6 +371,10 @@ impl SplitQueue {
         self.published = self.next_used;
         // Release: the entries and everything that the requests wrote come before the index.
         self.used(1).store(self.published, Ordering::Release);
+        self.mark(2, 2);
+        if let Some(region) = &mut self.region {
+            region.published(self.published);
+        }
         // The index is visible before the driver's wish is read (2.7.7.1).
         full_fence();
         if self.features.event_idx {
@@ -378,8 +396,10 @@ impl SplitQueue {
         self.quiet = false;
         if self.features.event_idx {
             self.avail_event().store(self.next_avail, Ordering::Relaxed);
+            self.mark(4 + 8 * u64::from(self.layout.size), 2);
         } else {
             self.used(0).store(0, Ordering::Relaxed);
+            self.mark(0, 2);
         }
         // The wish is visible before the index is read again (2.7.10.1).
         full_fence();
@@ -397,38 +417,12 @@ impl SplitQueue {
         // needless kick; a store per batch would cost more.
         if !self.features.event_idx {
             self.used(0).store(NO_NOTIFY, Ordering::Relaxed);
+            self.mark(0, 2);
         }
     }
 
     fn avail_event(&self) -> &AtomicU16 {
         // SAFETY: the field lies behind the used ring, inside its span; the lease keeps it.
         unsafe { shared_u16(self.parts.avail_event) }
-    }
-}
-
-fn decode(raw: [u8; 16]) -> Descriptor {
-    let [
-        a0,
-        a1,
-        a2,
-        a3,
-        a4,
-        a5,
-        a6,
-        a7,
-        l0,
-        l1,
-        l2,
-        l3,
-        f0,
-        f1,
-        n0,
-        n1,
-    ] = raw;
-    Descriptor {
-        addr: u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]),
-        len: u32::from_le_bytes([l0, l1, l2, l3]),
-        flags: u16::from_le_bytes([f0, f1]),
-        next: u16::from_le_bytes([n0, n1]),
     }
 }

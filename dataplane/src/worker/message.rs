@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use crate::blk::BlkDevice;
 use crate::memory::GuestMemory;
+use crate::virtqueue::QueueRegion;
 
 /// Number of an attached device; never used again within a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -24,16 +25,16 @@ pub struct QueueId {
     pub index: u16,
 }
 
-/// Where a split ring lies in guest memory, fixed while the queue runs.
+/// Where a ring lies in guest memory, fixed while the queue runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RingLayout {
-    /// Entries: a power of two, 1 to 32768 (virtio 1.2, 2.7).
+    /// Entries: 1 to 32768, of a split ring a power of two (virtio 1.2, 2.7 and 2.8).
     pub size: u16,
-    /// Guest address of the descriptor table.
+    /// Guest address of the descriptor table; packed: of the descriptor ring.
     pub desc: u64,
-    /// Guest address of the avail ring.
+    /// Guest address of the avail ring; packed: of the driver event area.
     pub avail: u64,
-    /// Guest address of the used ring.
+    /// Guest address of the used ring; packed: of the device event area.
     pub used: u64,
 }
 
@@ -46,8 +47,12 @@ pub struct QueueStart {
     pub memory: Arc<GuestMemory>,
     /// Where its ring lies.
     pub layout: RingLayout,
-    /// Index of the first avail entry that is new.
-    pub next_avail: u16,
+    /// Where the ring goes on, as SET_VRING_BASE has it.
+    pub base: u32,
+    /// Address of the used ring in the dirty log; none: writes to the ring are not marked.
+    pub log: Option<u64>,
+    /// Where what is in flight is kept for a successor.
+    pub region: Option<QueueRegion>,
     /// Negotiated virtio features.
     pub features: u64,
     /// Nothing is served while false (SET_VRING_ENABLE).
@@ -100,6 +105,13 @@ pub enum ToWorker {
         /// Whether requests are taken.
         enabled: bool,
     },
+    /// Whether writes to the ring of a running queue are marked in the dirty log.
+    SetLog {
+        /// Which.
+        queue: QueueId,
+        /// Address of the used ring in the log; none: no marks.
+        log: Option<u64>,
+    },
     /// Another kick descriptor for a running queue.
     SetKick {
         /// Which.
@@ -120,6 +132,12 @@ pub enum ToWorker {
         queue: QueueId,
         /// The descriptor.
         fd: Option<OwnedFd>,
+    },
+    /// Make everything that was written to the queue's device stable. Answered by
+    /// [`FromWorker::Flushed`].
+    Flush {
+        /// The queue, which was stopped: its worker does it.
+        queue: QueueId,
     },
     /// End: what is in flight is waited for, then the thread returns.
     End,
@@ -160,12 +178,17 @@ pub enum FromWorker {
     Stopped {
         /// Which.
         queue: QueueId,
-        /// Index of the next avail entry, for GET_VRING_BASE; none if it did not run.
-        next_avail: Option<u16>,
+        /// Where the ring goes on, for GET_VRING_BASE; none if it did not run.
+        base: Option<u32>,
     },
     /// The queue is served from the new memory, or was retired because its ring does not lie in it.
     MemorySet {
         /// Which.
+        queue: QueueId,
+    },
+    /// The device's storage was flushed, or can't be: its flushes fail from now on.
+    Flushed {
+        /// The queue that was named.
         queue: QueueId,
     },
     /// What was said about the queue holds from now on.

@@ -9,13 +9,7 @@ use super::message::{QueueId, QueueStart};
 use super::ring::{EntryId, FixedFile};
 use crate::blk::pipeline::{Local, Outcome};
 use crate::blk::request::Status;
-use crate::virtqueue::split::QueueFeatures;
-use crate::virtqueue::{RingError, SplitQueue};
-
-/// VIRTIO_F_INDIRECT_DESC.
-pub const INDIRECT_DESC: u64 = 1 << 28;
-/// VIRTIO_F_EVENT_IDX.
-pub const EVENT_IDX: u64 = 1 << 29;
+use crate::virtqueue::{QueueFeatures, RingError, Virtqueue};
 
 /// Where the driver kicks.
 #[derive(Debug)]
@@ -54,7 +48,7 @@ pub struct Queue {
     /// The way to its device.
     pub local: Rc<Local>,
     /// The ring.
-    pub ring: SplitQueue,
+    pub ring: Virtqueue,
     /// SET_VRING_ENABLE.
     pub enabled: bool,
     /// No more requests are taken; it is given up once nothing is in flight.
@@ -78,11 +72,12 @@ impl Queue {
     /// # Errors
     /// [`RingError`]: its ring can't lie where it was said to.
     pub fn new(start: QueueStart, local: Rc<Local>) -> Result<Self, RingError> {
-        let features = QueueFeatures {
-            event_idx: start.features & EVENT_IDX != 0,
-            indirect: start.features & INDIRECT_DESC != 0,
-        };
-        let ring = SplitQueue::new(&start.memory, start.layout, start.next_avail, features)?;
+        let features = QueueFeatures::of(start.features);
+        let mut ring = Virtqueue::new(&start.memory, start.layout, start.base, features)?;
+        if let Some(region) = start.region {
+            ring.track(region)?;
+        }
+        ring.set_log(start.log);
         Ok(Self {
             id: start.queue,
             local,

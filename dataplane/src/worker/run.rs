@@ -6,6 +6,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 mod events;
+mod flush;
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
@@ -25,6 +26,7 @@ use crate::blk::pipeline::{Begun, Local, Outcome, Pipeline, Start, TOKEN_BITS};
 use crate::blk::request::{is_durable, parse};
 use crate::virtqueue::{Chain, RingError};
 use events::Armed;
+use flush::Flushes;
 
 /// Requests taken from a queue before the next queue has its turn, and what was used is published:
 /// small enough that a fast driver refills the ring while the rest is served.
@@ -68,6 +70,7 @@ pub struct Worker {
     called: bool,
     /// A call found no room in the ring.
     call_is_due: bool,
+    flushes: Flushes,
     ending: bool,
 }
 
@@ -111,6 +114,7 @@ impl Worker {
             serial: 0,
             called: false,
             call_is_due: false,
+            flushes: Flushes::default(),
             ending: false,
         })
     }
@@ -124,7 +128,7 @@ impl Worker {
             busy |= self.take_completions();
             if busy {
                 self.polling.busy();
-            } else if self.ending && self.numbers.is_empty() {
+            } else if self.ending && self.numbers.is_empty() && self.flushes.is_empty() {
                 return;
             } else if self.polling.idle() == Next::Sleep {
                 self.sleep();
@@ -165,6 +169,7 @@ impl Worker {
                 self.reply(FromWorker::MemorySet { queue });
             }
             ToWorker::SetEnabled { queue, enabled } => self.change(queue, |q| q.enabled = enabled),
+            ToWorker::SetLog { queue, log } => self.change(queue, |q| q.ring.set_log(log)),
             ToWorker::SetCall { queue, fd } => {
                 self.set_call(queue, fd);
                 self.reply(FromWorker::Changed { queue });
@@ -174,6 +179,7 @@ impl Worker {
                 self.set_kick(queue, fd);
                 self.reply(FromWorker::Changed { queue });
             }
+            ToWorker::Flush { queue } => self.flush(queue),
             ToWorker::End => {
                 self.ending = true;
                 let all: Vec<QueueId> = self.numbers.keys().copied().collect();
@@ -261,7 +267,7 @@ impl Worker {
         let Some(number) = self.numbers.get(&id).copied() else {
             return self.reply(FromWorker::Stopped {
                 queue: id,
-                next_avail: None,
+                base: None,
             });
         };
         if let Some(queue) = self.queue(number) {
@@ -283,11 +289,9 @@ impl Worker {
             return;
         };
         self.numbers.remove(&queue.id);
-        // It may hold on to the guest memory of a request that ended at once.
-        self.chain.release();
         self.reply(FromWorker::Stopped {
             queue: queue.id,
-            next_avail: Some(queue.ring.next_avail()),
+            base: Some(queue.ring.base()),
         });
     }
 
@@ -338,7 +342,7 @@ impl Worker {
         let Some(queue) = self.queue(number) else {
             return;
         };
-        if queue.ring.memory().is_lost() {
+        if queue.ring.is_lost() {
             return self.retire(number, RingError::MemoryLost);
         }
         if queue.publish() {
@@ -362,10 +366,17 @@ impl Worker {
             let Some(number) = self.touched.get(at).copied() else {
                 continue;
             };
+            if number >= flush::FIRST {
+                self.flushed(number);
+                continue;
+            }
             self.publish(number);
             self.give_up_if_drained(number);
         }
         self.touched.clear();
+        if !self.flushes.is_empty() {
+            self.begin_flushes();
+        }
         self.make_due_calls();
         // The driver waits for these.
         if std::mem::take(&mut self.called) {
@@ -438,11 +449,14 @@ fn note(
     head: u16,
     outcome: Outcome,
 ) {
-    if let Some(queue) = queues.get_mut(number as usize).and_then(Option::as_mut) {
+    let queue = queues.get_mut(number as usize).and_then(Option::as_mut);
+    if let Some(queue) = queue {
         queue.ended(head, outcome);
-        if touched.last() != Some(&number) && !touched.contains(&number) {
-            touched.push(number);
-        }
+    } else if number < flush::FIRST {
+        return;
+    }
+    if touched.last() != Some(&number) && !touched.contains(&number) {
+        touched.push(number);
     }
 }
 

@@ -72,7 +72,7 @@ pub const ATTEMPTS: &[Attempt] = &[
         [AT_CWD, 0, 0, 0, 0, 0],
     ),
     both("statx_by_path", libc::SYS_statx, [AT_CWD, 0, 0, 0, 0, 0]),
-    both("truncate", libc::SYS_ftruncate, [3, 0, 0, 0, 0, 0]),
+    worker("truncate", libc::SYS_ftruncate, [3, 0, 0, 0, 0, 0]),
     both("memfd_create", libc::SYS_memfd_create, NONE),
     // Sockets.
     both("socket_unix", libc::SYS_socket, UNIX),

@@ -221,7 +221,7 @@ fn replies_that_are_not_read_are_kept_in_order() {
     let mut sent = Vec::new();
     while !framing.has_unsent() {
         let reply = words(&[sent.len() as u64]);
-        framing.send(&reply).expect("kept");
+        framing.send(&reply, None).expect("kept");
         sent.extend(reply);
     }
     // What the kernel did not take is less than the last reply, and goes when there is room.
@@ -236,7 +236,10 @@ fn replies_that_are_not_read_are_kept_in_order() {
     assert!(!framing.has_unsent());
     assert!(got == sent);
     drop(ours);
-    assert!(matches!(framing.send(&[1]), Err(ProtocolError::Io(_))));
+    assert!(matches!(
+        framing.send(&[1], None),
+        Err(ProtocolError::Io(_))
+    ));
 }
 
 proptest! {

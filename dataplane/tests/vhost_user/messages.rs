@@ -3,9 +3,10 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
-use bulkhead_dataplane::blk::config_space::CONFIG_BYTES;
-use bulkhead_dataplane::vhost_user::Facts;
+use bulkhead_dataplane::blk::{BlkDevice, Geometry};
+use bulkhead_dataplane::storage::StorageSpec;
 use bulkhead_dataplane::vhost_user::message::{Header, Message};
+use bulkhead_dataplane::vhost_user::{Facts, feature};
 use bulkhead_dataplane::worker::message::DeviceId;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -19,15 +20,28 @@ pub const MEMORY_BYTES: u64 = 0x1_0000;
 pub const USER: u64 = 0x7f00_0000_0000;
 /// virtio features that a device of these tests has of its own.
 pub const DEVICE_FEATURES: u64 = 1 << 9;
+/// Its capacity.
+pub const CAPACITY_SECTORS: u64 = 0x6b73_6964;
+/// What a frontend negotiates that uses split rings and no log.
+pub const SPLIT: u64 = feature::VERSION_1
+    | feature::INDIRECT_DESC
+    | feature::EVENT_IDX
+    | feature::PROTOCOL_FEATURES
+    | DEVICE_FEATURES;
 
 pub fn facts() -> Facts {
-    let mut config = [0; CONFIG_BYTES];
-    config[..4].copy_from_slice(b"disk");
+    let geometry = Geometry {
+        logical_block_bytes: 512,
+        read_only: false,
+        serial: [0; 20],
+        queues: QUEUES,
+        discard: false,
+    };
     Facts {
         id: DeviceId(5),
         features: DEVICE_FEATURES,
         queues: QUEUES,
-        config,
+        device: BlkDevice::new(geometry, CAPACITY_SECTORS, StorageSpec::Null, None),
     }
 }
 

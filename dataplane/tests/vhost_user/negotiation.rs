@@ -1,9 +1,10 @@
 //! Questions and their answers, features, refusals.
 
+use bulkhead_dataplane::blk::config_space;
 use bulkhead_dataplane::vhost_user::message::code;
 use bulkhead_dataplane::vhost_user::{feature, protocol_feature};
 
-use crate::messages::{DEVICE_FEATURES, QUEUES, event, halves, words};
+use crate::messages::{DEVICE_FEATURES, QUEUES, SPLIT, event, facts, halves, words};
 use crate::rig::{Answer, Rig, ack};
 
 fn config(offset: u32, payload: &[u8]) -> Vec<u8> {
@@ -64,10 +65,12 @@ fn what_is_not_known_or_has_another_length_is_refused() {
     for (code, body) in [
         (0, vec![]),
         (6, words(&[0])),
-        (21, words(&[0])),
+        (code::SET_LOG_BASE, words(&[4096, 0])),
+        (code::SET_LOG_BASE, words(&[4096])),
+        (code::SET_BACKEND_REQ_FD, vec![]),
+        (code::SET_INFLIGHT_FD, vec![0; 16]),
+        (code::SET_STATUS, words(&[0x100])),
         (28, vec![]),
-        (34, vec![]),
-        (40, vec![]),
         (u32::MAX, vec![]),
         (code::SET_FEATURES, vec![0; 7]),
         (code::SET_FEATURES, vec![0; 9]),
@@ -113,7 +116,7 @@ fn the_configuration_space_is_read_in_parts_and_padded() {
     assert_eq!(read(0, 4), Answer::Reply(config(0, b"disk")));
     assert_eq!(read(2, 3), Answer::Reply(config(2, b"sk\0")));
     assert_eq!(read(255, 1), Answer::Reply(config(255, &[0])));
-    let whole = [b"disk".to_vec(), vec![0; 252]].concat();
+    let whole = config_space::read(&facts().device);
     assert_eq!(read(0, 256), Answer::Reply(config(0, &whole)));
     let no = Answer::Reply(vec![]);
     for (offset, size) in [(0, 0), (0, 257), (255, 2), (256, 1), (u32::MAX, 8)] {
@@ -131,7 +134,7 @@ fn the_configuration_space_is_read_in_parts_and_padded() {
 fn features_are_of_what_was_offered_and_stay_while_a_queue_runs() {
     let mut rig = Rig::running();
     let set = |rig: &mut Rig, features| rig.send(code::SET_FEATURES, words(&[features]), vec![]);
-    let all = feature::TRANSPORT | DEVICE_FEATURES;
+    let all = SPLIT;
     assert_eq!(set(&mut rig, all), ack(0), "as they are");
     assert_eq!(set(&mut rig, all & !feature::EVENT_IDX), ack(1));
     assert_eq!(set(&mut rig, all | 1), ack(1));

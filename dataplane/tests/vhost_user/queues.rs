@@ -9,8 +9,7 @@ use bulkhead_dataplane::vhost_user::{feature, protocol_feature};
 use bulkhead_dataplane::worker::message::{FromWorker, QueueStart, RingLayout, ToWorker};
 
 use crate::messages::{
-    DEVICE_FEATURES, MEMORY_BYTES, addresses, event, halves, memfd, one_region, with_fd,
-    without_fd, words,
+    MEMORY_BYTES, SPLIT, addresses, event, halves, memfd, one_region, with_fd, without_fd, words,
 };
 use crate::rig::{Answer, Rig, ack, done, queue};
 
@@ -41,8 +40,8 @@ fn a_start_says_everything_and_is_acknowledged_by_the_worker() {
         used: 0x1800,
     };
     assert_eq!(start.layout, layout);
-    assert_eq!(start.next_avail, 3);
-    assert_eq!(start.features, feature::TRANSPORT | DEVICE_FEATURES);
+    assert_eq!(start.base, 3);
+    assert_eq!(start.features, SPLIT);
     assert!(!start.enabled, "SET_VRING_ENABLE comes later");
     assert!(start.kick.is_some() && start.call.is_some() && start.error.is_some());
     assert_eq!(rig.say(FromWorker::Started { queue: queue(1) }), ack(0));
@@ -111,7 +110,7 @@ fn a_queue_ends_with_the_index_it_goes_on_from() {
     assert_eq!(rig.session.queues(), (1, 0));
     assert_eq!(get(&mut rig, 1), base_reply(1, 77), "at once");
     assert_eq!(rig.kick(1), Answer::Pending);
-    assert_eq!(started(&mut rig).next_avail, 77);
+    assert_eq!(started(&mut rig).base, 77);
 }
 
 #[test]
@@ -424,7 +423,7 @@ fn an_end_waits_for_a_start_that_fails() {
     assert!(!rig.session.on_worker(failed, &mut out).expect("an end"));
     let stopped = FromWorker::Stopped {
         queue: queue(0),
-        next_avail: None,
+        base: None,
     };
     assert!(rig.session.on_worker(stopped, &mut out).expect("an end"));
 }

@@ -4,12 +4,12 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 
 use bulkhead_dataplane::vhost_user::message::{ProtocolError, code};
-use bulkhead_dataplane::vhost_user::{Outbox, Session, feature, protocol_feature};
+use bulkhead_dataplane::vhost_user::{Outbox, Session, protocol_feature};
 use bulkhead_dataplane::worker::message::{FromWorker, QueueId, ToWorker};
 
 use crate::messages::{
-    DEVICE_FEATURES, MEMORY_BYTES, QUEUES, addresses, bytes, event, facts, halves, memfd, message,
-    table, with_fd, words,
+    MEMORY_BYTES, QUEUES, SPLIT, addresses, bytes, event, facts, halves, memfd, message, table,
+    with_fd, words,
 };
 
 /// What a frontend gets back for a message.
@@ -47,8 +47,7 @@ impl Rig {
     /// Acknowledgements are negotiated.
     pub fn negotiated() -> Self {
         let mut rig = Self::new();
-        let features = feature::TRANSPORT | DEVICE_FEATURES;
-        rig.quietly(code::SET_FEATURES, words(&[features]), vec![]);
+        rig.quietly(code::SET_FEATURES, words(&[SPLIT]), vec![]);
         let protocol = words(&[protocol_feature::OFFERED]);
         assert_eq!(
             rig.send(code::SET_PROTOCOL_FEATURES, protocol, vec![]),
@@ -202,12 +201,14 @@ pub fn done(message: &ToWorker) -> FromWorker {
         }
         ToWorker::Stop { queue } => FromWorker::Stopped {
             queue: *queue,
-            next_avail: Some(77),
+            base: Some(77),
         },
         ToWorker::SetMemory { queue, .. } => FromWorker::MemorySet { queue: *queue },
+        ToWorker::Flush { queue } => FromWorker::Flushed { queue: *queue },
         ToWorker::SetEnabled { queue, .. }
         | ToWorker::SetKick { queue, .. }
         | ToWorker::SetCall { queue, .. }
+        | ToWorker::SetLog { queue, .. }
         | ToWorker::SetError { queue, .. } => FromWorker::Changed { queue: *queue },
         other => panic!("a session does not say {other:?}"),
     }

@@ -7,21 +7,26 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod migration;
 mod queues;
+mod volume;
 mod waiting;
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use super::message::{MAX_REGIONS, Message, ProtocolError, Request, code, config_body, reply};
 use super::vring::{Phase, Vring};
-use super::{feature, protocol_feature};
-use crate::blk::config_space::CONFIG_BYTES;
-use crate::memory::GuestMemory;
+use super::{BackendChannel, feature, protocol_feature};
+use crate::blk::{BlkDevice, config_space};
+use crate::memory::{DirtyLog, GuestMemory};
 use crate::worker::message::{DeviceId, QueueId, ToWorker};
+use migration::Regions;
+pub(crate) use migration::inflight_flags;
 use queues::Change;
+use volume::Hold;
 
-/// What a session knows of its device; never changes while it is connected.
+/// What a session knows of its device.
 #[derive(Debug, Clone)]
 pub struct Facts {
     /// Its number.
@@ -30,8 +35,8 @@ pub struct Facts {
     pub features: u64,
     /// Queues.
     pub queues: u16,
-    /// Configuration space.
-    pub config: [u8; CONFIG_BYTES],
+    /// The device: its configuration space, and the volume that is taken while queues run.
+    pub device: Arc<BlkDevice>,
 }
 
 /// What a request leads to.
@@ -39,6 +44,8 @@ pub struct Facts {
 pub struct Outbox {
     /// Bytes for the frontend.
     pub replies: Vec<u8>,
+    /// A descriptor that goes with them.
+    pub reply_fd: Option<OwnedFd>,
     /// Messages for the workers that have these queues.
     pub to_workers: Vec<(QueueId, ToWorker)>,
 }
@@ -76,6 +83,15 @@ pub struct Session {
     protocol_features: u64,
     memory: Arc<GuestMemory>,
     vrings: Vec<Vring>,
+    /// Where writes to guest memory are marked.
+    log: Arc<DirtyLog>,
+    /// SET_INFLIGHT_FD.
+    regions: Option<Regions>,
+    /// SET_BACKEND_REQ_FD.
+    backend: Option<BackendChannel>,
+    /// SET_STATUS.
+    status: u8,
+    hold: Hold,
     waiting: Option<Waiting>,
     /// Why a queue retired last.
     fault: Option<String>,
@@ -87,27 +103,31 @@ enum Handled {
     Done,
     /// Done, and this is the reply.
     Reply(Vec<u8>),
+    /// Done, and this is the reply, with a descriptor.
+    ReplyWithFd(Vec<u8>, OwnedFd),
     /// It waits for a worker.
     Pending(Pending),
 }
 
 type Outcome = Result<Handled, String>;
 
-fn no_memory() -> Arc<GuestMemory> {
-    Arc::new(GuestMemory::none())
-}
-
 impl Session {
     /// A connection on which nothing was said yet.
     #[must_use]
     pub fn new(facts: Facts) -> Self {
         let vrings = (0..facts.queues).map(|_| Vring::default()).collect();
+        let log = Arc::default();
         Self {
             facts,
             features: 0,
             protocol_features: 0,
-            memory: no_memory(),
+            memory: Arc::new(GuestMemory::none().with_log(&log)),
             vrings,
+            log,
+            regions: None,
+            backend: None,
+            status: 0,
+            hold: Hold::default(),
             waiting: None,
             fault: None,
         }
@@ -155,6 +175,10 @@ impl Session {
                 }
             }
             Ok(Handled::Reply(body)) => out.replies.extend(reply(code, &body)),
+            Ok(Handled::ReplyWithFd(body, fd)) => {
+                out.replies.extend(reply(code, &body));
+                out.reply_fd = Some(fd);
+            }
             Ok(Handled::Pending(what)) => {
                 self.waiting = Some(Waiting {
                     what,
@@ -190,7 +214,7 @@ impl Session {
     fn perform(&mut self, request: Request, out: &mut Outbox) -> Outcome {
         match request {
             Request::GetFeatures => Ok(word(self.offered())),
-            Request::SetFeatures(features) => self.set_features(features),
+            Request::SetFeatures(features) => self.set_features(features, out),
             Request::SetOwner => Ok(Handled::Done),
             Request::ResetOwner => Ok(self.reset(out)),
             Request::GetProtocolFeatures => Ok(word(protocol_feature::OFFERED)),
@@ -203,10 +227,13 @@ impl Session {
             }
             Request::GetQueueNum => Ok(word(u64::from(self.facts.queues))),
             Request::GetConfig { offset, size } => self.config(offset, size),
-            Request::SetConfig => Err("no field of the configuration can be written".to_owned()),
+            Request::SetConfig { offset, payload } => {
+                config_space::write(&self.facts.device, offset, &payload).map(done)
+            }
             Request::SetMemTable(regions) => {
                 let regions: Vec<_> = regions.iter().map(|(s, fd)| (*s, fd.as_fd())).collect();
                 let memory = GuestMemory::map(&regions).map_err(|e| e.to_string())?;
+                let memory = memory.with_log(&self.log);
                 Ok(self.set_memory(memory, Change::Table, out))
             }
             Request::GetMaxMemSlots => Ok(word(MAX_REGIONS)),
@@ -216,17 +243,69 @@ impl Session {
                 let memory = memory.ok_or("there is no such region")?;
                 Ok(self.set_memory(memory, Change::Region, out))
             }
-            Request::SetVringNum { index, size } => self.vring(index)?.set_size(size).map(done),
-            Request::SetVringAddr(addresses) => {
-                let vring = self.vring(addresses.index)?;
-                vring.set_addresses(addresses).map(done)
+            Request::SetVringNum { index, size } => {
+                let features = self.features;
+                self.vring(index)?.set_size(size, features).map(done)
             }
-            Request::SetVringBase { index, base } => self.vring(index)?.set_base(base).map(done),
+            Request::SetVringAddr(addresses) => self.set_addresses(addresses, out),
+            Request::SetVringBase { index, base } => {
+                let features = self.features;
+                self.vring(index)?.set_base(base, features).map(done)
+            }
             Request::GetVringBase { index } => self.get_base(index, out),
             Request::SetVringKick { index, fd } => self.set_kick(index, fd, out),
             Request::SetVringCall { index, fd } => self.set_call(index, fd, out),
             Request::SetVringErr { index, fd } => self.set_error(index, fd, out),
             Request::SetVringEnable { index, enabled } => self.enable(index, enabled, out),
+            other => self.perform_shared(other, out),
+        }
+    }
+
+    /// Requests about what is shared beside memory and queues, and about the device as a whole.
+    fn perform_shared(&mut self, request: Request, out: &mut Outbox) -> Outcome {
+        match request {
+            Request::SetLogBase { bytes, offset, fd } => self.set_log(bytes, offset, &fd),
+            Request::SetBackendReqFd(fd) => {
+                self.backend = Some(BackendChannel::new(fd)?);
+                Ok(Handled::Done)
+            }
+            Request::GetInflightFd(asked) => self.get_inflight(asked),
+            Request::SetInflightFd(given, fd) => self.set_inflight(given, &fd),
+            Request::ResetDevice => Ok(self.reset(out)),
+            Request::SetStatus(status) => self.set_status(status, out),
+            Request::GetStatus => Ok(word(u64::from(self.status))),
+            // SET_LOG_FD: whoever reads the log looks at it when it needs it.
+            _ => Ok(Handled::Done),
+        }
+    }
+
+    /// SET_STATUS; 0 resets the device (virtio 1.2, 2.1).
+    fn set_status(&mut self, status: u64, out: &mut Outbox) -> Outcome {
+        self.status = u8::try_from(status)
+            .map_err(|_| format!("the status {status:#x} has more than 8 bits"))?;
+        if self.status == 0 {
+            return Ok(self.reset(out));
+        }
+        Ok(Handled::Done)
+    }
+
+    /// The configuration space changed: a frontend that listens is told.
+    pub fn config_changed(&mut self) {
+        if let Some(backend) = &mut self.backend {
+            backend.config_changed();
+        }
+    }
+
+    /// Whether the frontend has not been told of a change.
+    #[must_use]
+    pub fn backend_is_due(&self) -> bool {
+        self.backend.as_ref().is_some_and(BackendChannel::is_due)
+    }
+
+    /// Tells the frontend of a change that it could not be told of.
+    pub fn retry_backend(&mut self) {
+        if let Some(backend) = &mut self.backend {
+            backend.flush();
         }
     }
 
@@ -234,25 +313,29 @@ impl Session {
         self.facts.features | feature::TRANSPORT
     }
 
-    fn set_features(&mut self, features: u64) -> Outcome {
+    fn set_features(&mut self, features: u64, out: &mut Outbox) -> Outcome {
         if features & !self.offered() != 0 {
             return Err(format!("features {features:#x} were not offered"));
         }
         let running = self.vrings.iter().any(Vring::is_started);
-        if running && features != self.features {
+        if running && (features ^ self.features) & !feature::LOG_ALL != 0 {
             return Err("features can't change while a queue runs".to_owned());
         }
-        self.features = features;
-        Ok(Handled::Done)
+        if features == self.features {
+            return Ok(Handled::Done);
+        }
+        Ok(self.log_all(features, out))
     }
 
     fn config(&self, offset: u32, size: u32) -> Outcome {
         let range = || {
             let from = usize::try_from(offset).ok()?;
             let to = from.checked_add(usize::try_from(size).ok()?)?;
-            self.facts.config.get(from..to).filter(|p| !p.is_empty())
+            Some(from..to)
         };
-        let payload = range().ok_or_else(|| {
+        let space = config_space::read(&self.facts.device);
+        let payload = range().and_then(|range| space.get(range).filter(|p| !p.is_empty()));
+        let payload = payload.ok_or_else(|| {
             format!("{size} bytes at {offset} are not in the configuration space")
         })?;
         Ok(Handled::Reply(config_body(offset, size, payload)))
@@ -271,6 +354,12 @@ impl Session {
             device: self.facts.id,
             index: u16::try_from(index).unwrap_or(u16::MAX),
         }
+    }
+
+    /// Whether requests are to be taken from a queue.
+    fn serves(&self, index: u16) -> bool {
+        let vring = self.vrings.get(usize::from(index));
+        self.holds_volume() && vring.is_some_and(|vring| vring.is_served(self.features))
     }
 
     /// The queues that a worker has.
@@ -292,6 +381,8 @@ fn asks(code: u32) -> bool {
             | code::GET_QUEUE_NUM
             | code::GET_VRING_BASE
             | code::GET_MAX_MEM_SLOTS
+            | code::GET_INFLIGHT_FD
+            | code::GET_STATUS
     )
 }
 
@@ -303,6 +394,6 @@ fn done(_: ()) -> Handled {
     Handled::Done
 }
 
-fn base_body(index: u32, base: u16) -> Vec<u8> {
-    [index.to_le_bytes(), u32::from(base).to_le_bytes()].concat()
+fn base_body(index: u32, base: u32) -> Vec<u8> {
+    [index.to_le_bytes(), base.to_le_bytes()].concat()
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::{Handled, Outbox, Outcome, Pending, Session, base_body};
 use crate::fds::as_event;
 use crate::memory::{GuestMemory, RegionSpec};
-use crate::vhost_user::message::MAX_REGIONS;
+use crate::vhost_user::message::{MAX_REGIONS, VringAddresses};
 use crate::vhost_user::vring::Phase;
 use crate::worker::message::{QueueStart, ToWorker};
 
@@ -66,7 +66,7 @@ impl Session {
             let Some(vring) = self.vrings.get_mut(usize::from(queue.index)) else {
                 continue;
             };
-            let there = vring.ring_is_in(&self.memory);
+            let there = vring.ring_is_in(&self.memory, features);
             if there || change == Change::Table {
                 let memory = Arc::clone(&self.memory);
                 out.to_workers
@@ -75,7 +75,7 @@ impl Session {
             let rests = !there && change == Change::Region;
             if rests != vring.rests {
                 vring.rests = rests;
-                let enabled = vring.is_served(features);
+                let enabled = self.serves(queue.index);
                 out.to_workers
                     .push((queue, ToWorker::SetEnabled { queue, enabled }));
             }
@@ -86,10 +86,26 @@ impl Session {
         }
     }
 
+    /// SET_VRING_ADDR. Of a running queue only whether it logs may change.
+    pub(super) fn set_addresses(&mut self, addresses: VringAddresses, out: &mut Outbox) -> Outcome {
+        let queue = self.queue(addresses.index);
+        let vring = self.vring(addresses.index)?;
+        let same = vring.addresses == Some(addresses);
+        vring.set_addresses(addresses)?;
+        if same || !vring.is_started() {
+            return Ok(Handled::Done);
+        }
+        let log = addresses.log;
+        out.to_workers
+            .push((queue, ToWorker::SetLog { queue, log }));
+        Ok(Handled::Pending(Pending::Changes { left: 1 }))
+    }
+
     pub(super) fn get_base(&mut self, index: u32, out: &mut Outbox) -> Outcome {
+        let features = self.features;
         let vring = self.vring(index)?;
         if !vring.is_started() {
-            let base = vring.base;
+            let base = vring.base(features);
             return Ok(Handled::Reply(base_body(index, base)));
         }
         let queue = self.queue(index);
@@ -115,17 +131,24 @@ impl Session {
             return Ok(Handled::Pending(Pending::Changes { left: 1 }));
         }
         let layout = vring.layout(&memory)?;
+        let (call, error) = (copy(vring.call.as_ref())?, copy(vring.error.as_ref())?);
+        let (base, log) = (vring.base(features), vring.addresses.and_then(|a| a.log));
+        let region = self.region_of(queue.index, layout.size)?;
+        self.take_volume();
         let start = QueueStart {
             queue,
             memory,
             layout,
-            next_avail: vring.base,
+            base,
+            log,
+            region,
             features,
-            enabled: vring.is_served(features),
+            enabled: self.serves(queue.index),
             kick,
-            call: copy(vring.call.as_ref())?,
-            error: copy(vring.error.as_ref())?,
+            call,
+            error,
         };
+        let vring = self.vring(index)?;
         vring.phase = Phase::Running;
         vring.running = Some(layout);
         out.to_workers
@@ -173,13 +196,12 @@ impl Session {
 
     pub(super) fn enable(&mut self, index: u32, enabled: bool, out: &mut Outbox) -> Outcome {
         let queue = self.queue(index);
-        let features = self.features;
         let vring = self.vring(index)?;
         vring.enabled = enabled;
         if !vring.is_started() {
             return Ok(Handled::Done);
         }
-        let enabled = vring.is_served(features);
+        let enabled = self.serves(queue.index);
         out.to_workers
             .push((queue, ToWorker::SetEnabled { queue, enabled }));
         Ok(Handled::Pending(Pending::Changes { left: 1 }))

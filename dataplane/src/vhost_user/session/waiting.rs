@@ -2,7 +2,11 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use super::{Handled, Outbox, Pending, Session, Waiting, base_body, no_memory};
+use std::sync::Arc;
+
+use super::volume::Hold;
+use super::{Handled, Outbox, Pending, Session, Vring, Waiting, base_body};
+use crate::memory::GuestMemory;
 use crate::vhost_user::message::{ProtocolError, code, reply};
 use crate::vhost_user::vring::Phase;
 use crate::worker::message::{FromWorker, ToWorker};
@@ -17,12 +21,20 @@ impl Session {
         queues.len()
     }
 
-    /// RESET_OWNER, which old frontends send when their guest is reset: every queue stops.
+    /// RESET_DEVICE, SET_STATUS 0, and RESET_OWNER, which old frontends send when their guest is
+    /// reset: every queue stops, and is as if nothing had been said about it.
     pub(super) fn reset(&mut self, out: &mut Outbox) -> Handled {
         match self.stop_all(out) {
-            0 => Handled::Done,
+            0 => {
+                self.forget_queues();
+                Handled::Done
+            }
             left => Handled::Pending(Pending::Reset { left }),
         }
+    }
+
+    fn forget_queues(&mut self) {
+        self.vrings.fill_with(Vring::default);
     }
 
     /// The connection ended: every queue stops. Whether something has to be waited for.
@@ -43,7 +55,7 @@ impl Session {
             _ => None,
         };
         let left = already.unwrap_or_else(|| self.stop_all(out));
-        if left == 0 {
+        if left == 0 && self.hold != Hold::Flushing {
             self.forget();
             return false;
         }
@@ -57,7 +69,10 @@ impl Session {
 
     /// Lets go of memory and descriptors.
     fn forget(&mut self) {
-        self.memory = no_memory();
+        self.memory = Arc::new(GuestMemory::none());
+        self.log.set_area(None);
+        self.regions = None;
+        self.backend = None;
         self.vrings.clear();
         self.waiting = None;
     }
@@ -76,13 +91,19 @@ impl Session {
             FromWorker::Started { queue } => self.on_started(queue.index, Ok(()), out)?,
             FromWorker::StartFailed { queue, reason } => {
                 self.set_phase(queue.index, Phase::Stopped);
+                self.flush_volume(queue.index, out);
                 self.on_started(queue.index, Err(reason), out)?;
             }
             FromWorker::MemorySet { .. } | FromWorker::Changed { .. } => {
-                self.one_less(|w| matches!(w, Pending::Changes { .. }), out)?;
+                self.one_less(out)?;
             }
-            FromWorker::Stopped { queue, next_avail } => {
-                return self.on_stopped(queue.index, next_avail, out);
+            FromWorker::Stopped { queue, base } => {
+                self.on_stopped(queue.index, base, out);
+                return self.settle(out);
+            }
+            FromWorker::Flushed { .. } => {
+                self.let_go_of_volume();
+                return self.settle(out);
             }
             FromWorker::Retired { queue, reason } => {
                 self.set_phase(queue.index, Phase::Retired);
@@ -118,46 +139,51 @@ impl Session {
         self.answer(this, result, out)
     }
 
-    fn on_stopped(
-        &mut self,
-        index: u16,
-        next_avail: Option<u16>,
-        out: &mut Outbox,
-    ) -> Result<bool, ProtocolError> {
+    fn on_stopped(&mut self, index: u16, base: Option<u32>, out: &mut Outbox) {
         self.set_phase(index, Phase::Stopped);
         if let Some(vring) = self.vrings.get_mut(usize::from(index)) {
-            vring.base = next_avail.unwrap_or(vring.base);
-            let base = vring.base;
-            let this = |w: &Waiting| matches!(w.what, Pending::Base { index: i } if i == index);
-            if self.waiting.take_if(|w| this(w)).is_some() {
-                let body = base_body(u32::from(index), base);
-                out.replies.extend(reply(code::GET_VRING_BASE, &body));
-                return Ok(false);
-            }
+            vring.base = base.or(vring.base);
         }
-        let closing = matches!(
-            self.waiting.as_ref().map(|w| &w.what),
-            Some(Pending::Close { .. })
-        );
-        let stops = |w: &Pending| matches!(w, Pending::Reset { .. } | Pending::Close { .. });
-        self.one_less(stops, out)?;
-        if closing && self.waiting.is_none() {
-            self.forget();
-            return Ok(true);
+        if let Some(Pending::Reset { left } | Pending::Close { left }) =
+            self.waiting.as_mut().map(|w| &mut w.what)
+        {
+            *left = left.saturating_sub(1);
+        }
+        self.flush_volume(index, out);
+    }
+
+    /// Answers what waited for queues to stop, once they have and the volume is let go of. True: the
+    /// connection had ended, and now nothing of it is left.
+    fn settle(&mut self, out: &mut Outbox) -> Result<bool, ProtocolError> {
+        if self.hold == Hold::Flushing {
+            return Ok(false);
+        }
+        match self.waiting.as_ref().map(|w| &w.what) {
+            Some(&Pending::Base { index }) => {
+                let features = self.features;
+                let vring = self.vrings.get(usize::from(index));
+                if let Some(vring) = vring.filter(|vring| !vring.is_started()) {
+                    let body = base_body(u32::from(index), vring.base(features));
+                    out.replies.extend(reply(code::GET_VRING_BASE, &body));
+                    self.waiting = None;
+                }
+            }
+            Some(Pending::Reset { left: 0 }) => {
+                self.forget_queues();
+                self.answer(|_| true, Ok(()), out)?;
+            }
+            Some(Pending::Close { left: 0 }) => {
+                self.forget();
+                return Ok(true);
+            }
+            _ => {}
         }
         Ok(false)
     }
 
-    /// One of several answers is there, if it is these that are waited for.
-    fn one_less(
-        &mut self,
-        these: impl Fn(&Pending) -> bool,
-        out: &mut Outbox,
-    ) -> Result<(), ProtocolError> {
-        if let Some(waiting) = self.waiting.as_mut().filter(|w| these(&w.what))
-            && let Pending::Changes { left } | Pending::Reset { left } | Pending::Close { left } =
-                &mut waiting.what
-        {
+    /// One of several answers to a change is there.
+    fn one_less(&mut self, out: &mut Outbox) -> Result<(), ProtocolError> {
+        if let Some(Pending::Changes { left }) = self.waiting.as_mut().map(|w| &mut w.what) {
             *left -= 1;
             if *left == 0 {
                 return self.answer(|_| true, Ok(()), out);

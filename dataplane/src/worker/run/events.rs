@@ -175,7 +175,7 @@ impl Worker {
         match queue.ring.arm() {
             Ok(true) => return Armed::Work,
             // The zeroes in the place of a ring that went away can look like one without requests.
-            Ok(false) if queue.ring.memory().is_lost() => {
+            Ok(false) if queue.ring.is_lost() => {
                 self.retire(number, RingError::MemoryLost);
                 return Armed::Work;
             }

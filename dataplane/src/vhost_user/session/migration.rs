@@ -1,0 +1,137 @@
+//! What a frontend says about the dirty log and the in-flight region: memory that it shares beside
+//! its guest's.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use super::{Handled, Outbox, Outcome, Pending, Session};
+use crate::memory::SharedArea;
+use crate::vhost_user::feature;
+use crate::vhost_user::message::Inflight;
+use crate::virtqueue::{Format, QueueFeatures, QueueRegion};
+use crate::worker::message::ToWorker;
+
+/// Largest queue of an in-flight region.
+const MAX_QUEUE_SIZE: u16 = 32768;
+
+/// SET_INFLIGHT_FD.
+#[derive(Debug)]
+pub(super) struct Regions {
+    area: Arc<SharedArea>,
+    queues: u16,
+    queue_size: u16,
+}
+
+/// How its file is made; the sandbox allows no other.
+pub(crate) fn inflight_flags() -> MFdFlags {
+    MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING
+}
+
+/// An area in which nobody can take a page away.
+fn sealed(bytes: u64) -> nix::Result<OwnedFd> {
+    let fd = memfd_create("inflight", inflight_flags())?;
+    let length = i64::try_from(bytes).map_err(|_| nix::errno::Errno::EFBIG)?;
+    nix::unistd::ftruncate(&fd, length)?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(fd.as_fd(), FcntlArg::F_ADD_SEALS(seals))?;
+    Ok(fd)
+}
+
+impl Session {
+    /// SET_LOG_BASE: where marks go from now on.
+    pub(super) fn set_log(&mut self, bytes: u64, offset: u64, fd: &OwnedFd) -> Outcome {
+        let area = SharedArea::map(fd.as_fd(), offset, bytes)
+            .map_err(|e| format!("the dirty log can't be mapped: {e}"))?;
+        self.log.set_area(Some(area));
+        Ok(super::word(0))
+    }
+
+    /// VHOST_F_LOG_ALL, which changes while queues run. It is answered when every worker has gone
+    /// past it: what is written from then on is marked.
+    pub(super) fn log_all(&mut self, features: u64, out: &mut Outbox) -> Handled {
+        self.features = features;
+        self.log.enable(features & feature::LOG_ALL != 0);
+        let mut left = 0;
+        for queue in self.started() {
+            let enabled = self.serves(queue.index);
+            out.to_workers
+                .push((queue, ToWorker::SetEnabled { queue, enabled }));
+            left += 1;
+        }
+        match left {
+            0 => Handled::Done,
+            left => Handled::Pending(Pending::Changes { left }),
+        }
+    }
+
+    fn format(&self) -> Format {
+        QueueFeatures::of(self.features).format()
+    }
+
+    fn inflight_bytes(&self, queues: u16, queue_size: u16) -> Result<u64, String> {
+        if queues == 0 || queues > self.facts.queues {
+            return Err(format!(
+                "{queues} queues in the in-flight region, the device has {}",
+                self.facts.queues
+            ));
+        }
+        if queue_size == 0 || queue_size > MAX_QUEUE_SIZE {
+            return Err(format!(
+                "the queue size {queue_size} is not one from 1 to {MAX_QUEUE_SIZE}"
+            ));
+        }
+        Ok(self.format().region_bytes(queue_size) * u64::from(queues))
+    }
+
+    /// GET_INFLIGHT_FD: a fresh region, all zeroes.
+    pub(super) fn get_inflight(&self, asked: Inflight) -> Outcome {
+        let bytes = self.inflight_bytes(asked.queues, asked.queue_size)?;
+        let fd = sealed(bytes).map_err(|e| format!("no in-flight region can be made: {e}"))?;
+        let made = Inflight {
+            bytes,
+            offset: 0,
+            ..asked
+        };
+        Ok(Handled::ReplyWithFd(made.body(), fd))
+    }
+
+    /// SET_INFLIGHT_FD: the region for queues that start from now on.
+    pub(super) fn set_inflight(&mut self, given: Inflight, fd: &OwnedFd) -> Outcome {
+        let needed = self.inflight_bytes(given.queues, given.queue_size)?;
+        if given.bytes < needed {
+            return Err(format!(
+                "an in-flight region of {} bytes is too short: {needed} are needed",
+                given.bytes
+            ));
+        }
+        let area = SharedArea::map(fd.as_fd(), given.offset, given.bytes)
+            .map_err(|e| format!("the in-flight region can't be mapped: {e}"))?;
+        self.regions = Some(Regions {
+            area: Arc::new(area),
+            queues: given.queues,
+            queue_size: given.queue_size,
+        });
+        Ok(Handled::Done)
+    }
+
+    /// The region of a queue that starts.
+    pub(super) fn region_of(&self, index: u16, size: u16) -> Result<Option<QueueRegion>, String> {
+        let Some(regions) = self.regions.as_ref().filter(|r| index < r.queues) else {
+            return Ok(None);
+        };
+        if size > regions.queue_size {
+            return Err(format!(
+                "the in-flight region is for queues of {} entries, this one has {size}",
+                regions.queue_size
+            ));
+        }
+        QueueRegion::new(&regions.area, self.format(), index, regions.queue_size)
+            .map(Some)
+            .ok_or_else(|| "the in-flight region has no room for the queue".to_owned())
+    }
+}

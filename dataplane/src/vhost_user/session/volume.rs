@@ -1,0 +1,114 @@
+//! The volume behind a connection (the migration rule): taken when the first queue starts, let go of
+//! when the last has stopped, after a flush. So an attached volume belongs to nobody, a source lets go of it
+//! before the target starts, and after a cancelled migration the source takes it back.
+//!
+//! While somebody else has it, queues start but are not served; the server tries again.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use super::{Outbox, Pending, Session, Waiting};
+use crate::storage::FileSpec;
+use crate::worker::message::ToWorker;
+
+/// Whose the volume is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Hold {
+    /// No queue runs.
+    #[default]
+    No,
+    /// Ours.
+    Ours,
+    /// Queues run, and somebody else has it.
+    Waits,
+    /// Its last queue has stopped, and it is being flushed.
+    Flushing,
+}
+
+impl Session {
+    fn file(&self) -> Option<&FileSpec> {
+        self.facts.device.storage.file()
+    }
+
+    /// Whether the volume is ours.
+    #[must_use]
+    pub fn holds_volume(&self) -> bool {
+        self.hold == Hold::Ours
+    }
+
+    /// Whether queues are not served because somebody else has the volume.
+    #[must_use]
+    pub fn waits_for_volume(&self) -> bool {
+        self.hold == Hold::Waits
+    }
+
+    /// A queue starts.
+    pub(super) fn take_volume(&mut self) {
+        if matches!(self.hold, Hold::Ours | Hold::Waits) {
+            return;
+        }
+        self.hold = Hold::Waits;
+        self.try_hold();
+    }
+
+    fn try_hold(&mut self) -> bool {
+        let held = match self.file().map(FileSpec::try_hold) {
+            None | Some(Ok(true)) => true,
+            Some(Ok(false)) => false,
+            Some(Err(error)) => {
+                tracing::warn!("the volume's lock can't be taken: {error}");
+                false
+            }
+        };
+        if held {
+            self.hold = Hold::Ours;
+        }
+        held
+    }
+
+    /// Tries again to take a volume that somebody else had; its queues are served from then on. Does
+    /// nothing while the session waits for a worker.
+    pub fn retry_volume(&mut self, out: &mut Outbox) {
+        if self.hold != Hold::Waits || self.is_pending() || !self.try_hold() {
+            return;
+        }
+        let mut left = 0;
+        for queue in self.started() {
+            let enabled = self.serves(queue.index);
+            out.to_workers
+                .push((queue, ToWorker::SetEnabled { queue, enabled }));
+            left += 1;
+        }
+        if left > 0 {
+            self.waiting = Some(Waiting {
+                what: Pending::Changes { left },
+                code: 0,
+                acknowledge: false,
+            });
+        }
+    }
+
+    /// A queue has stopped: if it was the last, the volume is flushed before it is let go of.
+    pub(super) fn flush_volume(&mut self, index: u16, out: &mut Outbox) {
+        let running = self.vrings.iter().any(super::Vring::is_started);
+        if running {
+            return;
+        }
+        match self.hold {
+            Hold::Ours if self.file().is_some() => {
+                let queue = self.queue(u32::from(index));
+                self.hold = Hold::Flushing;
+                out.to_workers.push((queue, ToWorker::Flush { queue }));
+            }
+            Hold::Ours | Hold::Waits => self.hold = Hold::No,
+            Hold::No | Hold::Flushing => {}
+        }
+    }
+
+    /// It is flushed.
+    pub(super) fn let_go_of_volume(&mut self) {
+        self.hold = Hold::No;
+        if let Some(Err(error)) = self.file().map(FileSpec::let_go) {
+            tracing::warn!("the volume's lock can't be given up: {error}");
+        }
+    }
+}

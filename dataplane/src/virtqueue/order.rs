@@ -1,0 +1,128 @@
+//! VIRTIO_F_IN_ORDER (virtio 1.2, 2.7.9 and 2.8.6): requests end in any order, and are shown as
+//! used in the order in which they were made available.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+/// A chain that was taken.
+#[derive(Debug, Clone, Copy, Default)]
+struct Taken {
+    head: u16,
+    /// Bytes written, once it has ended.
+    len: Option<u32>,
+}
+
+/// Chains in the order in which they were taken, until they are shown as used.
+#[derive(Debug)]
+pub(super) struct Order {
+    /// One place for each chain that can be in flight; used round and round.
+    places: Box<[Taken]>,
+    /// Where each head is.
+    place_of: Box<[u16]>,
+    first: usize,
+    count: usize,
+}
+
+impl Order {
+    /// For heads below `size`.
+    pub(super) fn new(size: u16) -> Self {
+        let size = usize::from(size);
+        Self {
+            places: vec![Taken::default(); size].into_boxed_slice(),
+            place_of: vec![0; size].into_boxed_slice(),
+            first: 0,
+            count: 0,
+        }
+    }
+
+    fn wrapped(&self, place: usize) -> usize {
+        if place < self.places.len() {
+            place
+        } else {
+            place - self.places.len()
+        }
+    }
+
+    /// A chain was taken; its head is not in flight, so that there is a place for it.
+    pub(super) fn taken(&mut self, head: u16) {
+        let place = self.wrapped(self.first + self.count);
+        if let (Some(taken), Some(of)) = (
+            self.places.get_mut(place),
+            self.place_of.get_mut(usize::from(head)),
+        ) {
+            *taken = Taken { head, len: None };
+            // A place is below the size, which is a u16.
+            *of = u16::try_from(place).unwrap_or(0);
+            self.count += 1;
+        }
+    }
+
+    /// A chain in flight has ended.
+    pub(super) fn ended(&mut self, head: u16, len: u32) {
+        let place = self.place_of.get(usize::from(head)).copied().unwrap_or(0);
+        if let Some(taken) = self.places.get_mut(usize::from(place)) {
+            taken.len = Some(len);
+        }
+    }
+
+    /// One chain will never end: those that have ended and wait behind it, one by one.
+    pub(super) fn dissolve(&mut self) -> Option<u16> {
+        while self.count > 0 {
+            let taken = *self.places.get(self.first)?;
+            self.first = self.wrapped(self.first + 1);
+            self.count -= 1;
+            if taken.len.is_some() {
+                return Some(taken.head);
+            }
+        }
+        None
+    }
+
+    /// The next chain that can be shown as used.
+    pub(super) fn next(&mut self) -> Option<(u16, u32)> {
+        if self.count == 0 {
+            return None;
+        }
+        let taken = *self.places.get(self.first)?;
+        let len = taken.len?;
+        self.first = self.wrapped(self.first + 1);
+        self.count -= 1;
+        Some((taken.head, len))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_ends_first_is_shown_in_the_order_it_was_taken() {
+        let mut order = Order::new(4);
+        // Round and round, past the end of the places.
+        for round in 0..5u16 {
+            let heads = [round % 4, (round + 1) % 4, (round + 2) % 4];
+            heads.iter().for_each(|head| order.taken(*head));
+            order.ended(heads[2], 2);
+            assert_eq!(order.next(), None);
+            order.ended(heads[0], 0);
+            assert_eq!(order.next(), Some((heads[0], 0)));
+            assert_eq!(order.next(), None);
+            order.ended(heads[1], 1);
+            assert_eq!(order.next(), Some((heads[1], 1)));
+            assert_eq!(order.next(), Some((heads[2], 2)));
+            assert_eq!(order.next(), None);
+        }
+    }
+
+    #[test]
+    fn a_full_queue_has_a_place_for_each() {
+        let mut order = Order::new(3);
+        for head in [2, 0, 1] {
+            order.taken(head);
+        }
+        for head in [1, 0, 2] {
+            order.ended(head, u32::from(head));
+        }
+        let shown: Vec<_> = std::iter::from_fn(|| order.next()).collect();
+        assert_eq!(shown, [(2, 2), (0, 0), (1, 1)]);
+    }
+}

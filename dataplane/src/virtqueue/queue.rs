@@ -1,0 +1,170 @@
+//! A running queue of either format.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::sync::Arc;
+
+use super::{Chain, PackedQueue, QueueFeatures, QueueRegion, RingError, SplitQueue};
+use crate::memory::GuestMemory;
+use crate::worker::message::RingLayout;
+
+/// A queue. Which format it has was negotiated, and never changes while it runs.
+#[derive(Debug)]
+pub enum Virtqueue {
+    /// Split (virtio 1.2, 2.7).
+    Split(SplitQueue),
+    /// Packed (2.8).
+    Packed(PackedQueue),
+}
+
+/// Calls a method of whichever format it is.
+macro_rules! either {
+    ($self:expr, $queue:ident => $call:expr) => {
+        match $self {
+            Virtqueue::Split($queue) => $call,
+            Virtqueue::Packed($queue) => $call,
+        }
+    };
+}
+
+impl Virtqueue {
+    /// Whether a ring can lie there, in this memory.
+    ///
+    /// # Errors
+    /// [`RingError::Place`].
+    pub fn check_place(
+        memory: &GuestMemory,
+        layout: &RingLayout,
+        features: QueueFeatures,
+    ) -> Result<(), RingError> {
+        if features.packed {
+            PackedQueue::check_place(memory, layout)
+        } else {
+            SplitQueue::check_place(memory, layout)
+        }
+    }
+
+    /// A queue over a ring in guest memory that goes on at `base`, as SET_VRING_BASE has it.
+    ///
+    /// # Errors
+    /// [`RingError::Size`], [`RingError::PackedSize`], [`RingError::Place`], [`RingError::Base`].
+    pub fn new(
+        memory: &Arc<GuestMemory>,
+        layout: RingLayout,
+        base: u32,
+        features: QueueFeatures,
+    ) -> Result<Self, RingError> {
+        if features.packed {
+            return PackedQueue::new(memory, layout, base, features).map(Self::Packed);
+        }
+        let next_avail = u16::try_from(base).map_err(|_| RingError::Base {
+            base,
+            size: layout.size,
+        })?;
+        SplitQueue::new(memory, layout, next_avail, features).map(Self::Split)
+    }
+
+    /// Keeps what is in flight there, from now on; nothing is in flight yet.
+    ///
+    /// # Errors
+    /// [`RingError::Region`].
+    pub fn track(&mut self, region: QueueRegion) -> Result<(), RingError> {
+        let (entries, size) = (region.entries(), self.size());
+        if entries < size {
+            return Err(RingError::Region { entries, size });
+        }
+        either!(self, queue => queue.track(region));
+        Ok(())
+    }
+
+    /// Marks writes to the ring in the memory's dirty log, or no longer. `used_guest_addr` is the used
+    /// ring's address in the log (a packed queue marks its ring and event area where they lie).
+    pub fn set_log(&mut self, used_guest_addr: Option<u64>) {
+        match self {
+            Self::Split(queue) => queue.set_log(used_guest_addr),
+            Self::Packed(queue) => queue.set_log(used_guest_addr.is_some()),
+        }
+    }
+
+    /// Serves the same ring from other memory from now on. Chains that are in flight keep theirs.
+    ///
+    /// # Errors
+    /// [`RingError::Place`]; the queue is then as before.
+    pub fn set_memory(&mut self, memory: &Arc<GuestMemory>) -> Result<(), RingError> {
+        either!(self, queue => queue.set_memory(memory))
+    }
+
+    /// Whether memory that it needs went away.
+    #[must_use]
+    #[inline]
+    pub fn is_lost(&self) -> bool {
+        either!(self, queue => queue.is_lost())
+    }
+
+    /// Where it goes on, as GET_VRING_BASE has it.
+    #[must_use]
+    pub fn base(&self) -> u32 {
+        match self {
+            Self::Split(queue) => u32::from(queue.next_avail()),
+            Self::Packed(queue) => queue.base(),
+        }
+    }
+
+    /// Entries.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        either!(self, queue => queue.size())
+    }
+
+    /// Chains that were taken and not used yet.
+    #[must_use]
+    pub fn in_flight(&self) -> u16 {
+        either!(self, queue => queue.in_flight())
+    }
+
+    /// Takes the next available chain; its head (of a packed ring, its buffer ID), or none if there
+    /// is none.
+    ///
+    /// # Errors
+    /// See [`RingError`]: the driver broke the ring, nothing was taken.
+    #[inline]
+    pub fn pop(&mut self, chain: &mut Chain) -> Result<Option<u16>, RingError> {
+        either!(self, queue => queue.pop(chain))
+    }
+
+    /// Gives up a chain that can't be given back: the queue retires.
+    pub fn abandon(&mut self, head: u16) {
+        either!(self, queue => queue.abandon(head));
+    }
+
+    /// Gives a chain back: `len` bytes of its writable part were written, from its front on. The
+    /// driver sees it after the next [`Virtqueue::publish`].
+    #[inline]
+    pub fn push_used(&mut self, head: u16, len: u32) {
+        either!(self, queue => queue.push_used(head, len));
+    }
+
+    /// Shows the driver what was used since the last time; whether it wants to be called.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        either!(self, queue => queue.publish())
+    }
+
+    /// Asks the driver to kick for the next entry; whether one came in the meantime, so that
+    /// there is no reason to wait.
+    ///
+    /// # Errors
+    /// [`RingError::IndexJump`].
+    pub fn arm(&mut self) -> Result<bool, RingError> {
+        match self {
+            Self::Split(queue) => queue.arm(),
+            Self::Packed(queue) => Ok(queue.arm()),
+        }
+    }
+
+    /// Tells the driver that a kick is not needed: the queue is being polled.
+    #[inline]
+    pub fn disarm(&mut self) {
+        either!(self, queue => queue.disarm());
+    }
+}
