@@ -48,6 +48,15 @@ impl Backend {
     }
 }
 
+/// What `serve` is told beside its disks.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Serve {
+    /// What stands before the specification of the first device's file: a storage for tests.
+    pub storage: &'static str,
+    /// More options.
+    pub options: &'static [&'static str],
+}
+
 /// Why an arena failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ArenaError {
@@ -115,6 +124,19 @@ impl Arena {
     /// # Errors
     /// See [`ArenaError`].
     pub fn start(backend: Backend, queues: u16, name: &str) -> Result<Self, ArenaError> {
+        Self::start_with(backend, queues, name, &Serve::default())
+    }
+
+    /// As [`Arena::start`], with more said to `serve`.
+    ///
+    /// # Errors
+    /// See [`ArenaError`].
+    pub fn start_with(
+        backend: Backend,
+        queues: u16,
+        name: &str,
+        serve: &Serve,
+    ) -> Result<Self, ArenaError> {
         let dir = tempfile::tempdir()?;
         let mut random = Random::named(name);
         let file = dir.path().join("volume");
@@ -122,7 +144,7 @@ impl Arena {
         fs::write(&file, &file_bytes)?;
         let socket = dir.path().join("a.sock");
         let other_socket = dir.path().join("b.sock");
-        let process = start_backend(backend, queues, &file, &socket, &other_socket)?;
+        let process = start_backend(backend, queues, serve, [&file, &socket, &other_socket])?;
         let mut arena = Self {
             process,
             socket,
@@ -308,9 +330,8 @@ pub fn exercise(disk: &mut Disk, random: &mut Random) -> Result<(), DiskError> {
 fn start_backend(
     backend: Backend,
     queues: u16,
-    file: &Path,
-    socket: &Path,
-    other: &Path,
+    how: &Serve,
+    [file, socket, other]: [&Path; 3],
 ) -> Result<Process, ArenaError> {
     if backend == Backend::Qemu {
         return start_qemu(queues, file, socket, other);
@@ -320,7 +341,7 @@ fn start_backend(
         "--socket".to_owned(),
         socket.display().to_string(),
         "--blk".to_owned(),
-        format!("file:{}", file.display()),
+        format!("{}file:{}", how.storage, file.display()),
         "--socket".to_owned(),
         other.display().to_string(),
         "--blk".to_owned(),
@@ -328,6 +349,7 @@ fn start_backend(
         "--queues".to_owned(),
         queues.to_string(),
     ];
+    args.extend(how.options.iter().map(|&option| option.to_owned()));
     match backend {
         Backend::Xts(unit) => {
             args.extend(["--xts", "--data-unit"].map(str::to_owned));

@@ -5,6 +5,7 @@
 
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -25,6 +26,8 @@ pub mod feature {
     pub const BLK_SIZE: u64 = 1 << 6;
     pub const BLK_FLUSH: u64 = 1 << 9;
     pub const BLK_MQ: u64 = 1 << 12;
+    pub const BLK_DISCARD: u64 = 1 << 13;
+    pub const BLK_WRITE_ZEROES: u64 = 1 << 14;
     pub const INDIRECT_DESC: u64 = 1 << 28;
     pub const EVENT_IDX: u64 = 1 << 29;
     pub const PROTOCOL_FEATURES: u64 = 1 << 30;
@@ -154,7 +157,7 @@ pub struct Disk {
     /// The connection.
     pub frontend: Frontend,
     /// The guest's memory.
-    pub memory: GuestMemory,
+    pub memory: Arc<GuestMemory>,
     /// The queues.
     pub rings: Vec<Ring>,
     /// virtio features as negotiated.
@@ -193,7 +196,7 @@ impl Disk {
         }
         Ok(Self {
             frontend,
-            memory,
+            memory: Arc::new(memory),
             rings,
             features,
             indirect: options.indirect,

@@ -56,6 +56,7 @@ fn spec(encrypted: bool) -> DiskSpec {
         logical_block_bytes: if encrypted { 4096 } else { 512 },
         queues: 1,
         read_only: false,
+        discard: false,
         serial: [0; 20],
     }
 }

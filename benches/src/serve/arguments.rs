@@ -2,10 +2,11 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use bulkhead_crypto::DataUnit;
 use clap::Parser;
+
+use super::spec::BlkSpec;
 
 /// Most queues of a device: the reference names a queue by its bit in 64.
 pub const MAX_QUEUES: u16 = 64;
@@ -32,7 +33,10 @@ pub struct Arguments {
     pub socket: Vec<PathBuf>,
 
     /// What to serve there: null:SIZE (reads nothing, writes nothing), ram:SIZE (memory, gone at the end) or
-    /// file:PATH (a file or block device). SIZE is in bytes, or with KiB, MiB, GiB or TiB
+    /// file:PATH (a file or block device). SIZE is in bytes, or with KiB, MiB, GiB or TiB. For tests:
+    /// volatile-cache:PATH (a file behind a write cache that is lost when serve ends), delay=US:SPEC (another
+    /// one, each transfer up to so many microseconds later) and error=KIND/ERRNO/N:SPEC (another one of which
+    /// every Nth read, write, flush, discard, zero or any transfer fails with ERRNO, or is short)
     #[arg(long, value_name = "SPEC", required = true)]
     pub blk: Vec<BlkSpec>,
 
@@ -64,44 +68,29 @@ pub struct Arguments {
     /// Refuse writes, and open files for reading only
     #[arg(long)]
     pub read_only: bool,
-}
 
-/// What one disk is made of.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum BlkSpec {
-    /// Nothing: reads leave the buffer as it is, writes are forgotten.
-    Null {
-        /// Size in bytes.
-        bytes: u64,
-    },
-    /// Memory.
-    Ram {
-        /// Size in bytes.
-        bytes: u64,
-    },
-    /// A file or block device.
-    File {
-        /// Where it is.
-        path: PathBuf,
-    },
+    /// Bytes of the disks' logical block, 512 or 4096 [default: the data unit, 512 of plain disks]
+    #[arg(long, value_name = "BYTES", value_parser = logical_block)]
+    pub logical_block: Option<u32>,
+
+    /// Offer DISCARD, and give blocks up that the guest discards
+    #[arg(long, conflicts_with = "reference")]
+    pub discard: bool,
 }
 
 /// A mistake on the command line.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ArgumentError {
-    /// Not one of the kinds.
-    #[error("write null:SIZE, ram:SIZE or file:PATH, as in null:1GiB")]
-    Kind,
-    /// No path after `file:`.
-    #[error("write the path after file:, as in file:disk.img")]
-    NoPath,
-    /// Not a size.
-    #[error(
-        "{0:?} is not a size: write bytes, or a number with KiB, MiB, GiB or TiB, as in 256MiB"
-    )]
-    Size(String),
-    /// Neither of the data units.
-    #[error("{0:?} is not a data unit: write 512 or 4096")]
+    /// A logical block that splits data units.
+    #[error("--logical-block {block} is smaller than --data-unit {unit}: make it {unit}")]
+    LogicalBlock {
+        /// As given.
+        block: u32,
+        /// Of the data unit.
+        unit: u32,
+    },
+    /// Neither of the data units, which are also the logical blocks.
+    #[error("{0:?} is not a data unit or logical block: write 512 or 4096")]
     DataUnit(String),
     /// Sockets and disks that don't pair.
     #[error("{sockets} --socket and {disks} --blk: give one --blk for each --socket, in order")]
@@ -142,51 +131,22 @@ impl Arguments {
         self.xts.then_some(self.data_unit)
     }
 
-    /// The logical block in bytes: the data unit of an encrypted disk, else a sector.
-    #[must_use]
-    pub fn logical_block_bytes(&self) -> u32 {
-        self.encryption().map_or(512, DataUnit::bytes)
-    }
-}
-
-impl FromStr for BlkSpec {
-    type Err = ArgumentError;
-
-    fn from_str(text: &str) -> Result<Self, ArgumentError> {
-        match text.split_once(':') {
-            Some(("null", size)) => Ok(Self::Null {
-                bytes: bytes(size)?,
-            }),
-            Some(("ram", size)) => Ok(Self::Ram {
-                bytes: bytes(size)?,
-            }),
-            Some(("file", "")) => Err(ArgumentError::NoPath),
-            Some(("file", path)) => Ok(Self::File { path: path.into() }),
-            _ => Err(ArgumentError::Kind),
+    /// The logical block in bytes: as given, else the data unit of an encrypted disk, else a sector.
+    ///
+    /// # Errors
+    /// [`ArgumentError::LogicalBlock`].
+    pub fn logical_block_bytes(&self) -> Result<u32, ArgumentError> {
+        let unit = self.encryption().map_or(512, DataUnit::bytes);
+        match self.logical_block {
+            None => Ok(unit),
+            Some(block) if block < unit => Err(ArgumentError::LogicalBlock { block, unit }),
+            Some(block) => Ok(block),
         }
     }
 }
 
-/// A size in bytes: not zero, and no larger than what a file can be.
-fn bytes(text: &str) -> Result<u64, ArgumentError> {
-    let digits = text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let shift = match unit {
-        "" | "B" => 0,
-        "KiB" => 10,
-        "MiB" => 20,
-        "GiB" => 30,
-        "TiB" => 40,
-        _ => return Err(ArgumentError::Size(text.to_owned())),
-    };
-    number
-        .parse::<u64>()
-        .ok()
-        .and_then(|n| n.checked_mul(1 << shift))
-        .filter(|bytes| *bytes > 0 && i64::try_from(*bytes).is_ok())
-        .ok_or_else(|| ArgumentError::Size(text.to_owned()))
+fn logical_block(text: &str) -> Result<u32, ArgumentError> {
+    data_unit(text).map(DataUnit::bytes)
 }
 
 fn data_unit(text: &str) -> Result<DataUnit, ArgumentError> {
@@ -219,8 +179,8 @@ mod tests {
         );
         assert_eq!((arguments.queues, &arguments.cpu), (4, &vec![1, 0]));
         assert_eq!(arguments.encryption(), None);
-        assert_eq!(arguments.logical_block_bytes(), 512);
-        assert!(!arguments.reference && !arguments.read_only);
+        assert_eq!(arguments.logical_block_bytes(), Ok(512));
+        assert!(!arguments.reference && !arguments.read_only && !arguments.discard);
     }
 
     #[test]
@@ -244,10 +204,17 @@ mod tests {
     #[test]
     fn encryption_sets_the_logical_block() {
         let line = "--socket a --blk null:1GiB --xts";
-        assert_eq!(parse(line).expect("parses").logical_block_bytes(), 4096);
+        assert_eq!(parse(line).expect("parses").logical_block_bytes(), Ok(4096));
         let small = parse(&format!("{line} --data-unit 512")).expect("parses");
         assert_eq!(small.encryption(), Some(DataUnit::B512));
-        assert_eq!(small.logical_block_bytes(), 512);
+        assert_eq!(small.logical_block_bytes(), Ok(512));
+        let large = parse("--socket a --blk null:1GiB --logical-block 4096").expect("parses");
+        assert_eq!(large.logical_block_bytes(), Ok(4096));
+        let both = parse(&format!("{line} --logical-block 512")).expect("parses");
+        let error = both
+            .logical_block_bytes()
+            .expect_err("it splits data units");
+        assert!(error.to_string().contains("make it 4096"), "{error}");
         let error = parse(&format!("{line} --data-unit 1024")).expect_err("not a data unit");
         assert!(error.to_string().contains("write 512 or 4096"), "{error}");
     }
@@ -259,50 +226,6 @@ mod tests {
                 .expect_err("encryption was not asked for");
             assert!(error.to_string().contains("--xts"), "{error}");
         }
-    }
-
-    #[test]
-    fn sizes() {
-        let good = [
-            ("512", 512),
-            ("4096B", 4096),
-            ("3KiB", 3 << 10),
-            ("256MiB", 256 << 20),
-            ("2TiB", 2 << 40),
-        ];
-        for (text, expected) in good {
-            assert_eq!(bytes(text), Ok(expected), "{text}");
-        }
-        let bad = [
-            "",
-            "0",
-            "0GiB",
-            "GiB",
-            "-1",
-            "1GB",
-            "1 GiB",
-            "1.5GiB",
-            "1gib",
-            "99999999999GiB",
-            "9223372036854775808",
-            "+1",
-            "1GiBx",
-            "\u{663}MiB",
-        ];
-        for text in bad {
-            let error = bytes(text).expect_err(text);
-            assert!(error.to_string().contains("KiB, MiB, GiB or TiB"), "{text}");
-        }
-    }
-
-    #[test]
-    fn a_disk_that_is_none_says_how_to_write_one() {
-        for text in ["", "null", "disk.img", "NULL:1GiB", "tape:1"] {
-            assert_eq!(text.parse::<BlkSpec>(), Err(ArgumentError::Kind), "{text}");
-        }
-        assert_eq!("file:".parse::<BlkSpec>(), Err(ArgumentError::NoPath));
-        let error = parse("--socket a --blk tape:1").expect_err("no such kind");
-        assert!(error.to_string().contains("write null:SIZE"), "{error}");
     }
 
     #[test]

@@ -10,7 +10,9 @@ use bulkhead_dataplane::blk::{BlkDevice, Cipher, Geometry};
 use bulkhead_dataplane::sandbox::{self, SandboxError};
 use bulkhead_dataplane::serve::{self, Served};
 use bulkhead_dataplane::server::ServerConfig;
-use bulkhead_dataplane::storage::{FileSpec, RamSpec, StorageError, StorageSpec};
+use bulkhead_dataplane::storage::{
+    DelaySpec, ErrorSpec, FileSpec, RamSpec, StorageError, StorageSpec, VolatileCache,
+};
 use bulkhead_dataplane::worker::WorkerConfig;
 
 use super::devices::{Backing, Device, DiskSpec, Xts};
@@ -109,7 +111,7 @@ pub fn block_device(
         read_only: disk.read_only,
         serial: disk.serial,
         queues: disk.queues,
-        discard: false,
+        discard: disk.discard,
     };
     let capacity_sectors = disk.backing.bytes() / SECTOR_BYTES;
     let storage = storage(disk.backing, &geometry)?;
@@ -118,19 +120,30 @@ pub fn block_device(
 }
 
 fn storage(backing: Backing, geometry: &Geometry) -> Result<StorageSpec, ServeError> {
-    match backing {
-        Backing::Null { .. } => Ok(StorageSpec::Null),
-        Backing::Ram { bytes } => RamSpec::new(bytes)
-            .map(|ram| StorageSpec::Ram(Arc::new(ram)))
-            .map_err(|e| ServeError::Memory("a disk", e)),
-        Backing::File { file, .. } => FileSpec::from_fd(
+    let no_memory = |e| ServeError::Memory("a disk", e);
+    Ok(match backing {
+        Backing::Null { .. } => StorageSpec::Null,
+        Backing::Ram { bytes } => {
+            StorageSpec::Ram(Arc::new(RamSpec::new(bytes).map_err(no_memory)?))
+        }
+        Backing::File { file, .. } => StorageSpec::File(FileSpec::from_fd(
             file.into(),
             geometry.read_only,
             geometry.logical_block_bytes,
-        )
-        .map(StorageSpec::File)
-        .map_err(ServeError::Storage),
-    }
+        )?),
+        Backing::VolatileCache { file, .. } => {
+            let stable = RamSpec::of_file(file).map_err(no_memory)?;
+            StorageSpec::Volatile(VolatileCache::new(stable))
+        }
+        Backing::Delay { most, inner } => {
+            StorageSpec::Delay(DelaySpec::new(storage(*inner, geometry)?, most))
+        }
+        Backing::Error { fault, inner } => {
+            let spec = ErrorSpec::new(storage(*inner, geometry)?);
+            spec.inject(fault);
+            StorageSpec::Error(spec)
+        }
+    })
 }
 
 fn expand(xts: &Xts, arena: &Arc<SecretArena>) -> Result<Cipher, ServeError> {

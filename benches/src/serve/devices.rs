@@ -6,13 +6,16 @@ use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bulkhead_crypto::xts::KEY_BYTES;
 use bulkhead_crypto::{DataUnit, SecretMemory};
+use bulkhead_dataplane::storage::error::Fault;
 
-use super::arguments::{ArgumentError, Arguments, BlkSpec};
+use super::arguments::{ArgumentError, Arguments};
 use super::file;
 use super::socket::{self, SocketError};
+use super::spec::BlkSpec;
 
 /// A device to be served.
 #[derive(Debug)]
@@ -32,12 +35,14 @@ pub struct DiskSpec {
     pub backing: Backing,
     /// How they are encrypted there; none: plain.
     pub xts: Option<Xts>,
-    /// Logical block in bytes: the data unit of an encrypted device, else 512.
+    /// Logical block in bytes.
     pub logical_block_bytes: u32,
     /// Request queues.
     pub queues: u16,
     /// Writes are refused.
     pub read_only: bool,
+    /// DISCARD is offered.
+    pub discard: bool,
     /// What GET_ID answers, zero-padded.
     pub serial: [u8; 20],
 }
@@ -64,6 +69,27 @@ pub enum Backing {
         /// It bypasses the page cache, and takes whole logical blocks at any of them.
         direct: bool,
     },
+    /// A file behind a volatile cache, locked against others.
+    VolatileCache {
+        /// It.
+        file: File,
+        /// Its size in bytes.
+        bytes: u64,
+    },
+    /// Another one, slower.
+    Delay {
+        /// No transfer waits for longer.
+        most: Duration,
+        /// The other one.
+        inner: Box<Backing>,
+    },
+    /// Another one with a fault.
+    Error {
+        /// What is wrong with it.
+        fault: Fault,
+        /// The other one.
+        inner: Box<Backing>,
+    },
 }
 
 impl Backing {
@@ -71,7 +97,11 @@ impl Backing {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         match self {
-            Self::Null { bytes } | Self::Ram { bytes } | Self::File { bytes, .. } => *bytes,
+            Self::Null { bytes }
+            | Self::Ram { bytes }
+            | Self::File { bytes, .. }
+            | Self::VolatileCache { bytes, .. } => *bytes,
+            Self::Delay { inner, .. } | Self::Error { inner, .. } => inner.bytes(),
         }
     }
 }
@@ -139,7 +169,7 @@ pub enum DeviceError {
 /// # Errors
 /// See [`DeviceError`]; then no socket was left behind.
 pub fn open(arguments: &Arguments) -> Result<Vec<Device>, DeviceError> {
-    let block_bytes = arguments.logical_block_bytes();
+    let block_bytes = arguments.logical_block_bytes()?;
     let mut parts = Vec::new();
     for (socket, spec) in arguments.pairs()? {
         let backing = backing(&spec, arguments.read_only, block_bytes)?;
@@ -167,6 +197,7 @@ pub fn open(arguments: &Arguments) -> Result<Vec<Device>, DeviceError> {
                 logical_block_bytes: block_bytes,
                 queues: arguments.queues,
                 read_only: arguments.read_only,
+                discard: arguments.discard,
                 serial: serial(index),
             },
         });
@@ -200,6 +231,16 @@ fn backing(spec: &BlkSpec, read_only: bool, block_bytes: u32) -> Result<Backing,
             path.display().to_string(),
             file::open(path, read_only, block_bytes)?,
         ),
+        BlkSpec::VolatileCache { path } => (path.display().to_string(), file::open_cached(path)?),
+        BlkSpec::Delay { most, inner } => {
+            let inner = Box::new(backing(inner, read_only, block_bytes)?);
+            return Ok(Backing::Delay { most: *most, inner });
+        }
+        BlkSpec::Error { fault, inner } => {
+            let inner = Box::new(backing(inner, read_only, block_bytes)?);
+            let fault = fault.clone();
+            return Ok(Backing::Error { fault, inner });
+        }
     };
     let bytes = backing.bytes();
     if bytes == 0 || !bytes.is_multiple_of(u64::from(block_bytes)) {

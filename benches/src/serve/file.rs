@@ -48,18 +48,49 @@ pub fn open(path: &Path, read_only: bool, block_bytes: u32) -> Result<Backing, D
             path.display()
         );
     }
-    match lock(&file) {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Err(DeviceError::InUse(path.to_owned())),
-        Err(TryLockError::Error(e)) => return Err(failed("can't be locked")(e)),
-    }
-    // Seeking, because the metadata of a block device has no size.
-    let bytes = file.seek(SeekFrom::End(0)).map_err(failed("has no size"))?;
+    let bytes = claim(&mut file, path)?;
     Ok(Backing::File {
         file,
         bytes,
         direct,
     })
+}
+
+/// Opens a file to be mapped, and locks it.
+///
+/// # Errors
+/// [`DeviceError::File`], [`DeviceError::Kind`], [`DeviceError::InUse`].
+pub fn open_cached(path: &Path) -> Result<Backing, DeviceError> {
+    let failed = |source| DeviceError::File {
+        path: path.to_owned(),
+        step: "can't be opened",
+        source,
+    };
+    if !std::fs::metadata(path).map_err(failed)?.is_file() {
+        return Err(DeviceError::Kind(path.to_owned()));
+    }
+    let file = OpenOptions::new().read(true).write(true).open(path);
+    let mut file = file.map_err(failed)?;
+    let bytes = claim(&mut file, path)?;
+    Ok(Backing::VolatileCache { file, bytes })
+}
+
+/// Locks a file: its size in bytes.
+fn claim(file: &mut File, path: &Path) -> Result<u64, DeviceError> {
+    let failed = |step| {
+        move |source| DeviceError::File {
+            path: path.to_owned(),
+            step,
+            source,
+        }
+    };
+    match lock(file) {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(DeviceError::InUse(path.to_owned())),
+        Err(TryLockError::Error(e)) => return Err(failed("can't be locked")(e)),
+    }
+    // Seeking, because the metadata of a block device has no size.
+    file.seek(SeekFrom::End(0)).map_err(failed("has no size"))
 }
 
 /// Locks a file against others. The kernel ends a dead process's io_uring requests, and gives its

@@ -5,6 +5,7 @@
 //! | module | owns |
 //! | --- | --- |
 //! | [`arguments`] | the command line, parsed and checked as far as that goes without opening anything |
+//! | [`spec`] | what a disk is made of |
 //! | [`devices`] | from there to opened files, keys in secret memory and listeners |
 //! | [`file`] | a disk's file |
 //! | [`cpus`] | CPUs to serve on |
@@ -19,3 +20,4 @@ pub mod devices;
 pub mod file;
 pub mod reference;
 pub mod socket;
+pub mod spec;

@@ -33,7 +33,7 @@ pub enum Kind {
 pub enum What {
     /// They end with this errno, and nothing is done.
     Errno(i32),
-    /// They end after half of their bytes.
+    /// Reads and writes end after half of their bytes.
     Short,
 }
 
@@ -83,7 +83,10 @@ impl Fault {
             Action::Zero { .. } => Kind::Zero,
         };
         let inside = |range: &Range<u64>| range.contains(&transfer.offset_bytes);
-        (self.kind == Kind::Any || self.kind == kind) && self.bytes.as_ref().is_none_or(inside)
+        let has_half = matches!(kind, Kind::Read | Kind::Write);
+        (self.what != What::Short || has_half)
+            && (self.kind == Kind::Any || self.kind == kind)
+            && self.bytes.as_ref().is_none_or(inside)
     }
 }
 

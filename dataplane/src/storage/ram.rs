@@ -6,6 +6,7 @@
 #![expect(unsafe_code, reason = "memory that several threads copy to and from")]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
@@ -21,6 +22,7 @@ use crate::worker::ring::Ring;
 pub struct RamSpec {
     base: NonNull<u8>,
     bytes: usize,
+    _file: Option<File>,
 }
 
 // SAFETY: the memory is reached through bounds-checked raw pointers only, by any thread.
@@ -47,24 +49,27 @@ impl RamSpec {
         Ok(Self {
             base: base.cast(),
             bytes: size.get(),
+            _file: None,
         })
     }
 
-    /// All of a file, shared with whoever else maps it; it must not become shorter.
+    /// All of a file, shared with whoever else maps it; it must not become shorter. The file stays open,
+    /// and a lock on it held.
     ///
     /// # Errors
     /// EINVAL for an empty file, or what `mmap` fails with.
-    pub fn of_file(file: &std::fs::File) -> io::Result<Self> {
+    pub fn of_file(file: File) -> io::Result<Self> {
         let size = usize::try_from(file.metadata()?.len())
             .ok()
             .and_then(NonZeroUsize::new)
             .ok_or(io::ErrorKind::InvalidInput)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a fresh mapping at an address of the kernel's choice, never referenced.
-        let base = unsafe { mmap(None, size, protection, MapFlags::MAP_SHARED, file, 0)? };
+        let base = unsafe { mmap(None, size, protection, MapFlags::MAP_SHARED, &file, 0)? };
         Ok(Self {
             base: base.cast(),
             bytes: size.get(),
+            _file: Some(file),
         })
     }
 

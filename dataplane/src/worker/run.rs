@@ -289,6 +289,8 @@ impl Worker {
             return;
         };
         self.numbers.remove(&queue.id);
+        // It may hold on to the guest memory of a request that ended at once.
+        self.chain.release();
         self.reply(FromWorker::Stopped {
             queue: queue.id,
             base: Some(queue.ring.base()),

@@ -13,7 +13,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -42,6 +42,8 @@ pub struct Region {
 
 // SAFETY: the pointer is to a mapping that no thread owns; accesses are volatile or atomic.
 unsafe impl Send for Region {}
+// SAFETY: as above; another process accesses the same bytes all the time.
+unsafe impl Sync for Region {}
 
 impl Drop for Region {
     fn drop(&mut self) {
@@ -185,14 +187,43 @@ impl GuestMemory {
         self.write(guest_addr, &vec![byte; len])
     }
 
-    fn atomic(&self, guest_addr: u64) -> Result<&AtomicU16, OutOfMemory> {
-        let at = self.locate(guest_addr, 2)?;
-        if !at.as_ptr().addr().is_multiple_of(2) {
-            return Err(OutOfMemory { guest_addr, len: 2 });
+    /// Where a field of `bytes` lies that is aligned to its size.
+    fn aligned(&self, guest_addr: u64, bytes: usize) -> Result<NonNull<u8>, OutOfMemory> {
+        let at = self.locate(guest_addr, bytes)?;
+        if !at.as_ptr().addr().is_multiple_of(bytes) {
+            let len = bytes;
+            return Err(OutOfMemory { guest_addr, len });
         }
+        Ok(at)
+    }
+
+    fn atomic(&self, guest_addr: u64) -> Result<&AtomicU16, OutOfMemory> {
+        let at = self.aligned(guest_addr, 2)?;
         // SAFETY: in range, aligned, and atomics may be shared with another process; the lifetime
         // is that of `self`, which keeps the mapping.
         Ok(unsafe { AtomicU16::from_ptr(at.as_ptr().cast()) })
+    }
+
+    /// Replaces a 32-bit field in one piece; what it had.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`], also for an address that is not aligned.
+    pub fn swap_u32(&self, guest_addr: u64, value: u32) -> Result<u32, OutOfMemory> {
+        let at = self.aligned(guest_addr, 4)?;
+        // SAFETY: as in `atomic`.
+        let field = unsafe { AtomicU32::from_ptr(at.as_ptr().cast()) };
+        Ok(field.swap(value, Ordering::SeqCst))
+    }
+
+    /// Replaces a 64-bit field in one piece; what it had.
+    ///
+    /// # Errors
+    /// [`OutOfMemory`], also for an address that is not aligned.
+    pub fn swap_u64(&self, guest_addr: u64, value: u64) -> Result<u64, OutOfMemory> {
+        let at = self.aligned(guest_addr, 8)?;
+        // SAFETY: as in `atomic`.
+        let field = unsafe { AtomicU64::from_ptr(at.as_ptr().cast()) };
+        Ok(field.swap(value, Ordering::SeqCst))
     }
 
     /// A 16-bit field that the backend writes; what it wrote before is seen after this.
@@ -229,5 +260,10 @@ mod tests {
         memory.store_u16(0x3002, 0x1234).expect("aligned");
         assert_eq!(memory.load_u16(0x3002).expect("aligned"), 0x1234);
         assert!(memory.store_u16(0x3001, 1).is_err());
+        memory
+            .swap_u64(0x3008, 0x1122_3344_5566_7788)
+            .expect("aligned");
+        assert_eq!(memory.swap_u32(0x300c, 1), Ok(0x1122_3344));
+        assert!(memory.swap_u64(0x300c, 1).is_err() && memory.swap_u32(0x3002, 1).is_err());
     }
 }

@@ -4,6 +4,7 @@
 //! [`super::packed`].
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
@@ -130,13 +131,36 @@ impl Ring {
     /// # Errors
     /// [`OutOfMemory`].
     pub fn restart(&mut self, memory: &GuestMemory) -> Result<(), OutOfMemory> {
-        memory.fill(self.desc, 0x8000, 0)?;
+        for part in self.parts() {
+            let len = usize::try_from(part.end - part.start).unwrap_or(0);
+            memory.fill(part.start, len, 0)?;
+        }
         let start = if self.is_packed() { START } else { 0 };
         (self.next_avail, self.last_used, self.kicked) = (start, start, start);
         self.held = None;
         self.in_flight.clear();
         self.done.clear();
         Ok(())
+    }
+
+    /// Where its parts lie: the one with descriptors, the driver's, the device's.
+    #[must_use]
+    pub fn parts(&self) -> [Range<u64>; 3] {
+        let size = u64::from(self.size);
+        let bytes = match self.format {
+            Format::Split => [DESC_BYTES * size, 2 * size + 6, 8 * size + 6],
+            Format::Packed => [DESC_BYTES * size, 4, 4],
+        };
+        let at = [self.desc, self.avail, self.used];
+        [0, 1, 2].map(|i| at[i]..at[i] + bytes[i])
+    }
+
+    /// Takes everything that was offered for used, without looking: for rings that others rewrite.
+    pub fn forget(&mut self) {
+        self.last_used = self.next_avail;
+        self.held = None;
+        self.in_flight.clear();
+        self.done.clear();
     }
 
     /// Whether it is a packed ring.

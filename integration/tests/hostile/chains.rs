@@ -2,11 +2,11 @@
 
 use bulkhead_integration::arena::{Arena, FILE_SECTORS};
 use bulkhead_integration::disk::{DATA, Disk, HIGH, HIGH_BYTES, LOW, LOW_BYTES, Options};
-use bulkhead_integration::driver::ring::{Desc, WRITE, linked};
+use bulkhead_integration::driver::ring::{Desc, WRITE};
 use bulkhead_integration::driver::{kind, status};
 
 use crate::End::{Retired, Status, Used};
-use crate::guest::{attach, descriptors, expect_data, offer, offer_chain};
+use crate::guest::{attach, descriptors, expect_data, offer_chain, offer_other};
 use crate::{Attack, Case};
 
 const OK: crate::End = Status(status::OK);
@@ -231,11 +231,8 @@ fn lengths_past_u32(arena: &mut Arena, kind: u32) -> Attack {
     let mut list = vec![(EXTRA, EXTRA_BYTES); 102];
     list.push((EXTRA, rest));
     let descs = descriptors(&disk, kind, 0, &list)?;
-    let table: Vec<u8> = linked(&descs, 0).iter().flat_map(Desc::bytes).collect();
-    disk.memory.write(HIGH, &table)?;
-    let len = u32::try_from(table.len())?;
-    disk.rings[0].write_desc(&disk.memory, 0, &Desc::indirect(HIGH, len))?;
-    offer(&mut disk, &descs)
+    let len = disk.rings[0].write_table(&disk.memory, HIGH, &descs)?;
+    offer_other(&mut disk, &[Desc::indirect(HIGH, len)], &descs)
 }
 
 fn straddle(arena: &mut Arena) -> Attack {

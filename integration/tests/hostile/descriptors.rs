@@ -15,7 +15,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{pipe, write};
 
 use crate::End::{Accepted, Closed, Refused};
-use crate::guest::{attach, fate, probe};
+use crate::guest::{attach, break_queue, fate, probe};
 use crate::{Attack, Case};
 
 const COUNT: &str = "each message has a known number of descriptors; the rest is closed";
@@ -25,7 +25,7 @@ const END: &str = "an end under load leaves nothing behind, and the data is ther
 
 /// The table.
 pub const CASES: &[Case] = &[
-    Case::new("fd_with_get_features", &[Accepted, Closed], COUNT, |a| {
+    Case::once("fd_with_get_features", &[Accepted, Closed], COUNT, |a| {
         let disk = Disk::negotiate(&a.socket, &Options::default())?;
         let fd = EventFd::new()?;
         let fds = [fd.as_fd(); 3];
@@ -35,52 +35,52 @@ pub const CASES: &[Case] = &[
                 .map(drop),
         )
     }),
-    Case::new(
+    Case::once(
         "fd_with_set_owner",
         &[Accepted, Refused, Closed],
         COUNT,
         |a| extra(a, request::SET_OWNER, &[], 1),
     ),
-    Case::new(
+    Case::once(
         "fds_nine_with_set_owner",
         &[Accepted, Refused, Closed],
         COUNT,
         |a| extra(a, request::SET_OWNER, &[], 9),
     ),
-    Case::new(
+    Case::once(
         "fds_most_with_set_owner",
         &[Accepted, Refused, Closed],
         COUNT,
         |a| extra(a, request::SET_OWNER, &[], 253),
     ),
-    Case::new(
+    Case::once(
         "fd_with_vring_num",
         &[Accepted, Refused, Closed],
         COUNT,
         |a| extra(a, request::SET_VRING_NUM, &message::halves(&[0, 128]), 1),
     ),
-    Case::new("kick_with_two_fds", &[Refused, Closed], COUNT, |a| {
+    Case::once("kick_with_two_fds", &[Refused, Closed], COUNT, |a| {
         extra(a, request::SET_VRING_KICK, &message::vring_fd(0, true), 2)
     }),
-    Case::new("kick_without_its_fd", &[Refused, Closed], COUNT, |a| {
+    Case::once("kick_without_its_fd", &[Refused, Closed], COUNT, |a| {
         extra(a, request::SET_VRING_KICK, &message::vring_fd(0, true), 0)
     }),
-    Case::new("call_without_its_fd", &[Refused, Closed], COUNT, |a| {
+    Case::once("call_without_its_fd", &[Refused, Closed], COUNT, |a| {
         extra(a, request::SET_VRING_CALL, &message::vring_fd(0, true), 0)
     }),
-    Case::new(
+    Case::once(
         "kick_with_fd_and_none_bit",
         &[Accepted, Refused, Closed],
         COUNT,
         |a| extra(a, request::SET_VRING_KICK, &message::vring_fd(0, false), 1),
     ),
-    Case::new(
+    Case::once(
         "fds_with_second_piece",
         &[Accepted, Refused, Closed],
         COUNT,
         second_piece,
     ),
-    Case::new("fds_without_message", &[Closed], COUNT, |a| {
+    Case::once("fds_without_message", &[Closed], COUNT, |a| {
         let disk = Disk::negotiate(&a.socket, &Options::default())?;
         let fd = EventFd::new()?;
         disk.frontend.send_raw(&[1], &[fd.as_fd(); 8])?;
@@ -91,17 +91,17 @@ pub const CASES: &[Case] = &[
             crate::End::Silent
         })
     }),
-    Case::new("kick_is_a_file", &[Accepted, Refused, Closed], KICK, |a| {
+    Case::once("kick_is_a_file", &[Accepted, Refused, Closed], KICK, |a| {
         let file = memfd_create("kick", MFdFlags::MFD_CLOEXEC)?;
         kick(a, file.as_fd())
     }),
-    Case::new(
+    Case::once(
         "kick_is_always_readable",
         &[Accepted, Refused, Closed],
         KICK,
         |a| kick(a, File::open("/dev/zero")?.as_fd()),
     ),
-    Case::new(
+    Case::once(
         "kick_is_a_blocking_pipe",
         &[Accepted, Refused, Closed],
         KICK,
@@ -110,7 +110,7 @@ pub const CASES: &[Case] = &[
             kick(a, read.as_fd())
         },
     ),
-    Case::new(
+    Case::once(
         "kick_is_the_wrong_end_of_a_pipe",
         &[Accepted, Refused, Closed],
         KICK,
@@ -119,7 +119,7 @@ pub const CASES: &[Case] = &[
             kick(a, write.as_fd())
         },
     ),
-    Case::new(
+    Case::once(
         "kick_is_a_broken_pipe",
         &[Accepted, Refused, Closed],
         KICK,
@@ -129,13 +129,13 @@ pub const CASES: &[Case] = &[
             kick(a, read.as_fd())
         },
     ),
-    Case::new(
+    Case::once(
         "kick_is_a_folder",
         &[Accepted, Refused, Closed],
         KICK,
         |a| kick(a, File::open("/proc")?.as_fd()),
     ),
-    Case::new(
+    Case::once(
         "kick_is_a_socket",
         &[Accepted, Refused, Closed],
         KICK,
@@ -144,7 +144,7 @@ pub const CASES: &[Case] = &[
             kick(a, left.as_fd())
         },
     ),
-    Case::new(
+    Case::once(
         "kick_is_a_blocking_eventfd",
         &[Accepted],
         "a blocking eventfd is an eventfd",
@@ -153,7 +153,7 @@ pub const CASES: &[Case] = &[
             kick(a, event.as_fd())
         },
     ),
-    Case::new(
+    Case::once(
         "kick_stuck_at_its_top",
         &[Accepted],
         "a counter that is full is a kick",
@@ -179,7 +179,7 @@ pub const CASES: &[Case] = &[
             call(a, event.as_fd())
         },
     ),
-    Case::new(
+    Case::once(
         "call_is_a_full_blocking_pipe",
         &[Accepted, Refused, Closed],
         CALL,
@@ -188,7 +188,7 @@ pub const CASES: &[Case] = &[
             call(a, write.as_fd())
         },
     ),
-    Case::new(
+    Case::once(
         "call_is_a_broken_pipe",
         &[Accepted, Refused, Closed],
         CALL,
@@ -198,13 +198,13 @@ pub const CASES: &[Case] = &[
             call(a, write.as_fd())
         },
     ),
-    Case::new(
+    Case::once(
         "call_is_a_read_only_file",
         &[Accepted, Refused, Closed],
         CALL,
         |a| call(a, File::open("/proc/version")?.as_fd()),
     ),
-    Case::new(
+    Case::once(
         "call_is_a_broken_socket",
         &[Accepted, Refused, Closed],
         CALL,
@@ -378,8 +378,7 @@ fn blocks_once_taken(arena: &mut Arena, request: u32) -> Attack {
         std::thread::sleep(Duration::from_millis(10));
         while disk.rings[0].poll_used(&disk.memory)?.is_some() {}
     }
-    disk.rings[0].publish_index(&disk.memory, 0x4000)?;
-    disk.rings[0].kick.write(1)?;
+    break_queue(&mut disk)?;
     std::thread::sleep(Duration::from_millis(10));
     arena.check_other()?;
     // A call that waits is given up with its queue.
@@ -398,8 +397,7 @@ fn error_full(arena: &mut Arena) -> Attack {
     if end == Closed {
         return Ok(end);
     }
-    disk.rings[0].publish_index(&disk.memory, 0x4000)?;
-    disk.rings[0].kick.write(1)?;
+    break_queue(&mut disk)?;
     arena.check_other()?;
     probe_or_closed(&mut disk, end)
 }

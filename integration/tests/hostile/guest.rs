@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use bulkhead_integration::arena::Arena;
 use bulkhead_integration::disk::{DATA, Disk, GROUP, Options, Request};
-use bulkhead_integration::driver::ring::{Desc, INDIRECT, Ring, WRITE};
+use bulkhead_integration::driver::packed::{advance, available_bits};
+use bulkhead_integration::driver::ring::{Desc, INDIRECT, NEXT, WRITE};
 use bulkhead_integration::driver::{SECTOR_BYTES, kind, status};
 use bulkhead_integration::frontend::{FrontendError, wait_readable};
 
@@ -52,28 +53,58 @@ fn writable(descs: &[Desc]) -> Vec<Range<u64>> {
         .collect()
 }
 
-/// Writes a chain directly into the table, offers it and sees how it ends.
+/// Offers a chain as it is and sees how it ends.
 pub fn offer_chain(disk: &mut Disk, descs: &[Desc]) -> Attack {
-    disk.rings[0].write_chain(&disk.memory, 0, descs)?;
-    offer(disk, descs)
+    offer_other(disk, descs, descs)
 }
 
-/// Offers head 0, whose chain is in place, and sees how it ends. `descs` are the buffers that
-/// the device may be led to.
+/// Offers the chain `ring_descs`, which leads the device to the buffers `descs`, and sees how it
+/// ends.
+pub fn offer_other(disk: &mut Disk, ring_descs: &[Desc], descs: &[Desc]) -> Attack {
+    disk.rings[0].offer(&disk.memory, 0, ring_descs)?;
+    judge(disk, 0, descs)
+}
+
+/// Offers head 0 of a split ring, whose chain is in place, and sees how it ends. `descs` are the
+/// buffers that the device may be led to.
 pub fn offer(disk: &mut Disk, descs: &[Desc]) -> Attack {
     offer_head(disk, 0, descs)
 }
 
 /// As [`offer`], with any head.
 pub fn offer_head(disk: &mut Disk, head: u16, descs: &[Desc]) -> Attack {
-    let rights = writable(descs);
-    let before = snapshot(disk)?;
     disk.rings[0].push(&disk.memory, head)?;
+    judge(disk, head, descs)
+}
+
+/// Publishes what was offered under `id`, and sees how it ends, what was written where, and
+/// whether the queues go on as they should.
+pub fn judge(disk: &mut Disk, id: u16, descs: &[Desc]) -> Attack {
+    let before = Watch::of(disk, &writable(descs))?;
     disk.rings[0].publish(&disk.memory)?;
-    let end = wait_for_end(disk, Some((head, descs)))?;
-    compare(disk, &before, &rights)?;
+    let end = wait_for_end(disk, Some((id, descs)))?;
+    before.compare(disk)?;
     after_end(disk, end)?;
     Ok(end)
+}
+
+/// Breaks queue 0: an index that jumps, or a packed chain without an end.
+pub fn break_queue(disk: &mut Disk) -> Result<(), Box<dyn Error>> {
+    let ring = &disk.rings[0];
+    if ring.is_packed() {
+        let mut place = ring.next_avail;
+        for _ in 0..ring.size {
+            let desc = Desc {
+                flags: NEXT | available_bits(place),
+                ..Desc::readable(DATA, 16)
+            };
+            ring.write_slot(&disk.memory, place, &desc)?;
+            place = advance(place, 1, ring.size);
+        }
+    } else {
+        ring.publish_index(&disk.memory, ring.next_avail.wrapping_add(0x4000))?;
+    }
+    Ok(ring.kick.write(1).map(drop)?)
 }
 
 /// Waits for a used entry, the error descriptor or the end of the connection.
@@ -106,7 +137,7 @@ pub fn wait_for_end(disk: &mut Disk, expected: Option<(u16, &[Desc])>) -> Attack
 }
 
 /// Status byte and used length of a completed chain.
-fn judge_used(disk: &Disk, used_len: u32, descs: &[Desc]) -> Attack {
+pub fn judge_used(disk: &Disk, used_len: u32, descs: &[Desc]) -> Attack {
     let room: u64 = writable(descs).iter().map(|r| r.end - r.start).sum();
     if u64::from(used_len) > room {
         return Err(format!("used.len is {used_len}, the device could write {room}").into());
@@ -135,6 +166,66 @@ fn judge_used(disk: &Disk, used_len: u32, descs: &[Desc]) -> Attack {
 /// Guest address and bytes of each region.
 type Snapshot = Vec<(u64, Vec<u8>)>;
 
+/// Guest memory as it was, and where the device may write.
+#[derive(Debug)]
+pub struct Watch {
+    regions: Snapshot,
+    rights: Vec<Range<u64>>,
+}
+
+impl Watch {
+    /// From now on the device may write to the used part of each ring, and to `buffers`.
+    pub fn of(disk: &Disk, buffers: &[Range<u64>]) -> Result<Self, Box<dyn Error>> {
+        let mut rights = buffers.to_vec();
+        for ring in &disk.rings {
+            let [descs, driver, device] = ring.parts();
+            rights.push(device);
+            if ring.is_packed() {
+                rights.push(descs);
+            } else {
+                // What the driver writes after this.
+                rights.push(driver.start + 2..driver.start + 4);
+            }
+        }
+        Ok(Self {
+            regions: snapshot(disk)?,
+            rights,
+        })
+    }
+
+    /// Memory has what it had, but for what the device may write.
+    pub fn compare(&self, disk: &Disk) -> Result<(), Box<dyn Error>> {
+        self.compare_but(disk, &[])
+    }
+
+    /// As [`Watch::compare`], and ranges that other requests wrote meanwhile, or their driver: the
+    /// slots of probes among them.
+    pub fn compare_but(&self, disk: &Disk, others: &[Range<u64>]) -> Result<(), Box<dyn Error>> {
+        let probes = (0..2).map(|queue| {
+            let slot = Disk::header_addr(GROUP * queue + 2);
+            slot..slot + 4096
+        });
+        let others: Vec<_> = others.iter().cloned().chain(probes).collect();
+        for ((base, old), (_, new)) in self.regions.iter().zip(snapshot(disk)?) {
+            if *old == new {
+                continue;
+            }
+            for ((at, a), b) in (*base..).zip(old).zip(&new) {
+                if a != b
+                    && !self
+                        .rights
+                        .iter()
+                        .chain(&others)
+                        .any(|range| range.contains(&at))
+                {
+                    return Err(format!("guest memory at {at:#x} was written").into());
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
 fn snapshot(disk: &Disk) -> Result<Snapshot, Box<dyn Error>> {
     disk.memory
         .regions()
@@ -147,33 +238,8 @@ fn snapshot(disk: &Disk) -> Result<Snapshot, Box<dyn Error>> {
         .collect()
 }
 
-/// Guest memory has what it had, but for the used rings and the buffers the device may write.
-fn compare(
-    disk: &Disk,
-    before: &[(u64, Vec<u8>)],
-    rights: &[Range<u64>],
-) -> Result<(), Box<dyn Error>> {
-    let rings: Vec<Range<u64>> = disk
-        .rings
-        .iter()
-        .map(|ring| ring.desc..ring.desc + Ring::SPAN_BYTES)
-        .collect();
-    for ((base, old), (_, new)) in before.iter().zip(snapshot(disk)?) {
-        if *old == new {
-            continue;
-        }
-        for ((at, a), b) in (*base..).zip(old).zip(&new) {
-            let allowed = rings.iter().chain(rights).any(|range| range.contains(&at));
-            if a != b && !allowed {
-                return Err(format!("guest memory at {at:#x} was written").into());
-            }
-        }
-    }
-    Ok(())
-}
-
 /// After a failed request the queue goes on; after a retired queue the other one does.
-fn after_end(disk: &mut Disk, end: End) -> Result<(), Box<dyn Error>> {
+pub fn after_end(disk: &mut Disk, end: End) -> Result<(), Box<dyn Error>> {
     match end {
         End::Status(_) => probe(disk, 0)?,
         End::Retired => {

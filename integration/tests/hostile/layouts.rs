@@ -3,11 +3,11 @@
 
 use bulkhead_integration::arena::Arena;
 use bulkhead_integration::disk::{DATA, Disk, HIGH, Options, feature};
-use bulkhead_integration::driver::ring::{Desc, INDIRECT, NEXT, WRITE, linked};
+use bulkhead_integration::driver::ring::{Desc, NEXT, WRITE, linked};
 use bulkhead_integration::driver::{kind, status};
 
 use crate::End::{Retired, Status, Used};
-use crate::guest::{attach, descriptors, offer, offer_chain};
+use crate::guest::{attach, descriptors, offer, offer_chain, offer_other};
 use crate::{Attack, Case};
 
 const OK: crate::End = Status(status::OK);
@@ -22,26 +22,26 @@ const NO_ANSWER: &str =
 
 /// The table.
 pub const CASES: &[Case] = &[
-    Case::new("loop_to_itself", &[Retired, IOERR], BROKEN, |a| {
+    Case::split("loop_to_itself", &[Retired, IOERR], BROKEN, |a| {
         loops(a, 1, 1)
     }),
-    Case::new("loop_to_head", &[Retired, IOERR], BROKEN, |a| {
+    Case::split("loop_to_head", &[Retired, IOERR], BROKEN, |a| {
         loops(a, 2, 0)
     }),
-    Case::new("loop_of_two", &[Retired, IOERR], BROKEN, |a| loops(a, 2, 1)),
-    Case::new(
+    Case::split("loop_of_two", &[Retired, IOERR], BROKEN, |a| loops(a, 2, 1)),
+    Case::split(
         "loop_in_indirect_table",
         &[Retired, IOERR],
         BROKEN,
         indirect_loop,
     ),
-    Case::new("next_out_of_range", &[Retired, IOERR], BROKEN, |a| {
+    Case::split("next_out_of_range", &[Retired, IOERR], BROKEN, |a| {
         loops(a, 1, 128)
     }),
-    Case::new("next_far_out_of_range", &[Retired, IOERR], BROKEN, |a| {
+    Case::split("next_far_out_of_range", &[Retired, IOERR], BROKEN, |a| {
         loops(a, 1, 0xffff)
     }),
-    Case::new(
+    Case::split(
         "indirect_next_out_of_range",
         &[Retired, IOERR],
         BROKEN,
@@ -257,24 +257,24 @@ fn loops(arena: &mut Arena, from: usize, next: u16) -> Attack {
     offer(&mut disk, &descs)
 }
 
-/// A good request in an indirect table, spoilt.
+/// A good request in the indirect table of a split ring, its links spoilt.
 fn table(arena: &mut Arena, spoil: fn(&mut Vec<Desc>)) -> Attack {
     let mut disk = attach(arena)?;
     let mut descs = linked(&descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?, 0);
     spoil(&mut descs);
-    offer_table(&mut disk, Disk::table_addr(0), &descs)
+    let bytes: Vec<u8> = descs.iter().flat_map(Desc::bytes).collect();
+    disk.memory.write(Disk::table_addr(0), &bytes)?;
+    let len = u32::try_from(bytes.len())?;
+    offer_other(
+        &mut disk,
+        &[Desc::indirect(Disk::table_addr(0), len)],
+        &descs,
+    )
 }
 
 fn offer_table(disk: &mut Disk, at: u64, descs: &[Desc]) -> Attack {
-    write_table(disk, at, descs)?;
-    let len = u32::try_from(descs.len() * 16)?;
-    disk.rings[0].write_desc(&disk.memory, 0, &Desc::indirect(at, len))?;
-    offer(disk, descs)
-}
-
-fn write_table(disk: &Disk, at: u64, descs: &[Desc]) -> Result<(), Box<dyn std::error::Error>> {
-    let bytes: Vec<u8> = descs.iter().flat_map(Desc::bytes).collect();
-    Ok(disk.memory.write(at, &bytes)?)
+    let len = disk.rings[0].write_table(&disk.memory, at, descs)?;
+    offer_other(disk, &[Desc::indirect(at, len)], descs)
 }
 
 fn indirect_loop(arena: &mut Arena) -> Attack {
@@ -284,15 +284,18 @@ fn indirect_loop(arena: &mut Arena) -> Attack {
     })
 }
 
+fn good(disk: &Disk) -> Result<Vec<Desc>, Box<dyn std::error::Error>> {
+    descriptors(disk, kind::IN, 0, &[(DATA, 4096)])
+}
+
 fn nested(arena: &mut Arena) -> Attack {
     let mut disk = attach(arena)?;
-    let descs = linked(&descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?, 0);
-    let inner = Disk::table_addr(1);
-    write_table(&disk, inner, &descs)?;
-    let outer = Disk::table_addr(0);
-    write_table(&disk, outer, &[Desc::indirect(inner, 48)])?;
-    disk.rings[0].write_desc(&disk.memory, 0, &Desc::indirect(outer, 16))?;
-    offer(&mut disk, &descs)
+    let descs = good(&disk)?;
+    let (inner, outer) = (Disk::table_addr(1), Disk::table_addr(0));
+    let ring = &disk.rings[0];
+    let len = ring.write_table(&disk.memory, inner, &descs)?;
+    let len = ring.write_table(&disk.memory, outer, &[Desc::indirect(inner, len)])?;
+    offer_other(&mut disk, &[Desc::indirect(outer, len)], &descs)
 }
 
 /// A good table of three entries that the outer descriptor gives another length.
@@ -302,42 +305,35 @@ fn indirect_len(arena: &mut Arena, len: u32) -> Attack {
 
 fn indirect_desc(arena: &mut Arena, outer: Desc) -> Attack {
     let mut disk = attach(arena)?;
-    let descs = linked(&descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?, 0);
-    write_table(&disk, Disk::table_addr(0), &descs)?;
-    disk.rings[0].write_desc(&disk.memory, 0, &outer)?;
-    offer(&mut disk, &descs)
+    let descs = good(&disk)?;
+    disk.rings[0].write_table(&disk.memory, Disk::table_addr(0), &descs)?;
+    offer_other(&mut disk, &[outer], &descs)
 }
 
 fn indirect_unaligned(arena: &mut Arena) -> Attack {
     let mut disk = attach(arena)?;
-    let descs = linked(&descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?, 0);
+    let descs = good(&disk)?;
     offer_table(&mut disk, Disk::table_addr(0) + 1, &descs)
 }
 
 fn indirect_with_next(arena: &mut Arena) -> Attack {
     let mut disk = attach(arena)?;
-    let descs = linked(&descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?, 0);
-    write_table(&disk, Disk::table_addr(0), &descs)?;
-    let mut outer = Desc::indirect(Disk::table_addr(0), 48);
-    outer.flags |= NEXT;
-    outer.next = 5;
-    disk.rings[0].write_desc(&disk.memory, 0, &outer)?;
+    let descs = good(&disk)?;
+    disk.rings[0].write_table(&disk.memory, Disk::table_addr(0), &descs)?;
+    let outer = Desc::indirect(Disk::table_addr(0), 48);
     let tail = Desc::writable(Disk::status_addr(1), 1);
-    disk.rings[0].write_desc(&disk.memory, 5, &tail)?;
     let mut all = vec![tail];
     all.extend(descs);
-    offer(&mut disk, &all)
+    offer_other(&mut disk, &[outer, tail], &all)
 }
 
 /// Header in the ring, data and status in a table behind it.
 fn indirect_after_header(arena: &mut Arena) -> Attack {
     let mut disk = attach(arena)?;
-    let descs = descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?;
-    let inner = linked(&descs[1..], 0);
-    write_table(&disk, Disk::table_addr(0), &inner)?;
-    let outer = [descs[0], Desc::indirect(Disk::table_addr(0), 32)];
-    disk.rings[0].write_chain(&disk.memory, 0, &outer)?;
-    offer(&mut disk, &descs)
+    let descs = good(&disk)?;
+    let at = Disk::table_addr(0);
+    let len = disk.rings[0].write_table(&disk.memory, at, &descs[1..])?;
+    offer_other(&mut disk, &[descs[0], Desc::indirect(at, len)], &descs)
 }
 
 fn indirect_not_negotiated(arena: &mut Arena) -> Attack {
@@ -347,15 +343,14 @@ fn indirect_not_negotiated(arena: &mut Arena) -> Attack {
     };
     options.features &= !feature::INDIRECT_DESC;
     let mut disk = arena.attach(&options)?;
-    let descs = linked(&descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?, 0);
-    debug_assert_eq!(descs[0].flags & INDIRECT, 0);
+    let descs = good(&disk)?;
     offer_table(&mut disk, Disk::table_addr(0), &descs)
 }
 
 fn longer_than_queue(arena: &mut Arena) -> Attack {
     let mut disk = attach(arena)?;
     let list: Vec<_> = (0..400).map(|i| (DATA + i * 512, 512)).collect();
-    let descs = linked(&descriptors(&disk, kind::IN, 0, &list)?, 0);
+    let descs = descriptors(&disk, kind::IN, 0, &list)?;
     offer_table(&mut disk, HIGH, &descs)
 }
 

@@ -10,12 +10,15 @@ mod descriptors;
 mod guest;
 mod layouts;
 mod memory_table;
+mod packed;
 mod rings;
 mod session;
 
 use std::error::Error;
 
 use bulkhead_integration::arena::{Arena, Backend};
+use bulkhead_integration::disk::feature;
+use bulkhead_integration::driver::ring::Format;
 use libtest_mimic::{Arguments, Failed, Trial};
 
 /// How an attack ended.
@@ -51,10 +54,12 @@ pub struct Case {
     pub why: &'static str,
     /// The attack.
     pub run: fn(&mut Arena) -> Attack,
+    /// Formats of the rings that it is tried with.
+    formats: &'static [Format],
 }
 
 impl Case {
-    /// A row.
+    /// A row for both ring formats.
     pub const fn new(
         name: &'static str,
         ends: &'static [End],
@@ -66,10 +71,49 @@ impl Case {
             ends,
             why,
             run,
+            formats: &[Format::Split, Format::Packed],
+        }
+    }
+
+    /// A row for split rings only.
+    pub const fn split(
+        name: &'static str,
+        ends: &'static [End],
+        why: &'static str,
+        run: fn(&mut Arena) -> Attack,
+    ) -> Self {
+        Self {
+            formats: &[Format::Split],
+            ..Self::new(name, ends, why, run)
+        }
+    }
+
+    /// A row in which no ring's format matters.
+    pub const fn once(
+        name: &'static str,
+        ends: &'static [End],
+        why: &'static str,
+        run: fn(&mut Arena) -> Attack,
+    ) -> Self {
+        Self::split(name, ends, why, run)
+    }
+
+    /// A row for packed rings only.
+    pub const fn packed(
+        name: &'static str,
+        ends: &'static [End],
+        why: &'static str,
+        run: fn(&mut Arena) -> Attack,
+    ) -> Self {
+        Self {
+            formats: &[Format::Packed],
+            ..Self::new(name, ends, why, run)
         }
     }
 }
 
+/// Ring formats that the data plane serves.
+const SERVED: &[Format] = &[Format::Split];
 /// Queues of each device under attack: the second shows that a retired one takes nothing with it.
 const QUEUES: u16 = 2;
 
@@ -79,6 +123,7 @@ fn main() {
         chains::CASES,
         layouts::CASES,
         rings::CASES,
+        packed::CASES,
         session::CASES,
         memory_table::CASES,
         descriptors::CASES,
@@ -87,17 +132,26 @@ fn main() {
     let mut trials = Vec::new();
     for case in tables.into_iter().flatten() {
         for (backend, suffix) in backends {
-            let name = format!("hostile_{}{suffix}", case.name);
-            trials.push(Trial::test(name.clone(), move || {
-                trial(case, backend, &name)
-            }));
+            for &format in case.formats.iter().filter(|f| SERVED.contains(f)) {
+                let ring = match format {
+                    Format::Split => "",
+                    Format::Packed => "_packed",
+                };
+                let name = format!("hostile_{}{ring}{suffix}", case.name);
+                trials.push(Trial::test(name.clone(), move || {
+                    trial(case, backend, format, &name)
+                }));
+            }
         }
     }
     libtest_mimic::run(&args, trials).exit();
 }
 
-fn trial(case: &Case, backend: Backend, name: &str) -> Result<(), Failed> {
+fn trial(case: &Case, backend: Backend, format: Format, name: &str) -> Result<(), Failed> {
     let mut arena = Arena::start(backend, QUEUES, name)?;
+    if format == Format::Packed {
+        arena.guest_features |= feature::RING_PACKED;
+    }
     let end =
         (case.run)(&mut arena).map_err(|e| format!("{e}\n--- log:\n{}", arena.process.log()))?;
     // Whatever the end was: first see that nothing else broke.

@@ -28,78 +28,78 @@ const MIB: u64 = 1 << 20;
 
 /// The table.
 pub const CASES: &[Case] = &[
-    Case::new(
+    Case::once(
         "regions_overlap_for_the_guest",
         &[Refused, Closed],
         TABLE,
         |a| table(a, &[entry(0, MIB, 0, 0), entry(MIB / 2, MIB, 2 * MIB, 0)]),
     ),
-    Case::new(
+    Case::once(
         "regions_overlap_for_the_frontend",
         &[Refused, Closed, Accepted],
         OPEN,
         |a| table(a, &[entry(0, MIB, 0, 0), entry(2 * MIB, MIB, MIB / 2, 0)]),
     ),
-    Case::new("regions_the_same_twice", &[Refused, Closed], TABLE, |a| {
+    Case::once("regions_the_same_twice", &[Refused, Closed], TABLE, |a| {
         table(a, &[entry(0, MIB, 0, 0), entry(0, MIB, 0, 0)])
     }),
-    Case::new(
+    Case::once(
         "region_wraps_for_the_guest",
         &[Refused, Closed],
         TABLE,
         |a| table(a, &[entry(u64::MAX - 4095, MIB, 0, 0)]),
     ),
-    Case::new(
+    Case::once(
         "region_wraps_for_the_frontend",
         &[Refused, Closed],
         TABLE,
         |a| table(a, &[entry(0, MIB, u64::MAX - 4095, 0)]),
     ),
-    Case::new("region_offset_wraps", &[Refused, Closed], TABLE, |a| {
+    Case::once("region_offset_wraps", &[Refused, Closed], TABLE, |a| {
         table(a, &[entry(0, MIB, 0, u64::MAX - 4095)])
     }),
-    Case::new("region_size_all_ones", &[Refused, Closed], TABLE, |a| {
+    Case::once("region_size_all_ones", &[Refused, Closed], TABLE, |a| {
         table(a, &[entry(0, u64::MAX, 0, 0)])
     }),
-    Case::new(
+    Case::once(
         "region_size_zero",
         &[Refused, Closed, Accepted],
         OPEN,
         |a| table(a, &[entry(0, 0, 0, 0)]),
     ),
-    Case::new(
+    Case::once(
         "region_longer_than_its_file",
         &[Refused, Closed],
         TABLE,
         |a| table(a, &[entry(0, 64 * MIB, 0, 0)]),
     ),
-    Case::new("region_behind_its_file", &[Refused, Closed], TABLE, |a| {
+    Case::once("region_behind_its_file", &[Refused, Closed], TABLE, |a| {
         table(a, &[entry(0, MIB, 0, 64 * MIB)])
     }),
-    Case::new(
+    Case::once(
         "region_at_unaligned_offset",
         &[Refused, Closed, Accepted],
         OPEN,
         |a| table(a, &[entry(0, MIB, 0, 100)]),
     ),
-    Case::new(
+    Case::once(
         "region_at_unaligned_address",
         &[Refused, Closed, Accepted],
         OPEN,
         |a| table(a, &[entry(13, MIB, 7, 0)]),
     ),
-    Case::new("regions_none", &[Refused, Closed, Accepted], OPEN, |a| {
+    Case::once("regions_none", &[Refused, Closed, Accepted], OPEN, |a| {
         table(a, &[])
     }),
-    Case::new("regions_nine", &[Refused, Closed], TABLE, |a| {
+    Case::once("regions_nine", &[Refused, Closed], TABLE, |a| {
         let entries: Vec<_> = (0..9).map(|i| entry(i * MIB, MIB, i * MIB, 0)).collect();
         table(a, &entries)
     }),
-    Case::new("regions_count_all_ones", &[Refused, Closed], TABLE, |a| {
+    Case::once("regions_count_all_ones", &[Refused, Closed], TABLE, |a| {
         let body = message::memory_table(u32::MAX, &[entry(0, MIB, 0, 0)]);
         send_table(a, &body, 1)
     }),
-    Case::new(
+    Case::once(
         "regions_count_more_than_sent",
         &[Refused, Closed],
         TABLE,
@@ -108,7 +108,7 @@ pub const CASES: &[Case] = &[
             send_table(a, &body, 2)
         },
     ),
-    Case::new(
+    Case::once(
         "regions_count_less_than_sent",
         &[Refused, Closed],
         TABLE,
@@ -117,42 +117,42 @@ pub const CASES: &[Case] = &[
             send_table(a, &body, 1)
         },
     ),
-    Case::new("memory_fds_missing", &[Refused, Closed], FDS, |a| {
+    Case::once("memory_fds_missing", &[Refused, Closed], FDS, |a| {
         send_table(a, &message::memory_table(1, &[entry(0, MIB, 0, 0)]), 0)
     }),
-    Case::new("memory_fds_too_few", &[Refused, Closed], FDS, |a| {
+    Case::once("memory_fds_too_few", &[Refused, Closed], FDS, |a| {
         let body = message::memory_table(2, &[entry(0, MIB, 0, 0), entry(MIB, MIB, MIB, 0)]);
         send_table(a, &body, 1)
     }),
-    Case::new("memory_fds_too_many", &[Refused, Closed], FDS, |a| {
+    Case::once("memory_fds_too_many", &[Refused, Closed], FDS, |a| {
         send_table(a, &message::memory_table(1, &[entry(0, MIB, 0, 0)]), 8)
     }),
-    Case::new("memory_fds_nine", &[Refused, Closed], FDS, |a| {
+    Case::once("memory_fds_nine", &[Refused, Closed], FDS, |a| {
         send_table(a, &message::memory_table(1, &[entry(0, MIB, 0, 0)]), 9)
     }),
-    Case::new("memory_fds_two_hundred", &[Refused, Closed], FDS, |a| {
+    Case::once("memory_fds_two_hundred", &[Refused, Closed], FDS, |a| {
         send_table(a, &message::memory_table(1, &[entry(0, MIB, 0, 0)]), 200)
     }),
-    Case::new("memory_is_an_eventfd", &[Refused, Closed], TABLE, |a| {
+    Case::once("memory_is_an_eventfd", &[Refused, Closed], TABLE, |a| {
         let event = EventFd::new()?;
         one_fd(a, event.as_fd())
     }),
-    Case::new("memory_is_a_pipe", &[Refused, Closed], TABLE, |a| {
+    Case::once("memory_is_a_pipe", &[Refused, Closed], TABLE, |a| {
         let (read, _write) = nix::unistd::pipe()?;
         one_fd(a, read.as_fd())
     }),
-    Case::new("memory_is_a_folder", &[Refused, Closed], TABLE, |a| {
+    Case::once("memory_is_a_folder", &[Refused, Closed], TABLE, |a| {
         one_fd(a, File::open("/proc")?.as_fd())
     }),
-    Case::new("memory_is_read_only", &[Refused, Closed], TABLE, |a| {
+    Case::once("memory_is_read_only", &[Refused, Closed], TABLE, |a| {
         let file = memfd(MIB)?;
         let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
         one_fd(a, File::open(path)?.as_fd())
     }),
-    Case::new("memory_is_empty", &[Refused, Closed], TABLE, |a| {
+    Case::once("memory_is_empty", &[Refused, Closed], TABLE, |a| {
         one_fd(a, memfd(0)?.as_fd())
     }),
-    Case::new(
+    Case::once(
         "memory_is_on_a_disk",
         &[Refused, Closed],
         "a page that comes from elsewhere makes everybody wait for it",

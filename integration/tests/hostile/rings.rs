@@ -22,18 +22,18 @@ const GARBAGE: &str = "hints of the driver may cost it notifications, nothing el
 
 /// The table.
 pub const CASES: &[Case] = &[
-    Case::new("head_out_of_range", &[Retired], JUMP, |a| head(a, 128)),
-    Case::new("head_far_out_of_range", &[Retired], JUMP, |a| {
+    Case::split("head_out_of_range", &[Retired], JUMP, |a| head(a, 128)),
+    Case::split("head_far_out_of_range", &[Retired], JUMP, |a| {
         head(a, 0xffff)
     }),
-    Case::new("avail_jumps_past_queue_size", &[Retired], JUMP, |a| {
+    Case::split("avail_jumps_past_queue_size", &[Retired], JUMP, |a| {
         jump(a, 129)
     }),
-    Case::new("avail_jumps_half_way_round", &[Retired], JUMP, |a| {
+    Case::split("avail_jumps_half_way_round", &[Retired], JUMP, |a| {
         jump(a, 0x8000)
     }),
-    Case::new("avail_goes_back", &[Retired], JUMP, |a| jump(a, 0xffff)),
-    Case::new(
+    Case::split("avail_goes_back", &[Retired], JUMP, |a| jump(a, 0xffff)),
+    Case::split(
         "avail_full_of_the_same_head",
         &[Retired, Used, Status(0)],
         "a head that is in flight can't be offered again; one that is done can",
@@ -45,7 +45,7 @@ pub const CASES: &[Case] = &[
         "a head that is in flight can't be offered again; one that is done can",
         |a| twice(a, 2),
     ),
-    Case::new(
+    Case::split(
         "base_far_from_avail_index",
         &[Retired, Refused, Closed],
         JUMP,
@@ -54,10 +54,10 @@ pub const CASES: &[Case] = &[
     Case::new(
         "base_past_u16",
         &[Refused, Closed, Accepted],
-        "an index has 16 bits; a device may cut it",
+        "a split index has 16 bits; a packed base has two halves; a device may cut it",
         |a| vring_state(a, request::SET_VRING_BASE, 0, 0x1_0000),
     ),
-    Case::new("garbage_flags_and_events", &[Status(0)], GARBAGE, garbage),
+    Case::split("garbage_flags_and_events", &[Status(0)], GARBAGE, garbage),
     Case::new(
         "ring_desc_in_hole",
         &[Refused, Closed, Retired],
@@ -88,13 +88,13 @@ pub const CASES: &[Case] = &[
         PLACE,
         |a| place_in_high(a, 0, 64),
     ),
-    Case::new(
+    Case::split(
         "ring_used_leaves_memory",
         &[Refused, Closed, Retired],
         PLACE,
         |a| place_in_high(a, 1, 64),
     ),
-    Case::new(
+    Case::split(
         "ring_avail_leaves_memory",
         &[Refused, Closed, Retired],
         PLACE,
@@ -127,10 +127,10 @@ pub const CASES: &[Case] = &[
     Case::new("queue_size_zero", &[Refused, Closed], SIZE, |a| {
         vring_state(a, request::SET_VRING_NUM, 0, 0)
     }),
-    Case::new("queue_size_three", &[Refused, Closed], SIZE, |a| {
+    Case::split("queue_size_three", &[Refused, Closed], SIZE, |a| {
         vring_state(a, request::SET_VRING_NUM, 0, 3)
     }),
-    Case::new("queue_size_hundred", &[Refused, Closed], SIZE, |a| {
+    Case::split("queue_size_hundred", &[Refused, Closed], SIZE, |a| {
         vring_state(a, request::SET_VRING_NUM, 0, 100)
     }),
     Case::new("queue_size_past_limit", &[Refused, Closed], SIZE, |a| {
@@ -159,14 +159,14 @@ pub const CASES: &[Case] = &[
         &[Refused, Closed],
         NUMBER,
         |a| {
-            let disk = Disk::negotiate(&a.socket, &Options::default())?;
+            let disk = a.negotiate(&Options::default())?;
             disk.share_memory()?;
             let body = message::vring_addresses(77, 0, 0, 0);
             fate(disk.frontend.set(request::SET_VRING_ADDR, &body, &[]))
         },
     ),
     Case::new("queue_number_in_kick", &[Refused, Closed], NUMBER, |a| {
-        let disk = Disk::negotiate(&a.socket, &Options::default())?;
+        let disk = a.negotiate(&Options::default())?;
         fate(
             disk.frontend
                 .set_vring_fd(request::SET_VRING_KICK, 255, None),
@@ -177,7 +177,7 @@ pub const CASES: &[Case] = &[
         &[Refused, Closed, Accepted],
         NUMBER,
         |a| {
-            let disk = Disk::negotiate(&a.socket, &Options::default())?;
+            let disk = a.negotiate(&Options::default())?;
             fate(disk.frontend.get_vring_base(9999).map(drop))
         },
     ),
@@ -245,7 +245,7 @@ fn twice(arena: &mut Arena, count: u16) -> Attack {
 }
 
 fn base_far_from_avail(arena: &mut Arena) -> Attack {
-    let mut disk = Disk::negotiate(&arena.socket, &Options::default())?;
+    let mut disk = arena.negotiate(&Options::default())?;
     disk.share_memory()?;
     disk.rings[0].last_used = 100;
     if let Err(bulkhead_integration::disk::DiskError::Frontend(e)) = disk.start_queue(0) {
@@ -279,16 +279,16 @@ fn garbage(arena: &mut Arena) -> Attack {
     wait_for_end(&mut disk, Some((0, &descs)))
 }
 
-fn vring_state(arena: &mut Arena, request: u32, queue: u32, value: u32) -> Attack {
-    let disk = Disk::negotiate(&arena.socket, &Options::default())?;
+pub fn vring_state(arena: &mut Arena, request: u32, queue: u32, value: u32) -> Attack {
+    let disk = arena.negotiate(&Options::default())?;
     disk.share_memory()?;
     fate(disk.frontend.set_vring_state(request, queue, value))
 }
 
 /// Starts queue 0 with descriptor table, used ring and avail ring where `spoil` puts them (user
 /// addresses), and offers something.
-fn place(arena: &mut Arena, spoil: fn(&mut [u64; 3])) -> Attack {
-    let mut disk = Disk::negotiate(&arena.socket, &Options::default())?;
+pub fn place(arena: &mut Arena, spoil: fn(&mut [u64; 3])) -> Attack {
+    let mut disk = arena.negotiate(&Options::default())?;
     disk.share_memory()?;
     let ring = &disk.rings[0];
     let mut at = [
@@ -301,8 +301,8 @@ fn place(arena: &mut Arena, spoil: fn(&mut [u64; 3])) -> Attack {
 }
 
 /// As [`place`], with ring number `which` reaching over the end of memory.
-fn place_in_high(arena: &mut Arena, which: usize, before_end: u64) -> Attack {
-    let mut disk = Disk::negotiate(&arena.socket, &Options::default())?;
+pub fn place_in_high(arena: &mut Arena, which: usize, before_end: u64) -> Attack {
+    let mut disk = arena.negotiate(&Options::default())?;
     disk.share_memory()?;
     let ring = &disk.rings[0];
     let mut at = [
@@ -327,7 +327,13 @@ fn start_at(disk: &mut Disk, at: [u64; 3]) -> Attack {
     if let Err(bulkhead_integration::disk::DiskError::Frontend(e)) = started {
         return fate(Err(e));
     }
-    disk.rings[0].publish_index(&disk.memory, 1)?;
+    if disk.rings[0].is_packed() {
+        let descs = descriptors(disk, kind::IN, 0, &[(DATA, 4096)])?;
+        disk.rings[0].offer(&disk.memory, 0, &descs)?;
+        disk.rings[0].publish(&disk.memory)?;
+    } else {
+        disk.rings[0].publish_index(&disk.memory, 1)?;
+    }
     disk.rings[0].kick.write(1)?;
     // A misaligned ring can't be polled from here: only the other ends are told apart.
     wait_for_end(disk, None)

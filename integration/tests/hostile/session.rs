@@ -33,23 +33,23 @@ const BOUNDS: &str =
 
 /// The table.
 pub const CASES: &[Case] = &[
-    Case::new("messages_byte_by_byte", &[Accepted], WORKS, |a| {
+    Case::once("messages_byte_by_byte", &[Accepted], WORKS, |a| {
         pieces(a, 1)
     }),
-    Case::new("messages_in_pieces_of_five", &[Accepted], WORKS, |a| {
+    Case::once("messages_in_pieces_of_five", &[Accepted], WORKS, |a| {
         pieces(a, 5)
     }),
-    Case::new("messages_header_then_body", &[Accepted], WORKS, |a| {
+    Case::once("messages_header_then_body", &[Accepted], WORKS, |a| {
         pieces(a, 12)
     }),
-    Case::new("messages_joined", &[Accepted], WORKS, joined),
-    Case::new(
+    Case::once("messages_joined", &[Accepted], WORKS, joined),
+    Case::once(
         "half_a_header_held",
         &[Accepted],
         "half a message stalls nobody else",
         |a| held(a, &message::header(request::SET_VRING_NUM, VERSION, 8)[..7]),
     ),
-    Case::new(
+    Case::once(
         "half_a_body_held",
         &[Accepted],
         "half a message stalls nobody else",
@@ -60,51 +60,51 @@ pub const CASES: &[Case] = &[
             )
         },
     ),
-    Case::new("size_all_ones", &[Closed], HEADER, |a| size(a, u32::MAX)),
-    Case::new("size_one_mebibyte", &[Closed], HEADER, |a| size(a, 1 << 20)),
-    Case::new("size_past_longest_message", &[Closed], HEADER, |a| {
+    Case::once("size_all_ones", &[Closed], HEADER, |a| size(a, u32::MAX)),
+    Case::once("size_one_mebibyte", &[Closed], HEADER, |a| size(a, 1 << 20)),
+    Case::once("size_past_longest_message", &[Closed], HEADER, |a| {
         size(a, 8192)
     }),
-    Case::new("version_zero", &[Closed, Refused], HEADER, |a| flags(a, 0)),
-    Case::new("version_two", &[Closed, Refused], HEADER, |a| flags(a, 2)),
-    Case::new("version_three", &[Closed, Refused], HEADER, |a| flags(a, 3)),
-    Case::new(
+    Case::once("version_zero", &[Closed, Refused], HEADER, |a| flags(a, 0)),
+    Case::once("version_two", &[Closed, Refused], HEADER, |a| flags(a, 2)),
+    Case::once("version_three", &[Closed, Refused], HEADER, |a| flags(a, 3)),
+    Case::once(
         "reply_flag_from_frontend",
         &[Closed, Refused],
         HEADER,
         |a| flags(a, VERSION | FLAG_REPLY),
     ),
-    Case::new(
+    Case::once(
         "reserved_flags",
         &[Closed, Refused, Accepted],
         HEADER,
         |a| flags(a, VERSION | 0xffff_fff0),
     ),
-    Case::new("body_missing", &[Closed, Refused], LENGTH, |a| {
+    Case::once("body_missing", &[Closed, Refused], LENGTH, |a| {
         body(a, request::SET_FEATURES, 0)
     }),
-    Case::new("body_short", &[Closed, Refused], LENGTH, |a| {
+    Case::once("body_short", &[Closed, Refused], LENGTH, |a| {
         body(a, request::SET_FEATURES, 4)
     }),
-    Case::new("body_long", &[Closed, Refused], LENGTH, |a| {
+    Case::once("body_long", &[Closed, Refused], LENGTH, |a| {
         body(a, request::SET_FEATURES, 16)
     }),
-    Case::new(
+    Case::once(
         "body_where_none_belongs",
         &[Closed, Refused, Accepted],
         LENGTH,
         |a| body(a, request::SET_OWNER, 8),
     ),
-    Case::new("vring_addr_short", &[Closed, Refused], LENGTH, |a| {
+    Case::once("vring_addr_short", &[Closed, Refused], LENGTH, |a| {
         body(a, request::SET_VRING_ADDR, 32)
     }),
-    Case::new("mem_table_without_body", &[Closed, Refused], LENGTH, |a| {
+    Case::once("mem_table_without_body", &[Closed, Refused], LENGTH, |a| {
         body(a, request::SET_MEM_TABLE, 0)
     }),
-    Case::new("mem_table_half_a_region", &[Closed, Refused], LENGTH, |a| {
+    Case::once("mem_table_half_a_region", &[Closed, Refused], LENGTH, |a| {
         body(a, request::SET_MEM_TABLE, 24)
     }),
-    Case::new(
+    Case::once(
         "kick_before_memory",
         &[Accepted, Refused, Closed],
         ORDER,
@@ -117,7 +117,7 @@ pub const CASES: &[Case] = &[
             )
         },
     ),
-    Case::new(
+    Case::once(
         "addresses_before_memory",
         &[Accepted, Refused, Closed],
         ORDER,
@@ -127,7 +127,7 @@ pub const CASES: &[Case] = &[
             fate(disk.frontend.set(request::SET_VRING_ADDR, &body, &[]))
         },
     ),
-    Case::new(
+    Case::once(
         "queue_started_before_memory",
         &[Accepted, Refused, Closed],
         ORDER,
@@ -142,7 +142,7 @@ pub const CASES: &[Case] = &[
             }
         },
     ),
-    Case::new(
+    Case::once(
         "kick_without_addresses",
         &[Accepted, Refused, Closed],
         ORDER,
@@ -165,13 +165,13 @@ pub const CASES: &[Case] = &[
             }
         },
     ),
-    Case::new(
+    Case::once(
         "enable_before_owner",
         &[Accepted, Refused, Closed],
         ORDER,
         |a| unready(a, request::SET_VRING_ENABLE, &message::halves(&[0, 1])),
     ),
-    Case::new(
+    Case::once(
         "features_before_owner",
         &[Accepted, Refused, Closed],
         ORDER,
@@ -183,13 +183,13 @@ pub const CASES: &[Case] = &[
             )
         },
     ),
-    Case::new(
+    Case::once(
         "memory_before_features",
         &[Accepted, Refused, Closed],
         ORDER,
         |a| unready(a, request::SET_MEM_TABLE, &message::memory_table(0, &[])),
     ),
-    Case::new(
+    Case::once(
         "config_before_negotiation",
         &[Accepted, Refused, Closed],
         ORDER,
@@ -199,11 +199,11 @@ pub const CASES: &[Case] = &[
             fate(result.map(drop).or_else(protocol_is_refusal))
         },
     ),
-    Case::new("owner_twice", &[Accepted, Refused, Closed], ORDER, |a| {
+    Case::once("owner_twice", &[Accepted, Refused, Closed], ORDER, |a| {
         let disk = Disk::negotiate(&a.socket, &Options::default())?;
         fate(disk.frontend.set(request::SET_OWNER, &[], &[]))
     }),
-    Case::new(
+    Case::once(
         "get_base_of_a_queue_never_started",
         &[Accepted, Refused, Closed],
         ORDER,
@@ -212,7 +212,7 @@ pub const CASES: &[Case] = &[
             fate(disk.frontend.get_vring_base(0).map(drop))
         },
     ),
-    Case::new(
+    Case::once(
         "reset_owner_while_running",
         &[Accepted, Refused, Closed],
         ORDER,
@@ -222,7 +222,7 @@ pub const CASES: &[Case] = &[
             fate(disk.frontend.set(request::RESET_OWNER, &[], &[]))
         },
     ),
-    Case::new(
+    Case::once(
         "reset_device_not_negotiated",
         &[Accepted, Refused, Closed],
         ORDER,
@@ -232,7 +232,7 @@ pub const CASES: &[Case] = &[
             fate(disk.frontend.set(request::RESET_DEVICE, &[], &[]))
         },
     ),
-    Case::new(
+    Case::once(
         "features_changed_while_running",
         &[Accepted, Refused, Closed],
         ORDER,
@@ -246,7 +246,7 @@ pub const CASES: &[Case] = &[
             )
         },
     ),
-    Case::new(
+    Case::once(
         "features_not_offered",
         &[Refused, Closed],
         "only what was offered",
@@ -258,7 +258,7 @@ pub const CASES: &[Case] = &[
             )
         },
     ),
-    Case::new(
+    Case::once(
         "protocol_features_not_offered",
         &[Refused, Closed, Accepted],
         "only what was offered counts",
@@ -268,28 +268,28 @@ pub const CASES: &[Case] = &[
             fate(disk.frontend.set(request::SET_PROTOCOL_FEATURES, &all, &[]))
         },
     ),
-    Case::new("request_zero", &[Closed, Refused], UNKNOWN, |a| {
+    Case::once("request_zero", &[Closed, Refused], UNKNOWN, |a| {
         unknown(a, 0)
     }),
-    Case::new("request_unknown", &[Closed, Refused], UNKNOWN, |a| {
+    Case::once("request_unknown", &[Closed, Refused], UNKNOWN, |a| {
         unknown(a, 1000)
     }),
-    Case::new("request_all_ones", &[Closed, Refused], UNKNOWN, |a| {
+    Case::once("request_all_ones", &[Closed, Refused], UNKNOWN, |a| {
         unknown(a, u32::MAX)
     }),
-    Case::new(
+    Case::once(
         "request_postcopy_advise",
         &[Closed, Refused],
         UNKNOWN,
         |a| unknown(a, 28),
     ),
-    Case::new("request_iotlb", &[Closed, Refused], UNKNOWN, |a| {
+    Case::once("request_iotlb", &[Closed, Refused], UNKNOWN, |a| {
         unknown(a, 22)
     }),
-    Case::new("request_in_band_kick", &[Closed, Refused], UNKNOWN, |a| {
+    Case::once("request_in_band_kick", &[Closed, Refused], UNKNOWN, |a| {
         unknown(a, 35)
     }),
-    Case::new(
+    Case::once(
         "request_inflight_not_negotiated",
         &[Closed, Refused, Accepted],
         UNKNOWN,
@@ -299,37 +299,37 @@ pub const CASES: &[Case] = &[
             fate(result.map(drop).or_else(protocol_is_refusal))
         },
     ),
-    Case::new(
+    Case::once(
         "config_past_the_end",
         &[Accepted, Refused, Closed],
         BOUNDS,
         |a| config(a, 250, 16),
     ),
-    Case::new(
+    Case::once(
         "config_offset_all_ones",
         &[Accepted, Refused, Closed],
         BOUNDS,
         |a| config(a, u32::MAX, 8),
     ),
-    Case::new(
+    Case::once(
         "config_nothing",
         &[Accepted, Refused, Closed],
         BOUNDS,
         |a| config(a, 0, 0),
     ),
-    Case::new(
+    Case::once(
         "config_longer_than_space",
         &[Accepted, Refused, Closed],
         BOUNDS,
         |a| config(a, 0, 257),
     ),
-    Case::new("config_size_lies", &[Refused, Closed], BOUNDS, |a| {
+    Case::once("config_size_lies", &[Refused, Closed], BOUNDS, |a| {
         let disk = Disk::negotiate(&a.socket, &Options::default())?;
         let body = message::config(0, 200, 0, &[0; 8]);
         let result = disk.frontend.ask(request::GET_CONFIG, &body, &[]);
         refusal_of_config(result)
     }),
-    Case::new(
+    Case::once(
         "config_write_to_capacity",
         &[Accepted, Refused, Closed],
         BOUNDS,
@@ -343,13 +343,13 @@ pub const CASES: &[Case] = &[
             Ok(end)
         },
     ),
-    Case::new(
+    Case::once(
         "replies_never_read",
         &[Silent, Closed],
         "the backend stops reading or ends the connection; it neither stalls nor hoards",
         replies_never_read,
     ),
-    Case::new(
+    Case::once(
         "requests_without_end",
         &[Accepted],
         "a frontend gets its turn, and so do the others",
@@ -359,7 +359,7 @@ pub const CASES: &[Case] = &[
             without_end(a, messages, request::SET_OWNER)
         },
     ),
-    Case::new(
+    Case::once(
         "changes_without_end",
         &[Accepted],
         "a frontend gets its turn, and what it sends does not pile up at a worker",
@@ -372,7 +372,7 @@ pub const CASES: &[Case] = &[
             without_end(a, message, request::SET_VRING_CALL)
         },
     ),
-    Case::new(
+    Case::once(
         "disconnect_in_a_header",
         &[Closed],
         "an end is an end",
@@ -387,13 +387,13 @@ pub const CASES: &[Case] = &[
             })
         },
     ),
-    Case::new(
+    Case::once(
         "connections_by_the_hundred",
         &[Accepted],
         "connections don't pile up",
         hundred,
     ),
-    Case::new(
+    Case::once(
         "second_frontend",
         &[Accepted],
         "the first connection goes on, whatever becomes of a second one",

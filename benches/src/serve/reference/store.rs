@@ -29,6 +29,9 @@ pub enum StoreError {
     /// Its memory.
     #[error("no memory for the disk or its key: {0}")]
     Memory(io::Error),
+    /// Not a storage of the baseline.
+    #[error("--reference serves null:, ram: and file: only")]
+    ForTests,
     /// Its thread.
     #[error("can't start a thread: {0}")]
     Start(io::Error),
@@ -87,7 +90,7 @@ impl Disk {
             queues: spec.queues,
             read_only: spec.read_only,
             serial: spec.serial,
-            store: Store::new(spec.backing),
+            store: Store::new(spec.backing)?,
             cipher: spec.xts.map(expand).transpose()?,
         })
     }
@@ -166,11 +169,14 @@ impl Disk {
 }
 
 impl Store {
-    fn new(backing: Backing) -> Self {
+    fn new(backing: Backing) -> Result<Self, StoreError> {
         match backing {
-            Backing::Null { .. } => Self::Null,
-            Backing::Ram { bytes } => Self::Ram(shards(bytes)),
-            Backing::File { file, .. } => Self::File(file),
+            Backing::Null { .. } => Ok(Self::Null),
+            Backing::Ram { bytes } => Ok(Self::Ram(shards(bytes))),
+            Backing::File { file, .. } => Ok(Self::File(file)),
+            Backing::VolatileCache { .. } | Backing::Delay { .. } | Backing::Error { .. } => {
+                Err(StoreError::ForTests)
+            }
         }
     }
 
@@ -286,6 +292,7 @@ mod tests {
             logical_block_bytes: 4096,
             queues: 1,
             read_only: false,
+            discard: false,
             serial: [0; 20],
         };
         Disk::new(spec).expect("disk")
