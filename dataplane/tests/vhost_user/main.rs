@@ -5,3 +5,4 @@ mod messages;
 mod negotiation;
 mod queues;
 mod rig;
+mod shared;
