@@ -174,6 +174,18 @@ impl Disk {
         let mut frontend = Frontend::connect(path, PATIENCE)?;
         frontend.piece_bytes = options.piece_bytes;
         let features = negotiate_features(&mut frontend, options)?;
+        Self::assemble(frontend, options, features)
+    }
+
+    /// Memory and rings for a connection on which these features were negotiated.
+    ///
+    /// # Errors
+    /// See [`DiskError`].
+    pub fn assemble(
+        frontend: Frontend,
+        options: &Options,
+        features: u64,
+    ) -> Result<Self, DiskError> {
         let mut layout = vec![
             (LOW, LOW_BYTES, 0),
             (DATA, DATA_BYTES, 0x1_0000),

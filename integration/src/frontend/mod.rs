@@ -69,6 +69,8 @@ pub struct Frontend {
     pub protocol_features: u64,
     /// Send each message in pieces of so many bytes.
     pub piece_bytes: Option<usize>,
+    /// Questions ask for an acknowledgement too, as some frontends' do; their answer is it.
+    pub questions_need_reply: bool,
 }
 
 impl Frontend {
@@ -87,6 +89,7 @@ impl Frontend {
                         stream,
                         protocol_features: 0,
                         piece_bytes: None,
+                        questions_need_reply: false,
                     });
                 }
                 Err(e) if Instant::now() >= deadline => return Err(e.into()),
@@ -196,7 +199,12 @@ impl Frontend {
         body: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<Vec<u8>, FrontendError> {
-        self.send(&message::encode(request, VERSION, body), fds)?;
+        let flags = if self.questions_need_reply {
+            VERSION | FLAG_NEED_REPLY
+        } else {
+            VERSION
+        };
+        self.send(&message::encode(request, flags, body), fds)?;
         self.answer(request)
     }
 
