@@ -66,7 +66,8 @@ fn volumes(volumes: &[VolumeEntry]) -> String {
         return "  none\n".to_owned();
     }
     let mut rows = vec![row(&[
-        "NAME", "STATE", "SIZE", "KEY", "QUEUES", "OK", "FAILED", "READ", "WRITTEN", "SOCKET",
+        "NAME", "STATE", "HELD", "SIZE", "KEY", "QUEUES", "OK", "FAILED", "READ", "WRITTEN",
+        "SOCKET",
     ])];
     for entry in volumes {
         rows.push(volume_row(entry));
@@ -92,6 +93,7 @@ fn volume_row(entry: &VolumeEntry) -> Vec<String> {
                 retired => format!("{} ({retired} retired)", state.running_queues),
             };
             cells.extend([
+                held_word(state).to_owned(),
                 if state.attached {
                     size(state.capacity_bytes)
                 } else {
@@ -105,7 +107,7 @@ fn volume_row(entry: &VolumeEntry) -> Vec<String> {
                 size(state.written_bytes),
             ]);
         }
-        None => cells.extend(row(&["?"; 7])),
+        None => cells.extend(row(&["?"; 8])),
     }
     cells.push(printable(&entry.socket_path));
     cells
@@ -119,6 +121,15 @@ fn state_word(state: Option<&VolumeStatus>) -> &'static str {
         Some(state) if !state.attached => "detached",
         Some(state) if state.connected => "connected",
         Some(_) => "waiting",
+    }
+}
+
+/// Whether the host holds the volume, in one word.
+fn held_word(state: &VolumeStatus) -> &'static str {
+    match (state.holds_volume, state.waits_for_volume) {
+        (true, _) => "yes",
+        (false, true) => "waits", // somebody else does
+        (false, false) => "no",
     }
 }
 
@@ -170,6 +181,8 @@ fn state_json(state: &VolumeStatus) -> Json {
         ("attached", Json::Bool(state.attached)),
         ("connected", Json::Bool(state.connected)),
         ("capacity_bytes", Json::Number(state.capacity_bytes)),
+        ("holds_volume", Json::Bool(state.holds_volume)),
+        ("waits_for_volume", Json::Bool(state.waits_for_volume)),
         ("encrypted", Json::Bool(state.encrypted)),
         ("running_queues", Json::Number(state.running_queues.into())),
         ("retired_queues", Json::Number(state.retired_queues.into())),

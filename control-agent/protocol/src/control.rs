@@ -137,4 +137,11 @@ pub struct VolumeStatus {
     /// Capacity that the frontend sees, in bytes; zero while it is not attached.
     #[n(11)]
     pub capacity_bytes: u64,
+    /// This host holds the volume: nobody else's data plane may write to it meanwhile.
+    #[n(12)]
+    pub holds_volume: bool,
+    /// Queues were started and are not served yet, because somebody else holds the volume: another
+    /// host that a guest migrates from, or an export.
+    #[n(13)]
+    pub waits_for_volume: bool,
 }

@@ -34,6 +34,8 @@ fn one(id: VolumeId, volume: &Volume, server: &Server) -> VolumeStatus {
         written_bytes: 0,
         fault: None,
         capacity_bytes: 0,
+        holds_volume: false,
+        waits_for_volume: false,
     };
     let Some((device_id, device)) = volume.served() else {
         return status;
@@ -43,6 +45,8 @@ fn one(id: VolumeId, volume: &Volume, server: &Server) -> VolumeStatus {
     status.connected = now.connected;
     status.running_queues = now.running_queues;
     status.retired_queues = now.retired_queues;
+    status.holds_volume = now.holds_volume;
+    status.waits_for_volume = now.waits_for_volume;
     status.capacity_bytes = device.capacity_sectors() * SECTOR_BYTES;
     status.requests_ok = device.metrics.requests_ok.get();
     status.requests_failed = device.metrics.requests_failed.get();

@@ -118,8 +118,8 @@ impl Volume {
     /// Gives the served volume the greater capacity of a grant that is otherwise the one held: the
     /// frontend stays, and hears of it. The key that came with the grant has to be the one in use.
     /// On an error all is as before.
-    fn grow(&mut self, new: &Held) -> Result<(), String> {
-        let Serving::Yes(_, device) = &self.serving else {
+    fn grow(&mut self, server: &mut Server, new: &Held) -> Result<(), String> {
+        let Serving::Yes(id, device) = &self.serving else {
             return Err("it is not served".to_owned());
         };
         let same_key = match (&device.cipher, &new.key) {
@@ -134,9 +134,7 @@ impl Volume {
                     .to_owned(),
             );
         }
-        device
-            .resize(capacity_sectors(&new.grant))
-            .map_err(|e| e.to_string())?;
+        server.resize(*id, capacity_sectors(&new.grant))?;
         tracing::info!(volume = %new.grant.volume, bytes = new.grant.size_bytes, "volume grew");
         self.held.grant = new.grant.clone();
         Ok(())
@@ -232,7 +230,7 @@ impl Volumes {
             return answers.granted(keyd, id);
         }
         if only_grew(&volume.held.grant, &new.grant) && volume.served().is_some() {
-            return match volume.grow(&new) {
+            return match volume.grow(server, &new) {
                 Ok(()) => answers.granted(keyd, id),
                 Err(reason) => answers.grant_refused(keyd, id, reason),
             };

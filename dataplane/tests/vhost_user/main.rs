@@ -5,4 +5,3 @@ mod messages;
 mod negotiation;
 mod queues;
 mod rig;
-mod shared;

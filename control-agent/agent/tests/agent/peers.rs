@@ -327,6 +327,8 @@ impl Peers {
             written_bytes: 0,
             fault: Some("a fault\x1b[2J".to_owned()),
             capacity_bytes: 0,
+            holds_volume: false,
+            waits_for_volume: false,
         }
     }
 }

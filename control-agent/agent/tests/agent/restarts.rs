@@ -8,7 +8,7 @@ use bulkhead_bundle::HostBundle;
 use bulkhead_protocol::admin::AdminReply;
 use bulkhead_protocol::rot::Role;
 
-use crate::bundles::{bundle, encrypted, id, mallory, signed, volume};
+use crate::bundles::{SIZE_BYTES, bundle, encrypted, id, mallory, signed, volume};
 use crate::peers::Halt;
 use crate::world::{World, start_in_vain};
 
@@ -109,6 +109,58 @@ fn killed_while_volumes_move() {
 fn killed_before_the_last_step() {
     killed_at("rot unbind vm2", false, 2);
     killed_at("rot unbind vm2", true, 2);
+}
+
+#[test]
+fn killed_while_a_volume_grows() {
+    for handled in [false, true] {
+        let mut world = World::new();
+        world.apply_fully(&first());
+        world.peers.connected.insert(id(1));
+        world.make_file("disk1.img", 2 * SIZE_BYTES);
+        let mut grown = encrypted(1);
+        grown.size_bytes *= 2;
+        let second = bundle(2, vec![grown, volume(2)]);
+        world.peers.halt = Some(Halt {
+            at: "keyd accept 2".to_owned(),
+            handled,
+        });
+        let _client = world.send_apply(&signed(&second), false);
+        world.drive("accept", |world| world.peers.halted);
+        world.kill();
+        world.peers.halt = None;
+        world.start();
+        world.settle(2);
+        is_what_it_says(&world, &second);
+        assert_eq!(world.peers.granted[&id(1)].size_bytes, 2 * SIZE_BYTES);
+        assert!(world.peers.connected.contains(&id(1)), "{handled}");
+        assert_eq!(world.count("dataplane detach"), 0, "{handled}");
+    }
+}
+
+#[test]
+fn a_growth_that_the_data_plane_refuses_waits_for_its_file() {
+    let mut world = World::new();
+    world.apply_fully(&first());
+    world.peers.connected.insert(id(1));
+    world.make_file("disk1.img", 2 * SIZE_BYTES);
+    // The agent saw it long enough; the data plane, a moment later, does not.
+    world.peers.too_short.insert(id(1));
+    let mut grown = encrypted(1);
+    grown.size_bytes *= 2;
+    let second = bundle(2, vec![grown, volume(2)]);
+    let AdminReply::Applied { pending, .. } = world.apply(&signed(&second)) else {
+        panic!("not applied");
+    };
+    assert!(
+        pending.iter().any(|line| line.contains("disk1: ")),
+        "{pending:?}"
+    );
+    assert!(world.peers.connected.contains(&id(1)));
+    world.peers.too_short.clear();
+    world.settle(2);
+    assert_eq!(world.peers.granted[&id(1)].size_bytes, 2 * SIZE_BYTES);
+    assert!(world.peers.connected.contains(&id(1)));
 }
 
 #[test]

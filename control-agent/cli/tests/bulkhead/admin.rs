@@ -228,10 +228,14 @@ fn status() -> HostStatus {
         written_bytes: 1 << 20,
         fault: None,
         capacity_bytes: 64 << 20,
+        holds_volume: true,
+        waits_for_volume: false,
     };
     let failed = VolumeStatus {
         volume: VolumeId([2; 16]),
         fault: Some("the file \"shrank\"\n".to_owned()),
+        holds_volume: false,
+        waits_for_volume: true,
         ..serving.clone()
     };
     HostStatus {
@@ -263,10 +267,10 @@ fn status_is_a_table() {
         "host    host-a\nepoch   7 (the next is above 7)\ndigest  {digest}\n\n\
          processes\n  ROLE  PID   GENERATION  MEASUREMENT\n  keyd  4242  2           1111111111111111\n\n\
          volumes\n\
-         \x20 NAME   STATE      SIZE    KEY   QUEUES         OK  FAILED  READ   WRITTEN  SOCKET\n\
-         \x20 disk1  connected  64 MiB  held  4 (1 retired)  12  3       8 KiB  1 MiB    /run/bulkhead/vhost/vm1.sock\n\
-         \x20 disk2  failed     64 MiB  held  4 (1 retired)  12  3       8 KiB  1 MiB    /run/bulkhead/vhost/vm2.sock\n\
-         \x20 disk3  unknown    ?       ?     ?              ?   ?       ?      ?        /run/bulkhead/vhost/vm3.sock\n\
+         \x20 NAME   STATE      HELD   SIZE    KEY   QUEUES         OK  FAILED  READ   WRITTEN  SOCKET\n\
+         \x20 disk1  connected  yes    64 MiB  held  4 (1 retired)  12  3       8 KiB  1 MiB    /run/bulkhead/vhost/vm1.sock\n\
+         \x20 disk2  failed     waits  64 MiB  held  4 (1 retired)  12  3       8 KiB  1 MiB    /run/bulkhead/vhost/vm2.sock\n\
+         \x20 disk3  unknown    ?      ?       ?     ?              ?   ?       ?      ?        /run/bulkhead/vhost/vm3.sock\n\
          \x20 disk2: the file \"shrank\"\\n\n\n\
          pending: failed, and tried again\n  attach disk3: no such file\n",
         digest = "ab".repeat(48)
@@ -305,17 +309,17 @@ fn status_is_json_for_programs() {
             VolumeId([number; 16])
         )
     };
-    let state = |fault: &str| {
+    let state = |fault: &str, holds: bool, waits: bool| {
         format!(
-            r#"{{"attached":true,"connected":true,"capacity_bytes":67108864,"encrypted":true,"running_queues":4,"retired_queues":1,"requests_ok":12,"requests_failed":3,"read_bytes":8192,"written_bytes":1048576,"fault":{fault}}}"#
+            r#"{{"attached":true,"connected":true,"capacity_bytes":67108864,"holds_volume":{holds},"waits_for_volume":{waits},"encrypted":true,"running_queues":4,"retired_queues":1,"requests_ok":12,"requests_failed":3,"read_bytes":8192,"written_bytes":1048576,"fault":{fault}}}"#
         )
     };
     let expected = format!(
         r#"{{"host":"host-a","epoch":7,"epoch_floor":7,"digest":"{}","processes":[{{"role":"keyd","pid":4242,"generation":2,"measurement":"{}"}}],"volumes":[{},{},{}],"pending":["attach disk3: no such file"]}}"#,
         "ab".repeat(48),
         "11".repeat(48),
-        volume(1, &state("null")),
-        volume(2, &state(r#""the file \"shrank\"\u000a""#)),
+        volume(1, &state("null", true, false)),
+        volume(2, &state(r#""the file \"shrank\"\u000a""#, false, true)),
         volume(3, "null"),
     );
     assert_eq!(ended.stdout, format!("{expected}\n"));

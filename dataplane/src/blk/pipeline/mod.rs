@@ -31,8 +31,8 @@ use flight::{Flight, Memory, Stage, data, token, untoken};
 
 /// First bit that a token of this module never has.
 pub const TOKEN_BITS: u32 = 56;
-/// How often a transfer is tried again.
-const MAX_RETRIES: u8 = 16;
+/// How often the transfers of one request are tried again.
+const MAX_RETRIES: u32 = 16;
 
 /// All requests under way on a worker, and what they need.
 #[derive(Debug)]
@@ -161,6 +161,7 @@ impl Pipeline {
         flight.bytes = bytes;
         flight.submitted = 0;
         flight.outstanding = 0;
+        flight.retries = 0;
         flight.failed = false;
         flight.durable = start.durable;
         // What was written before the driver chose write-through is to be stable no later.
@@ -194,7 +195,6 @@ impl Pipeline {
             offset_bytes,
             bytes: flight.bytes,
             buffer: Buffer::Guest(std::mem::take(buffer)),
-            retries: 0,
         };
         flight.submitted = flight.bytes;
         self.submit(index, 0, transfer);
@@ -306,7 +306,6 @@ impl Pipeline {
                 offset_bytes,
                 bytes: u64::from(bytes),
                 buffer: Buffer::Staging(chunk),
-                retries: 0,
             };
             if !self.submit(index, at, transfer) {
                 return;
@@ -328,7 +327,7 @@ impl Pipeline {
     fn take_in(&mut self, completion: Completion) -> Option<Landed> {
         let Completion {
             token,
-            mut transfer,
+            transfer,
             done,
         } = completion;
         let (index, at) = untoken(token);
@@ -337,9 +336,9 @@ impl Pipeline {
         let result = transfer.judge(done);
         if let Err(errno) = result
             && is_temporary(transfer.action, errno)
-            && transfer.retries < MAX_RETRIES
+            && flight.retries < MAX_RETRIES
         {
-            transfer.retries += 1;
+            flight.retries += 1;
             self.give(token, transfer);
             return None;
         }

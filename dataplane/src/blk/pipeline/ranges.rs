@@ -104,7 +104,6 @@ impl Pipeline {
                     offset_bytes: range.offset_bytes,
                     bytes: range.bytes,
                     buffer: Buffer::None,
-                    retries: 0,
                 },
                 Step::Written => {
                     let Some(mut chunk) = self.staging.take(range.bytes) else {
@@ -123,7 +122,6 @@ impl Pipeline {
                         offset_bytes: range.offset_bytes,
                         bytes,
                         buffer: Buffer::Staging(chunk),
-                        retries: 0,
                     }
                 }
             };
