@@ -111,7 +111,10 @@ impl<'a> BundleSpec<'a> {
 /// A host in a folder.
 #[derive(Debug)]
 pub struct Host {
+    name: String,
     dir: PathBuf,
+    /// Where its volumes lie: another host's may lie there as well.
+    volumes: PathBuf,
     bin_dir: PathBuf,
     rot: Option<Process>,
 }
@@ -148,8 +151,27 @@ impl Host {
     /// # Errors
     /// See [`HostError`].
     pub fn create_with(dir: &Path, bin_dir: &Path) -> Result<Self, HostError> {
+        Self::create_named(HOST, dir, &dir.join("volumes"), bin_dir)
+    }
+
+    /// Another host beside this one, with a folder and keys of its own, on the same shared volumes.
+    ///
+    /// # Errors
+    /// See [`HostError`].
+    pub fn beside(&self, name: &str, dir: &Path) -> Result<Self, HostError> {
+        Self::create_named(name, dir, &self.volumes, &self.bin_dir)
+    }
+
+    fn create_named(
+        name: &str,
+        dir: &Path,
+        volumes: &Path,
+        bin_dir: &Path,
+    ) -> Result<Self, HostError> {
         let host = Self {
+            name: name.to_owned(),
             dir: dir.to_owned(),
+            volumes: volumes.to_owned(),
             bin_dir: bin_dir.to_owned(),
             rot: None,
         };
@@ -181,7 +203,7 @@ impl Host {
             "host",
             "init",
             "--name",
-            HOST,
+            name,
             "--state-dir",
             "state",
             "--uid",
@@ -205,7 +227,7 @@ impl Host {
     /// The file of a volume.
     #[must_use]
     pub fn image(&self, volume: &str) -> PathBuf {
-        self.dir.join("volumes").join(format!("{volume}.img"))
+        self.volumes.join(format!("{volume}.img"))
     }
 
     /// The socket of a volume.
@@ -326,7 +348,7 @@ impl Host {
         let mut command = Command::new(self.bin_dir.join("bulkhead-rot"));
         command
             .current_dir(&self.dir)
-            .args(["--host", HOST, "--trust", "trust.toml"])
+            .args(["--host", &self.name, "--trust", "trust.toml"])
             .arg("--bin-dir")
             .arg(&self.bin_dir)
             .arg("--state-dir")
@@ -334,7 +356,7 @@ impl Host {
             .arg("--run-dir")
             .arg(self.path("run"))
             .arg("--volume-dir")
-            .arg(self.path("volumes"));
+            .arg(&self.volumes);
         if is_root() {
             for (role, uid) in UIDS {
                 command.arg(format!("--{role}-uid")).arg(uid.to_string());

@@ -4,10 +4,12 @@
 //! - [`boot`]: the kernel's ELF and its modules, unpacked from Debian's package into a cache folder.
 //! - [`cpio`]: the archive format of initial ram disks.
 //! - [`image`]: what lies in the guest's root: busybox, modules, host programs with their libraries.
+//! - [`qmp`]: commands to a running QEMU.
 
 pub mod boot;
 pub mod cpio;
 pub mod image;
+pub mod qmp;
 
 use std::fs;
 use std::io;
@@ -56,6 +58,8 @@ pub enum GuestDisk {
         socket: PathBuf,
         /// Request queues.
         queues: u16,
+        /// Packed rings are offered to the guest, if the back-end has them.
+        packed: bool,
     },
     /// A file, served by QEMU itself.
     Raw(PathBuf),
@@ -78,6 +82,29 @@ pub struct GuestSpec<'a> {
     pub modules: &'a [&'a str],
     /// The uid that QEMU runs as; none: ours.
     pub uid: Option<u32>,
+    /// The machine around it.
+    pub machine: Machine,
+}
+
+/// What may be different about a guest's machine.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    /// Its processors. A disk has no more queues in the guest than there are of them.
+    pub cpus: u16,
+    /// Where QEMU listens for commands ([`qmp`]).
+    pub qmp: Option<PathBuf>,
+    /// The socket on which another QEMU hands its guest over; the guest doesn't boot.
+    pub incoming: Option<PathBuf>,
+}
+
+impl Default for Machine {
+    fn default() -> Self {
+        Self {
+            cpus: 1,
+            qmp: None,
+            incoming: None,
+        }
+    }
 }
 
 /// A running guest. It ends with the value.
@@ -106,6 +133,7 @@ impl Guest {
             .args(["-display", "none", "-serial", "stdio", "-monitor", "none"])
             .args(["-machine", "q35,memory-backend=memory"])
             .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-m", MEMORY])
+            .args(["-smp", &spec.machine.cpus.to_string()])
             .arg("-object")
             .arg(format!(
                 "memory-backend-memfd,id=memory,size={MEMORY},share=on"
@@ -118,6 +146,13 @@ impl Guest {
             .arg(command_line());
         for (index, disk) in spec.disks.iter().enumerate() {
             command.args(disk_arguments(index, disk));
+        }
+        if let Some(socket) = &spec.machine.qmp {
+            let socket = format!("unix:{},server=on,wait=off", socket.display());
+            command.args(["-qmp", &socket]);
+        }
+        if let Some(socket) = &spec.machine.incoming {
+            command.args(["-incoming", &format!("unix:{}", socket.display())]);
         }
         if let Some(uid) = spec.uid {
             use std::os::unix::process::CommandExt as _;
@@ -199,14 +234,21 @@ pub fn value_in(console: &str, name: &str) -> Option<String> {
 
 fn disk_arguments(index: usize, disk: &GuestDisk) -> Vec<String> {
     match disk {
-        GuestDisk::VhostUser { socket, queues } => vec![
+        GuestDisk::VhostUser {
+            socket,
+            queues,
+            packed,
+        } => vec![
             "-chardev".to_owned(),
             format!(
                 "socket,id=c{index},path={},reconnect-ms=1000",
                 socket.display()
             ),
             "-device".to_owned(),
-            format!("vhost-user-blk-pci,chardev=c{index},num-queues={queues}"),
+            format!(
+                "vhost-user-blk-pci,chardev=c{index},num-queues={queues},packed={}",
+                if *packed { "on" } else { "off" }
+            ),
         ],
         GuestDisk::Raw(path) => vec![
             "-drive".to_owned(),

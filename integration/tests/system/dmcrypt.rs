@@ -2,7 +2,7 @@
 //! the parameters that `bulkhead volume recover` gives, and holds the bytes that were written.
 
 use bulkhead_integration::disk::{Disk, Options};
-use bulkhead_integration::guest::{BOOT_PATIENCE, Guest, GuestDisk, GuestSpec};
+use bulkhead_integration::guest::{BOOT_PATIENCE, Guest, GuestDisk, GuestSpec, Machine};
 use bulkhead_integration::host::{BundleSpec, Host, VolumeSpec};
 use bulkhead_integration::random::Random;
 
@@ -62,6 +62,7 @@ fn opens(data_unit: u32) -> Outcome {
         files: &[("key", key), ("expected", bytes)],
         modules: &["dm_mod", "dm_crypt", "xts", "aesni_intel"],
         uid: None,
+        machine: Machine::default(),
     };
     let mut guest = Guest::start(&boot()?, &spec)?;
     let console = guest.finish(BOOT_PATIENCE)?;

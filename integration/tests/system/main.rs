@@ -6,8 +6,10 @@
 mod dmcrypt;
 mod guests;
 mod isolation;
+mod migration;
 mod refusals;
 mod support;
+mod whole_disk;
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -31,6 +33,8 @@ fn main() {
     let arguments = Arguments::from_args();
     let tables = [
         guests::TESTS,
+        whole_disk::TESTS,
+        migration::TESTS,
         dmcrypt::TESTS,
         refusals::TESTS,
         isolation::TESTS,

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use bulkhead_integration::guest::boot::Boot;
-use bulkhead_integration::guest::{Guest, GuestDisk, GuestSpec, QEMU};
+use bulkhead_integration::guest::{Guest, GuestDisk, GuestSpec, Machine, QEMU};
 use bulkhead_integration::host::own_uid;
-use bulkhead_integration::processes::{binary_dir, installed};
+use bulkhead_integration::processes::{binary, binary_dir, installed};
 use tempfile::TempDir;
 
 use crate::Need;
@@ -54,7 +54,11 @@ pub fn guest(
     queues: u16,
     script: &str,
 ) -> Result<Guest, Box<dyn Error>> {
-    let disks = [GuestDisk::VhostUser { socket, queues }];
+    let disks = [GuestDisk::VhostUser {
+        socket,
+        queues,
+        packed: false,
+    }];
     guest_with(dir, &disks, script)
 }
 
@@ -68,8 +72,15 @@ pub fn guest_with(dir: &Path, disks: &[GuestDisk], script: &str) -> Result<Guest
         files: &[],
         modules: &[],
         uid: None,
+        machine: Machine::default(),
     };
     Ok(Guest::start(&boot()?, &spec)?)
+}
+
+/// The program that works on a guest's disk, as one of the guest's files.
+pub fn guest_io() -> Result<(&'static str, Vec<u8>), Box<dyn Error>> {
+    let path = binary("guest-io", "bulkhead-integration")?;
+    Ok(("/bin/guest-io", std::fs::read(path)?))
 }
 
 /// An error unless something holds.

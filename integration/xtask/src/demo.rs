@@ -10,7 +10,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use bulkhead_integration::guest::boot::Boot;
-use bulkhead_integration::guest::{BOOT_PATIENCE, Guest, GuestDisk, GuestSpec, value_in};
+use bulkhead_integration::guest::{BOOT_PATIENCE, Guest, GuestDisk, GuestSpec, Machine, value_in};
 use bulkhead_integration::host::{BundleSpec, Host, HostError, VolumeSpec, own_uid};
 use bulkhead_integration::{processes, workload};
 use nix::sys::signal::{SigSet, Signal};
@@ -181,6 +181,7 @@ fn start_guest(host: &Host, boot: &Boot, script: &str) -> Result<Guest, Box<dyn 
     let disks = [GuestDisk::VhostUser {
         socket: host.socket("disk"),
         queues: 1,
+        packed: false,
     }];
     let spec = GuestSpec {
         dir: host.dir(),
@@ -190,6 +191,7 @@ fn start_guest(host: &Host, boot: &Boot, script: &str) -> Result<Guest, Box<dyn 
         files: &[],
         modules: &[],
         uid: None,
+        machine: Machine::default(),
     };
     Ok(Guest::start(boot, &spec)?)
 }
