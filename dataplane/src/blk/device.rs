@@ -109,6 +109,8 @@ pub struct BlkDevice {
     capacity_sectors: AtomicU64,
     /// The driver's cache mode: completed writes may be volatile until a flush.
     writeback: AtomicBool,
+    /// The driver chose it, and did not just begin with it.
+    writeback_chosen: AtomicBool,
     /// How often the driver changed to write-through, and up to which of these what was written before
     /// is stable.
     settle_wanted: AtomicU64,
@@ -137,6 +139,7 @@ impl BlkDevice {
             metrics: Metrics::default(),
             capacity_sectors: AtomicU64::new(capacity_sectors),
             writeback: AtomicBool::new(true),
+            writeback_chosen: AtomicBool::new(false),
             settle_wanted: AtomicU64::new(0),
             settled: AtomicU64::new(0),
             flushing: AtomicBool::new(false),
@@ -190,20 +193,29 @@ impl BlkDevice {
         self.writeback.load(Ordering::Acquire)
     }
 
-    /// Chooses the cache mode. After a change to write-through, the first write that is completed makes
-    /// stable what was written before, too.
+    /// The driver chooses the cache mode. After a change to write-through, the first write that is
+    /// completed makes stable what was written before, too.
+    ///
+    /// It holds until it chooses another, or [`BlkDevice::reset`]: a frontend that stops and starts its
+    /// queues, or connects anew, does not say it again.
     pub fn set_writeback(&self, writeback: bool) {
+        self.writeback_chosen.store(true, Ordering::Release);
+        self.change_writeback(writeback);
+    }
+
+    fn change_writeback(&self, writeback: bool) {
         if !writeback && self.writeback() {
             self.settle_wanted.fetch_add(1, Ordering::AcqRel);
         }
         self.writeback.store(writeback, Ordering::Release);
     }
 
-    /// A driver negotiated these features: without a way to flush it begins in write-through mode
-    /// (virtio 1.2, 5.2.5.2). May be called again with the same.
+    /// A driver negotiated these features: unless it has chosen the cache mode, it begins with write-back,
+    /// or with write-through if it has no way to flush (virtio 1.2, 5.2.5.2).
     pub fn negotiated(&self, features: u64) {
-        if features & feature::CONFIG_WCE != 0 && features & feature::FLUSH == 0 {
-            self.set_writeback(false);
+        if !self.writeback_chosen.load(Ordering::Acquire) {
+            let bare = features & feature::CONFIG_WCE != 0 && features & feature::FLUSH == 0;
+            self.change_writeback(!bare);
         }
     }
 
@@ -244,9 +256,11 @@ impl BlkDevice {
         self.lacks.fetch_or(lack as u8, Ordering::Relaxed) & lack as u8 != 0
     }
 
-    /// What a reset of the device puts back. A failed flush stays failed: what it lost stays lost.
+    /// What a reset of the device puts back: the cache mode is write-back until the driver says
+    /// otherwise. A failed flush stays failed: what it lost stays lost.
     pub fn reset(&self) {
-        self.set_writeback(true);
+        self.writeback_chosen.store(false, Ordering::Release);
+        self.change_writeback(true);
     }
 
     /// Whether a flush failed since it was attached.

@@ -1,5 +1,6 @@
 //! The vhost-user protocol: streams in pieces, and a session without sockets and workers.
 
+mod configuration;
 mod framing;
 mod messages;
 mod negotiation;

@@ -113,3 +113,9 @@ pub fn with_fd(index: u64) -> Vec<u8> {
 pub fn without_fd(index: u64) -> Vec<u8> {
     words(&[index | 0x100])
 }
+
+/// A body of GET_CONFIG and SET_CONFIG.
+pub fn config(offset: u32, payload: &[u8]) -> Vec<u8> {
+    let size = u32::try_from(payload.len()).expect("short");
+    [halves(&[offset, size, 0]), payload.to_vec()].concat()
+}

@@ -4,13 +4,8 @@ use bulkhead_dataplane::blk::config_space;
 use bulkhead_dataplane::vhost_user::message::code;
 use bulkhead_dataplane::vhost_user::{feature, protocol_feature};
 
-use crate::messages::{DEVICE_FEATURES, QUEUES, SPLIT, event, facts, halves, words};
+use crate::messages::{DEVICE_FEATURES, QUEUES, SPLIT, config, event, facts, halves, words};
 use crate::rig::{Answer, Rig, ack};
-
-fn config(offset: u32, payload: &[u8]) -> Vec<u8> {
-    let size = u32::try_from(payload.len()).expect("short");
-    [halves(&[offset, size, 0]), payload.to_vec()].concat()
-}
 
 #[test]
 fn questions_are_answered_before_anything_was_negotiated() {

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
 
 use bulkhead_dataplane::vhost_user::message::{ProtocolError, code};
-use bulkhead_dataplane::vhost_user::{Outbox, Session, protocol_feature};
+use bulkhead_dataplane::vhost_user::{Facts, Outbox, Session, protocol_feature};
 use bulkhead_dataplane::worker::message::{FromWorker, QueueId, ToWorker};
 
 use crate::messages::{
@@ -37,8 +37,13 @@ pub struct Rig {
 impl Rig {
     /// Nothing was said yet.
     pub fn new() -> Self {
+        Self::of(facts())
+    }
+
+    /// Nothing was said yet of this device.
+    pub fn of(facts: Facts) -> Self {
         Self {
-            session: Session::new(facts()),
+            session: Session::new(facts),
             to_worker: VecDeque::new(),
             last_code: 0,
         }
@@ -46,7 +51,12 @@ impl Rig {
 
     /// Acknowledgements are negotiated.
     pub fn negotiated() -> Self {
-        let mut rig = Self::new();
+        Self::negotiated_of(facts())
+    }
+
+    /// Acknowledgements are negotiated with this device.
+    pub fn negotiated_of(facts: Facts) -> Self {
+        let mut rig = Self::of(facts);
         rig.quietly(code::SET_FEATURES, words(&[SPLIT]), vec![]);
         let protocol = words(&[protocol_feature::OFFERED]);
         assert_eq!(

@@ -264,9 +264,16 @@ fn a_write_is_durable_without_flush_or_by_choice() {
     assert!(!is_durable(&device, feature::FLUSH));
     device.set_writeback(false);
     assert!(is_durable(&device, feature::FLUSH));
-    device.set_writeback(true);
+    // What a driver begins with, ...
+    device.reset();
     device.negotiated(feature::FLUSH | feature::CONFIG_WCE);
     assert!(device.writeback());
     device.negotiated(feature::CONFIG_WCE);
+    assert!(!device.writeback());
+    device.negotiated(feature::FLUSH | feature::CONFIG_WCE);
+    assert!(device.writeback());
+    // ... and what it chose, which a frontend that starts its queues anew does not say again.
+    device.set_writeback(false);
+    device.negotiated(feature::FLUSH | feature::CONFIG_WCE);
     assert!(!device.writeback());
 }

@@ -271,7 +271,10 @@ impl Session {
             }
             Request::GetInflightFd(asked) => self.get_inflight(asked),
             Request::SetInflightFd(given, fd) => self.set_inflight(given, &fd),
-            Request::ResetDevice => Ok(self.reset(out)),
+            Request::ResetDevice => {
+                self.facts.device.reset();
+                Ok(self.reset(out))
+            }
             Request::SetStatus(status) => self.set_status(status, out),
             Request::GetStatus => Ok(word(u64::from(self.status))),
             // SET_LOG_FD: whoever reads the log looks at it when it needs it.
@@ -279,7 +282,8 @@ impl Session {
         }
     }
 
-    /// SET_STATUS; 0 resets the device (virtio 1.2, 2.1).
+    /// SET_STATUS; 0 resets the device (virtio 1.2, 2.1), but not its cache mode: QEMU also sends it when
+    /// it pauses a guest, which goes on in the mode that it has chosen.
     fn set_status(&mut self, status: u64, out: &mut Outbox) -> Outcome {
         self.status = u8::try_from(status)
             .map_err(|_| format!("the status {status:#x} has more than 8 bits"))?;
@@ -321,6 +325,7 @@ impl Session {
         if running && (features ^ self.features) & !feature::LOG_ALL != 0 {
             return Err("features can't change while a queue runs".to_owned());
         }
+        self.facts.device.negotiated(features);
         if features == self.features {
             return Ok(Handled::Done);
         }
