@@ -28,12 +28,14 @@ pub mod feature {
     pub const BLK_MQ: u64 = 1 << 12;
     pub const BLK_DISCARD: u64 = 1 << 13;
     pub const BLK_WRITE_ZEROES: u64 = 1 << 14;
+    pub const LOG_ALL: u64 = 1 << 26;
     pub const INDIRECT_DESC: u64 = 1 << 28;
     pub const EVENT_IDX: u64 = 1 << 29;
     pub const PROTOCOL_FEATURES: u64 = 1 << 30;
     pub const VERSION_1: u64 = 1 << 32;
     pub const RING_PACKED: u64 = 1 << 34;
     pub const IN_ORDER: u64 = 1 << 35;
+    pub const RING_RESET: u64 = 1 << 40;
 }
 
 /// First region: rings, headers, status bytes.
@@ -174,6 +176,18 @@ impl Disk {
         let mut frontend = Frontend::connect(path, PATIENCE)?;
         frontend.piece_bytes = options.piece_bytes;
         let features = negotiate_features(&mut frontend, options)?;
+        Self::assemble(frontend, options, features)
+    }
+
+    /// Memory and rings for a connection on which these features were negotiated.
+    ///
+    /// # Errors
+    /// See [`DiskError`].
+    pub fn assemble(
+        frontend: Frontend,
+        options: &Options,
+        features: u64,
+    ) -> Result<Self, DiskError> {
         let mut layout = vec![
             (LOW, LOW_BYTES, 0),
             (DATA, DATA_BYTES, 0x1_0000),

@@ -14,10 +14,10 @@
 //! [`lock_process`] runs first, while there is one thread. It leaves CAP_IPC_LOCK, if the process has
 //! it, so that workers can still make rings whose memory does not count as locked; each thread drops it
 //! with [`lock_worker_thread`] or [`lock_control_thread`], when it has made what it needs.
-#![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 pub mod calls;
+mod heap;
 
 use std::io;
 
@@ -93,6 +93,7 @@ pub fn lock_control_thread() -> Result<(), SandboxError> {
 
 fn lock_thread(kind: ThreadKind) -> Result<(), SandboxError> {
     keep_capabilities(&[])?;
+    heap::never_shrink();
     let filter = SeccompFilter::new(
         calls::allowed(kind)?,
         SeccompAction::KillProcess,

@@ -49,6 +49,8 @@ pub struct Transfer {
     pub bytes: u64,
     /// With which buffer.
     pub buffer: Buffer,
+    /// How often it was tried again: all that changes on the way.
+    pub retries: u8,
 }
 
 /// What a storage has done: so many bytes, or an errno.
@@ -74,6 +76,7 @@ impl Transfer {
             offset_bytes: 0,
             bytes: 0,
             buffer: Buffer::None,
+            retries: 0,
         }
     }
 

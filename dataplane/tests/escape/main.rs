@@ -143,11 +143,22 @@ fn attempt_on(kind: ThreadKind, what: &str) {
     if what == ABORT {
         std::process::abort();
     }
+    use_memory();
     if let Some(attempt) = ATTEMPTS.iter().find(|attempt| attempt.name == what) {
         let result = attempts::call(attempt.number, attempt.arguments);
         eprintln!("the call returned {result}");
     }
     std::process::exit(SURVIVED);
+}
+
+/// Allocates and frees as a guest with long chains has us do it: small things among large ones, then none.
+fn use_memory() {
+    for bytes in [1 << 12, 100_000, 1 << 20, 8 << 20] {
+        for _ in 0..4 {
+            let blocks: Vec<Vec<u8>> = (0..16).map(|i| vec![1; bytes / (1 + i)]).collect();
+            std::hint::black_box(&blocks);
+        }
+    }
 }
 
 /// Makes every call that is not on the list, each in a process of its own.

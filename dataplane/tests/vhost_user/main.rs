@@ -6,3 +6,4 @@ mod messages;
 mod negotiation;
 mod queues;
 mod rig;
+mod shared;

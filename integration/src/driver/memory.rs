@@ -110,18 +110,23 @@ impl GuestMemory {
     /// # Errors
     /// What making or mapping a memfd fails with.
     pub fn new(layout: &[(u64, u64, u64)]) -> io::Result<Self> {
-        let regions = layout
-            .iter()
-            .zip(0u64..)
-            .map(|(&(guest_addr, size_bytes, mmap_offset), i)| {
-                Region::new(RegionEntry {
-                    guest_addr,
-                    size_bytes,
-                    user_addr: 0x7e00_0000_0000 + i * 0x10_0000_0000,
-                    mmap_offset,
-                })
-            })
-            .collect::<io::Result<_>>()?;
+        let entries = layout.iter().zip(0u64..);
+        let entries = entries.map(|(&(guest_addr, size_bytes, mmap_offset), i)| RegionEntry {
+            guest_addr,
+            size_bytes,
+            user_addr: 0x7e00_0000_0000 + i * 0x10_0000_0000,
+            mmap_offset,
+        });
+        Self::with_regions(&entries.collect::<Vec<_>>())
+    }
+
+    /// Memory with these regions, a new file for each.
+    ///
+    /// # Errors
+    /// What making or mapping a memfd fails with.
+    pub fn with_regions(entries: &[RegionEntry]) -> io::Result<Self> {
+        let regions = entries.iter().copied().map(Region::new);
+        let regions = regions.collect::<io::Result<_>>()?;
         Ok(Self { regions })
     }
 

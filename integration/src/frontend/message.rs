@@ -50,7 +50,10 @@ pub mod protocol_feature {
     pub const MQ: u64 = 1 << 0;
     pub const REPLY_ACK: u64 = 1 << 3;
     pub const CONFIG: u64 = 1 << 9;
+    pub const LOG_SHMFD: u64 = 1 << 1;
+    pub const BACKEND_REQ: u64 = 1 << 5;
     pub const INFLIGHT_SHMFD: u64 = 1 << 12;
+    pub const RESET_DEVICE: u64 = 1 << 13;
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
     pub const STATUS: u64 = 1 << 16;
 }
@@ -134,6 +137,56 @@ pub fn vring_addresses(index: u32, desc: u64, used: u64, avail: u64) -> Vec<u8> 
     let mut body = halves(&[index, 0]);
     body.extend(words(&[desc, used, avail, 0]));
     body
+}
+
+/// Flag of SET_VRING_ADDR: writes to the ring are marked in the dirty log.
+pub const VRING_LOG: u32 = 1;
+
+/// As [`vring_addresses`], with writes to the used ring marked in the dirty log as of guest address
+/// `log`.
+#[must_use]
+pub fn logged_vring_addresses(index: u32, [desc, used, avail]: [u64; 3], log: u64) -> Vec<u8> {
+    let mut body = halves(&[index, VRING_LOG]);
+    body.extend(words(&[desc, used, avail, log]));
+    body
+}
+
+/// The in-flight region, in GET_INFLIGHT_FD and SET_INFLIGHT_FD.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Inflight {
+    /// Bytes to map.
+    pub mmap_size: u64,
+    /// Where in the file they begin.
+    pub mmap_offset: u64,
+    /// Queues.
+    pub queues: u16,
+    /// Entries of each.
+    pub queue_size: u16,
+}
+
+impl Inflight {
+    /// Its 20 bytes.
+    #[must_use]
+    pub fn body(&self) -> Vec<u8> {
+        let mut body = words(&[self.mmap_size, self.mmap_offset]);
+        let sizes = u32::from(self.queues) | u32::from(self.queue_size) << 16;
+        body.extend(halves(&[sizes]));
+        body
+    }
+
+    /// From a body of 20 bytes.
+    #[must_use]
+    pub fn parse(body: &[u8]) -> Option<Self> {
+        let (size, rest) = body.split_first_chunk::<8>()?;
+        let (offset, rest) = rest.split_first_chunk::<8>()?;
+        let [q0, q1, s0, s1]: [u8; 4] = rest.try_into().ok()?;
+        Some(Self {
+            mmap_size: u64::from_le_bytes(*size),
+            mmap_offset: u64::from_le_bytes(*offset),
+            queues: u16::from_le_bytes([q0, q1]),
+            queue_size: u16::from_le_bytes([s0, s1]),
+        })
+    }
 }
 
 /// Body of SET_VRING_KICK, CALL and ERR; bit 8 says that no descriptor comes along.

@@ -3,10 +3,11 @@
 //! It shares nothing with the data plane, so that a misreading of the specification there is
 //! not repeated here. Nothing blocks for longer than [`TIMEOUT`].
 
+mod descriptors;
 pub mod message;
 
 use std::io::{self, IoSlice, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -69,6 +70,8 @@ pub struct Frontend {
     pub protocol_features: u64,
     /// Send each message in pieces of so many bytes.
     pub piece_bytes: Option<usize>,
+    /// Questions ask for an acknowledgement too, as some frontends' do; their answer is it.
+    pub questions_need_reply: bool,
 }
 
 impl Frontend {
@@ -87,6 +90,7 @@ impl Frontend {
                         stream,
                         protocol_features: 0,
                         piece_bytes: None,
+                        questions_need_reply: false,
                     });
                 }
                 Err(e) if Instant::now() >= deadline => return Err(e.into()),
@@ -152,8 +156,20 @@ impl Frontend {
     /// # Errors
     /// [`FrontendError::Closed`] at the end of the stream, [`FrontendError::Timeout`].
     pub fn receive(&self) -> Result<Message, FrontendError> {
+        Ok(self.receive_with_fds()?.0)
+    }
+
+    /// The next message of the backend, and the descriptors that came with its header.
+    ///
+    /// # Errors
+    /// As [`Frontend::receive`].
+    pub fn receive_with_fds(&self) -> Result<(Message, Vec<OwnedFd>), FrontendError> {
         let mut header = [0u8; HEADER_BYTES];
-        self.read_exact(&mut header)?;
+        let (got, fds) = descriptors::receive(&self.stream, &mut header).map_err(failed_read)?;
+        if got == 0 {
+            return Err(FrontendError::Closed);
+        }
+        self.read_exact(header.get_mut(got..).unwrap_or_default())?;
         let mut parts = header
             .chunks_exact(4)
             .map(|c| c.iter().rev().fold(0u32, |v, b| (v << 8) | u32::from(*b)));
@@ -167,23 +183,47 @@ impl Frontend {
         }
         let mut body = vec![0; size as usize];
         self.read_exact(&mut body)?;
-        Ok(Message {
+        let message = Message {
             request,
             flags,
             body,
-        })
+        };
+        Ok((message, fds))
     }
 
     fn read_exact(&self, buffer: &mut [u8]) -> Result<(), FrontendError> {
-        (&self.stream)
-            .read_exact(buffer)
-            .map_err(|e| match e.kind() {
-                io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => {
-                    FrontendError::Closed
-                }
-                io::ErrorKind::WouldBlock => FrontendError::Timeout("a request"),
-                _ => FrontendError::Io(e),
-            })
+        (&self.stream).read_exact(buffer).map_err(failed_read)
+    }
+
+    /// GET_INFLIGHT_FD for so many queues of so many entries: the region that the backend made, and
+    /// its file.
+    ///
+    /// # Errors
+    /// See [`FrontendError`].
+    pub fn get_inflight(
+        &self,
+        queues: u16,
+        queue_size: u16,
+    ) -> Result<(message::Inflight, OwnedFd), FrontendError> {
+        let request = request::GET_INFLIGHT_FD;
+        let wrong = |what: &str| FrontendError::Protocol {
+            request,
+            what: what.to_owned(),
+        };
+        let asked = message::Inflight {
+            queues,
+            queue_size,
+            ..message::Inflight::default()
+        };
+        self.send(&message::encode(request, VERSION, &asked.body()), &[])?;
+        let (answer, mut fds) = self.receive_with_fds()?;
+        if answer.request != request || answer.flags & 0x7 != VERSION | FLAG_REPLY {
+            return Err(wrong("its header is another's"));
+        }
+        let region = message::Inflight::parse(&answer.body);
+        let region = region.ok_or_else(|| wrong("its body has another length"))?;
+        let fd = fds.pop().ok_or_else(|| wrong("it came without a file"))?;
+        Ok((region, fd))
     }
 
     /// A request that has an answer of its own: its body.
@@ -196,7 +236,12 @@ impl Frontend {
         body: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<Vec<u8>, FrontendError> {
-        self.send(&message::encode(request, VERSION, body), fds)?;
+        let flags = if self.questions_need_reply {
+            VERSION | FLAG_NEED_REPLY
+        } else {
+            VERSION
+        };
+        self.send(&message::encode(request, flags, body), fds)?;
         self.answer(request)
     }
 
@@ -367,6 +412,14 @@ impl Frontend {
     #[must_use]
     pub fn stream(&self) -> &UnixStream {
         &self.stream
+    }
+}
+
+fn failed_read(error: io::Error) -> FrontendError {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => FrontendError::Closed,
+        io::ErrorKind::WouldBlock => FrontendError::Timeout("a request"),
+        _ => FrontendError::Io(error),
     }
 }
 

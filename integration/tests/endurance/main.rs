@@ -39,7 +39,7 @@ struct Row {
 }
 
 /// Formats that the data plane serves.
-const SERVED: &[Format] = &[Format::Split];
+const SERVED: &[Format] = &[Format::Split, Format::Packed];
 const BOTH: &[Format] = &[Format::Split, Format::Packed];
 const SPLIT: &[Format] = &[Format::Split];
 const PLAIN: &[Backend] = &[Backend::Plain];

@@ -382,7 +382,7 @@ fn blocks_once_taken(arena: &mut Arena, request: u32) -> Attack {
     std::thread::sleep(Duration::from_millis(10));
     arena.check_other()?;
     // A call that waits is given up with its queue.
-    disk.stop_queue(0)?;
+    disk.stop_queue_at(0)?;
     probe_or_closed(&mut disk, end)
 }
 

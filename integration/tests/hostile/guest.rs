@@ -137,7 +137,7 @@ pub fn wait_for_end(disk: &mut Disk, expected: Option<(u16, &[Desc])>) -> Attack
 }
 
 /// Status byte and used length of a completed chain.
-pub fn judge_used(disk: &Disk, used_len: u32, descs: &[Desc]) -> Attack {
+fn judge_used(disk: &Disk, used_len: u32, descs: &[Desc]) -> Attack {
     let room: u64 = writable(descs).iter().map(|r| r.end - r.start).sum();
     if u64::from(used_len) > room {
         return Err(format!("used.len is {used_len}, the device could write {room}").into());

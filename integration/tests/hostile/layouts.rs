@@ -63,9 +63,15 @@ pub const CASES: &[Case] = &[
     Case::new("indirect_odd_length", &[Retired, IOERR], BROKEN, |a| {
         indirect_len(a, 47)
     }),
-    Case::new("indirect_short_table", &[Retired, IOERR], BROKEN, |a| {
+    Case::split("indirect_short_table", &[Retired, IOERR], BROKEN, |a| {
         indirect_len(a, 32)
     }),
+    Case::packed(
+        "indirect_table_without_its_status",
+        &[Retired, IOERR, Used],
+        "a packed table ends where its length says: the last writable byte is the status",
+        |a| indirect_len(a, 32),
+    ),
     Case::new("indirect_less_than_one", &[Retired, IOERR], BROKEN, |a| {
         indirect_len(a, 15)
     }),

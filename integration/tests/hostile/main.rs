@@ -113,7 +113,7 @@ impl Case {
 }
 
 /// Ring formats that the data plane serves.
-const SERVED: &[Format] = &[Format::Split];
+const SERVED: &[Format] = &[Format::Split, Format::Packed];
 /// Queues of each device under attack: the second shows that a retired one takes nothing with it.
 const QUEUES: u16 = 2;
 

@@ -169,8 +169,6 @@ pub(super) struct Flight {
     pub(super) ranges: Vec<Range>,
     /// Transfers that the storage has, or that wait for room there.
     pub(super) outstanding: u32,
-    /// Transfers that were tried again.
-    pub(super) retries: u32,
     pub(super) failed: bool,
     /// It stands in line, for staging or for its end.
     pub(super) waiting: bool,
@@ -193,7 +191,6 @@ impl Flight {
             submitted: 0,
             ranges: Vec::new(),
             outstanding: 0,
-            retries: 0,
             failed: false,
             waiting: false,
             durable: false,

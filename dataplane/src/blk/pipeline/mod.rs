@@ -31,8 +31,8 @@ use flight::{Flight, Memory, Stage, data, token, untoken};
 
 /// First bit that a token of this module never has.
 pub const TOKEN_BITS: u32 = 56;
-/// How often the transfers of one request are tried again.
-const MAX_RETRIES: u32 = 16;
+/// How often a transfer is tried again.
+const MAX_RETRIES: u8 = 16;
 
 /// All requests under way on a worker, and what they need.
 #[derive(Debug)]
@@ -161,7 +161,6 @@ impl Pipeline {
         flight.bytes = bytes;
         flight.submitted = 0;
         flight.outstanding = 0;
-        flight.retries = 0;
         flight.failed = false;
         flight.durable = start.durable;
         // What was written before the driver chose write-through is to be stable no later.
@@ -195,6 +194,7 @@ impl Pipeline {
             offset_bytes,
             bytes: flight.bytes,
             buffer: Buffer::Guest(std::mem::take(buffer)),
+            retries: 0,
         };
         flight.submitted = flight.bytes;
         self.submit(index, 0, transfer);
@@ -306,6 +306,7 @@ impl Pipeline {
                 offset_bytes,
                 bytes: u64::from(bytes),
                 buffer: Buffer::Staging(chunk),
+                retries: 0,
             };
             if !self.submit(index, at, transfer) {
                 return;
@@ -327,7 +328,7 @@ impl Pipeline {
     fn take_in(&mut self, completion: Completion) -> Option<Landed> {
         let Completion {
             token,
-            transfer,
+            mut transfer,
             done,
         } = completion;
         let (index, at) = untoken(token);
@@ -336,9 +337,9 @@ impl Pipeline {
         let result = transfer.judge(done);
         if let Err(errno) = result
             && is_temporary(transfer.action, errno)
-            && flight.retries < MAX_RETRIES
+            && transfer.retries < MAX_RETRIES
         {
-            flight.retries += 1;
+            transfer.retries += 1;
             self.give(token, transfer);
             return None;
         }

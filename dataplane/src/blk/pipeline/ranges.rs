@@ -104,6 +104,7 @@ impl Pipeline {
                     offset_bytes: range.offset_bytes,
                     bytes: range.bytes,
                     buffer: Buffer::None,
+                    retries: 0,
                 },
                 Step::Written => {
                     let Some(mut chunk) = self.staging.take(range.bytes) else {
@@ -122,6 +123,7 @@ impl Pipeline {
                         offset_bytes: range.offset_bytes,
                         bytes,
                         buffer: Buffer::Staging(chunk),
+                        retries: 0,
                     }
                 }
             };

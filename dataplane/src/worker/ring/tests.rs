@@ -48,6 +48,7 @@ impl Rig {
             offset_bytes,
             bytes: u64::from(bytes),
             buffer: Buffer::Staging(chunk),
+            retries: 0,
         };
         self.ring.push(7, file, transfer).expect("room");
         let done = self.completions(1).remove(0);
@@ -61,6 +62,7 @@ impl Rig {
             offset_bytes,
             bytes,
             buffer: Buffer::None,
+            retries: 0,
         };
         self.ring.push(1, file, transfer).expect("room");
         self.completions(1).remove(0).done
