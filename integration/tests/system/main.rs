@@ -9,6 +9,7 @@ mod isolation;
 mod migration;
 mod refusals;
 mod support;
+mod volumes;
 mod whole_disk;
 
 use libtest_mimic::{Arguments, Trial};
@@ -35,6 +36,7 @@ fn main() {
         guests::TESTS,
         whole_disk::TESTS,
         migration::TESTS,
+        volumes::TESTS,
         dmcrypt::TESTS,
         refusals::TESTS,
         isolation::TESTS,

@@ -35,10 +35,12 @@ const PATIENCE: Duration = Duration::from_secs(90);
 const MORE: u64 = 3;
 
 /// Both hosts and what belongs to them.
-struct Pair {
+pub struct Pair {
     _dir: TempDir,
-    source: Host,
-    target: Host,
+    /// The host that the volume was made on.
+    pub source: Host,
+    /// The other.
+    pub target: Host,
 }
 
 fn migrates(packed: bool) -> Outcome {
@@ -105,7 +107,7 @@ fn cancelled_after_the_stop(
 
 impl Pair {
     /// Two hosts that serve one volume; the second was not known when it was made.
-    fn start() -> Result<Self, Box<dyn std::error::Error>> {
+    pub fn start() -> Result<Self, Box<dyn std::error::Error>> {
         let dir = folder()?;
         let mut source = Host::create(&dir.path().join("a"))?;
         let mut target = source.beside("host-2", &dir.path().join("b"))?;
@@ -180,7 +182,7 @@ impl Pair {
     }
 
     /// Which of the two hosts' data planes has the volume.
-    fn held_by(&self, source: bool, target: bool) -> Outcome {
+    pub fn held_by(&self, source: bool, target: bool) -> Outcome {
         for (host, holds) in [(&self.source, source), (&self.target, target)] {
             host.wait_until(&format!("it does not become so: holds {holds}"), |host| {
                 let status = host.status().unwrap_or_default();

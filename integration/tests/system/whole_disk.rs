@@ -43,7 +43,9 @@ const SIZES: [u64; 2] = [24, 40];
 fn whole_disk(packed: bool, queues: u16) -> Outcome {
     let dir = folder()?;
     let mut host = Host::create(dir.path())?;
-    let mut spec = VolumeSpec::new("disk", &format!("{}MiB", SIZES[0]), 4096);
+    // Both data units, each with both ring formats.
+    let data_unit = if queues == 1 { 512 } else { 4096 };
+    let mut spec = VolumeSpec::new("disk", &format!("{}MiB", SIZES[0]), data_unit);
     spec.queues = queues;
     spec.more = vec!["--discard".to_owned(), "pass".to_owned()];
     host.create_volume(&spec)?;
@@ -170,7 +172,19 @@ fn in_use(host: &Host) -> Outcome {
 fn grow(host: &Host) -> Outcome {
     let image = host.image("disk").display().to_string();
     let size = format!("{}MiB", SIZES[1]);
-    host.cli(&[
+    reseal(host, &size, &["--grow-file", &image])?;
+    let envelope = host.sign(&BundleSpec::new(2, &["grown"]))?;
+    let plan = host.cli(&["apply", &envelope, "--admin", "run/admin.sock", "--dry-run"])?;
+    ensure(plan.contains("volume disk: grows from"), || plan)?;
+    host.apply(&envelope)?;
+    let status = host.status()?;
+    let capacity = &status["volumes"][0]["state"]["capacity_bytes"];
+    ensure(*capacity == SIZES[1] << 20, || status.to_string())
+}
+
+/// The stanza of the volume for another size, `grown.toml`.
+pub fn reseal(host: &Host, size: &str, more: &[&str]) -> Result<String, HostError> {
+    let mut arguments = vec![
         "volume",
         "reseal",
         "--volume",
@@ -180,19 +194,12 @@ fn grow(host: &Host) -> Outcome {
         "--host",
         "state/host.pub",
         "--size",
-        &size,
-        "--grow-file",
-        &image,
+        size,
         "--out",
         "grown.toml",
-    ])?;
-    let envelope = host.sign(&BundleSpec::new(2, &["grown"]))?;
-    let plan = host.cli(&["apply", &envelope, "--admin", "run/admin.sock", "--dry-run"])?;
-    ensure(plan.contains("volume disk: grows from"), || plan)?;
-    host.apply(&envelope)?;
-    let status = host.status()?;
-    let capacity = &status["volumes"][0]["state"]["capacity_bytes"];
-    ensure(*capacity == SIZES[1] << 20, || status.to_string())
+    ];
+    arguments.extend(more);
+    host.cli(&arguments)
 }
 
 fn export(host: &Host, bundle: &str, out: &str) -> Result<String, HostError> {
