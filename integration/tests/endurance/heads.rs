@@ -4,14 +4,13 @@
 
 use std::collections::BTreeSet;
 use std::error::Error;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulkhead_integration::arena::Arena;
-use bulkhead_integration::disk::{DATA, Disk, Options, Request};
-use bulkhead_integration::driver::DriverError;
-use bulkhead_integration::driver::kind;
+use bulkhead_integration::disk::{DATA, Disk, Options, PATIENCE, Request, feature};
 use bulkhead_integration::driver::packed::{advance, available_bits};
-use bulkhead_integration::driver::ring::{Desc, linked};
+use bulkhead_integration::driver::ring::{Desc, NEXT, WRITE};
+use bulkhead_integration::driver::{kind, status};
 use bulkhead_integration::random::Random;
 
 use crate::Outcome;
@@ -21,35 +20,52 @@ const SLOTS: u16 = 8;
 
 /// So many attempts on one connection.
 pub fn run(arena: &mut Arena, random: &mut Random, rounds: u64) -> Outcome {
-    let mut disk = arena.attach(&Options::default())?;
-    let (mut completed, mut overcommitted) = (0, 0);
+    let mut options = Options::default();
+    options.features |= feature::EVENT_IDX;
+    let mut disk = arena.attach(&options)?;
+    let (mut completed, mut overcommitted, mut late) = (0, 0, 0);
     for round in 0..rounds {
-        let before = 1 + u16::try_from(random.below(u64::from(SLOTS)))?;
-        for slot in 0..before {
-            disk.push(0, slot, &read(slot))?;
+        if round > 0 {
+            restart(&mut disk)?;
         }
         if disk.rings[0].is_packed() && random.below(3) == 0 {
-            // All of the ring, then one more over the first that is in flight.
-            overcommit(&mut disk)?;
             overcommitted += 1;
+            if !overcommit(&mut disk)? {
+                late += 1;
+                continue;
+            }
         } else {
-            let again = u16::try_from(random.below(u64::from(before)))?;
-            disk.push(0, again, &read(again))?;
+            again(&mut disk, random)?;
         }
-        disk.publish(0)?;
         if !disk.rings[0].has_failed(Duration::from_secs(5)) {
             return Err(format!("round {round}: the queue goes on").into());
         }
         completed += used_once(&mut disk)?;
-        disk.stop_queue_at(0)?;
-        disk.rings[0].err.read()?;
-        disk.rings[0].restart(&disk.memory)?;
-        disk.start_queue(0)?;
     }
+    restart(&mut disk)?;
     disk.read(0, 0, 4096)?;
     Ok(format!(
-        "{rounds} of {rounds} refused ({overcommitted} for room), {completed} chains used before"
+        "{rounds} refused but for {late} that came late ({overcommitted} for room), {completed} \
+         chains used before"
     ))
+}
+
+fn restart(disk: &mut Disk) -> Result<(), Box<dyn Error>> {
+    disk.stop_queue_at(0)?;
+    let _ = disk.rings[0].err.read();
+    disk.rings[0].restart(&disk.memory)?;
+    Ok(disk.start_queue(0)?)
+}
+
+/// Offers some chains and one of them again, at once.
+fn again(disk: &mut Disk, random: &mut Random) -> Result<(), Box<dyn Error>> {
+    let before = 1 + u16::try_from(random.below(u64::from(SLOTS)))?;
+    for slot in 0..before {
+        disk.push(0, slot, &read(slot))?;
+    }
+    let again = u16::try_from(random.below(u64::from(before)))?;
+    disk.push(0, again, &read(again))?;
+    Ok(disk.publish(0)?)
 }
 
 fn read(slot: u16) -> Request {
@@ -60,40 +76,44 @@ fn read(slot: u16) -> Request {
     }
 }
 
-/// Fills the ring with chains until none fits, and then writes one that goes over what is in flight.
-fn overcommit(disk: &mut Disk) -> Result<(), Box<dyn Error>> {
-    let segments = (0..16).map(|i| (DATA + 0x10_0000 + i * 512, 512));
-    let request = Request {
-        kind: kind::IN,
-        sector: 8,
-        segments: segments.collect(),
-    };
-    let descs = disk.descriptors(7, &request)?;
-    for id in 16 * SLOTS / 2 + 1.. {
-        match disk.rings[0].offer(&disk.memory, id, &descs) {
-            Ok(()) => {}
-            Err(DriverError::Full) => break,
-            Err(other) => return Err(other.into()),
+/// Waits until the device has taken some slow chains, and then offers one as long as the whole
+/// ring, over them. False: they were done before.
+fn overcommit(disk: &mut Disk) -> Result<bool, Box<dyn Error>> {
+    for slot in 0..SLOTS {
+        disk.push(0, slot, &read(slot))?;
+    }
+    disk.publish(0)?;
+    // A device that goes to sleep names the place that it wants to be woken for: the next free one.
+    let next = disk.rings[0].next_avail;
+    let deadline = Instant::now() + PATIENCE;
+    while disk.memory.load_u16(disk.rings[0].used)? != next {
+        if Instant::now() > deadline {
+            return Err("the device does not ask for more".into());
         }
+        std::thread::yield_now();
     }
     let ring = &disk.rings[0];
-    let mut place = ring.next_avail;
-    for desc in linked(&descs, 0) {
+    for i in (0..ring.size).rev() {
+        let place = advance(next, i, ring.size);
+        let more = if i + 1 < ring.size { NEXT } else { 0 };
         let desc = Desc {
-            flags: desc.flags | available_bits(place),
-            next: 1,
-            ..desc
+            flags: WRITE | more | available_bits(place),
+            next: 120,
+            ..Desc::writable(DATA + 0x10_0000, 16)
         };
         ring.write_slot(&disk.memory, place, &desc)?;
-        place = advance(place, 1, ring.size);
     }
-    Ok(())
+    ring.kick.write(1)?;
+    let written = |slot| disk.memory.read(Disk::status_addr(slot), 1);
+    let open = (0..SLOTS).map(written).collect::<Result<Vec<_>, _>>()?;
+    Ok(open.concat().contains(&status::UNTOUCHED))
 }
 
 /// What was used before the queue failed: each chain at most once.
 fn used_once(disk: &mut Disk) -> Result<u64, Box<dyn Error>> {
     let mut seen = BTreeSet::new();
-    while let Some(used) = disk.rings[0].poll_used(&disk.memory)? {
+    // What was written over can't be told apart any more.
+    while let Ok(Some(used)) = disk.rings[0].poll_used(&disk.memory) {
         if !seen.insert(used.id) {
             return Err(format!("{used:?} came twice").into());
         }

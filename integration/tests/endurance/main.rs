@@ -65,11 +65,11 @@ const ROWS: &[Row] = &[
     Row {
         // T22
         name: "heads_in_flight_again",
-        rounds: (400, 10_000),
+        rounds: (200, 10_000),
         formats: BOTH,
         backends: PLAIN,
         serve: Serve {
-            storage: "delay=5000:",
+            storage: "delay=20000:",
             ..USUAL
         },
         run: heads::run,

@@ -224,7 +224,7 @@ pub fn during_requests(arena: &mut Arena) -> Outcome {
                 format!("{open:?} are in flight")
             })?;
             if region.packed {
-                check_copies(&region, &open)?;
+                check_copies(&region, &open, round * u64::from(GROUP))?;
             } else {
                 let heads: Vec<u16> = (0..GROUP).map(Disk::head).collect();
                 ensure(open.iter().all(|head| heads.contains(head)), || {
@@ -247,23 +247,26 @@ pub fn during_requests(arena: &mut Arena) -> Outcome {
     ensure(seen > 1, || "nothing was seen in flight".to_owned())
 }
 
-/// Entries of chains in flight: their descriptors as the ring had them.
-fn check_copies(region: &Region, open: &[u16]) -> Outcome {
+/// Entries of chains in flight: their descriptors as the ring had them, and when they were taken.
+fn check_copies(region: &Region, open: &[u16], taken: u64) -> Outcome {
     for &index in open {
         let at = region.entry(index);
         let (next, num) = (region.u16(0, at + 2)?, region.u16(0, at + 6)?);
         let id = region.u16(0, at + 16)?;
-        let addr = region.u64(0, at + 24)?;
+        let (addr, counter) = (region.u64(0, at + 24)?, region.counter(0, index)?);
         // It may have ended since it was seen.
         if region.u8(0, at)? == 0 {
             continue;
         }
-        let slots: Vec<u16> = (0..GROUP).filter(|&slot| Disk::head(slot) == id).collect();
-        let header = slots.first().map(|&slot| Disk::header_addr(slot));
-        ensure(
-            num == 4 && next < QUEUE_SIZE && header == Some(addr),
-            || format!("entry {index}: num {num}, next {next}, id {id}, addr {addr:#x}"),
-        )?;
+        let slot = (0..GROUP).find(|&slot| Disk::head(slot) == id);
+        let slot = slot.ok_or_else(|| format!("entry {index} has id {id}"))?;
+        let right = num == 4
+            && next < QUEUE_SIZE
+            && addr == Disk::header_addr(slot)
+            && counter == taken + u64::from(slot);
+        ensure(right, || {
+            format!("entry {index}: num {num}, next {next}, id {id}, addr {addr:#x}, {counter}")
+        })?;
     }
     Ok(())
 }
