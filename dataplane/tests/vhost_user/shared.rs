@@ -451,6 +451,15 @@ fn a_start_that_fails_lets_go_of_the_volume() {
     };
     assert_eq!(one.say(failed), ack(1));
     let flush = one.to_worker.pop_front().expect("told");
+    // The next start keeps it, and the flush that is still under way does not take it away.
+    assert_eq!(one.kick(0), Answer::Pending);
+    assert!(started(&mut one).enabled);
+    assert_eq!(one.say(FromWorker::Started { queue: queue(0) }), ack(0));
     assert_eq!(one.say(done(&flush)), Answer::Pending);
-    assert!(start_queue(&mut two, 0));
+    assert!(one.session.holds_volume());
+    assert!(!start_queue(&mut two, 0));
+    stop_queue(&mut one, 0, true);
+    let mut out = Outbox::default();
+    two.session.retry_volume(&mut out);
+    assert!(two.session.holds_volume());
 }

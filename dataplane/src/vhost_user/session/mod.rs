@@ -92,6 +92,8 @@ pub struct Session {
     /// SET_STATUS.
     status: u8,
     hold: Hold,
+    /// Flushes of the volume under way, before it is let go of.
+    flushes: u32,
     waiting: Option<Waiting>,
     /// Why a queue retired last.
     fault: Option<String>,
@@ -128,6 +130,7 @@ impl Session {
             backend: None,
             status: 0,
             hold: Hold::default(),
+            flushes: 0,
             waiting: None,
             fault: None,
         }

@@ -43,11 +43,15 @@ impl Session {
 
     /// A queue starts.
     pub(super) fn take_volume(&mut self) {
-        if matches!(self.hold, Hold::Ours | Hold::Waits) {
-            return;
+        match self.hold {
+            Hold::Ours | Hold::Waits => {}
+            // It was not let go of yet, and is not now.
+            Hold::Flushing => self.hold = Hold::Ours,
+            Hold::No => {
+                self.hold = Hold::Waits;
+                self.try_hold();
+            }
         }
-        self.hold = Hold::Waits;
-        self.try_hold();
     }
 
     fn try_hold(&mut self) -> bool {
@@ -97,6 +101,7 @@ impl Session {
             Hold::Ours if self.file().is_some() => {
                 let queue = self.queue(u32::from(index));
                 self.hold = Hold::Flushing;
+                self.flushes += 1;
                 out.to_workers.push((queue, ToWorker::Flush { queue }));
             }
             Hold::Ours | Hold::Waits => self.hold = Hold::No,
@@ -104,8 +109,13 @@ impl Session {
         }
     }
 
-    /// It is flushed.
+    /// A flush is through. The volume is let go of if that was the last, and no queue has started
+    /// meanwhile.
     pub(super) fn let_go_of_volume(&mut self) {
+        self.flushes = self.flushes.saturating_sub(1);
+        if self.hold != Hold::Flushing || self.flushes > 0 {
+            return;
+        }
         self.hold = Hold::No;
         if let Some(Err(error)) = self.file().map(FileSpec::let_go) {
             tracing::warn!("the volume's lock can't be given up: {error}");
