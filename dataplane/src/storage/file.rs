@@ -48,6 +48,8 @@ pub enum StorageError {
 #[derive(Debug)]
 pub struct FileSpec {
     fd: OwnedFd,
+    /// Nothing is written to it.
+    pub read_only: bool,
     /// Its length in bytes.
     pub bytes: u64,
     /// Device number and inode: which file it is.
@@ -101,6 +103,7 @@ impl FileSpec {
         }
         Ok(Self {
             fd,
+            read_only,
             bytes,
             identity,
             direct,
