@@ -3,10 +3,12 @@
 
 use std::error::Error;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 use bulkhead_integration::arena::{Arena, FILE_SECTORS};
-use bulkhead_integration::disk::{DATA, Disk, GROUP, HIGH, Options, PATIENCE, Request};
+use bulkhead_integration::disk::{DATA, Disk, GROUP, HIGH, LOW, Options, PATIENCE, Request};
 use bulkhead_integration::driver::kind;
+use bulkhead_integration::driver::memory::GuestMemory;
 use bulkhead_integration::frontend::message::{
     RegionEntry, protocol_feature, request, single_region,
 };
@@ -22,8 +24,12 @@ pub fn run(arena: &mut Arena, random: &mut Random, rounds: u64) -> Outcome {
     let mut options = Options::default();
     options.protocol_features |= protocol_feature::CONFIGURE_MEM_SLOTS;
     let mut disk = arena.attach(&options)?;
-    let mut changes = [0u64; 3];
+    let mut changes = [0u64; 4];
     for round in 0..rounds {
+        if random.below(8) == 0 {
+            changes[3] += 1;
+            move_to_other_files(&mut disk).map_err(|e| format!("round {round}: {e}"))?;
+        }
         let requests = requests(random);
         for (request, slot) in requests.iter().zip(0..) {
             for &(addr, len) in &request.segments {
@@ -42,9 +48,9 @@ pub fn run(arena: &mut Arena, random: &mut Random, rounds: u64) -> Outcome {
         }
         collect(arena, &mut disk, &requests).map_err(|e| format!("round {round}: {e}"))?;
     }
-    let [tables, high, any] = changes;
+    let [tables, high, any, moves] = changes;
     Ok(format!(
-        "{tables} tables, {high} + {any} regions out and in, {} requests",
+        "{tables} tables, {moves} of other files, {high} + {any} regions out and in, {} requests",
         rounds * u64::from(GROUP)
     ))
 }
@@ -79,6 +85,48 @@ fn replace(disk: &Disk, random: &mut Random) -> Result<(), Box<dyn Error>> {
     let entries: Vec<RegionEntry> = order.iter().map(|&i| regions[i].entry()).collect();
     let fds: Vec<BorrowedFd<'_>> = order.iter().map(|&i| regions[i].file()).collect();
     Ok(disk.frontend.set_memory_table(&entries, &fds)?)
+}
+
+/// All of memory in new files, at other addresses of the frontend, with nothing in flight. What the
+/// device still did in the old ones would be seen in a pattern there; the next requests must find
+/// the new ones.
+fn move_to_other_files(disk: &mut Disk) -> Result<(), Box<dyn Error>> {
+    let old = Arc::clone(&disk.memory);
+    let entries: Vec<RegionEntry> = old
+        .regions()
+        .iter()
+        .map(|region| RegionEntry {
+            user_addr: region.entry().user_addr ^ (1 << 44),
+            ..region.entry()
+        })
+        .collect();
+    let new = GuestMemory::with_regions(&entries)?;
+    let bytes = usize::try_from(entries[0].size_bytes)?;
+    new.write(LOW, &old.read(LOW, bytes)?)?;
+    disk.memory = Arc::new(new);
+    disk.share_memory()?;
+    for entry in &entries {
+        old.fill(entry.guest_addr, usize::try_from(entry.size_bytes)?, 0x5a)?;
+    }
+    // Whether kicks are wanted may have been said in the old memory.
+    let flush = Request {
+        kind: kind::FLUSH,
+        sector: 0,
+        segments: Vec::new(),
+    };
+    disk.push(0, 0, &flush)?;
+    disk.publish(0)?;
+    disk.rings[0].kick.write(1)?;
+    let used = disk.rings[0].wait_used(&disk.memory, PATIENCE)?;
+    disk.check(0, &flush, used.len)?;
+    for entry in &entries {
+        let bytes = old.read(entry.guest_addr, usize::try_from(entry.size_bytes)?)?;
+        if let Some(at) = bytes.iter().position(|byte| *byte != 0x5a) {
+            let at = entry.guest_addr + at as u64;
+            return Err(format!("the old memory was written at {at:#x}").into());
+        }
+    }
+    Ok(())
 }
 
 /// Takes a region away and gives it again. Without the rings' region nothing is taken meanwhile;
