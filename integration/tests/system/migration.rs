@@ -59,6 +59,17 @@ fn migrates(packed: bool) -> Outcome {
     source.qmp.wait_for_migration("completed", PATIENCE)?;
     target.goes_on(&pair)?;
     pair.held_by(false, true)?;
+    // Somebody starts the guest on the source as well: there it gets no disk.
+    let before = source.rounds();
+    source.qmp.execute("cont", &json!({}))?;
+    pair.source.wait_until("the source does not wait", |host| {
+        host.status()
+            .is_ok_and(|s| s["volumes"][0]["state"]["waits_for_volume"] == true)
+    })?;
+    target.goes_on(&pair)?;
+    ensure(source.rounds() == before, || {
+        format!("two guests have one disk:\n{}", source.guest.console())
+    })?;
     // The source's QEMU ends as it would after a move, and the target does not notice.
     drop(source);
     target.goes_on(&pair)?;

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use bulkhead_crypto::{DataUnit, SecretArena, XtsKey};
 
-use crate::{Folder, SEALED};
+use crate::{Ended, Folder, SEALED};
 
 const SIZE: usize = 3 << 20;
 const EXPORT: &str =
@@ -72,6 +72,33 @@ fn standard_output_gets_the_same_and_nothing_else() {
     assert!(output.status.success());
     assert!(output.stderr.is_empty(), "{:?}", output.stderr);
     assert_eq!(output.stdout, plain());
+}
+
+#[test]
+fn a_terminal_sees_progress_and_never_the_bytes() {
+    let folder = volume(4096);
+    // script(1) gives the command a terminal.
+    let at_terminal = |line: &str| -> Ended {
+        let command = format!("{} {line}", env!("CARGO_BIN_EXE_bulkhead"));
+        Command::new("script")
+            .current_dir(folder.path(""))
+            .args(["-qec", &command, "/dev/null"])
+            .stdin(Stdio::null())
+            .output()
+            .expect("script, of Debian's bsdutils")
+            .into()
+    };
+    let shown = at_terminal(EXPORT);
+    assert_eq!(shown.code, 0, "{shown:?}");
+    assert!(shown.stdout.contains("100 % of 3 MiB"), "{shown:?}");
+    assert_eq!(fs::read(folder.path("raw")).expect("read"), plain());
+    let refused = at_terminal(&EXPORT.replace("--out raw", ""));
+    assert_eq!(refused.code, 1, "{refused:?}");
+    assert!(refused.stdout.contains("are not for a terminal"));
+    assert!(refused.stdout.len() < 1000, "the bytes came as well");
+    // Elsewhere there is no such line.
+    let quiet = folder.run(&format!("{EXPORT} --force"), &[]);
+    assert!(quiet.stderr.is_empty(), "{quiet:?}");
 }
 
 #[test]
