@@ -6,11 +6,13 @@ use std::error::Error;
 use std::os::fd::AsFd;
 
 use bulkhead_integration::arena::Arena;
-use bulkhead_integration::disk::{DATA, Disk, DiskError, Options, Request};
+use bulkhead_integration::disk::{DATA, Disk, DiskError, Options, Request, feature};
 use bulkhead_integration::driver::kind;
 use bulkhead_integration::frontend::FrontendError;
-use bulkhead_integration::frontend::message::{self, protocol_feature, request};
+use bulkhead_integration::frontend::message::{self, Inflight, protocol_feature, request};
 use bulkhead_integration::random::Random;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::ftruncate;
 
 use crate::Outcome;
 
@@ -24,9 +26,21 @@ pub fn run(arena: &mut Arena, random: &mut Random, rounds: u64) -> Outcome {
         queues: 2,
         ..Options::default()
     };
-    options.protocol_features |= protocol_feature::CONFIGURE_MEM_SLOTS;
+    options.protocol_features |= protocol_feature::CONFIGURE_MEM_SLOTS
+        | protocol_feature::LOG_SHMFD
+        | protocol_feature::INFLIGHT_SHMFD
+        | protocol_feature::RESET_DEVICE
+        | protocol_feature::STATUS
+        | protocol_feature::BACKEND_REQ;
     let (mut messages, mut refused, mut closed) = (0u64, 0u64, 0u64);
+    let acknowledged = options.protocol_features;
     for round in 0..rounds {
+        // Without acknowledgements a refusal ends the connection.
+        options.protocol_features = if random.below(4) == 0 {
+            acknowledged & !protocol_feature::REPLY_ACK
+        } else {
+            acknowledged
+        };
         let mut disk = if random.below(2) == 0 {
             arena.attach(&options)?
         } else {
@@ -68,7 +82,7 @@ fn check(arena: &mut Arena, kept: &[u8]) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-const STEPS: u64 = 18;
+const STEPS: u64 = 25;
 
 fn perform(disk: &mut Disk, random: &mut Random, step: u64) -> Result<(), DiskError> {
     let queue = random.index(2);
@@ -127,7 +141,48 @@ fn perform(disk: &mut Disk, random: &mut Random, step: u64) -> Result<(), DiskEr
             disk.rings[queue].restart(&disk.memory)?;
             disk.start_queue(queue)
         }
+        16..19 => shared(disk, random, step),
+        19 => Ok(frontend.set(request::RESET_DEVICE, &[], &[])?),
+        20 => {
+            let status = [0, 1, 3, 11, 15, 0x100][random.index(6)];
+            Ok(frontend.set(request::SET_STATUS, &message::words(&[status]), &[])?)
+        }
+        21 => Ok(frontend.ask_u64(request::GET_STATUS).map(drop)?),
         _ => offer(disk, random, queue),
+    }
+}
+
+/// A log, LOG_ALL, or an in-flight region of any size.
+fn shared(disk: &Disk, random: &mut Random, step: u64) -> Result<(), DiskError> {
+    let frontend = &disk.frontend;
+    let file = memfd_create("shared", MFdFlags::MFD_CLOEXEC)?;
+    let bytes = i64::try_from(random.below(1 << 18)).unwrap_or(0);
+    ftruncate(&file, bytes)?;
+    let fds = [file.as_fd()];
+    match step {
+        16 => {
+            let body = message::words(&[random.below(1 << 18), random.below(2) * 4096]);
+            let answer = frontend.ask(request::SET_LOG_BASE, &body, &fds);
+            Ok(answer.map(drop)?)
+        }
+        17 => {
+            let log = if random.below(2) == 0 {
+                feature::LOG_ALL
+            } else {
+                0
+            };
+            let body = message::words(&[disk.features | log]);
+            Ok(frontend.set(request::SET_FEATURES, &body, &[])?)
+        }
+        _ => {
+            let region = Inflight {
+                mmap_size: random.below(1 << 18),
+                mmap_offset: random.below(2) * 4096,
+                queues: u16::try_from(random.below(4)).unwrap_or(0),
+                queue_size: [0, 64, 128, 1024][random.index(4)],
+            };
+            Ok(frontend.set(request::SET_INFLIGHT_FD, &region.body(), &fds)?)
+        }
     }
 }
 

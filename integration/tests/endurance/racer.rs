@@ -162,7 +162,8 @@ fn sector(random: &mut Random) -> u64 {
     match random.below(8) {
         0 => u64::MAX - 7,
         1 => 1 << 55,
-        2 => FILE_BYTES as u64 / 512,
+        // Where the file would grow.
+        2 | 3 => FILE_BYTES as u64 / 512,
         _ => random.below(128) * 8,
     }
 }
@@ -210,7 +211,8 @@ fn fields(ring: &Ring) -> Vec<Field> {
             descriptor(table_addr(slot) + entry * DESC_BYTES);
         }
     }
-    for slot in 0..BATCH {
+    // As often as all of the descriptors: each of them decides about a whole request.
+    for slot in (0..10 * BATCH).map(|i| i % BATCH) {
         fields.extend([
             Field::Kind(header_addr(slot)),
             Field::Sector(header_addr(slot) + 8),
