@@ -211,6 +211,10 @@ impl Model {
         }
         let event = memory.load_u16(self.driver_event)?;
         let flags = memory.load_u16(self.driver_event + 2)?;
+        // 2.8.10: places are for EVENT_IDX alone; without it the value is reserved.
+        if flags & 3 == EVENT_DESC && !self.event_idx {
+            return Ok(true);
+        }
         Ok(wanted(event, flags, old, self.next_used, self.size))
     }
 
