@@ -8,7 +8,12 @@ use std::process::ExitCode;
 use bulkhead_benches::serve::arguments::Arguments;
 use bulkhead_benches::serve::{cpus, dataplane, devices, reference};
 use clap::Parser as _;
+use nix::sys::signal::{Signal, raise};
 use tracing_subscriber::EnvFilter;
+
+/// Set, the process stops at its start, before it locks itself in, until something lets it go on: so
+/// `cargo xtask coverage` measures it from there.
+const STOP_FIRST_ENV: &str = "BULKHEAD_STOP_FIRST";
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -18,6 +23,9 @@ fn main() -> ExitCode {
         .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(filter.unwrap_or_else(|_| EnvFilter::new("warn")))
         .init();
+    if std::env::var_os(STOP_FIRST_ENV).is_some() {
+        let _ = raise(Signal::SIGSTOP);
+    }
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

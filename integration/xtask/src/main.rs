@@ -1,12 +1,14 @@
-//! The project's commands: `cargo xtask demo`, `cargo xtask test`.
+//! The project's commands: `cargo xtask demo`, `cargo xtask test`, `cargo xtask coverage`.
 //!
 //! | module | owns |
 //! | --- | --- |
 //! | `demo` | the main job, shown step by step |
 //! | `test` | every check and test there is, counted |
+//! | `coverage` | which lines the data plane's tests run |
 //! | `packages` | Debian packages that both need, installed after saying so |
 //! | `report` | lines with a tick, and progress while something takes long |
 
+mod coverage;
 mod demo;
 mod packages;
 mod report;
@@ -34,6 +36,12 @@ enum Command {
         /// Only packages whose name contains this (`integration`, `rot`, ...); checks are left out then
         filter: Option<String>,
     },
+    /// Measures which lines of the data plane its tests run; fails below 95 % of virtqueue, vhost_user or blk
+    Coverage {
+        /// Lists the lines that no test runs, of those three or of PART (`worker`, `server`, ...)
+        #[arg(long, value_name = "PART", num_args = 0..=1, default_missing_value = "")]
+        uncovered: Option<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -41,6 +49,7 @@ fn main() -> ExitCode {
     let result = match arguments.command {
         Command::Demo => demo::run(),
         Command::Test { filter } => test::run(filter.as_deref()),
+        Command::Coverage { uncovered } => coverage::run(uncovered.as_deref()),
     };
     match result {
         Ok(code) => code,
@@ -57,9 +66,15 @@ fn workspace() -> PathBuf {
     here.ancestors().nth(2).unwrap_or(here).to_owned()
 }
 
-/// Where a profile's binaries lie (`.cargo/config.toml` names the target).
+/// What is built for (`.cargo/config.toml`).
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Cargo's target folder.
+fn target() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
+}
+
+/// Where a profile's binaries lie.
 fn binaries(profile: &str) -> PathBuf {
-    let target = std::env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| workspace().join("target"), PathBuf::from);
-    target.join("x86_64-unknown-linux-gnu").join(profile)
+    target().join(TARGET).join(profile)
 }

@@ -114,13 +114,17 @@ fn is_there(need: &Need) -> bool {
     output.is_ok_and(|o| version_in(&String::from_utf8_lossy(&o.stdout)) >= Some(at_least))
 }
 
-/// The first word like `10.0.2` in a text.
+/// The first word like `10.0.2` or `43+dfsg-1` in a text.
 fn version_in(text: &str) -> Option<(u32, u32)> {
     text.split_whitespace().find_map(|word| {
-        let mut parts = word.split('.');
-        let major = parts.next()?.parse().ok()?;
-        let minor = parts.next()?.parse().ok()?;
-        Some((major, minor))
+        let digits = |text: &str| {
+            text.find(|c: char| !c.is_ascii_digit())
+                .unwrap_or(text.len())
+        };
+        let (major, rest) = word.split_at(digits(word));
+        let rest = rest.strip_prefix('.').unwrap_or_default();
+        let minor = rest.split_at(digits(rest)).0;
+        Some((major.parse().ok()?, minor.parse().unwrap_or(0)))
     })
 }
 
@@ -215,6 +219,7 @@ mod tests {
         let text = "QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)";
         assert_eq!(version_in(text), Some((10, 0)));
         assert!(version_in("QEMU emulator version 7.2.17") < Some((9, 2)));
+        assert_eq!(version_in("kcov 43+dfsg-1~bpo12+1"), Some((43, 0)));
         assert_eq!(version_in("none here"), None);
     }
 }
