@@ -239,7 +239,8 @@ const DONE: &str = "done";
 /// starts, signals and looks into. The folder that it lies in.
 ///
 /// kcov has to find it stopped: else it asks to be told of new threads before the process is ready to be
-/// asked, and a thread that nobody follows dies of its first breakpoint.
+/// asked, and a thread that nobody follows dies of its first breakpoint. Then the stop has to be undone
+/// for the process as a whole, or the kernel's threads for its ring, which nobody traces, are born stopped.
 fn wrap_serve(dir: &Path) -> Result<PathBuf, Box<dyn Error>> {
     let bin = dir.join("bin");
     fs::create_dir_all(&bin)?;
@@ -249,7 +250,10 @@ fn wrap_serve(dir: &Path) -> Result<PathBuf, Box<dyn Error>> {
 out=$(mktemp -d '{dir}/serve.XXXXXX')
 (
     until grep -q '^State:.T' /proc/$$/status; do sleep 0.01; done
-    kcov {options} --pid=$$ "$out" '{real}'
+    kcov {options} --pid=$$ "$out" '{real}' &
+    until grep -q '^TracerPid:.[1-9]' /proc/$$/status; do sleep 0.01; done
+    kill -CONT $$
+    wait
     : >"$out/{DONE}"
 ) </dev/null >"$out/kcov.log" 2>&1 &
 BULKHEAD_STOP_FIRST=1 exec '{real}' "$@"
