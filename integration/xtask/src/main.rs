@@ -4,12 +4,16 @@
 //! | --- | --- |
 //! | `demo` | the main job, shown step by step |
 //! | `test` | every check and test there is, counted |
+//! | `fuzz` | fuzz targets, for as long as one likes |
+//! | `nightly` | the compiler that has sanitizers, and its flags |
 //! | `coverage` | which lines the data plane's tests run |
 //! | `packages` | Debian packages that both need, installed after saying so |
 //! | `report` | lines with a tick, and progress while something takes long |
 
 mod coverage;
 mod demo;
+mod fuzz;
+mod nightly;
 mod packages;
 mod report;
 mod test;
@@ -36,6 +40,17 @@ enum Command {
         /// Only packages whose name contains this (`integration`, `rot`, ...); checks are left out then
         filter: Option<String>,
     },
+    /// Runs a fuzz target; without a name, lists them
+    Fuzz {
+        /// Which
+        name: Option<String>,
+        /// For how long
+        #[arg(long, value_name = "N", default_value_t = 60)]
+        seconds: u32,
+        /// Puts what it finds into the corpus, if nothing failed
+        #[arg(long)]
+        keep: bool,
+    },
     /// Measures which lines of the data plane its tests run; fails below 95 % of virtqueue, vhost_user or blk
     Coverage {
         /// Lists the lines that no test runs, of those three or of PART (`worker`, `server`, ...)
@@ -49,6 +64,11 @@ fn main() -> ExitCode {
     let result = match arguments.command {
         Command::Demo => demo::run(),
         Command::Test { filter } => test::run(filter.as_deref()),
+        Command::Fuzz {
+            name,
+            seconds,
+            keep,
+        } => fuzz::run(name.as_deref(), seconds, keep),
         Command::Coverage { uncovered } => coverage::run(uncovered.as_deref()),
     };
     match result {

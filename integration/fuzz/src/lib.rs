@@ -1,0 +1,65 @@
+//! Fuzz targets: functions that take any bytes, and panic where something that must hold does not.
+//!
+//! They are plain functions: libFuzzer drives them (`engine`, by `cargo xtask fuzz`), and every toolchain
+//! runs them over the corpora (`tests/corpus.rs`). A target reads its bytes as a list of what a hostile
+//! driver or frontend does, and compares what comes of it with a slow model, written from the
+//! specification, wherever there is one.
+//!
+//! | module | target |
+//! | --- | --- |
+//! | `split_walk` | a split ring: what is taken, used and signalled |
+//! | `packed_walk` | the same of a packed ring |
+//! | `blk_request` | a virtio-blk request's header, ranges and buffers |
+//! | `vhost_user_stream` | a frontend's bytes and descriptors, in any pieces and order |
+//! | `config_write` | writes to the configuration space |
+//! | `guest`, `input`, `order` | guest memory, the reading of bytes and in-order use, for several of them |
+#![forbid(unsafe_code)]
+
+mod blk_request;
+mod config_write;
+mod guest;
+mod input;
+mod order;
+mod packed_walk;
+mod split_walk;
+mod vhost_user_stream;
+
+/// A target.
+#[derive(Debug, Clone, Copy)]
+pub struct Target {
+    /// Its name, and its corpus' folder.
+    pub name: &'static str,
+    /// What it is about, in a line.
+    pub about: &'static str,
+    /// Takes any bytes.
+    pub run: fn(&[u8]),
+}
+
+/// All of them.
+pub const TARGETS: &[Target] = &[
+    Target {
+        name: "split_walk",
+        about: "split rings against a slow model: chains taken, used entries, notifications",
+        run: split_walk::run,
+    },
+    Target {
+        name: "packed_walk",
+        about: "packed rings against a slow model, as split ones",
+        run: packed_walk::run,
+    },
+    Target {
+        name: "blk_request",
+        about: "virtio-blk requests against a slow model: header, ranges, buffers, permissions",
+        run: blk_request::run,
+    },
+    Target {
+        name: "vhost_user_stream",
+        about: "a frontend's bytes and descriptors in any pieces and order; workers answer or fail",
+        run: vhost_user_stream::run,
+    },
+    Target {
+        name: "config_write",
+        about: "writes to the configuration space: only the cache mode changes",
+        run: config_write::run,
+    },
+];
