@@ -5,6 +5,7 @@
 //! [`conformance`] runs against every storage that `serve` knows.
 
 mod conformance;
+mod formats;
 mod queues;
 mod requests;
 mod support;
@@ -112,7 +113,7 @@ fn main() {
     let args = Arguments::from_args();
     let qemu = installed("qemu-storage-daemon").is_some();
     let mut trials = Vec::new();
-    for test in TESTS {
+    for test in TESTS.iter().chain(formats::TESTS) {
         for &backend in test.backends {
             let name = format!("block_{}_{}", test.name, label(backend));
             let skipped = backend == Backend::Qemu && !qemu;
