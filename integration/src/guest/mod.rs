@@ -60,6 +60,8 @@ pub enum GuestDisk {
         queues: u16,
         /// Packed rings are offered to the guest, if the back-end has them.
         packed: bool,
+        /// Addresses are the platform's (VIRTIO_F_ACCESS_PLATFORM), as a confidential guest's are.
+        platform: bool,
     },
     /// A file, served by QEMU itself.
     Raw(PathBuf),
@@ -238,6 +240,7 @@ fn disk_arguments(index: usize, disk: &GuestDisk) -> Vec<String> {
             socket,
             queues,
             packed,
+            platform,
         } => vec![
             "-chardev".to_owned(),
             format!(
@@ -246,8 +249,14 @@ fn disk_arguments(index: usize, disk: &GuestDisk) -> Vec<String> {
             ),
             "-device".to_owned(),
             format!(
-                "vhost-user-blk-pci,chardev=c{index},num-queues={queues},packed={}",
-                if *packed { "on" } else { "off" }
+                "vhost-user-blk-pci,chardev=c{index},num-queues={queues},packed={},{}",
+                on(*packed),
+                // A transitional device can't have it.
+                if *platform {
+                    "iommu_platform=on,disable-legacy=on"
+                } else {
+                    "iommu_platform=off"
+                }
             ),
         ],
         GuestDisk::Raw(path) => vec![
@@ -257,6 +266,10 @@ fn disk_arguments(index: usize, disk: &GuestDisk) -> Vec<String> {
             format!("virtio-blk-pci,drive=d{index}"),
         ],
     }
+}
+
+fn on(option: bool) -> &'static str {
+    if option { "on" } else { "off" }
 }
 
 /// The kernel's arguments. Under TCG it misjudges the speed of the time stamp counter, so that its

@@ -172,6 +172,7 @@ impl Pair {
             socket: on.socket("disk"),
             queues: 2,
             packed,
+            platform: false,
         }];
         let spec = GuestSpec {
             dir: on.dir(),

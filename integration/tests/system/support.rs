@@ -58,6 +58,7 @@ pub fn guest(
         socket,
         queues,
         packed: false,
+        platform: false,
     }];
     guest_with(dir, &disks, script)
 }

@@ -69,6 +69,7 @@ fn start(host: &Host, packed: bool, queues: u16) -> Result<Guest, Box<dyn std::e
         socket: host.socket("disk"),
         queues,
         packed,
+        platform: queues > 1,
     }];
     let script = script(queues);
     let spec = GuestSpec {
@@ -96,6 +97,7 @@ fn script(queues: u16) -> String {
          driver=/sys/bus/virtio/drivers/virtio_blk\n\
          echo queues=$(ls $disk/mq | wc -l)\n\
          echo packed=$(cut -c35 $disk/device/features)\n\
+         echo platform=$(cut -c34 $disk/device/features)\n\
          echo discard=$(cat $disk/queue/discard_max_bytes)\n\
          echo zeroes=$(cat $disk/queue/write_zeroes_max_bytes)\n\
          guest-io check /dev/vda {queues} 400\n\
@@ -150,6 +152,7 @@ fn facts(guest: &Guest, packed: bool, queues: u16) -> Outcome {
     };
     is("queues", &queues.to_string())?;
     is("packed", if packed { "1" } else { "0" })?;
+    is("platform", if queues > 1 { "1" } else { "0" })?;
     is("unbound-and-bound", "100")?;
     for name in ["discard", "zeroes"] {
         let bytes = guest.value(name).and_then(|v| v.parse::<u64>().ok());

@@ -182,6 +182,7 @@ fn start_guest(host: &Host, boot: &Boot, script: &str) -> Result<Guest, Box<dyn 
         socket: host.socket("disk"),
         queues: 1,
         packed: false,
+        platform: false,
     }];
     let spec = GuestSpec {
         dir: host.dir(),
