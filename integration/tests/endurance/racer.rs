@@ -4,6 +4,7 @@
 
 use std::error::Error;
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -15,7 +16,10 @@ use bulkhead_integration::disk::{
 use bulkhead_integration::driver::memory::{GuestMemory, OutOfMemory};
 use bulkhead_integration::driver::ring::{DESC_BYTES, Desc, Ring};
 use bulkhead_integration::driver::{header, kind, status};
+use bulkhead_integration::frontend::message::{self, protocol_feature, request};
 use bulkhead_integration::random::Random;
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::ftruncate;
 
 use crate::Outcome;
 
@@ -228,15 +232,43 @@ fn fields(ring: &Ring) -> Vec<Field> {
     fields
 }
 
-/// The race, until so many requests were offered.
+/// The race, until so many requests were offered: the first half over rings alone, the second with
+/// use in order, a dirty log and an in-flight region beside them.
 pub fn run(arena: &mut Arena, random: &mut Random, rounds: u64) -> Outcome {
     let mut options = Options {
         queue_size: 64,
         ..Options::default()
     };
     options.features |= feature::EVENT_IDX | feature::BLK_DISCARD | feature::BLK_WRITE_ZEROES;
-    let disk = arena.attach(&options)?;
     arena.touch(0..KEPT.start);
+    let alone = arena.attach(&options)?;
+    let first = race(arena, random, rounds / 2, alone)?;
+    options.features |= feature::IN_ORDER | feature::LOG_ALL;
+    options.protocol_features |= protocol_feature::LOG_SHMFD | protocol_feature::INFLIGHT_SHMFD;
+    let beside = attach_with_files(arena, &options)?;
+    let second = race(arena, random, rounds - rounds / 2, beside)?;
+    Ok(format!("{first}; and in order: {second}"))
+}
+
+/// A disk whose device keeps a log and an in-flight region.
+fn attach_with_files(arena: &Arena, options: &Options) -> Result<Disk, Box<dyn Error>> {
+    let disk = arena.negotiate(options)?;
+    let (region, file) = disk.frontend.get_inflight(1, options.queue_size)?;
+    let fds = [file.as_fd()];
+    disk.frontend
+        .set(request::SET_INFLIGHT_FD, &region.body(), &fds)?;
+    let log = memfd_create("log", MFdFlags::MFD_CLOEXEC)?;
+    let bytes = (HIGH + HIGH_BYTES) / 4096 / 8;
+    ftruncate(&log, i64::try_from(bytes)?)?;
+    let body = message::words(&[bytes, 0]);
+    disk.frontend
+        .ask(request::SET_LOG_BASE, &body, &[log.as_fd()])?;
+    disk.share_memory()?;
+    disk.start_queue(0)?;
+    Ok(disk)
+}
+
+fn race(arena: &mut Arena, random: &mut Random, rounds: u64, disk: Disk) -> Outcome {
     let guards = guards(&disk.rings[0]);
     for guard in &guards {
         let len = usize::try_from(guard.end - guard.start)?;
