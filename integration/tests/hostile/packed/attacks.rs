@@ -1,5 +1,4 @@
-//! Packed rings that lie: wrap counters, ids, chains that don't end, descriptors that change after
-//! they were taken, event suppression structures full of noise, rings at the edge of memory.
+//! What the rows of packed rings do.
 
 use std::error::Error;
 use std::ops::Range;
@@ -7,337 +6,22 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use bulkhead_integration::arena::Arena;
-use bulkhead_integration::disk::{DATA, Disk, HIGH, HIGH_BYTES, Options, Request, feature};
-use bulkhead_integration::driver::packed::{START, WRAP, advance, available_bits, used_bits};
+use bulkhead_integration::disk::{DATA, Disk, Options, Request, feature};
+use bulkhead_integration::driver::packed::{START, WRAP, advance, available_bits};
 use bulkhead_integration::driver::ring::{Desc, INDIRECT, NEXT, WRITE};
 use bulkhead_integration::driver::{kind, status};
-use bulkhead_integration::frontend::message::{self, request};
+use bulkhead_integration::frontend::message::request;
 use bulkhead_integration::frontend::wait_readable;
 
-use crate::End::{Accepted, Closed, Refused, Retired, Silent, Status, Used};
+use crate::End::{Accepted, Retired, Silent, Status, Used};
 use crate::guest::{
     Watch, after_end, attach, descriptors, fate, judge, offer_other, probe, wait_for_end,
 };
-use crate::rings::place;
-use crate::{Attack, Case, End};
+use crate::{Attack, End};
 
 const OK: End = Status(status::OK);
-const IOERR: End = Status(status::IOERR);
 
-const ROUND: &str = "2.8.1: a descriptor of another round is not available";
-const ID: &str = "an id tells chains apart: a device refuses one that it can't keep, or two alike";
-const ENDLESS: &str = "a chain ends within its ring, or the queue retires";
-const TAKEN: &str = "a chain is read once: what is written there later changes nothing";
-const EVENTS: &str = "hints of the driver may cost it notifications, nothing else";
-const PLACE: &str = "a ring that is not in guest memory is refused when named or when started";
-const TABLE: &str = "2.8.8: in a table ids, NEXT, AVAIL and USED mean nothing";
-const SPOILT: &str = "the guest spoils its own ring";
-const BASE: &str = "a base that can't be is refused, or breaks the queue";
-const SIZE: &str = "virtio 2.8.10.1: at most 32768 entries; a power of two is not demanded";
-
-/// The table.
-pub const CASES: &[Case] = &[
-    Case::packed("wrap_counter_of_the_next_round", &[Silent], ROUND, |a| {
-        by_hand(a, |place, flags| flags | available_bits(place ^ WRAP))
-    }),
-    Case::packed("wrap_counter_says_used", &[Silent], ROUND, |a| {
-        by_hand(a, |place, flags| flags | used_bits(place))
-    }),
-    Case::packed("wrap_counter_bits_clear", &[Silent], ROUND, |a| {
-        by_hand(a, |_, flags| flags)
-    }),
-    Case::packed(
-        "wrap_counter_changes_inside_a_chain",
-        &[Retired, OK, IOERR, Silent],
-        "2.8.21: the driver makes the first available last; a device may look at the first only",
-        |a| {
-            by_hand(a, |place, flags| {
-                let first = place & !WRAP == 0;
-                flags | available_bits(if first { place } else { place ^ WRAP })
-            })
-        },
-    ),
-    Case::packed("available_behind_a_hole", &[Silent], ROUND, behind_a_hole),
-    Case::packed("available_everywhere", &[Retired, Used], ENDLESS, |a| {
-        everywhere(a, 0)
-    }),
-    Case::packed(
-        "available_everywhere_noise",
-        &[Retired, Used],
-        ENDLESS,
-        |a| everywhere(a, 0xff78),
-    ),
-    Case::packed("chain_longer_than_its_ring", &[Retired], ENDLESS, |a| {
-        everywhere(a, NEXT)
-    }),
-    Case::packed(
-        "chain_longer_than_its_ring_writable",
-        &[Retired],
-        ENDLESS,
-        |a| everywhere(a, NEXT | WRITE),
-    ),
-    Case::packed(
-        "chain_goes_on_where_nothing_is",
-        &[Retired, IOERR, Silent],
-        ENDLESS,
-        unfinished,
-    ),
-    Case::packed(
-        "chain_over_the_end_of_its_ring",
-        &[OK],
-        "a chain may begin in one round and end in the next",
-        over_the_end,
-    ),
-    Case::packed(
-        "chain_as_long_as_its_ring",
-        &[OK],
-        "2.8.5: a chain may have as many descriptors as its ring",
-        as_long_as_the_ring,
-    ),
-    Case::packed("id_out_of_range", &[Retired, OK], ID, |a| id(a, 128)),
-    Case::packed("id_far_out_of_range", &[Retired, OK], ID, |a| id(a, 0xffff)),
-    Case::packed("id_top_bit", &[Retired, OK], ID, |a| id(a, 0x8000)),
-    Case::packed(
-        "id_differs_inside_a_chain",
-        &[OK, Retired],
-        "2.8.6: the id stands in the last descriptor; the others' are reserved",
-        id_differs,
-    ),
-    Case::packed("id_in_flight_many_times", &[Retired, Used], ID, |a| {
-        let mut disk = attach(a)?;
-        for _ in 0..40 {
-            disk.push(0, 0, &large_read())?;
-        }
-        all_used_or_retired(&mut disk, 40)
-    }),
-    Case::packed(
-        "more_offered_than_the_ring_has",
-        &[Retired, Used],
-        "2.8.21: a driver may not overwrite descriptors that are in flight",
-        overcommitted,
-    ),
-    Case::packed(
-        "address_changed_after_taken",
-        &[Retired, Used],
-        TAKEN,
-        |a| changed(a, |desc| desc.addr = 0x1000),
-    ),
-    Case::packed("length_changed_after_taken", &[Retired, Used], TAKEN, |a| {
-        changed(a, |desc| desc.len = u32::MAX)
-    }),
-    Case::packed("flags_changed_after_taken", &[Retired, Used], TAKEN, |a| {
-        changed(a, |desc| desc.flags ^= WRITE | NEXT | INDIRECT)
-    }),
-    Case::packed("id_changed_after_taken", &[Retired, Used], TAKEN, |a| {
-        changed(a, |desc| desc.next = 77)
-    }),
-    Case::packed("flags_used_after_taken", &[Retired, Used], TAKEN, |a| {
-        changed(a, |desc| desc.flags |= used_bits(START))
-    }),
-    Case::packed("event_flags_reserved", &[OK], EVENTS, |a| event(a, 0, 3)),
-    Case::packed("event_flags_all_ones", &[OK], EVENTS, |a| {
-        event(a, 0xffff, 0xffff)
-    }),
-    Case::packed("event_disabled", &[OK], EVENTS, |a| event(a, 0, 1)),
-    Case::packed("event_at_a_place_behind", &[OK], EVENTS, |a| {
-        event(a, 127, 2)
-    }),
-    Case::packed("event_at_a_place_that_is_not", &[OK], EVENTS, |a| {
-        event(a, 0x7fff, 2)
-    }),
-    Case::packed("event_wrap_counter_lies", &[OK], EVENTS, |a| event(a, 3, 2)),
-    Case::packed("event_flags_not_negotiated", &[OK], EVENTS, event_unasked),
-    Case::packed(
-        "device_event_overwritten",
-        &[OK],
-        "the device does not read its own structure back",
-        |a| {
-            let mut disk = attach(a)?;
-            let used = disk.rings[0].used;
-            // Its flags still say that kicks are wanted.
-            disk.memory.write(used, &[0xa4; 4])?;
-            good(&mut disk)
-        },
-    ),
-    Case::packed(
-        "event_structures_over_each_other",
-        &[OK, Refused, Closed],
-        SPOILT,
-        |a| started_at(a, |ring| ring[1] = ring[2]),
-    ),
-    Case::packed(
-        "event_structures_over_the_ring",
-        &[OK, IOERR, Refused, Closed, Retired, Silent, Used],
-        SPOILT,
-        |a| started_at(a, |ring| *ring = [ring[0]; 3]),
-    ),
-    Case::packed("ring_ends_with_memory", &[OK], "it is inside", |a| {
-        started_at(a, |ring| ring[0] = HIGH + HIGH_BYTES - 128 * 16)
-    }),
-    Case::packed("events_end_with_memory", &[OK], "they are inside", |a| {
-        started_at(a, |ring| {
-            ring[1] = HIGH + HIGH_BYTES - 4;
-            ring[2] = HIGH + HIGH_BYTES - 8;
-        })
-    }),
-    Case::packed(
-        "ring_one_descriptor_too_far",
-        &[Refused, Closed, Retired],
-        PLACE,
-        |a| place(a, |user| user[0] += 15 * 0x10_0000_0000),
-    ),
-    Case::packed(
-        "device_event_misaligned",
-        &[Refused, Closed, Retired],
-        PLACE,
-        |a| place(a, |user| user[1] += 1),
-    ),
-    Case::packed(
-        "driver_event_misaligned",
-        &[Refused, Closed, Retired],
-        PLACE,
-        |a| place(a, |user| user[2] += 2),
-    ),
-    Case::packed(
-        "device_event_in_hole",
-        &[Refused, Closed, Retired],
-        PLACE,
-        |a| place(a, |user| user[1] = u64::MAX - 3),
-    ),
-    Case::packed("size_three", &[OK, Refused, Closed], SIZE, |a| sized(a, 3)),
-    Case::packed("size_hundred", &[OK, Refused, Closed], SIZE, |a| {
-        sized(a, 100)
-    }),
-    Case::packed("size_one", &[OK], SIZE, |a| sized(a, 1)),
-    Case::packed("size_past_the_limit", &[Refused, Closed], SIZE, |a| {
-        let disk = a.negotiate(&Options::default())?;
-        fate(
-            disk.frontend
-                .set_vring_state(request::SET_VRING_NUM, 0, 32769),
-        )
-    }),
-    Case::packed(
-        "base_outside_the_ring",
-        &[Refused, Closed, Retired],
-        BASE,
-        |a| base(a, 0x80c8_80c8),
-    ),
-    Case::packed("base_all_ones", &[Refused, Closed, Retired], BASE, |a| {
-        base(a, u32::MAX)
-    }),
-    Case::packed(
-        "base_halves_that_differ",
-        &[OK, Refused, Closed, Retired, Silent, Used],
-        BASE,
-        |a| base(a, 0x8003_8000),
-    ),
-    Case::packed(
-        "base_in_the_second_round",
-        &[OK],
-        "a ring may start anywhere, also with the wrap counter at 0",
-        |a| base(a, 0x0005_0005),
-    ),
-    Case::packed("table_with_noise_in_its_flags", &[OK], TABLE, |a| {
-        table(a, |descs| {
-            for desc in descs {
-                desc.flags |= 0xff78;
-                desc.next = 0xffff;
-            }
-        })
-    }),
-    Case::packed("table_with_next_flags", &[OK], TABLE, |a| {
-        table(a, |descs| {
-            for desc in descs {
-                desc.flags |= NEXT;
-            }
-        })
-    }),
-    Case::packed(
-        "table_inside_the_ring",
-        &[OK, IOERR, Retired, Used],
-        SPOILT,
-        |a| {
-            let mut disk = attach(a)?;
-            let descs = descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?;
-            let at = disk.rings[0].desc + 64 * 16;
-            let len = disk.rings[0].write_table(&disk.memory, at, &descs)?;
-            offer_other(&mut disk, &[Desc::indirect(at, len)], &descs)
-        },
-    ),
-    Case::packed(
-        "table_is_the_ring",
-        &[OK, IOERR, Retired, Used],
-        SPOILT,
-        |a| {
-            let mut disk = attach(a)?;
-            let at = disk.rings[0].desc;
-            offer_other(&mut disk, &[Desc::indirect(at, 48)], &[])
-        },
-    ),
-    Case::packed(
-        "read_into_the_ring",
-        &[OK, IOERR, Retired, Used, Silent],
-        SPOILT,
-        |a| into_the_ring(a, |disk| disk.rings[0].desc),
-    ),
-    Case::packed(
-        "read_over_the_event_structures",
-        &[OK, IOERR, Retired, Used, Silent],
-        SPOILT,
-        |a| into_the_ring(a, |disk| disk.rings[0].used),
-    ),
-    Case::packed(
-        "status_in_its_own_descriptor",
-        &[OK, IOERR, Retired, Used, Silent],
-        SPOILT,
-        status_in_the_ring,
-    ),
-    Case::packed(
-        "ring_of_the_other_queue",
-        &[OK, IOERR, Retired, Used, Silent, Refused, Closed],
-        SPOILT,
-        two_queues_one_ring,
-    ),
-    Case::packed(
-        "driven_as_a_split_ring",
-        &[Silent, Retired, Used],
-        "a driver that forgot what it negotiated",
-        as_split,
-    ),
-    Case::packed(
-        "format_changed_while_running",
-        &[Refused, Closed],
-        "features are fixed while a queue runs",
-        |a| {
-            let disk = attach(a)?;
-            let other = disk.features & !feature::RING_PACKED;
-            let body = message::words(&[other]);
-            fate(disk.frontend.set(request::SET_FEATURES, &body, &[]))
-        },
-    ),
-    Case::packed(
-        "place_of_the_ring_changed_while_running",
-        &[Refused, Closed, Accepted],
-        "the geometry of a running ring is fixed: refused, or kept for the next start",
-        |a| {
-            let mut disk = attach(a)?;
-            probe(&mut disk, 0)?;
-            let ring = &disk.rings[0];
-            let moved = disk.set_addresses(0, ring.desc + 0x1000, ring.used, ring.avail);
-            let end = match moved {
-                Ok(()) => Accepted,
-                Err(bulkhead_integration::disk::DiskError::Frontend(e)) => fate(Err(e))?,
-                Err(other) => return Err(other.into()),
-            };
-            if end != Closed {
-                probe(&mut disk, 0)?;
-            }
-            Ok(end)
-        },
-    ),
-];
-
-fn large_read() -> Request {
+pub fn large_read() -> Request {
     Request {
         kind: kind::IN,
         sector: 0,
@@ -346,13 +30,13 @@ fn large_read() -> Request {
 }
 
 /// A good read through queue 0, from offer to end.
-fn good(disk: &mut Disk) -> Attack {
+pub fn good(disk: &mut Disk) -> Attack {
     let descs = descriptors(disk, kind::IN, 0, &[(DATA, 4096)])?;
     offer_other(disk, &descs, &descs)
 }
 
 /// A good chain written by hand, with the AVAIL and USED bits that `bits` adds at each place.
-fn by_hand(arena: &mut Arena, bits: fn(u16, u16) -> u16) -> Attack {
+pub fn by_hand(arena: &mut Arena, bits: fn(u16, u16) -> u16) -> Attack {
     let mut disk = attach(arena)?;
     let descs = descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?;
     write_by_hand(&mut disk, &descs, 0, bits)?;
@@ -412,7 +96,7 @@ fn probe_data() -> Range<u64> {
     span(DATA + 0x40_0000, 4096)
 }
 
-fn behind_a_hole(arena: &mut Arena) -> Attack {
+pub fn behind_a_hole(arena: &mut Arena) -> Attack {
     let mut disk = attach(arena)?;
     let descs = descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?;
     disk.rings[0].next_avail = START | 5;
@@ -424,7 +108,7 @@ fn behind_a_hole(arena: &mut Arena) -> Attack {
 }
 
 /// Every descriptor of the ring is available, with these flags, and leads to 16 bytes.
-fn everywhere(arena: &mut Arena, flags: u16) -> Attack {
+pub fn everywhere(arena: &mut Arena, flags: u16) -> Attack {
     let mut disk = attach(arena)?;
     let ring = &mut disk.rings[0];
     for index in (0..ring.size).rev() {
@@ -446,7 +130,7 @@ fn everywhere(arena: &mut Arena, flags: u16) -> Attack {
 }
 
 /// Header and data with NEXT, and behind them nothing that is available.
-fn unfinished(arena: &mut Arena) -> Attack {
+pub fn unfinished(arena: &mut Arena) -> Attack {
     let mut disk = attach(arena)?;
     let descs = descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?;
     let ring = &disk.rings[0];
@@ -462,7 +146,7 @@ fn unfinished(arena: &mut Arena) -> Attack {
 }
 
 /// Good requests until the place is near the end, then one that goes over it.
-fn over_the_end(arena: &mut Arena) -> Attack {
+pub fn over_the_end(arena: &mut Arena) -> Attack {
     let mut disk = attach(arena)?;
     let mut end = Silent;
     // 128 = 42 * 3 + 2: the 43rd chain begins two before the end.
@@ -475,21 +159,21 @@ fn over_the_end(arena: &mut Arena) -> Attack {
     Ok(end)
 }
 
-fn as_long_as_the_ring(arena: &mut Arena) -> Attack {
+pub fn as_long_as_the_ring(arena: &mut Arena) -> Attack {
     let mut disk = attach(arena)?;
     let segments: Vec<_> = (0..126).map(|i| (DATA + i * 8192, 4096)).collect();
     let descs = descriptors(&disk, kind::IN, 0, &segments)?;
     offer_other(&mut disk, &descs, &descs)
 }
 
-fn id(arena: &mut Arena, id: u16) -> Attack {
+pub fn id(arena: &mut Arena, id: u16) -> Attack {
     let mut disk = attach(arena)?;
     let descs = descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?;
     disk.rings[0].offer(&disk.memory, id, &descs)?;
     judge(&mut disk, id, &descs)
 }
 
-fn id_differs(arena: &mut Arena) -> Attack {
+pub fn id_differs(arena: &mut Arena) -> Attack {
     let mut disk = attach(arena)?;
     let descs = descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?;
     disk.rings[0].offer(&disk.memory, 9, &descs)?;
@@ -500,7 +184,7 @@ fn id_differs(arena: &mut Arena) -> Attack {
     judge(&mut disk, 9, &descs)
 }
 
-fn all_used_or_retired(disk: &mut Disk, count: usize) -> Attack {
+pub fn all_used_or_retired(disk: &mut Disk, count: usize) -> Attack {
     disk.publish(0)?;
     let mut end = Used;
     for _ in 0..count {
@@ -514,7 +198,7 @@ fn all_used_or_retired(disk: &mut Disk, count: usize) -> Attack {
 }
 
 /// A ring full of large reads, and over the first of them, still in flight, the next round's.
-fn overcommitted(arena: &mut Arena) -> Attack {
+pub fn overcommitted(arena: &mut Arena) -> Attack {
     let mut disk = attach(arena)?;
     let descs = descriptors(&disk, kind::IN, 0, &[(DATA, 1 << 20)])?;
     for id in 0..42 {
@@ -546,7 +230,7 @@ fn overcommitted(arena: &mut Arena) -> Attack {
 }
 
 /// Changes the data descriptor of a large read again and again while it is served.
-fn changed(arena: &mut Arena, change: fn(&mut Desc)) -> Attack {
+pub fn changed(arena: &mut Arena, change: fn(&mut Desc)) -> Attack {
     let mut disk = attach(arena)?;
     let descs = descriptors(&disk, kind::IN, 0, &[(DATA, 1 << 20)])?;
     disk.rings[0].offer(&disk.memory, 3, &descs)?;
@@ -571,7 +255,7 @@ fn changed(arena: &mut Arena, change: fn(&mut Desc)) -> Attack {
 }
 
 /// A driver event structure that says this, with EVENT_IDX.
-fn event(arena: &mut Arena, off_wrap: u16, flags: u16) -> Attack {
+pub fn event(arena: &mut Arena, off_wrap: u16, flags: u16) -> Attack {
     let mut options = Options {
         queues: 2,
         ..Options::default()
@@ -581,7 +265,7 @@ fn event(arena: &mut Arena, off_wrap: u16, flags: u16) -> Attack {
 }
 
 /// As [`event`], with the flag for places where it was not negotiated.
-fn event_unasked(arena: &mut Arena) -> Attack {
+pub fn event_unasked(arena: &mut Arena) -> Attack {
     let options = Options {
         queues: 2,
         ..Options::default()
@@ -611,7 +295,7 @@ fn with_event(arena: &mut Arena, options: &Options, off_wrap: u16, flags: u16) -
 
 /// Starts queue 0 with descriptor ring, device and driver event structure where `spoil` puts
 /// them (guest addresses).
-fn started_at(arena: &mut Arena, spoil: fn(&mut [u64; 3])) -> Attack {
+pub fn started_at(arena: &mut Arena, spoil: fn(&mut [u64; 3])) -> Attack {
     let mut disk = arena.negotiate(&Options::default())?;
     disk.share_memory()?;
     let ring = &mut disk.rings[0];
@@ -635,7 +319,7 @@ fn start_and_try(disk: &mut Disk) -> Attack {
     wait_for_end(disk, Some((0, &descs)))
 }
 
-fn sized(arena: &mut Arena, size: u16) -> Attack {
+pub fn sized(arena: &mut Arena, size: u16) -> Attack {
     let options = Options {
         queue_size: size,
         indirect: true,
@@ -656,7 +340,7 @@ fn sized(arena: &mut Arena, size: u16) -> Attack {
     Ok(OK)
 }
 
-fn base(arena: &mut Arena, base: u32) -> Attack {
+pub fn base(arena: &mut Arena, base: u32) -> Attack {
     let mut disk = arena.negotiate(&Options::default())?;
     disk.share_memory()?;
     let ring = &disk.rings[0];
@@ -688,7 +372,7 @@ fn base(arena: &mut Arena, base: u32) -> Attack {
 }
 
 /// A good request in a table, its descriptors spoilt.
-fn table(arena: &mut Arena, spoil: fn(&mut [Desc])) -> Attack {
+pub fn table(arena: &mut Arena, spoil: fn(&mut [Desc])) -> Attack {
     let mut disk = attach(arena)?;
     let descs = descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?;
     let mut spoilt = descs.clone();
@@ -702,7 +386,7 @@ fn table(arena: &mut Arena, spoil: fn(&mut [Desc])) -> Attack {
 }
 
 /// A read whose data goes over the ring: any end, and nothing beyond it.
-fn into_the_ring(arena: &mut Arena, at: fn(&Disk) -> u64) -> Attack {
+pub fn into_the_ring(arena: &mut Arena, at: fn(&Disk) -> u64) -> Attack {
     let mut disk = attach(arena)?;
     let target = at(&disk);
     let descs = descriptors(&disk, kind::IN, 0, &[(target, 4096)])?;
@@ -713,7 +397,7 @@ fn into_the_ring(arena: &mut Arena, at: fn(&Disk) -> u64) -> Attack {
     )
 }
 
-fn status_in_the_ring(arena: &mut Arena) -> Attack {
+pub fn status_in_the_ring(arena: &mut Arena) -> Attack {
     let mut disk = attach(arena)?;
     let mut descs = descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?;
     descs[2].addr = disk.rings[0].slot_addr(START) + 14;
@@ -739,7 +423,7 @@ fn spoilt_end(disk: &mut Disk, rights: &[Range<u64>]) -> Attack {
     Ok(Used)
 }
 
-fn two_queues_one_ring(arena: &mut Arena) -> Attack {
+pub fn two_queues_one_ring(arena: &mut Arena) -> Attack {
     let options = Options {
         queues: 2,
         ..Options::default()
@@ -754,7 +438,7 @@ fn two_queues_one_ring(arena: &mut Arena) -> Attack {
     start_and_try(&mut disk)
 }
 
-fn as_split(arena: &mut Arena) -> Attack {
+pub fn as_split(arena: &mut Arena) -> Attack {
     let mut disk = attach(arena)?;
     let descs = descriptors(&disk, kind::IN, 0, &[(DATA, 4096)])?;
     let ring = &disk.rings[0];
