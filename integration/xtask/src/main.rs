@@ -1,10 +1,11 @@
-//! The project's commands: `cargo xtask demo`, `cargo xtask test`, `cargo xtask coverage`.
+//! The project's commands: `cargo xtask demo`, `test`, `fuzz`, `soak`, `coverage`.
 //!
 //! | module | owns |
 //! | --- | --- |
 //! | `demo` | the main job, shown step by step |
 //! | `test` | every check and test there is, counted |
 //! | `fuzz` | fuzz targets, for as long as one likes |
+//! | `soak` | the tests that have full numbers, with these |
 //! | `nightly` | the compiler that has sanitizers, and its flags |
 //! | `coverage` | which lines the data plane's tests run |
 //! | `packages` | Debian packages that both need, installed after saying so |
@@ -16,6 +17,7 @@ mod fuzz;
 mod nightly;
 mod packages;
 mod report;
+mod soak;
 mod test;
 
 use std::path::{Path, PathBuf};
@@ -51,6 +53,11 @@ enum Command {
         #[arg(long)]
         keep: bool,
     },
+    /// Runs the tests that do something many times as often as they are meant to: for hours
+    Soak {
+        /// Only tests whose name contains this
+        name: Option<String>,
+    },
     /// Measures which lines of the data plane its tests run; fails below 95 % of virtqueue, vhost_user or blk
     Coverage {
         /// Lists the lines that no test runs, of those three or of PART (`worker`, `server`, ...)
@@ -69,6 +76,7 @@ fn main() -> ExitCode {
             seconds,
             keep,
         } => fuzz::run(name.as_deref(), seconds, keep),
+        Command::Soak { name } => soak::run(name.as_deref()),
         Command::Coverage { uncovered } => coverage::run(uncovered.as_deref()),
     };
     match result {

@@ -1,0 +1,55 @@
+//! `cargo xtask soak`: the tests that have a full number of rounds beside that of every run, with the full
+//! one. It takes hours; its output is shown as it comes.
+
+use std::error::Error;
+use std::process::{Command, ExitCode};
+
+use crate::report::step;
+use crate::workspace;
+
+/// Asks tests for their full numbers.
+const SOAK_ENV: &str = "BULKHEAD_SOAK";
+
+/// Runs those whose name contains `name`, or all; one after the other, so that none slows another down.
+///
+/// # Errors
+/// When nothing is built, or cargo can't be started.
+pub fn run(name: Option<&str>) -> Result<ExitCode, Box<dyn Error>> {
+    let cargo = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO"));
+        command.args(arguments).current_dir(workspace());
+        command
+    };
+    step("build", || {
+        let build = [
+            "build",
+            "--quiet",
+            "-p",
+            "bulkhead-benches",
+            "--bin",
+            "serve",
+        ];
+        let output = cargo(&build).output()?;
+        if output.status.success() {
+            return Ok("serve".to_owned());
+        }
+        Err(String::from_utf8_lossy(&output.stderr).into_owned().into())
+    })?;
+    let mut tests = cargo(&[
+        "test",
+        "-p",
+        "bulkhead-integration",
+        "--test",
+        "endurance",
+        "--",
+    ]);
+    tests
+        .args(["--test-threads", "1", "--nocapture"])
+        .args(name);
+    let status = tests.env(SOAK_ENV, "1").status()?;
+    Ok(if status.success() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
