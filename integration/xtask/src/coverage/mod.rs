@@ -15,7 +15,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::packages::{self, Need};
-use crate::report::{Step, step};
+use crate::report::step;
 use crate::{TARGET, target, workspace};
 use lines::Lines;
 
@@ -37,10 +37,11 @@ const DISK_TESTS: [&str; 2] = ["block", "hostile"];
 const WRITING: Duration = Duration::from_secs(60);
 
 /// Runs it. With `uncovered`, the lines that no test ran are listed: of one part (`blk`) or, if it is
-/// empty, of the three that are held to a share.
+/// empty, of the three that are held to a share. Fails where one of them has less than its share, or a
+/// test failed.
 ///
 /// # Errors
-/// When something can't be built or measured, or a test fails: a failed test covers less than it should.
+/// When something can't be built or measured.
 pub fn run(uncovered: Option<&str>) -> Result<ExitCode, Box<dyn Error>> {
     step("packages", || packages::ensure(&[&KCOV]))?;
     let dir = folder()?;
@@ -49,15 +50,7 @@ pub fn run(uncovered: Option<&str>) -> Result<ExitCode, Box<dyn Error>> {
         binaries = build()?;
         Ok(format!("{} test binaries and serve", binaries.len()))
     })?;
-    let (disk, own): (Vec<_>, Vec<_>) = binaries.into_iter().partition(Test::is_of_disks);
-    for test in &own {
-        step(&test.label(), || measure(test, &dir))?;
-    }
-    let wrapped = wrap_serve(&dir)?;
-    for test in &disk {
-        step(&test.label(), || serve_for(test, &wrapped))?;
-    }
-    wait_for_all(&dir)?;
+    let failures = measure_all(binaries, &dir)?;
     let lines = Lines::read(&dir, &source())?;
     let low = lines.print(&MEASURED, LEAST_PERCENT);
     if let Some(part) = uncovered {
@@ -70,7 +63,38 @@ pub fn run(uncovered: Option<&str>) -> Result<ExitCode, Box<dyn Error>> {
     } else if low {
         println!("what is missing: cargo xtask coverage --uncovered");
     }
-    Ok(ExitCode::from(u8::from(low)))
+    for failure in &failures {
+        println!("{failure}");
+    }
+    Ok(ExitCode::from(u8::from(low || !failures.is_empty())))
+}
+
+/// Runs the tests, measured; what failed. A failed test runs fewer lines than it should.
+fn measure_all(binaries: Vec<Test>, dir: &Path) -> Result<Vec<String>, Box<dyn Error>> {
+    let wrapped = wrap_serve(dir)?;
+    let mut failures = Vec::new();
+    let (disk, own): (Vec<_>, Vec<_>) = binaries.into_iter().partition(Test::is_of_disks);
+    for test in own.iter().chain(&disk) {
+        step(&test.label(), || {
+            let tested = if test.is_of_disks() {
+                serve_for(test, &wrapped)?
+            } else {
+                measure(test, dir)?
+            };
+            failures.extend(tested.failures);
+            Ok(tested.line)
+        })?;
+    }
+    wait_for_all(dir)?;
+    Ok(failures)
+}
+
+/// How tests went.
+struct Tested {
+    /// For people.
+    line: String,
+    /// What failed, with what the tests printed.
+    failures: Option<String>,
 }
 
 /// A test binary.
@@ -200,36 +224,42 @@ fn kcov_options() -> Vec<String> {
 }
 
 /// Runs a test binary under kcov.
-fn measure(test: &Test, dir: &Path) -> Step {
+fn measure(test: &Test, dir: &Path) -> Result<Tested, Box<dyn Error>> {
     let out = dir.join(test.path.file_name().unwrap_or_default());
     let mut command = Command::new("kcov");
     command.args(kcov_options()).arg(&out).arg(&test.path);
-    let summary = finish(command, test)?;
+    let tested = finish(command, test)?;
     fs::write(out.join(DONE), "")?;
-    Ok(summary)
+    Ok(tested)
 }
 
 /// Runs a test binary whose `serve` is the one in `bin`.
-fn serve_for(test: &Test, bin: &Path) -> Step {
+fn serve_for(test: &Test, bin: &Path) -> Result<Tested, Box<dyn Error>> {
     let mut command = Command::new(&test.path);
     command.env(bulkhead_integration::processes::BIN_DIR_ENV, bin);
     finish(command, test)
 }
 
-/// Runs tests to their end; how many passed.
-fn finish(mut command: Command, test: &Test) -> Step {
+/// Runs tests to their end.
+fn finish(mut command: Command, test: &Test) -> Result<Tested, Box<dyn Error>> {
     let output = command
         .current_dir(&test.package_dir)
         .stdin(Stdio::null())
         .output()
-        .map_err(|e| format!("can't start {:?}: {e}", command.get_program()))?;
+        .map_err(|e| format!("can't start {}: {e}", command.get_program().display()))?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let passed = text.lines().filter(|line| line.ends_with("... ok")).count();
-    if output.status.success() {
-        return Ok(format!("{passed} passed"));
-    }
-    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-    Err(format!("{} failed:\n{text}\n{errors}", test.name).into())
+    let ending = |with: &str| text.lines().filter(|line| line.ends_with(with)).count();
+    let line = format!(
+        "{} passed, {} failed",
+        ending("... ok"),
+        ending("... FAILED")
+    );
+    let failures = (!output.status.success()).then(|| {
+        let from = text.find("failures:").unwrap_or(0);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        format!("{}:\n{}\n{errors}", test.name, &text[from..])
+    });
+    Ok(Tested { line, failures })
 }
 
 /// A file in each output folder, once kcov has written it.
