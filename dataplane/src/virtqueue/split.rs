@@ -163,7 +163,15 @@ impl SplitQueue {
     }
 
     /// Keeps what is in flight there, from now on; nothing is in flight yet.
+    ///
+    /// Where it was kept before and nothing was in flight, the queue goes on at the used index, whatever
+    /// base was given: cloud-hypervisor gives the avail index after a reconnect, and what was made
+    /// available meanwhile would be lost.
     pub fn track(&mut self, region: QueueRegion) {
+        if SplitRegion::was_left_idle(&region, self.layout.size) {
+            self.next_avail = self.published;
+            self.seen_avail = self.published;
+        }
         self.region = Some(SplitRegion::new(region, self.layout.size, self.published));
     }
 

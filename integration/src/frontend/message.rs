@@ -162,29 +162,49 @@ pub struct Inflight {
     pub queues: u16,
     /// Entries of each.
     pub queue_size: u16,
+    /// Four bytes follow, as a C compiler pads it: some frontends send them.
+    pub padded: bool,
 }
 
 impl Inflight {
-    /// Its 20 bytes.
+    /// What asks for a region.
+    #[must_use]
+    pub fn question(queues: u16, queue_size: u16) -> Self {
+        Self {
+            queues,
+            queue_size,
+            ..Self::default()
+        }
+    }
+
+    /// Its 20 or 24 bytes.
     #[must_use]
     pub fn body(&self) -> Vec<u8> {
         let mut body = words(&[self.mmap_size, self.mmap_offset]);
         let sizes = u32::from(self.queues) | u32::from(self.queue_size) << 16;
         body.extend(halves(&[sizes]));
+        if self.padded {
+            body.extend([0; 4]);
+        }
         body
     }
 
-    /// From a body of 20 bytes.
+    /// From a body of 20 or 24 bytes.
     #[must_use]
     pub fn parse(body: &[u8]) -> Option<Self> {
         let (size, rest) = body.split_first_chunk::<8>()?;
         let (offset, rest) = rest.split_first_chunk::<8>()?;
-        let [q0, q1, s0, s1]: [u8; 4] = rest.try_into().ok()?;
+        let (&[q0, q1, s0, s1], padding) = rest.split_first_chunk::<4>()?;
         Some(Self {
             mmap_size: u64::from_le_bytes(*size),
             mmap_offset: u64::from_le_bytes(*offset),
             queues: u16::from_le_bytes([q0, q1]),
             queue_size: u16::from_le_bytes([s0, s1]),
+            padded: match padding.len() {
+                0 => false,
+                4 => true,
+                _ => return None,
+            },
         })
     }
 }

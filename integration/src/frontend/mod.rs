@@ -195,35 +195,38 @@ impl Frontend {
         (&self.stream).read_exact(buffer).map_err(failed_read)
     }
 
-    /// GET_INFLIGHT_FD for so many queues of so many entries: the region that the backend made, and
-    /// its file.
+    /// GET_INFLIGHT_FD: the region that the backend made, and its file.
     ///
     /// # Errors
     /// See [`FrontendError`].
     pub fn get_inflight(
         &self,
-        queues: u16,
-        queue_size: u16,
+        asked: &message::Inflight,
     ) -> Result<(message::Inflight, OwnedFd), FrontendError> {
         let request = request::GET_INFLIGHT_FD;
         let wrong = |what: &str| FrontendError::Protocol {
             request,
             what: what.to_owned(),
         };
-        let asked = message::Inflight {
-            queues,
-            queue_size,
-            ..message::Inflight::default()
-        };
-        self.send(&message::encode(request, VERSION, &asked.body()), &[])?;
+        let flags = self.question_flags();
+        self.send(&message::encode(request, flags, &asked.body()), &[])?;
         let (answer, mut fds) = self.receive_with_fds()?;
         if answer.request != request || answer.flags & 0x7 != VERSION | FLAG_REPLY {
             return Err(wrong("its header is another's"));
         }
         let region = message::Inflight::parse(&answer.body);
+        let region = region.filter(|region| region.padded == asked.padded);
         let region = region.ok_or_else(|| wrong("its body has another length"))?;
         let fd = fds.pop().ok_or_else(|| wrong("it came without a file"))?;
         Ok((region, fd))
+    }
+
+    fn question_flags(&self) -> u32 {
+        if self.questions_need_reply {
+            VERSION | FLAG_NEED_REPLY
+        } else {
+            VERSION
+        }
     }
 
     /// A request that has an answer of its own: its body.
@@ -236,12 +239,7 @@ impl Frontend {
         body: &[u8],
         fds: &[BorrowedFd<'_>],
     ) -> Result<Vec<u8>, FrontendError> {
-        let flags = if self.questions_need_reply {
-            VERSION | FLAG_NEED_REPLY
-        } else {
-            VERSION
-        };
-        self.send(&message::encode(request, flags, body), fds)?;
+        self.send(&message::encode(request, self.question_flags(), body), fds)?;
         self.answer(request)
     }
 

@@ -180,6 +180,7 @@ fn shared(disk: &Disk, random: &mut Random, step: u64) -> Result<(), DiskError> 
                 mmap_offset: random.below(2) * 4096,
                 queues: u16::try_from(random.below(4)).unwrap_or(0),
                 queue_size: [0, 64, 128, 1024][random.index(4)],
+                padded: random.below(2) == 0,
             };
             Ok(frontend.set(request::SET_INFLIGHT_FD, &region.body(), &fds)?)
         }

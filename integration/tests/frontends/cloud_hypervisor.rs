@@ -2,14 +2,15 @@
 //! order at start, pause, reset and reconnect, and a region that is added while the guest runs.
 //!
 //! It asks for a reply to every message once REPLY_ACK is negotiated, to questions too. All sizes
-//! come before the first address, the base is the avail index in guest memory, and it has no error
-//! descriptor. On a reconnect it does not ask for protocol features, and sets what it had.
+//! come before the first address, the in-flight region between them. The base is the avail index in
+//! guest memory, and there is no error descriptor. On a reconnect it does not ask for protocol
+//! features: it sets what it had.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use bulkhead_integration::arena::{Arena, FILE_SECTORS};
 use bulkhead_integration::disk::{Disk, DiskError, Options, PATIENCE, feature};
-use bulkhead_integration::frontend::message::{self, protocol_feature, request};
+use bulkhead_integration::frontend::message::{self, Inflight, protocol_feature, request};
 use bulkhead_integration::frontend::{Frontend, FrontendError};
 use bulkhead_integration::random::Random;
 
@@ -79,14 +80,28 @@ fn config(frontend: &Frontend) -> Result<Vec<u8>, FrontendError> {
     Ok(answer[12..].to_vec())
 }
 
-/// What it does when the guest's driver is ready.
-fn activate(disk: &Disk) -> Result<(), DiskError> {
+/// The in-flight region that it keeps from an activation on, over reconnects.
+type Kept = Option<(Inflight, OwnedFd)>;
+
+/// What it does when the guest's driver is ready, and after a reconnect.
+fn activate(disk: &Disk, kept: &mut Kept) -> Result<(), DiskError> {
     let frontend = &disk.frontend;
     let features = message::words(&[disk.features]);
     frontend.set(request::SET_FEATURES, &features, &[])?;
     disk.share_memory()?;
     for (index, ring) in (0..).zip(&disk.rings) {
         frontend.set_vring_state(request::SET_VRING_NUM, index, u32::from(ring.size))?;
+    }
+    if frontend.protocol_features & protocol_feature::INFLIGHT_SHMFD != 0 {
+        if kept.is_none() {
+            let mut question = Inflight::question(QUEUES, disk.rings[0].size);
+            question.padded = true;
+            *kept = Some(frontend.get_inflight(&question)?);
+        }
+        if let Some((region, file)) = kept {
+            let fds = [file.as_fd()];
+            frontend.set(request::SET_INFLIGHT_FD, &region.body(), &fds)?;
+        }
     }
     for (index, ring) in disk.rings.iter().enumerate() {
         disk.set_addresses(index, ring.desc, ring.used, ring.avail)?;
@@ -135,14 +150,14 @@ pub fn start(arena: &mut Arena, random: &mut Random) -> Outcome {
         u64::from_le_bytes(capacity) == FILE_SECTORS,
         "the capacity is another",
     )?;
-    activate(&disk)?;
+    activate(&disk, &mut None)?;
     io(arena, &mut disk, random)
 }
 
 /// A paused virtual machine: nothing is taken, and nothing is lost.
 pub fn pause_and_resume(arena: &mut Arena, random: &mut Random) -> Outcome {
     let mut disk = create(arena)?;
-    activate(&disk)?;
+    activate(&disk, &mut None)?;
     for _ in 0..10 {
         io(arena, &mut disk, random)?;
         enable(&disk, 0)?;
@@ -168,7 +183,7 @@ pub fn pause_and_resume(arena: &mut Arena, random: &mut Random) -> Outcome {
 pub fn reset(arena: &mut Arena, random: &mut Random) -> Outcome {
     let mut disk = create(arena)?;
     for _ in 0..10 {
-        activate(&disk)?;
+        activate(&disk, &mut None)?;
         io(arena, &mut disk, random)?;
         for index in 0..u32::from(QUEUES) {
             disk.frontend
@@ -185,29 +200,75 @@ pub fn reset(arena: &mut Arena, random: &mut Random) -> Outcome {
 /// The connection breaks; the rings go on where they were, with the avail index as base.
 pub fn reconnect(arena: &mut Arena, random: &mut Random) -> Outcome {
     let mut disk = create(arena)?;
-    activate(&disk)?;
+    let mut kept = None;
+    activate(&disk, &mut kept)?;
     for _ in 0..10 {
         io(arena, &mut disk, random)?;
-        let mut frontend = Frontend::connect(&arena.socket, PATIENCE)?;
-        let protocol = disk.frontend.protocol_features;
-        std::mem::swap(&mut disk.frontend, &mut frontend);
-        drop(frontend);
-        disk.frontend.set(request::SET_OWNER, &[], &[])?;
-        disk.frontend.ask_u64(request::GET_FEATURES)?;
-        let body = message::words(&[protocol]);
-        disk.frontend
-            .set(request::SET_PROTOCOL_FEATURES, &body, &[])?;
-        replies_from_now_on(&mut disk.frontend, protocol);
-        activate(&disk)?;
+        connect_again(arena, &mut disk)?;
+        activate(&disk, &mut kept)?;
     }
     io(arena, &mut disk, random)
+}
+
+/// A new connection for a guest that goes on.
+fn connect_again(arena: &Arena, disk: &mut Disk) -> Outcome {
+    let protocol = disk.frontend.protocol_features;
+    // The old connection is closed first: it is what broke.
+    disk.frontend.stream().shutdown(std::net::Shutdown::Both)?;
+    disk.frontend = Frontend::connect(&arena.socket, PATIENCE)?;
+    disk.frontend.set(request::SET_OWNER, &[], &[])?;
+    disk.frontend.ask_u64(request::GET_FEATURES)?;
+    let body = message::words(&[protocol]);
+    disk.frontend
+        .set(request::SET_PROTOCOL_FEATURES, &body, &[])?;
+    replies_from_now_on(&mut disk.frontend, protocol);
+    Ok(())
+}
+
+/// As [`reconnect`], with requests in flight, and made available while nobody is connected: the base
+/// says the avail index all the same, and each request has its end.
+pub fn reconnect_under_load(arena: &mut Arena, random: &mut Random) -> Outcome {
+    let mut disk = create(arena)?;
+    let mut kept = None;
+    activate(&disk, &mut kept)?;
+    for round in 0..20 {
+        io(arena, &mut disk, random)?;
+        let read = |slot: u16| bulkhead_integration::disk::Request {
+            kind: bulkhead_integration::driver::kind::IN,
+            sector: u64::from(slot) * 8,
+            segments: vec![(
+                bulkhead_integration::disk::DATA + u64::from(slot) * 0x8_0000,
+                0x8_0000,
+            )],
+        };
+        for slot in 0..4 {
+            disk.push(0, slot, &read(slot))?;
+        }
+        disk.publish(0)?;
+        disk.frontend.stream().shutdown(std::net::Shutdown::Both)?;
+        for slot in 4..8 {
+            disk.push(0, slot, &read(slot))?;
+        }
+        disk.publish(0)?;
+        connect_again(arena, &mut disk)?;
+        activate(&disk, &mut kept)?;
+        disk.rings[0].kick.write(1)?;
+        for _ in 0..8 {
+            let used = disk.rings[0]
+                .wait_used(&disk.memory, std::time::Duration::from_secs(3))
+                .map_err(|e| format!("round {round}: {e}"))?;
+            let slot = u16::try_from(used.id)? / 16;
+            disk.check(slot, &read(slot), used.len)?;
+        }
+    }
+    Ok(())
 }
 
 /// A region more while the queues run, where the slots can be configured; then I/O in it.
 pub fn hotplug(arena: &mut Arena, random: &mut Random) -> Outcome {
     const MORE: u64 = 0x2_0000_0000;
     let mut disk = create(arena)?;
-    activate(&disk)?;
+    activate(&disk, &mut None)?;
     io(arena, &mut disk, random)?;
     let more = bulkhead_integration::driver::memory::GuestMemory::new(&[(MORE, 1 << 20, 0)])?;
     let region = &more.regions()[0];

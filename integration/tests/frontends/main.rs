@@ -37,6 +37,10 @@ const SCRIPTS: &[Script] = &[
         run: cloud_hypervisor::reconnect,
     },
     Script {
+        name: "cloud_hypervisor_reconnect_under_load",
+        run: cloud_hypervisor::reconnect_under_load,
+    },
+    Script {
         name: "cloud_hypervisor_hotplug",
         run: cloud_hypervisor::hotplug,
     },

@@ -65,7 +65,9 @@ pub fn logs(arena: &mut Arena) -> Outcome {
 pub fn regions(arena: &mut Arena) -> Outcome {
     let good = {
         let disk = arena.negotiate(&options())?;
-        disk.frontend.get_inflight(QUEUES, 128)?.0
+        disk.frontend
+            .get_inflight(&Inflight::question(QUEUES, 128))?
+            .0
     };
     let file = memfd(good.mmap_size)?;
     let fds = [file.as_fd()];
@@ -121,7 +123,10 @@ pub fn questions(arena: &mut Arena) -> Outcome {
         (1, 32769),
     ] {
         let disk = arena.negotiate(&options())?;
-        match disk.frontend.get_inflight(queues, size) {
+        match disk
+            .frontend
+            .get_inflight(&Inflight::question(queues, size))
+        {
             Err(_) => {}
             Ok((region, _)) => {
                 return Err(format!("asked for {queues} queues of {size}, got {region:?}").into());

@@ -111,7 +111,9 @@ impl Region {
 /// Asks for a region, gives it back, and only then starts the queues.
 fn attach(arena: &Arena) -> Result<(Disk, Region), Box<dyn Error>> {
     let disk = arena.negotiate(&options())?;
-    let (what, fd) = disk.frontend.get_inflight(QUEUES, QUEUE_SIZE)?;
+    let (what, fd) = disk
+        .frontend
+        .get_inflight(&Inflight::question(QUEUES, QUEUE_SIZE))?;
     ensure(
         what.queues == QUEUES && what.queue_size == QUEUE_SIZE,
         || format!("asked for {QUEUES} queues of {QUEUE_SIZE}, got {what:?}"),
@@ -276,7 +278,9 @@ pub fn noise(arena: &mut Arena) -> Outcome {
     let mut random = Random::named("in-flight noise");
     for _ in 0..10 {
         let mut disk = arena.negotiate(&options())?;
-        let (what, _) = disk.frontend.get_inflight(QUEUES, QUEUE_SIZE)?;
+        let (what, _) = disk
+            .frontend
+            .get_inflight(&Inflight::question(QUEUES, QUEUE_SIZE))?;
         let file: File = memfd_create("inflight", MFdFlags::MFD_CLOEXEC)?.into();
         let bytes = random.bytes(usize::try_from(what.mmap_size)?);
         file.write_all_at(&bytes, 0)?;
@@ -299,24 +303,39 @@ pub fn noise(arena: &mut Arena) -> Outcome {
     Ok(())
 }
 
-/// The region's file is cut off under load: that device's queue fails, or goes on without it.
+/// The region's file is cut off under load: that queue fails, or its connection ends, with the next
+/// chain that it would have to note; where its own part is left, it goes on. The other device serves.
 pub fn cut_off(arena: &mut Arena) -> Outcome {
-    for round in 0..10u64 {
-        let disk = arena.negotiate(&options())?;
-        let (what, _) = disk.frontend.get_inflight(QUEUES, QUEUE_SIZE)?;
+    for round in 0..20u64 {
+        let mut disk = arena.negotiate(&options())?;
+        let (what, _) = disk
+            .frontend
+            .get_inflight(&Inflight::question(QUEUES, QUEUE_SIZE))?;
         let file: File = memfd_create("inflight", MFdFlags::MFD_CLOEXEC)?.into();
         file.set_len(what.mmap_size)?;
         let packed = disk.rings[0].is_packed();
         let region = Region { file, what, packed };
         start(&disk, &region)?;
-        let mut disk = disk;
-        for slot in 0..GROUP {
+        for slot in 0..GROUP - 1 {
             disk.push(0, slot, &read(slot))?;
         }
         disk.publish(0)?;
-        region.file.set_len(round % 2 * 4096)?;
-        let _ = disk.rings[0].kick.write(1);
+        let left = if round % 2 == 0 { 0 } else { 8192 };
+        region.file.set_len(left)?;
         arena.check_other()?;
+        disk.push(0, GROUP - 1, &read(GROUP - 1))?;
+        disk.publish(0)?;
+        disk.rings[0].kick.write(1)?;
+        if left == 0 {
+            let fails = || disk.rings[0].has_failed(Duration::from_millis(10));
+            let ends = || disk.frontend.closes_within(Duration::from_millis(10));
+            let seen = (0..500).any(|_| fails() || ends());
+            ensure(seen, || {
+                format!("round {round}: nothing failed without its region")
+            })?;
+        } else {
+            collect(&mut disk, 0, usize::from(GROUP))?;
+        }
     }
     Ok(())
 }

@@ -1,8 +1,8 @@
 //! Fields of an in-flight region.
 //!
-//! UNSAFETY: the region is foreign memory; fields are written at offsets that the area checks, by
-//! volatile stores that need no alignment.
-#![expect(unsafe_code, reason = "stores to shared memory")]
+//! UNSAFETY: the region is foreign memory; fields are written and read at offsets that the area checks,
+//! by volatile accesses that need no alignment.
+#![expect(unsafe_code, reason = "accesses to shared memory")]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::sync::atomic::{Ordering, compiler_fence};
@@ -36,5 +36,15 @@ impl QueueRegion {
     #[inline]
     pub(super) fn store_u64(&self, at: u64, value: u64) {
         self.store(at, value.to_le_bytes());
+    }
+
+    /// Bytes at an offset of the region, read once: whatever the frontend has put there.
+    pub(super) fn load<const N: usize>(&self, at: u64) -> [u8; N] {
+        let Some(from) = self.area.at(self.offset + at, N as u64) else {
+            debug_assert!(false, "offset {at} is outside the region");
+            return [0; N];
+        };
+        // SAFETY: N bytes from there on lie inside the area, which the region keeps; any bytes are a value.
+        unsafe { from.cast::<[u8; N]>().read_volatile() }
     }
 }

@@ -33,6 +33,14 @@ fn entry(head: u16, field: u64) -> u64 {
 }
 
 impl SplitRegion {
+    /// Whether a backend has kept this region for such a queue, and left nothing in flight: what was
+    /// taken is used, so that the used index says where the queue goes on.
+    pub(in crate::virtqueue) fn was_left_idle(region: &QueueRegion, size: u16) -> bool {
+        let half = |at: u64| u16::from_le_bytes(region.load(at));
+        let idle = |head: u16| region.load::<1>(entry(head, ENTRY_INFLIGHT)) == [0];
+        half(VERSION_AT) == VERSION && half(DESC_NUM) == size && (0..size).all(idle)
+    }
+
     /// Begins with nothing in flight.
     pub(in crate::virtqueue) fn new(region: QueueRegion, size: u16, used_idx: u16) -> Self {
         for head in 0..region.entries() {

@@ -17,7 +17,7 @@ use bulkhead_integration::disk::{
 };
 use bulkhead_integration::driver::ring::{Desc, Ring};
 use bulkhead_integration::driver::{header, kind, status};
-use bulkhead_integration::frontend::message::{self, protocol_feature, request};
+use bulkhead_integration::frontend::message::{self, Inflight, protocol_feature, request};
 use bulkhead_integration::random::Random;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
@@ -72,7 +72,9 @@ pub fn run(arena: &mut Arena, random: &mut Random, rounds: u64) -> Outcome {
 /// A disk whose device keeps a log and an in-flight region.
 fn attach_with_files(arena: &Arena, options: &Options) -> Result<Disk, Box<dyn Error>> {
     let disk = arena.negotiate(options)?;
-    let (region, file) = disk.frontend.get_inflight(1, options.queue_size)?;
+    let (region, file) = disk
+        .frontend
+        .get_inflight(&Inflight::question(1, options.queue_size))?;
     let fds = [file.as_fd()];
     disk.frontend
         .set(request::SET_INFLIGHT_FD, &region.body(), &fds)?;
