@@ -239,7 +239,7 @@ fn snapshot(disk: &Disk) -> Result<Snapshot, Box<dyn Error>> {
 }
 
 /// After a failed request the queue goes on; after a retired queue the other one does.
-pub fn after_end(disk: &mut Disk, end: End) -> Result<(), Box<dyn Error>> {
+fn after_end(disk: &mut Disk, end: End) -> Result<(), Box<dyn Error>> {
     match end {
         End::Status(_) => probe(disk, 0)?,
         End::Retired => {
