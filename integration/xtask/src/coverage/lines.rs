@@ -49,6 +49,12 @@ fn counts(text: &str, number: usize) -> bool {
     number <= tests.unwrap_or(usize::MAX) && !line.starts_with("#[")
 }
 
+/// Whether a file holds the tests of the module beside it.
+fn is_of_tests(file: &str) -> bool {
+    file.split('/')
+        .any(|part| part == "tests" || part == "tests.rs")
+}
+
 impl Lines {
     /// Reads every report below `dir` about files in `source`.
     ///
@@ -74,6 +80,10 @@ impl Lines {
         for line in report.lines() {
             if let Some(name) = attribute(line, "filename") {
                 name.clone_into(&mut file);
+                if is_of_tests(name) {
+                    file.clear();
+                    continue;
+                }
                 self.texts
                     .entry(file.clone())
                     .or_insert_with(|| fs::read_to_string(source.join(name)).unwrap_or_default());
@@ -84,7 +94,7 @@ impl Lines {
                 continue;
             };
             let text = self.texts.get(&file).map_or("", String::as_str);
-            if counts(text, number) {
+            if !file.is_empty() && counts(text, number) {
                 let lines = self.files.entry(file.clone()).or_default();
                 *lines.entry(number).or_default() |= hits != "0";
             }
@@ -193,6 +203,14 @@ mod tests {
         assert_eq!(lines.share_of(|file| Lines::part(file) == "b").all, 0);
         assert!(!lines.print(&["a"], 66.0));
         assert!(lines.print(&["a"], 67.0));
+    }
+
+    #[test]
+    fn a_file_of_tests_is_left_out() {
+        let mut lines = Lines::default();
+        let report = report([1, 1, 1]).replace("a/b.rs", "a/b/tests.rs");
+        lines.add(&report, Path::new("/nowhere"));
+        assert_eq!(lines.share_of(|_| true).all, 0);
     }
 
     #[test]
