@@ -2,7 +2,8 @@
 //! no code with the data plane, processes that end with their test, and a complete host.
 //!
 //! - [`frontend`]: the vhost-user protocol, from the specification, down to raw bytes.
-//! - [`driver`]: guest memory, split virtqueues and virtio-blk requests, down to raw descriptors.
+//! - [`driver`]: guest memory, split and packed virtqueues and virtio-blk requests, down to raw
+//!   descriptors; and a slow packed device to compare others with.
 //! - [`disk`]: both together: an attached block device.
 //! - [`arena`]: a `serve` process with two devices, and what must hold of it after any test.
 //! - [`guest`]: a Linux guest in QEMU.

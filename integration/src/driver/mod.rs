@@ -1,4 +1,5 @@
-//! A virtio-blk driver in shared memory: well-behaved requests, and the parts to make others from.
+//! A virtio-blk driver in shared memory: well-behaved requests, and the parts to make others from;
+//! beside it the other end of a packed ring, for comparisons.
 
 pub mod desc;
 pub mod memory;
