@@ -18,11 +18,18 @@ use crate::Outcome;
 /// Slots of 16 descriptors that a queue of 128 has.
 const SLOTS: u16 = 8;
 
-/// So many attempts on one connection.
+/// So many attempts, the second half with use in order.
 pub fn run(arena: &mut Arena, random: &mut Random, rounds: u64) -> Outcome {
     let mut options = Options::default();
     options.features |= feature::EVENT_IDX;
-    let mut disk = arena.attach(&options)?;
+    let first = attempts(arena, random, rounds / 2, &options)?;
+    options.features |= feature::IN_ORDER;
+    let second = attempts(arena, random, rounds - rounds / 2, &options)?;
+    Ok(format!("{first}; and in order: {second}"))
+}
+
+fn attempts(arena: &Arena, random: &mut Random, rounds: u64, options: &Options) -> Outcome {
+    let mut disk = arena.attach(options)?;
     let (mut completed, mut overcommitted, mut late) = (0, 0, 0);
     for round in 0..rounds {
         if round > 0 {
@@ -44,8 +51,9 @@ pub fn run(arena: &mut Arena, random: &mut Random, rounds: u64) -> Outcome {
     }
     restart(&mut disk)?;
     disk.read(0, 0, 4096)?;
+    let refused = rounds - late;
     Ok(format!(
-        "{rounds} refused but for {late} that came late ({overcommitted} for room), {completed} \
+        "{refused} of {rounds} refused, {late} came late ({overcommitted} for room), {completed} \
          chains used before"
     ))
 }
