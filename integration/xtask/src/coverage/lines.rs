@@ -37,16 +37,32 @@ fn attribute<'a>(line: &'a str, name: &str) -> Option<&'a str> {
     rest.split_once('"').map(|(value, _)| value)
 }
 
-/// Whether a line of source is something that tests could run: tests stand at the end of a file, and
-/// what a derive or another attribute makes was not written here.
-fn counts(text: &str, number: usize) -> bool {
-    let tests = text.lines().position(|line| line == "#[cfg(test)]");
-    let line = text
-        .lines()
-        .nth(number - 1)
-        .unwrap_or_default()
-        .trim_start();
-    number <= tests.unwrap_or(usize::MAX) && !line.starts_with("#[")
+/// Which lines of a source (formatted by rustfmt, as all are) tests could run, from the first on. Tests
+/// stand at its end; code that an attribute makes was not written here, and it seems to lie on the
+/// attribute or on the fields of the type below it.
+fn countable(text: &str) -> Vec<bool> {
+    let mut lines = Vec::new();
+    let mut closes: Option<String> = None;
+    for line in text.lines().take_while(|line| *line != "#[cfg(test)]") {
+        let code = line.trim_start();
+        if let Some(end) = &closes {
+            lines.push(false);
+            if line == end {
+                closes = None;
+            }
+            continue;
+        }
+        let opens_type = code
+            .split_whitespace()
+            .take_while(|word| !word.contains('='))
+            .any(|word| word == "struct" || word == "enum");
+        let is_comment = code.starts_with("//");
+        if opens_type && !is_comment && code.ends_with('{') {
+            closes = Some(format!("{}}}", &line[..line.len() - code.len()]));
+        }
+        lines.push(!is_comment && !opens_type && !code.starts_with("#["));
+    }
+    lines
 }
 
 /// Whether a file holds the tests of the module beside it.
@@ -77,24 +93,25 @@ impl Lines {
     /// Adds one report in Cobertura's format.
     fn add(&mut self, report: &str, source: &Path) {
         let mut file = String::new();
+        let mut countable = Vec::new();
         for line in report.lines() {
             if let Some(name) = attribute(line, "filename") {
                 name.clone_into(&mut file);
-                if is_of_tests(name) {
-                    file.clear();
-                    continue;
-                }
-                self.texts
+                let text = self
+                    .texts
                     .entry(file.clone())
                     .or_insert_with(|| fs::read_to_string(source.join(name)).unwrap_or_default());
+                countable = self::countable(text);
+                if is_of_tests(name) {
+                    countable.clear();
+                }
                 continue;
             }
-            let number = attribute(line, "line number").and_then(|n| n.parse().ok());
+            let number = attribute(line, "line number").and_then(|n| n.parse::<usize>().ok());
             let (Some(number), Some(hits)) = (number, attribute(line, "hits")) else {
                 continue;
             };
-            let text = self.texts.get(&file).map_or("", String::as_str);
-            if !file.is_empty() && counts(text, number) {
+            if countable.get(number.wrapping_sub(1)) == Some(&true) {
                 let lines = self.files.entry(file.clone()).or_default();
                 *lines.entry(number).or_default() |= hits != "0";
             }
@@ -184,6 +201,16 @@ impl Lines {
 mod tests {
     use super::*;
 
+    /// A folder with the sources that the reports are about.
+    fn sources() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().expect("a folder");
+        fs::create_dir_all(dir.path().join("a/b")).expect("a folder");
+        for file in ["a/b.rs", "a/b/tests.rs"] {
+            fs::write(dir.path().join(file), "one();\ntwo();\nthree();\n").expect("a source");
+        }
+        dir
+    }
+
     fn report(hits: [u32; 3]) -> String {
         let line = |(number, hits): (usize, &u32)| {
             format!("<line number=\"{}\" hits=\"{hits}\"/>\n", number + 1)
@@ -197,8 +224,8 @@ mod tests {
     #[test]
     fn a_line_that_one_report_has_is_covered() {
         let mut lines = Lines::default();
-        lines.add(&report([0, 1, 0]), Path::new("/nowhere"));
-        lines.add(&report([2, 0, 0]), Path::new("/nowhere"));
+        lines.add(&report([0, 1, 0]), sources().path());
+        lines.add(&report([2, 0, 0]), sources().path());
         assert_eq!(lines.share_of(|_| true), Share { covered: 2, all: 3 });
         assert_eq!(lines.share_of(|file| Lines::part(file) == "b").all, 0);
         assert!(!lines.print(&["a"], 66.0));
@@ -209,7 +236,7 @@ mod tests {
     fn a_file_of_tests_is_left_out() {
         let mut lines = Lines::default();
         let report = report([1, 1, 1]).replace("a/b.rs", "a/b/tests.rs");
-        lines.add(&report, Path::new("/nowhere"));
+        lines.add(&report, sources().path());
         assert_eq!(lines.share_of(|_| true).all, 0);
     }
 
@@ -219,9 +246,14 @@ mod tests {
     }
 
     #[test]
-    fn tests_and_attributes_don_t_count() {
-        let text = "fn f() {}\n#[derive(Debug)]\nstruct A;\n#[cfg(test)]\nmod tests {\n}\n";
-        let counted: Vec<usize> = (1..=6).filter(|n| counts(text, *n)).collect();
-        assert_eq!(counted, [1, 3]);
+    fn tests_attributes_and_types_don_t_count() {
+        let text = "fn f() {}\n#[derive(Debug)]\nstruct A {\n    a: u8,\n}\nfn g() {}\n\
+                    enum E { B }\n// c\n#[cfg(test)]\nmod tests {\n}\n";
+        let counted: Vec<usize> = (1usize..)
+            .zip(countable(text))
+            .filter(|(_, counts)| *counts)
+            .map(|(number, _)| number)
+            .collect();
+        assert_eq!(counted, [1, 6]);
     }
 }
