@@ -82,6 +82,54 @@ fn read() -> Request {
     }
 }
 
+/// A way to stop everything that runs.
+type Stop = fn(&Disk) -> Result<(), FrontendError>;
+
+/// Once a stop is acknowledged the guest may use its memory for something else: what a slow disk
+/// still had to bring is there before, or never comes.
+pub fn nothing_after_a_stop(arena: &mut Arena) -> Outcome {
+    let stops: [(&str, Stop); 4] = [
+        ("RESET_DEVICE", |disk| {
+            disk.frontend.set(request::RESET_DEVICE, &[], &[])
+        }),
+        ("status 0", |disk| set_status(disk, 0)),
+        ("RESET_OWNER", |disk| {
+            disk.frontend.set(request::RESET_OWNER, &[], &[])
+        }),
+        ("GET_VRING_BASE", |disk| {
+            disk.frontend.get_vring_base(0).map(drop)
+        }),
+    ];
+    for (name, stop) in stops {
+        let mut disk = arena.attach(&options())?;
+        for slot in 0..8 {
+            let request = Request {
+                segments: vec![(DATA + u64::from(slot) * 4096, 4096)],
+                ..read()
+            };
+            disk.push(0, slot, &request)?;
+        }
+        disk.publish(0)?;
+        std::thread::sleep(Duration::from_millis(5));
+        stop(&disk)?;
+        let entry = disk.memory.regions()[0].entry();
+        let low = usize::try_from(entry.size_bytes)?;
+        disk.memory.fill(entry.guest_addr, low, 0x77)?;
+        disk.memory.fill(DATA, 8 * 4096, 0x77)?;
+        // The disk takes up to 200 ms for each transfer.
+        std::thread::sleep(Duration::from_millis(250));
+        let after = [
+            disk.memory.read(entry.guest_addr, low)?,
+            disk.memory.read(DATA, 8 * 4096)?,
+        ];
+        let written = after.concat().iter().filter(|byte| **byte != 0x77).count();
+        ensure(written == 0, || {
+            format!("{written} bytes were written after {name} was acknowledged")
+        })?;
+    }
+    Ok(())
+}
+
 /// VIRTIO_F_RING_RESET: one queue is stopped and starts anew, smaller and elsewhere, while requests
 /// run on the other.
 pub fn queue_reset(arena: &mut Arena) -> Outcome {

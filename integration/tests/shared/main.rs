@@ -59,6 +59,7 @@ const ROWS: &[Row] = &[
     row("status_zero_resets", device::status_zero),
     row("device_reset", device::reset),
     row("queue_reset_beside_another", device::queue_reset),
+    slow("nothing_after_a_stop", device::nothing_after_a_stop),
 ];
 
 /// Queues of each device.
