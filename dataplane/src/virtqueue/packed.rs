@@ -230,6 +230,8 @@ impl PackedQueue {
     /// Whether writes to the ring are marked in the memory's dirty log.
     pub fn set_log(&mut self, log: bool) {
         self.log = log;
+        // What it said about kicks when it started was written before this was known.
+        self.mark_wish();
     }
 
     /// Whether memory that it needs went away.
@@ -487,6 +489,11 @@ impl PackedQueue {
             // SAFETY: the area is aligned and in memory that the lease keeps.
             unsafe { shared_u32(self.parts.device) };
         device.store(wish, Ordering::Relaxed);
+        self.mark_wish();
+    }
+
+    /// Marks the device event area.
+    fn mark_wish(&self) {
         if self.log {
             self.lease.log().mark(self.layout.used, 4);
         }

@@ -168,3 +168,42 @@ impl Virtqueue {
         either!(self, queue => queue.disarm());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::memory::{DirtyLog, SharedArea, anonymous};
+
+    /// What a queue writes when it starts, before anything is said to it.
+    #[test]
+    fn a_queue_that_starts_while_its_writes_are_logged_marks_its_first() {
+        for packed in [false, true] {
+            let log = Arc::new(DirtyLog::default());
+            let (_, file) = anonymous(4096).expect("memory");
+            log.set_area(Some(SharedArea::map(file.as_fd(), 0, 1).expect("mapped")));
+            log.enable(true);
+            let (memory, _) = anonymous(0x4000).expect("memory");
+            let layout = RingLayout {
+                size: 8,
+                desc: 0,
+                avail: 0x1000,
+                used: 0x2000,
+            };
+            let features = QueueFeatures {
+                packed,
+                ..QueueFeatures::default()
+            };
+            let memory = Arc::new(memory.with_log(&log));
+            let queue = Virtqueue::new(&memory, layout, 0, features);
+            queue.expect("a queue").set_log(Some(layout.used));
+            let mut marked = [0];
+            let read = File::from(file).read_exact_at(&mut marked, 0);
+            read.expect("read");
+            assert_eq!(marked, [1 << 2], "packed: {packed}");
+        }
+    }
+}

@@ -178,6 +178,10 @@ impl SplitQueue {
     /// Marks writes to the used ring in the memory's dirty log, as of a used ring at this address.
     pub fn set_log(&mut self, used_guest_addr: Option<u64>) {
         self.log = used_guest_addr;
+        // What it said about kicks when it started was written before this was known.
+        if !self.features.event_idx {
+            self.mark(0, 2);
+        }
     }
 
     /// Whether memory that it needs went away.
