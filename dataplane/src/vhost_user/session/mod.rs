@@ -92,6 +92,8 @@ pub struct Session {
     /// SET_STATUS.
     status: u8,
     hold: Hold,
+    /// A queue has started since the volume was flushed last.
+    ran: bool,
     /// Flushes of the volume under way, before it is let go of.
     flushes: u32,
     waiting: Option<Waiting>,
@@ -130,6 +132,7 @@ impl Session {
             backend: None,
             status: 0,
             hold: Hold::default(),
+            ran: false,
             flushes: 0,
             waiting: None,
             fault: None,
@@ -276,6 +279,7 @@ impl Session {
             Request::SetInflightFd(given, fd) => self.set_inflight(given, &fd),
             Request::ResetDevice => {
                 self.facts.device.reset();
+                self.status = 0;
                 Ok(self.reset(out))
             }
             Request::SetStatus(status) => self.set_status(status, out),

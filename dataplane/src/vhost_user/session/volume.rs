@@ -91,20 +91,26 @@ impl Session {
         }
     }
 
-    /// A queue has stopped: if it was the last, the volume is flushed before it is let go of.
+    /// A queue has stopped, or did not start: if it was the last, the volume is flushed before it is let
+    /// go of.
     pub(super) fn flush_volume(&mut self, index: u16, out: &mut Outbox) {
         let running = self.vrings.iter().any(super::Vring::is_started);
         if running {
             return;
         }
+        let ran = std::mem::take(&mut self.ran);
         match self.hold {
-            Hold::Ours if self.file().is_some() => {
+            // Only for what a queue may have written. Nobody waits for a start that failed: a frontend
+            // whose starts all fail would have a worker flush as often as it asks.
+            Hold::Ours if ran && self.file().is_some() => {
                 let queue = self.queue(u32::from(index));
                 self.hold = Hold::Flushing;
                 self.flushes += 1;
                 out.to_workers.push((queue, ToWorker::Flush { queue }));
             }
-            Hold::Ours | Hold::Waits => self.hold = Hold::No,
+            Hold::Ours if self.flushes > 0 => self.hold = Hold::Flushing,
+            Hold::Ours => self.let_go(),
+            Hold::Waits => self.hold = Hold::No,
             Hold::No | Hold::Flushing => {}
         }
     }
@@ -113,9 +119,12 @@ impl Session {
     /// meanwhile.
     pub(super) fn let_go_of_volume(&mut self) {
         self.flushes = self.flushes.saturating_sub(1);
-        if self.hold != Hold::Flushing || self.flushes > 0 {
-            return;
+        if self.hold == Hold::Flushing && self.flushes == 0 {
+            self.let_go();
         }
+    }
+
+    fn let_go(&mut self) {
         self.hold = Hold::No;
         if let Some(Err(error)) = self.file().map(FileSpec::let_go) {
             tracing::warn!("the volume's lock can't be given up: {error}");

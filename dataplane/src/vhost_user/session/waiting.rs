@@ -88,7 +88,10 @@ impl Session {
         out: &mut Outbox,
     ) -> Result<bool, ProtocolError> {
         match message {
-            FromWorker::Started { queue } => self.on_started(queue.index, Ok(()), out)?,
+            FromWorker::Started { queue } => {
+                self.ran = true;
+                self.on_started(queue.index, Ok(()), out)?;
+            }
             FromWorker::StartFailed { queue, reason } => {
                 self.set_phase(queue.index, Phase::Stopped);
                 self.flush_volume(queue.index, out);
