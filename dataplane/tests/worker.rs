@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_crypto::{DataUnit, SecretArena, XtsKey};
 use bulkhead_dataplane::blk::{BlkDevice, Cipher, Geometry};
-use bulkhead_dataplane::memory::{GuestMemory, anonymous};
+use bulkhead_dataplane::memory::{GuestMemory, SharedArea, anonymous};
 use bulkhead_dataplane::storage::{FileSpec, RamSpec, StorageSpec};
 use bulkhead_dataplane::worker::message::{
     DeviceId, FromWorker, QueueId, QueueStart, RingLayout, ToWorker,
@@ -334,6 +334,27 @@ fn the_serial_and_what_is_not_known() {
     assert_eq!(rig.request(FLUSH, 0, None), (2, 1));
     assert_eq!(rig.device.metrics.requests_ok.get(), 2);
     assert_eq!(rig.device.metrics.requests_failed.get(), 3);
+}
+
+#[test]
+fn a_request_that_can_not_be_done_marks_nothing_but_its_status() {
+    let mut rig = Rig::new(StorageSpec::Null, None, 0);
+    let (_, file) = anonymous(4096).expect("memory");
+    let area = SharedArea::map(file.as_fd(), 0, 4096).expect("mapped");
+    rig.memory.log().set_area(Some(area));
+    rig.memory.log().enable(true);
+    let marked = |rig: &mut Rig, sector: u64| {
+        let status = rig.request(IN, sector, Some((DATA, 1 << 20))).0;
+        let mut bits = [0; 0x110 / 8];
+        File::from(file.try_clone().expect("dup"))
+            .read_exact_at(&mut bits, 0)
+            .expect("the log");
+        let pages: u32 = bits.iter().map(|byte: &u8| byte.count_ones()).sum();
+        (status, pages)
+    };
+    assert_eq!(marked(&mut rig, VOLUME_BYTES / 512), (1, 1));
+    // One that is done marks its data: 256 pages.
+    assert_eq!(marked(&mut rig, 0), (0, 257));
 }
 
 #[test]

@@ -166,12 +166,29 @@ impl GuestBuffer {
     /// it may have written is marked in the memory's dirty log, where one is kept.
     #[inline]
     pub fn write_last_byte(&self, value: u8) {
+        self.store_last_byte(value);
+        if let Some(memory) = self.lease.as_ref().filter(|m| m.log().is_enabled()) {
+            self.mark_written(memory);
+        }
+    }
+
+    /// As [`GuestBuffer::write_last_byte`], of a request that wrote nothing else: a guest may ask for what
+    /// can't be done as fast as it likes, and marking the whole of a long buffer takes a while.
+    #[inline]
+    pub fn write_only_last_byte(&self, value: u8) {
+        self.store_last_byte(value);
+        if let Some(memory) = self.lease.as_ref().filter(|m| m.log().is_enabled())
+            && let Some(at) = self.last
+        {
+            memory.mark_host(at, 1);
+        }
+    }
+
+    #[inline]
+    fn store_last_byte(&self, value: u8) {
         if let Some(at) = self.last {
             // SAFETY: it lies in the memory that the lease still holds.
             unsafe { at.as_ptr().write_volatile(value) };
-        }
-        if let Some(memory) = self.lease.as_ref().filter(|m| m.log().is_enabled()) {
-            self.mark_written(memory);
         }
     }
 

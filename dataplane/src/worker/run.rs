@@ -487,20 +487,22 @@ fn serve(
                 return (taken, Some(error));
             }
         };
-        let begun = match parsed {
-            Ok(operation) => {
-                let start = Start {
-                    queue: number,
-                    head,
-                    operation,
-                    local: &queue.local,
-                    durable: is_durable(&queue.local.device, queue.features),
-                };
-                pipeline.begin(start, chain)
+        let operation = match parsed {
+            Ok(operation) => operation,
+            Err(status) => {
+                chain.writable.write_only_last_byte(status as u8);
+                queue.ended(head, Outcome::failed(status));
+                continue;
             }
-            Err(status) => Begun::Done(Outcome::failed(status)),
         };
-        if let Begun::Done(outcome) = begun {
+        let start = Start {
+            queue: number,
+            head,
+            operation,
+            local: &queue.local,
+            durable: is_durable(&queue.local.device, queue.features),
+        };
+        if let Begun::Done(outcome) = pipeline.begin(start, chain) {
             chain.writable.write_last_byte(outcome.status as u8);
             queue.ended(head, outcome);
         }
