@@ -89,20 +89,24 @@ impl Pipeline {
         }
     }
 
-    /// Begins the flushes that waited for another worker's.
-    pub(super) fn resume_flushes(&mut self) {
+    /// Begins the flushes that waited for another worker's; whether there was one.
+    pub(super) fn resume_flushes(&mut self) -> bool {
+        let mut any = false;
         for _ in 0..self.unflushed.len() {
             let Some(&index) = self.unflushed.front() else {
-                return;
+                break;
             };
             let flight = self.flights.get(index as usize);
             let Some(local) = flight.and_then(|flight| flight.local.clone()) else {
                 self.unflushed.pop_front();
                 continue;
             };
-            if !self.start_flush(&local) {
+            if self.start_flush(&local) {
+                any = true;
+            } else {
                 self.unflushed.rotate_left(1);
             }
         }
+        any
     }
 }

@@ -452,7 +452,7 @@ impl Pipeline {
             any = true;
         }
         any |= self.poll_holders();
-        self.resume_flushes();
+        any |= self.resume_flushes();
         for _ in 0..self.waiting.len() {
             let Some(index) = self.waiting.pop_front() else {
                 break;
@@ -551,3 +551,6 @@ fn report(operation: Operation, errno: i32) {
         tracing::warn!("a transfer failed ({operation:?}): {error}");
     }
 }
+
+#[cfg(test)]
+mod tests;
