@@ -117,6 +117,9 @@ pub struct BlkDevice {
     settled: AtomicU64,
     /// A flush is in flight.
     flushing: AtomicBool,
+    /// How many were begun, and the last of them that succeeded.
+    flushes_begun: AtomicU64,
+    flushes_done: AtomicU64,
     /// What the storage was found not to have: a bit for each [`Lack`].
     lacks: AtomicU8,
     /// A flush failed: what was written before may be lost, and no later flush can say otherwise.
@@ -143,6 +146,8 @@ impl BlkDevice {
             settle_wanted: AtomicU64::new(0),
             settled: AtomicU64::new(0),
             flushing: AtomicBool::new(false),
+            flushes_begun: AtomicU64::new(0),
+            flushes_done: AtomicU64::new(0),
             lacks: AtomicU8::new(0),
             flush_failed: AtomicBool::new(false),
         })
@@ -243,6 +248,26 @@ impl BlkDevice {
     /// Gives it back, once a failure is latched.
     pub(super) fn give_flush_turn(&self) {
         self.flushing.store(false, Ordering::Release);
+    }
+
+    /// How many flushes were begun until now: a later one is for everything that was completed before.
+    pub(super) fn flushes_begun(&self) -> u64 {
+        self.flushes_begun.load(Ordering::Acquire)
+    }
+
+    /// One begins; its number. To be called by whoever has the turn.
+    pub(super) fn begin_flush(&self) -> u64 {
+        self.flushes_begun.fetch_add(1, Ordering::AcqRel) + 1
+    }
+
+    /// The one with this number has succeeded.
+    pub(super) fn flush_succeeded(&self, number: u64) {
+        self.flushes_done.fetch_max(number, Ordering::AcqRel);
+    }
+
+    /// Whether one that began when so many had been begun, or later, has succeeded.
+    pub(super) fn flushed_since(&self, begun: u64) -> bool {
+        self.flushes_done.load(Ordering::Acquire) > begun
     }
 
     /// Whether its storage was found not to have something.

@@ -38,6 +38,8 @@ pub struct Local {
     pub(super) memory: Memory,
     /// What the flush under way settles ([`BlkDevice::settle_wanted`]).
     pub(super) settling: Cell<u64>,
+    /// Its number ([`BlkDevice::begin_flush`]).
+    pub(super) flush_number: Cell<u64>,
 }
 
 impl Local {
@@ -58,6 +60,7 @@ impl Local {
             storage,
             memory,
             settling: Cell::new(0),
+            flush_number: Cell::new(0),
         })
     }
 
@@ -177,6 +180,8 @@ pub(super) struct Flight {
     /// A flush follows its transfers.
     pub(super) flushes: bool,
     pub(super) stage: Stage,
+    /// Flushes of the device that were begun before it waited for one.
+    pub(super) flushes_before: u64,
     pub(super) local: Option<Rc<Local>>,
 }
 
@@ -196,6 +201,7 @@ impl Flight {
             durable: false,
             flushes: false,
             stage: Stage::Transfers,
+            flushes_before: 0,
             local: None,
         }
     }
