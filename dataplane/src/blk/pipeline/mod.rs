@@ -14,14 +14,15 @@ mod at_once;
 mod flight;
 mod flush;
 mod ranges;
+mod transfers;
+mod waiting;
 
 use std::collections::VecDeque;
 use std::rc::Rc;
 
 use super::request::{MAX_RANGES, Operation, Range, Status};
-use super::transform::{Place, Span, load, store};
 use crate::memory::GuestBuffer;
-use crate::storage::{Action, Begin, Buffer, Completion, Limits, Polled, Transfer};
+use crate::storage::{Action, Begin, Completion, Limits, Transfer};
 use crate::virtqueue::Chain;
 use crate::worker::ring::{self, MAX_IN_FLIGHT, MAX_SEGMENTS, Ring};
 use crate::worker::staging::{Chunk, LARGE_BYTES, Staging};
@@ -172,34 +173,6 @@ impl Pipeline {
         Some(index)
     }
 
-    /// The whole request as one transfer between guest memory and file.
-    #[inline]
-    fn submit_direct(&mut self, index: u32) {
-        let Some(flight) = self.flights.get_mut(index as usize) else {
-            return;
-        };
-        let (action, offset_bytes, buffer) = match flight.operation {
-            Operation::Read { offset_bytes } => {
-                (Action::Read, offset_bytes, &mut flight.chain.writable)
-            }
-            Operation::Write { offset_bytes } => {
-                let durable = flight.durable;
-                let action = Action::Write { durable };
-                (action, offset_bytes, &mut flight.chain.readable)
-            }
-            _ => return,
-        };
-        let transfer = Transfer {
-            action,
-            offset_bytes,
-            bytes: flight.bytes,
-            buffer: Buffer::Guest(std::mem::take(buffer)),
-            retries: 0,
-        };
-        flight.submitted = flight.bytes;
-        self.submit(index, 0, transfer);
-    }
-
     /// Gives a transfer of a flight to its storage; false where that has no more room.
     #[inline]
     fn submit(&mut self, index: u32, at: u64, transfer: Transfer) -> bool {
@@ -266,54 +239,6 @@ impl Pipeline {
         }
     }
 
-    fn advance_staged(&mut self, index: u32, local: &Rc<Local>) {
-        loop {
-            let Some(flight) = self.flights.get_mut(index as usize) else {
-                return;
-            };
-            let left = flight.bytes - flight.submitted;
-            if flight.failed || left == 0 {
-                return;
-            }
-            let Some(chunk) = self.staging.take(left) else {
-                return self.wait_in_line(index);
-            };
-            let bytes = chunk.bytes().min(u32::try_from(left).unwrap_or(u32::MAX));
-            let at = flight.submitted;
-            let (action, offset_bytes) = match flight.operation {
-                Operation::Write { offset_bytes } => {
-                    let offset_bytes = offset_bytes + at;
-                    let span = Span {
-                        buffer: &flight.chain.readable,
-                        at,
-                        bytes: bytes as usize,
-                        offset_bytes,
-                    };
-                    let cipher = local.device.cipher.as_ref();
-                    if !store(span, cipher, Place::Chunk(&chunk)) {
-                        self.staging.give(chunk);
-                        return self.fail(index);
-                    }
-                    let durable = flight.durable;
-                    (Action::Write { durable }, offset_bytes)
-                }
-                Operation::Read { offset_bytes } => (Action::Read, offset_bytes + at),
-                _ => return self.staging.give(chunk),
-            };
-            flight.submitted += u64::from(bytes);
-            let transfer = Transfer {
-                action,
-                offset_bytes,
-                bytes: u64::from(bytes),
-                buffer: Buffer::Staging(chunk),
-                retries: 0,
-            };
-            if !self.submit(index, at, transfer) {
-                return;
-            }
-        }
-    }
-
     /// Takes a completion of the ring in; the request it was the last of, if it was.
     #[inline]
     pub fn land(&mut self, completion: ring::Completion) -> Option<Landed> {
@@ -368,34 +293,6 @@ impl Pipeline {
         }
     }
 
-    /// The buffer of a transfer: back to where it is from, with what was read.
-    #[inline]
-    fn take_back(&mut self, index: u32, at: u64, local: &Local, transfer: Transfer) {
-        let Some(flight) = self.flights.get_mut(index as usize) else {
-            return;
-        };
-        match transfer.buffer {
-            Buffer::None => {}
-            Buffer::Guest(buffer) => match flight.operation {
-                Operation::Read { .. } => flight.chain.writable = buffer,
-                _ => flight.chain.readable = buffer,
-            },
-            Buffer::Staging(chunk) => {
-                if let (Operation::Read { .. }, false) = (flight.operation, flight.failed) {
-                    let span = Span {
-                        buffer: &flight.chain.writable,
-                        at,
-                        bytes: usize::try_from(transfer.bytes).unwrap_or(usize::MAX),
-                        offset_bytes: transfer.offset_bytes,
-                    };
-                    let cipher = local.device.cipher.as_ref();
-                    flight.failed |= !load(span, cipher, Place::Chunk(&chunk));
-                }
-                self.staging.give(chunk);
-            }
-        }
-    }
-
     /// What comes next for a flight: more transfers, a flush, or its end.
     #[inline]
     fn go_on(&mut self, index: u32) -> Option<Landed> {
@@ -437,86 +334,6 @@ impl Pipeline {
         flight.local = None;
         self.free.push(index);
         Some(landed)
-    }
-
-    /// Goes on with what waited, as far as it can; whether something did. Requests that end by it are
-    /// handed to `landed`.
-    pub fn resume(&mut self, mut landed: impl FnMut(Landed)) -> bool {
-        let mut any = self.take_ended(&mut landed);
-        while let Some((token, transfer)) = self.again.pop_front() {
-            if !self.give(token, transfer) {
-                // It is the last now, and was the first.
-                self.again.rotate_right(1);
-                break;
-            }
-            any = true;
-        }
-        any |= self.poll_holders();
-        any |= self.resume_flushes();
-        for _ in 0..self.waiting.len() {
-            let Some(index) = self.waiting.pop_front() else {
-                break;
-            };
-            if let Some(flight) = self.flights.get_mut(index as usize) {
-                flight.waiting = false;
-            }
-            if let Some(ended) = self.go_on(index) {
-                landed(ended);
-            }
-            // The first that still has no room: the others have none either.
-            if self.waiting.back() == Some(&index) {
-                self.waiting.rotate_right(1);
-                break;
-            }
-            any = true;
-        }
-        any
-    }
-
-    /// Takes in what had ended outside the ring when this began.
-    fn take_ended(&mut self, landed: &mut impl FnMut(Landed)) -> bool {
-        let count = self.ended.len();
-        for _ in 0..count {
-            if let Some(ended) = self.ended.pop_front().and_then(|c| self.take_in(c)) {
-                landed(ended);
-            }
-        }
-        count > 0
-    }
-
-    fn poll_holders(&mut self) -> bool {
-        let mut any = false;
-        let mut at = 0;
-        while let Some(holder) = self.holders.get(at) {
-            match holder.storage.poll(&mut self.ring) {
-                Some(Polled::Passed) => self.held -= 1,
-                Some(Polled::Ended(completion)) => {
-                    self.held -= 1;
-                    self.ended.push_back(completion);
-                }
-                None => {
-                    at += 1;
-                    continue;
-                }
-            }
-            any = true;
-        }
-        if self.held == 0 {
-            self.holders.clear();
-        }
-        any
-    }
-
-    /// Whether something waits that [`Pipeline::resume`] goes on with. It may be that no completion of
-    /// the ring comes before: whoever sleeps does so for a short while only.
-    #[must_use]
-    #[inline]
-    pub fn has_waiting(&self) -> bool {
-        !self.waiting.is_empty()
-            || self.held > 0
-            || !self.unflushed.is_empty()
-            || !self.ended.is_empty()
-            || !self.again.is_empty()
     }
 }
 

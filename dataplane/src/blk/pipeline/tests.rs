@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::*;
 use crate::blk::{BlkDevice, Geometry};
 use crate::memory::{GuestMemory, Lease, anonymous};
-use crate::storage::{Storage, StorageSpec};
+use crate::storage::{Polled, Storage, StorageSpec};
 
 const MEMORY_BYTES: u64 = 8 << 20;
 
