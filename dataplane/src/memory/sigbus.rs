@@ -14,8 +14,9 @@ use std::ptr::NonNull;
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
 
-/// Most mappings at a time in one process: 256 devices with 16 regions each.
-const MAX_MAPPINGS: usize = 4096;
+/// Most mappings at a time in one process: 256 devices with 32 regions each, a dirty log and an
+/// in-flight region, and as many again that requests in flight still hold.
+const MAX_MAPPINGS: usize = 17_408;
 
 struct Entry {
     /// A guard has it.

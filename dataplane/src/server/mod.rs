@@ -19,7 +19,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Registry, Token};
@@ -252,8 +252,10 @@ impl Server {
     pub fn run(mut self, manager: &mut dyn Manager) -> io::Result<()> {
         manager.register(self.poll.registry())?;
         let mut events = Events::with_capacity(256);
+        let mut tried = Instant::now();
         while !self.stop.get() {
-            let timeout = (!self.retry.is_empty()).then_some(RETRY);
+            let since = tried.elapsed();
+            let timeout = (!self.retry.is_empty()).then_some(RETRY.saturating_sub(since));
             match self.poll.poll(&mut events, timeout) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -266,17 +268,25 @@ impl Server {
                     token => self.ready(token),
                 }
             }
-            for id in std::mem::take(&mut self.retry) {
-                let mut out = ToWorkers::new();
-                if let Some(device) = self.devices.get_mut(&id) {
-                    device.retry(&mut out);
-                }
-                self.settle(id, out);
+            if tried.elapsed() >= RETRY {
+                tried = Instant::now();
+                self.try_again();
             }
             self.report(manager);
         }
         self.workers.drain(..).for_each(WorkerHandle::end);
         Ok(())
+    }
+
+    /// Tries everything again that nothing announces.
+    fn try_again(&mut self) {
+        for id in std::mem::take(&mut self.retry) {
+            let mut out = ToWorkers::new();
+            if let Some(device) = self.devices.get_mut(&id) {
+                device.retry(&mut out);
+            }
+            self.settle(id, out);
+        }
     }
 
     /// Tells the manager what became of devices; what it does then may lead to more.

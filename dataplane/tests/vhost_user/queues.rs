@@ -436,3 +436,27 @@ fn an_end_without_queues_waits_for_nothing() {
     rig.place(0);
     assert!(!rig.close());
 }
+
+#[test]
+fn tables_that_requests_still_use_are_bounded() {
+    let mut rig = Rig::running();
+    let mut held = Vec::new();
+    let refused = loop {
+        let answer = rig.share(&[(0, MEMORY_BYTES)]);
+        if answer != Answer::Pending {
+            break answer;
+        }
+        for message in &rig.to_worker {
+            if let ToWorker::SetMemory { memory, .. } = message {
+                held.push(Arc::clone(memory));
+            }
+        }
+        assert_eq!(rig.work(), ack(0));
+        assert!(held.len() < 1000, "no end");
+    };
+    assert_eq!(refused, ack(1));
+    // Once they are let go of, there is room again.
+    held.clear();
+    assert_eq!(rig.share(&[(0, MEMORY_BYTES)]), Answer::Pending);
+    assert_eq!(rig.work(), ack(0));
+}

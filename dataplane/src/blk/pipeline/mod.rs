@@ -287,7 +287,8 @@ impl Pipeline {
             flight.failed = true;
             report(flight.operation, errno);
         }
-        if action == (Action::Write { durable: true }) {
+        // A frontend that takes guest memory away (EFAULT) says nothing about the storage.
+        if action == (Action::Write { durable: true }) && errno != libc::EFAULT {
             // What it did not make stable, no flush can say to be.
             local.device.latch_flush_failure();
         }

@@ -13,7 +13,7 @@ mod volume;
 mod waiting;
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use super::message::{MAX_REGIONS, Message, ProtocolError, Request, code, config_body, reply};
 use super::vring::{Phase, Vring};
@@ -83,6 +83,8 @@ pub struct Session {
     protocol_features: u64,
     memory: Arc<GuestMemory>,
     vrings: Vec<Vring>,
+    /// Earlier tables of regions, as long as requests in flight use them.
+    earlier: Vec<Weak<GuestMemory>>,
     /// Where writes to guest memory are marked.
     log: Arc<DirtyLog>,
     /// SET_INFLIGHT_FD.
@@ -127,6 +129,7 @@ impl Session {
             protocol_features: 0,
             memory: Arc::new(GuestMemory::none().with_log(&log)),
             vrings,
+            earlier: Vec::new(),
             log,
             regions: None,
             backend: None,
@@ -237,6 +240,7 @@ impl Session {
                 config_space::write(&self.facts.device, offset, &payload).map(done)
             }
             Request::SetMemTable(regions) => {
+                self.forget_earlier_tables()?;
                 let regions: Vec<_> = regions.iter().map(|(s, fd)| (*s, fd.as_fd())).collect();
                 let memory = GuestMemory::map(&regions).map_err(|e| e.to_string())?;
                 let memory = memory.with_log(&self.log);

@@ -13,6 +13,9 @@ use crate::vhost_user::message::{MAX_REGIONS, VringAddresses};
 use crate::vhost_user::vring::Phase;
 use crate::worker::message::{QueueStart, ToWorker};
 
+/// Earlier tables of regions that requests in flight may still use.
+const MAX_EARLIER_TABLES: usize = 64;
+
 /// How memory changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Change {
@@ -49,6 +52,18 @@ impl Session {
         Ok(self.set_memory(memory, Change::Region, out))
     }
 
+    /// Each earlier table keeps its mappings for as long as a request in flight uses it, behind a
+    /// storage that hangs for ever; the process has only so many mappings.
+    pub(super) fn forget_earlier_tables(&mut self) -> Result<(), String> {
+        self.earlier.retain(|table| table.strong_count() > 0);
+        if self.earlier.len() < MAX_EARLIER_TABLES {
+            return Ok(());
+        }
+        Err(format!(
+            "{MAX_EARLIER_TABLES} earlier memory tables are still used by requests in flight"
+        ))
+    }
+
     /// Gives every running queue other memory. The old is let go of when nothing uses it.
     ///
     /// A queue whose ring is not in it retires, or rests in the memory it has until a later region
@@ -59,7 +74,10 @@ impl Session {
         change: Change,
         out: &mut Outbox,
     ) -> Handled {
-        self.memory = Arc::new(memory);
+        let earlier = std::mem::replace(&mut self.memory, Arc::new(memory));
+        if change == Change::Table {
+            self.earlier.push(Arc::downgrade(&earlier));
+        }
         let before = out.to_workers.len();
         for queue in self.started() {
             let features = self.features;

@@ -7,6 +7,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use super::{Outbox, Pending, Session, Waiting};
+use crate::log_limit::LogLimit;
 use crate::storage::FileSpec;
 use crate::worker::message::ToWorker;
 
@@ -59,7 +60,10 @@ impl Session {
             None | Some(Ok(true)) => true,
             Some(Ok(false)) => false,
             Some(Err(error)) => {
-                tracing::warn!("the volume's lock can't be taken: {error}");
+                static LIMIT: LogLimit = LogLimit::new();
+                if LIMIT.allows() {
+                    tracing::warn!("the volume's lock can't be taken: {error}");
+                }
                 false
             }
         };

@@ -70,6 +70,7 @@ impl Session {
     /// Lets go of memory and descriptors.
     fn forget(&mut self) {
         self.memory = Arc::new(GuestMemory::none());
+        self.earlier.clear();
         self.log.set_area(None);
         self.regions = None;
         self.backend = None;

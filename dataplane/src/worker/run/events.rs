@@ -69,7 +69,7 @@ impl Worker {
         let Some(number) = self.numbers.get(&id).copied() else {
             return;
         };
-        self.drop_call(number);
+        let due = self.drop_call(number);
         let file = self.register(fd, "a driver can't be called, it has to poll");
         if let Some(queue) = self.queue(number) {
             queue.call = file.map(|file| Call {
@@ -78,12 +78,19 @@ impl Worker {
                 again: false,
             });
         }
+        // What the old one was not told of, the new one is.
+        if due {
+            self.call(number);
+        }
     }
 
-    pub(super) fn drop_call(&mut self, number: u32) {
-        if let Some(call) = self.queue(number).and_then(|queue| queue.call.take()) {
-            self.drop_event(call.file, call.signal);
-        }
+    /// Whether there was a call still to be made.
+    pub(super) fn drop_call(&mut self, number: u32) -> bool {
+        let Some(call) = self.queue(number).and_then(|queue| queue.call.take()) else {
+            return false;
+        };
+        self.drop_event(call.file, call.signal);
+        call.again || call.signal.is_some()
     }
 
     fn drop_event(&mut self, file: FixedFile, in_ring: Option<(EntryId, u32)>) {
