@@ -32,7 +32,7 @@ const MEASURED: [&str; 3] = ["virtqueue", "vhost_user", "blk"];
 /// The share of their lines that tests have to run.
 const LEAST_PERCENT: f64 = 95.0;
 /// Tests of whole disks whose `serve` is measured.
-const DISK_TESTS: [&str; 2] = ["block", "hostile"];
+const DISK_TESTS: [&str; 3] = ["block", "frontends", "hostile"];
 /// Longest that kcov may take to write what it found after the last test.
 const WRITING: Duration = Duration::from_secs(60);
 
