@@ -190,12 +190,6 @@ impl SplitQueue {
         self.lease.is_lost() || self.region.as_ref().is_some_and(SplitRegion::is_lost)
     }
 
-    /// The memory it is served from.
-    #[must_use]
-    pub fn memory(&self) -> &GuestMemory {
-        &self.lease
-    }
-
     /// Index of the next avail entry, as GET_VRING_BASE has it.
     #[must_use]
     pub fn next_avail(&self) -> u16 {
