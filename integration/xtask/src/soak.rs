@@ -7,8 +7,12 @@ use std::process::{Command, ExitCode};
 use crate::report::step;
 use crate::workspace;
 
-/// Asks tests for their full numbers.
-const SOAK_ENV: &str = "BULKHEAD_SOAK";
+/// Suites, each with what asks it for its full numbers. (500 times the rounds of the storage tests are
+/// a million crash images.)
+const SUITES: [(&str, &str, (&str, &str)); 2] = [
+    ("bulkhead-integration", "endurance", ("BULKHEAD_SOAK", "1")),
+    ("bulkhead-dataplane", "storage", ("BULKHEAD_ROUNDS", "500")),
+];
 
 /// Runs those whose name contains `name`, or all; one after the other, so that none slows another down.
 ///
@@ -35,19 +39,16 @@ pub fn run(name: Option<&str>) -> Result<ExitCode, Box<dyn Error>> {
         }
         Err(String::from_utf8_lossy(&output.stderr).into_owned().into())
     })?;
-    let mut tests = cargo(&[
-        "test",
-        "-p",
-        "bulkhead-integration",
-        "--test",
-        "endurance",
-        "--",
-    ]);
-    tests
-        .args(["--test-threads", "1", "--nocapture"])
-        .args(name);
-    let status = tests.env(SOAK_ENV, "1").status()?;
-    Ok(if status.success() {
+    let mut all = true;
+    for (package, test, full) in SUITES {
+        let mut tests = cargo(&["test", "-p", package, "--test", test, "--"]);
+        tests
+            .args(["--test-threads", "1", "--nocapture"])
+            .args(name)
+            .env(full.0, full.1);
+        all &= tests.status()?.success();
+    }
+    Ok(if all {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
