@@ -8,13 +8,16 @@ use super::{Counts, report_suite};
 use crate::{fuzz, nightly, report};
 
 /// Test targets of the data plane: rings, requests, wire, memory, the in-flight region, workers, sessions.
-const TARGETS: [&str; 7] = [
+const TARGETS: [&str; 10] = [
+    "inflight",
     "memory",
     "packed",
+    "packed_model",
     "server",
     "vhost_user",
     "vhost_user_random",
     "virtqueue",
+    "virtqueue_both",
     "worker",
 ];
 /// Tests that are left out, and why: a thread that has locked itself in may not make the calls that the
