@@ -30,6 +30,9 @@ use submission::submission;
 pub const MAX_IN_FLIGHT: u32 = 4096;
 /// Entries of the submission queue: it is submitted when it is full.
 const SUBMISSION_ENTRIES: u32 = 256;
+/// Segments of a transfer that each entry has room for from the start, so that a busier moment than
+/// any before does not allocate.
+const USUAL_SEGMENTS: usize = 4;
 /// Fixed files at most: volumes, kicks and calls.
 const MAX_FILES: u32 = 8192;
 /// The kernel's limit on segments of one transfer (`UIO_MAXIOV`).
@@ -151,7 +154,10 @@ impl Ring {
         submitter.register_restrictions(&mut restrictions())?;
         submitter.register_enable_rings()?;
         let mut entries = Vec::with_capacity(MAX_IN_FLIGHT as usize);
-        entries.resize_with(MAX_IN_FLIGHT as usize, Entry::default);
+        entries.resize_with(MAX_IN_FLIGHT as usize, || Entry {
+            iovecs: Vec::with_capacity(USUAL_SEGMENTS),
+            ..Entry::default()
+        });
         Ok(Self {
             uring,
             entries: entries.into_boxed_slice(),

@@ -75,7 +75,7 @@ impl Pipeline {
             free: (0..MAX_IN_FLIGHT).rev().collect(),
             waiting: VecDeque::with_capacity(most),
             again: VecDeque::with_capacity(most),
-            ended: VecDeque::new(),
+            ended: VecDeque::with_capacity(most),
             holders: Vec::new(),
             held: 0,
             unflushed: VecDeque::with_capacity(most),
