@@ -5,9 +5,12 @@
 //! A [`Manager`] (the production one is `crate::control`; `serve` has one that does nothing) adds its
 //! own descriptors to the loop and is told what becomes of devices.
 //!
+//! One thing may: `flock` and `fstat` of a volume on a network file system whose server does not answer.
+//!
 //! System calls after the start, for those who filter them: `epoll_wait`, `epoll_ctl`, `accept4`,
-//! `getsockopt` (SO_PEERCRED), `recvmsg`, `write`, `read`, `fstat`, `fstatfs`, `fcntl` (F_GETFL, F_SETFL,
-//! F_DUPFD_CLOEXEC), `ioctl` (FIONBIO), `mmap`, `munmap`, `close`.
+//! `getsockopt` (SO_PEERCRED), `recvmsg`, `sendmsg` and `sendto` (replies with a descriptor, the backend
+//! channel), `write`, `read`, `fstat`, `fstatfs`, `fcntl` (F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_ADD_SEALS),
+//! `ioctl` (FIONBIO, BLKGETSIZE64), `memfd_create`, `ftruncate`, `flock`, `mmap`, `munmap`, `close`.
 #![forbid(unsafe_code)]
 
 mod connection;

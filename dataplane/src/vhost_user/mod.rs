@@ -2,7 +2,9 @@
 //!
 //! [`framing`] cuts a byte stream with descriptors into messages and never blocks; [`message`] turns one
 //! into a typed request with exactly the descriptors that belong to it; [`session`] is the state of
-//! a connection and what a request does to it: pure, driven by the server and by tests alike.
+//! a connection and what a request does to it, driven by the server and by tests alike (it asks the kernel
+//! for memory, for an in-flight region and for the volume's lock, and waits for none of them); `backend` is
+//! the channel on which we begin.
 //! The frontend is hostile: any bytes, in any pieces and order, with any descriptors.
 
 mod backend;

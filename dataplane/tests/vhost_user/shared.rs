@@ -12,7 +12,9 @@ use bulkhead_dataplane::vhost_user::{Facts, Outbox, Session, feature};
 use bulkhead_dataplane::virtqueue::Format;
 use bulkhead_dataplane::worker::message::{FromWorker, QueueStart, ToWorker};
 
-use crate::messages::{MEMORY_BYTES, QUEUES, SPLIT, USER, event, facts, halves, memfd, words};
+use crate::messages::{
+    MEMORY_BYTES, QUEUES, SPLIT, USER, addresses, event, facts, halves, memfd, words,
+};
 use crate::rig::{Answer, Rig, ack, done, queue};
 
 /// SET_VRING_ADDR with flags and a log address.
@@ -231,11 +233,18 @@ fn a_reset_stops_every_queue_and_forgets_what_was_said_about_it() {
         assert_eq!(rig.send(code::GET_STATUS, vec![], vec![]), ack(status));
         // Memory and features stay; a queue has to be described again.
         assert_eq!(rig.kick(0), ack(1));
-        rig.place(0);
+        // But for its descriptors, which the frontend gives once.
+        for (code, body) in [
+            (code::SET_VRING_NUM, halves(&[0, 8])),
+            (code::SET_VRING_ADDR, addresses(0)),
+        ] {
+            assert_eq!(rig.send(code, body, vec![]), ack(0));
+        }
         assert_eq!(rig.kick(0), Answer::Pending);
         let start = started(&mut rig);
-        assert_eq!(start.features, SPLIT);
+        assert_eq!((start.features, start.base), (SPLIT, 0));
         assert!(!start.enabled);
+        assert!(start.call.is_some() && start.error.is_some());
         assert_eq!(rig.say(FromWorker::Started { queue: queue(0) }), ack(0));
     }
 }

@@ -1,6 +1,6 @@
 //! A connection's state, and what each request does to it (ADR 0002).
 //!
-//! Pure: requests in, replies and messages to workers out ([`Outbox`]). Whatever a worker has to do
+//! Requests in, replies and messages to workers out ([`Outbox`]), without a socket or a thread. Whatever a worker has to do
 //! leaves the session *pending*: no further request is handled until the worker has answered
 //! ([`Session::on_worker`]), and the reply goes out then. So an acknowledgement means that it was
 //! done, and a frontend can't fill a worker's channel.

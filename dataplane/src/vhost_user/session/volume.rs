@@ -11,6 +11,14 @@ use crate::log_limit::LogLimit;
 use crate::storage::FileSpec;
 use crate::worker::message::ToWorker;
 
+/// A line that a frontend can cause again and again; at most a few a second.
+fn warn(what: &str, error: &std::io::Error) {
+    static LIMIT: LogLimit = LogLimit::new();
+    if LIMIT.allows() {
+        tracing::warn!("the volume's lock can't be {what}: {error}");
+    }
+}
+
 /// Whose the volume is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) enum Hold {
@@ -60,10 +68,7 @@ impl Session {
             None | Some(Ok(true)) => true,
             Some(Ok(false)) => false,
             Some(Err(error)) => {
-                static LIMIT: LogLimit = LogLimit::new();
-                if LIMIT.allows() {
-                    tracing::warn!("the volume's lock can't be taken: {error}");
-                }
+                warn("taken", &error);
                 false
             }
         };
@@ -131,7 +136,7 @@ impl Session {
     fn let_go(&mut self) {
         self.hold = Hold::No;
         if let Some(Err(error)) = self.file().map(FileSpec::let_go) {
-            tracing::warn!("the volume's lock can't be given up: {error}");
+            warn("given up", &error);
         }
     }
 }

@@ -22,7 +22,7 @@ impl Session {
     }
 
     /// RESET_DEVICE, SET_STATUS 0, and RESET_OWNER, which old frontends send when their guest is
-    /// reset: every queue stops, and is as if nothing had been said about it.
+    /// reset: every queue stops, and is as if nothing had been said about it but where to call.
     pub(super) fn reset(&mut self, out: &mut Outbox) -> Handled {
         match self.stop_all(out) {
             0 => {
@@ -33,8 +33,16 @@ impl Session {
         }
     }
 
+    /// Call and error descriptors are the frontend's and not a part of the device's state: QEMU gives
+    /// the latter once in a connection, and resets the device each time it stops it.
     fn forget_queues(&mut self) {
-        self.vrings.fill_with(Vring::default);
+        for vring in &mut self.vrings {
+            *vring = Vring {
+                call: vring.call.take(),
+                error: vring.error.take(),
+                ..Vring::default()
+            };
+        }
     }
 
     /// The connection ended: every queue stops. Whether something has to be waited for.

@@ -277,7 +277,7 @@ fn wrap_serve(dir: &Path) -> Result<PathBuf, Box<dyn Error>> {
     let real = flavour().join(TARGET).join("debug/serve");
     let script = format!(
         r#"#!/bin/sh
-out=$(mktemp -d '{dir}/serve.XXXXXX')
+out=$(mktemp -d -p '{dir}')
 (
     until grep -q '^State:.T' /proc/$$/status; do sleep 0.01; done
     kcov {options} --pid=$$ "$out" '{real}' &
