@@ -2,14 +2,17 @@
 //!
 //! | module | owns |
 //! | --- | --- |
+//! | [`check`] | what can be told of a volume key without it |
 //! | [`secret`] | memory that other processes, core dumps and the kernel's direct map can't show |
 //! | [`xts`] | AES-256-XTS over data units, its key schedule in that memory |
 //!
 //! XTS does not authenticate: whoever can write the storage can put old or random ciphertext
 //! under a data unit unnoticed.
 
+pub mod check;
 pub mod secret;
 pub mod xts;
 
+pub use check::key_check;
 pub use secret::{SecretArena, SecretMemory};
 pub use xts::{BufferError, DataUnit, KeyError, XtsKey};

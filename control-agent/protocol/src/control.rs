@@ -144,4 +144,43 @@ pub struct VolumeStatus {
     /// host that a guest migrates from, or an export.
     #[n(13)]
     pub waits_for_volume: bool,
+    /// How far its re-key is; none without one in the grant.
+    #[n(14)]
+    pub rekey: Option<RekeyProgress>,
+}
+
+/// How far the re-key of a volume is.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct RekeyProgress {
+    /// Bytes that are encrypted with the new key, as far as it is known: zero until the volume was
+    /// held once since it was attached, unless it is [`RekeyState::Done`].
+    #[n(0)]
+    pub done_bytes: u64,
+    /// Bytes of the volume.
+    #[n(1)]
+    pub total_bytes: u64,
+    /// What it is doing.
+    #[n(2)]
+    pub state: RekeyState,
+}
+
+/// What a re-key is doing.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub enum RekeyState {
+    /// It goes on while this host holds the volume, and does not hold it now.
+    #[n(0)]
+    Waiting,
+    /// It advances.
+    #[n(1)]
+    Running,
+    /// Nothing is encrypted with the previous key any more: a bundle without it can be applied.
+    #[n(2)]
+    Done,
+    /// It stopped (for people: why, and what to do). What is served stays served.
+    #[n(3)]
+    Failed {
+        /// For the operator.
+        #[n(0)]
+        reason: String,
+    },
 }

@@ -30,85 +30,112 @@ impl InvalidName {
     }
 }
 
-/// Identity of a volume: 128 bits, written as a UUID (8-4-4-4-12 lower-case hex digits).
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct VolumeId(pub [u8; 16]);
-
-impl fmt::Display for VolumeId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (i, byte) in self.0.iter().enumerate() {
-            if matches!(i, 4 | 6 | 8 | 10) {
-                f.write_str("-")?;
-            }
-            write!(f, "{byte:02x}")?;
+/// 16 bytes as a UUID: 8-4-4-4-12 lower-case hex digits.
+fn write_uuid(id: &[u8; 16], f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    for (i, byte) in id.iter().enumerate() {
+        if matches!(i, 4 | 6 | 8 | 10) {
+            f.write_str("-")?;
         }
-        Ok(())
+        write!(f, "{byte:02x}")?;
     }
+    Ok(())
 }
 
-impl fmt::Debug for VolumeId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "VolumeId({self})")
+fn parse_uuid(what: &'static str, text: &str) -> Result<[u8; 16], InvalidName> {
+    let invalid = || {
+        InvalidName::new(
+            what,
+            text,
+            "a UUID like 0b5f6d1e-9d4c-4d0a-8f5e-2f6a1c3b7e90",
+        )
+    };
+    let bytes = text.as_bytes();
+    if bytes.len() != 36 {
+        return Err(invalid());
     }
-}
-
-impl FromStr for VolumeId {
-    type Err = InvalidName;
-
-    fn from_str(text: &str) -> Result<Self, InvalidName> {
-        let invalid = || {
-            InvalidName::new(
-                "volume id",
-                text,
-                "a UUID like 0b5f6d1e-9d4c-4d0a-8f5e-2f6a1c3b7e90",
-            )
+    let mut id = [0u8; 16];
+    let mut digits = 0usize;
+    for (i, &c) in bytes.iter().enumerate() {
+        if matches!(i, 8 | 13 | 18 | 23) {
+            if c != b'-' {
+                return Err(invalid());
+            }
+            continue;
+        }
+        let value = match c {
+            b'0'..=b'9' => c - b'0',
+            b'a'..=b'f' => c - b'a' + 10,
+            _ => return Err(invalid()),
         };
-        let bytes = text.as_bytes();
-        if bytes.len() != 36 {
-            return Err(invalid());
+        if let Some(byte) = id.get_mut(digits / 2) {
+            *byte = (*byte << 4) | value;
         }
-        let mut id = [0u8; 16];
-        let mut digits = 0usize;
-        for (i, &c) in bytes.iter().enumerate() {
-            if matches!(i, 8 | 13 | 18 | 23) {
-                if c != b'-' {
-                    return Err(invalid());
-                }
-                continue;
-            }
-            let value = match c {
-                b'0'..=b'9' => c - b'0',
-                b'a'..=b'f' => c - b'a' + 10,
-                _ => return Err(invalid()),
-            };
-            if let Some(byte) = id.get_mut(digits / 2) {
-                *byte = (*byte << 4) | value;
-            }
-            digits += 1;
-        }
-        Ok(Self(id))
+        digits += 1;
     }
+    Ok(id)
 }
 
-impl<C> Encode<C> for VolumeId {
-    fn encode<W: Write>(
-        &self,
-        e: &mut Encoder<W>,
-        _: &mut C,
-    ) -> Result<(), encode::Error<W::Error>> {
-        e.bytes(&self.0)?.ok()
-    }
+/// An id of 128 bits that is written as a UUID, and travels as a byte string.
+macro_rules! uuid_id {
+    ($(#[$doc:meta])* $name:ident, $what:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub struct $name(pub [u8; 16]);
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write_uuid(&self.0, f)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!(stringify!($name), "({})"), self)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = InvalidName;
+
+            fn from_str(text: &str) -> Result<Self, InvalidName> {
+                parse_uuid($what, text).map(Self)
+            }
+        }
+
+        impl<C> Encode<C> for $name {
+            fn encode<W: Write>(
+                &self,
+                e: &mut Encoder<W>,
+                _: &mut C,
+            ) -> Result<(), encode::Error<W::Error>> {
+                e.bytes(&self.0)?.ok()
+            }
+        }
+
+        impl<'b, C> Decode<'b, C> for $name {
+            fn decode(d: &mut Decoder<'b>, _: &mut C) -> Result<Self, decode::Error> {
+                let bytes = d.bytes()?;
+                bytes
+                    .try_into()
+                    .map(Self)
+                    .map_err(|_| decode::Error::message(concat!("a ", $what, " has 16 bytes")))
+            }
+        }
+    };
 }
 
-impl<'b, C> Decode<'b, C> for VolumeId {
-    fn decode(d: &mut Decoder<'b>, _: &mut C) -> Result<Self, decode::Error> {
-        let bytes = d.bytes()?;
-        bytes
-            .try_into()
-            .map(Self)
-            .map_err(|_| decode::Error::message("a volume id has 16 bytes"))
-    }
-}
+uuid_id!(
+    /// Identity of a volume: 128 bits, written as a UUID (8-4-4-4-12 lower-case hex digits).
+    VolumeId,
+    "volume id"
+);
+
+uuid_id!(
+    /// Identity of one re-key of a volume: random, so that what an earlier re-key left in the file is
+    /// not taken for this one's. Written as a UUID.
+    RekeyId,
+    "re-key id"
+);
 
 /// Name of a vhost-user socket: the listener is `<run dir>/vhost/<name>.sock`.
 ///

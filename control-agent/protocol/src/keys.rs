@@ -7,7 +7,7 @@
 
 use minicbor::{Decode, Encode};
 
-use crate::identity::{DiscardPolicy, SocketName, VolumeId};
+use crate::identity::{DiscardPolicy, RekeyId, SocketName, VolumeId};
 
 /// Length of an AES-256-XTS key: data key, then tweak key.
 pub const XTS_KEY_BYTES: usize = 64;
@@ -106,19 +106,28 @@ pub struct VolumeGrant {
     /// Epoch of the bundle it stands in.
     #[n(10)]
     pub epoch: u64,
+    /// The volume is re-keyed: its key takes the place of another, the previous key, while it is
+    /// served. Only for an encrypted volume that may be written.
+    #[n(11)]
+    pub rekey: Option<RekeyId>,
 }
 
 /// From keyd to the data plane.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum KeydToDataplane {
-    /// A volume may be served. Descriptor: for an encrypted volume its key, one page of secret
+    /// A volume may be served. Descriptors: for an encrypted volume its key, one page of secret
     /// memory that begins with the [`XTS_KEY_BYTES`]; the data plane expands it and wipes the
-    /// page. None for a plain volume.
+    /// page. With [`VolumeGrant::rekey`] the previous key follows in the same form. None for a plain
+    /// volume.
     ///
     /// A grant equal to the one held (the epoch aside) changes nothing but the epoch. One that
     /// differs by a greater size alone gives the served volume that capacity, and its frontend
-    /// stays; refused if its file is shorter or its key another. Any other replaces the one held,
-    /// and a volume served under the old one is detached first.
+    /// stays; refused if its file is shorter or its key another. One that differs by a re-key alone
+    /// ([`VolumeGrant::rekey`]: none to some, or some to none) leaves the served volume and its
+    /// frontend where they are, too: with a re-key, the key in use becomes the previous one (the page
+    /// has to hold that key); without one, the previous key is dropped, refused while anything is
+    /// still encrypted with it. Any other replaces the one held, and a volume served under the old
+    /// one is detached first.
     #[n(0)]
     Grant {
         /// The grant.

@@ -20,6 +20,8 @@
 //! The doc of each variant names the descriptors that travel with it; a receiver
 //! takes exactly that many ([`channel::Received::take_fds`]) and closes any other.
 //! The agent links this crate and so never links the data path.
+//!
+//! [`rekey`] is what crosses by way of a volume's own file: the record of an unfinished re-key.
 
 pub mod admin;
 pub mod channel;
@@ -28,7 +30,8 @@ pub mod envelope;
 pub mod identity;
 pub mod keys;
 pub mod process;
+pub mod rekey;
 pub mod rot;
 
 pub use channel::{Channel, ChannelError, Received};
-pub use identity::{DiscardPolicy, InvalidName, SocketName, VolumeId};
+pub use identity::{DiscardPolicy, InvalidName, RekeyId, SocketName, VolumeId};

@@ -109,6 +109,7 @@ pub(crate) fn grant_of(volume: &Volume, epoch: u64) -> VolumeGrant {
         queues: volume.queues,
         discard: volume.discard,
         epoch,
+        rekey: None,
     }
 }
 

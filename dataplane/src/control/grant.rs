@@ -52,6 +52,9 @@ pub(super) fn check(grant: &VolumeGrant) -> Result<(), String> {
     if !(1..=MAX_QUEUES).contains(&grant.queues) {
         return Err(format!("{} queues: it has 1 to {MAX_QUEUES}", grant.queues));
     }
+    if grant.rekey.is_some() {
+        return Err("it is to be re-keyed, which this data plane can't do".to_owned());
+    }
     let printable = grant.serial.bytes().all(|c| (b' '..=b'~').contains(&c));
     if grant.serial.len() > SERIAL_BYTES || !printable {
         return Err(format!(
@@ -148,6 +151,7 @@ mod tests {
             queues: 1,
             discard: DiscardPolicy::Ignore,
             epoch: 3,
+            rekey: None,
         }
     }
 

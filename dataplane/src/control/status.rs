@@ -36,6 +36,7 @@ fn one(id: VolumeId, volume: &Volume, server: &Server) -> VolumeStatus {
         capacity_bytes: 0,
         holds_volume: false,
         waits_for_volume: false,
+        rekey: None,
     };
     let Some((device_id, device)) = volume.served() else {
         return status;

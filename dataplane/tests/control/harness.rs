@@ -59,6 +59,7 @@ pub fn grant(n: u8) -> VolumeGrant {
         queues: 2,
         discard: DiscardPolicy::Ignore,
         epoch: 1,
+        rekey: None,
     }
 }
 

@@ -329,6 +329,7 @@ impl Peers {
             capacity_bytes: 0,
             holds_volume: false,
             waits_for_volume: false,
+            rekey: None,
         }
     }
 }

@@ -230,12 +230,14 @@ fn status() -> HostStatus {
         capacity_bytes: 64 << 20,
         holds_volume: true,
         waits_for_volume: false,
+        rekey: None,
     };
     let failed = VolumeStatus {
         volume: VolumeId([2; 16]),
         fault: Some("the file \"shrank\"\n".to_owned()),
         holds_volume: false,
         waits_for_volume: true,
+        rekey: None,
         ..serving.clone()
     };
     HostStatus {

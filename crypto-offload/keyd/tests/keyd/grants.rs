@@ -24,6 +24,7 @@ fn a_grant_says_what_the_bundle_says_and_brings_the_key() {
         queues: 3,
         discard: volume.discard,
         epoch: 7,
+        rekey: None,
     });
     let keys = [Some(first), None, Some(second)];
     for ((delivered, grant), key) in got.iter().zip(expected).zip(keys) {
