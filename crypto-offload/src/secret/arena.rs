@@ -64,7 +64,10 @@ impl SecretArena {
     }
 
     /// A zeroed slot, wiped and returned when it drops.
-    pub(crate) fn take(self: &Arc<Self>) -> Result<Slot, ArenaFull> {
+    ///
+    /// # Errors
+    /// [`ArenaFull`] when all are taken.
+    pub fn take(self: &Arc<Self>) -> Result<Slot, ArenaFull> {
         let index = self
             .free_list()
             .pop()
@@ -81,15 +84,23 @@ impl SecretArena {
     }
 }
 
-/// One slot, owned.
-pub(crate) struct Slot {
+/// One slot, owned: room for one key schedule.
+pub struct Slot {
     arena: Arc<SecretArena>,
     index: usize,
 }
 
+impl std::fmt::Debug for Slot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Slot(..)")
+    }
+}
+
 impl Slot {
-    /// First byte of the slot's [`SLOT_BYTES`].
-    pub(crate) fn pointer(&self) -> NonNull<u8> {
+    /// First byte of the slot's [`SLOT_BYTES`], which nobody else reads or writes while the slot
+    /// lives.
+    #[must_use]
+    pub fn pointer(&self) -> NonNull<u8> {
         // SAFETY: index is below `slots`, so that the slot lies inside the mapping.
         unsafe { self.arena.memory.base().add(self.index * SLOT_BYTES) }
     }

@@ -30,8 +30,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mlock, mmap, munmap};
 use zeroize::Zeroize;
 
-pub(crate) use arena::Slot;
-pub use arena::{ArenaFull, SLOT_BYTES, SecretArena};
+pub use arena::{ArenaFull, SLOT_BYTES, SecretArena, Slot};
 
 /// Page size of the only architecture supported, in bytes.
 pub const PAGE_BYTES: usize = 4096;

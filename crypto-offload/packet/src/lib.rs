@@ -1,0 +1,37 @@
+//! The packet cipher: AES-256-GCM over batches of packets with long-lived keys, as a tunnel
+//! between hosts needs it.
+//!
+//! | module | owns |
+//! | --- | --- |
+//! | [`key`] | a key expanded once into secret memory, and which [`Kernel`] works with it |
+//! | [`packet`] | where a packet's bytes lie: in place, between buffers, or in guest memory |
+//! | [`sealer`] | the numbers of sealed packets, and how much one key may seal |
+//! | [`opener`] | opening: a packet that doesn't authenticate fails alone and leaves nothing |
+//!
+//! A packet is sealed under a 96-bit nonce: the tunnel's 32-bit salt, then the packet's 64-bit
+//! sequence number, big-endian (RFC 4106 section 4; the deterministic construction of
+//! NIST SP 800-38D section 8.2.1). The tag has 16 bytes and follows the ciphertext.
+//!
+//! The tunnel's part: to agree on keys and salts, to carry the sequence number with the packet
+//! (in the clear or not, in the associated data or not), and to refuse replays. An opened packet
+//! is authentic but may be an old one: check its number against the window before opening, which
+//! is cheap, and move the window after opening, since only then the number is true.
+//!
+//! Each direction of a tunnel has its own key, and each worker that seals has its own [`Sealer`],
+//! thus its own key: nothing is shared, nothing locked. Nothing is allocated for a packet or a
+//! batch either.
+//!
+//! Key schedules lie in secret memory ([`bulkhead_crypto::secret`]), AWS-LC's too, as its AEAD
+//! contexts may lie where the caller likes. Registers are spilled to the stack and AWS-LC copies
+//! the key of its hash there for each packet, so that part of the stack is wiped after each batch.
+
+pub mod key;
+mod library;
+pub mod opener;
+pub mod packet;
+pub mod sealer;
+
+pub use key::{KEY_BYTES, Kernel, KeyError, PacketKey};
+pub use opener::Opener;
+pub use packet::{LengthError, OpenPacket, Refused, SealPacket, Segment, TAG_BYTES};
+pub use sealer::{SealError, Sealer};

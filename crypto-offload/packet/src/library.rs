@@ -1,0 +1,124 @@
+//! The kernel that is AWS-LC: its AEAD context lies in our secret memory, one call a packet.
+//!
+//! UNSAFETY: every function takes a slot that [`expand`] filled (or is about to fill), and hands
+//! AWS-LC the ranges of packets, which are valid for their lengths. AWS-LC may read its input more
+//! than once, so it is never given memory that others may change.
+#![expect(unsafe_code, reason = "AWS-LC is a C library")]
+
+use std::ptr::{self, NonNull};
+
+use aws_lc_sys::{
+    EVP_AEAD_CTX, EVP_AEAD_CTX_init, EVP_AEAD_CTX_open_gather, EVP_AEAD_CTX_seal_scatter,
+    EVP_aead_aes_256_gcm,
+};
+use bulkhead_crypto::secret::SLOT_BYTES;
+
+use crate::key::{KEY_BYTES, nonce};
+use crate::packet::{Job, OpenPacket, Ranges, SealPacket, TAG_BYTES, copy_shared};
+
+const _: () = assert!(size_of::<EVP_AEAD_CTX>() <= SLOT_BYTES && align_of::<EVP_AEAD_CTX>() <= 64);
+
+/// Expands `key` into the slot; whether AWS-LC did.
+///
+/// The context holds round keys and the hash key's table and points nowhere but to code, so that
+/// wiping the slot is all that its end needs.
+///
+/// # Safety
+/// The slot is the caller's alone.
+pub(crate) unsafe fn expand(slot: NonNull<u8>, key: &[u8; KEY_BYTES]) -> bool {
+    // SAFETY: the slot is large and aligned enough (asserted above); the key has its length.
+    unsafe {
+        EVP_AEAD_CTX_init(
+            slot.cast().as_ptr(),
+            EVP_aead_aes_256_gcm(),
+            key.as_ptr(),
+            key.len(),
+            TAG_BYTES,
+            ptr::null_mut(),
+        ) == 1
+    }
+}
+
+/// Seals packets that have their numbers; whether all were.
+///
+/// # Safety
+/// `slot` was filled by [`expand`].
+pub(crate) unsafe fn seal(
+    slot: NonNull<u8>,
+    salt: [u8; 4],
+    packets: &mut [SealPacket<'_>],
+) -> bool {
+    packets.iter().all(|packet| {
+        // SAFETY: passed on.
+        unsafe { seal_one(slot.cast().as_ptr(), salt, packet.ranges()) }
+    })
+}
+
+/// # Safety
+/// `context` was made by [`expand`].
+unsafe fn seal_one(context: *const EVP_AEAD_CTX, salt: [u8; 4], packet: &Ranges) -> bool {
+    let nonce = nonce(salt, packet.sequence);
+    let mut tag_bytes = 0;
+    // SAFETY: the ranges of a packet are valid for their lengths, and the output has TAG_BYTES
+    // more; what others may change is copied to the output first, and sealed there.
+    unsafe {
+        let mut source = packet.source;
+        if packet.shared {
+            copy_shared(source, packet.output, packet.bytes);
+            source = packet.output;
+        }
+        EVP_AEAD_CTX_seal_scatter(
+            context,
+            packet.output,
+            packet.output.add(packet.bytes),
+            &raw mut tag_bytes,
+            TAG_BYTES,
+            nonce.as_ptr(),
+            nonce.len(),
+            source,
+            packet.bytes,
+            ptr::null(),
+            0,
+            packet.associated,
+            packet.associated_bytes,
+        ) == 1
+            && tag_bytes == TAG_BYTES
+    }
+}
+
+/// Opens packets; each says how it went. AWS-LC compares tags in constant time.
+///
+/// # Safety
+/// `slot` was filled by [`expand`].
+pub(crate) unsafe fn open(slot: NonNull<u8>, salt: [u8; 4], packets: &mut [OpenPacket<'_>]) {
+    for packet in packets.iter_mut().filter(|packet| packet.is_unopened()) {
+        // SAFETY: passed on.
+        if unsafe { open_one(slot.cast().as_ptr(), salt, packet.ranges()) } {
+            packet.opened();
+        } else {
+            packet.refuse();
+        }
+    }
+}
+
+/// # Safety
+/// `context` was made by [`expand`].
+unsafe fn open_one(context: *const EVP_AEAD_CTX, salt: [u8; 4], packet: &Ranges) -> bool {
+    let nonce = nonce(salt, packet.sequence);
+    // SAFETY: the ranges of a packet are valid for their lengths, and the source has TAG_BYTES
+    // more; with source and output the same, AWS-LC works in place.
+    unsafe {
+        EVP_AEAD_CTX_open_gather(
+            context,
+            packet.output,
+            nonce.as_ptr(),
+            nonce.len(),
+            packet.source,
+            packet.bytes,
+            packet.source.add(packet.bytes),
+            TAG_BYTES,
+            packet.associated,
+            packet.associated_bytes,
+        ) == 1
+    }
+}
