@@ -181,6 +181,7 @@ fn change(old: &Volume, new: &Volume) -> Option<Change> {
         name: _,
         force_removal: _,
         sealed_keys: _,
+        rekey: _,
         path,
         size_bytes,
         data_unit_bytes,

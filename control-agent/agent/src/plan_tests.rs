@@ -30,6 +30,7 @@ fn volume(number: u8) -> Volume {
         allowed_uid: 1,
         force_removal: false,
         sealed_keys: Vec::new(),
+        rekey: None,
     }
 }
 

@@ -31,6 +31,7 @@ fn volume(path: &str, size_bytes: u64) -> Volume {
         allowed_uid: 0,
         force_removal: false,
         sealed_keys: Vec::new(),
+        rekey: None,
     }
 }
 

@@ -47,8 +47,16 @@ const BUNDLE: Shape = Shape {
     children: &[(5, "volumes", &VOLUME)],
 };
 const VOLUME: Shape = Shape {
-    keys: 14,
-    children: &[(10, "socket", &SOCKET), (13, "sealed_keys", &SEALED)],
+    keys: 15,
+    children: &[
+        (10, "socket", &SOCKET),
+        (13, "sealed_keys", &SEALED),
+        (14, "rekey", &REKEY),
+    ],
+};
+const REKEY: Shape = Shape {
+    keys: 2,
+    children: &[(1, "previous_keys", &SEALED)],
 };
 const SOCKET: Shape = Shape {
     keys: 4,

@@ -12,6 +12,7 @@
 
 pub mod cose;
 mod encoding;
+pub mod key_scope;
 mod low_s;
 pub mod operator;
 pub mod schema;
@@ -25,7 +26,7 @@ pub use bulkhead_files::{private_file, reader, text};
 
 pub use operator::{Fingerprint, KeyError, OperatorKey, OperatorPublicKey};
 pub use reader::SourceError;
-pub use schema::{HostBundle, SealedKeyEntry, SocketSpec, Volume};
+pub use schema::{HostBundle, Rekey, SealedKeyEntry, SocketSpec, Volume};
 pub use sign::{SignError, sign};
 pub use trust::TrustRoot;
 pub use validate::{ValidationError, validate};

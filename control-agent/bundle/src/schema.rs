@@ -3,7 +3,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use bulkhead_protocol::keys::EnvelopeDigest;
-use bulkhead_protocol::{DiscardPolicy, SocketName, VolumeId};
+use bulkhead_protocol::{DiscardPolicy, RekeyId, SocketName, VolumeId};
 use minicbor::{Decode, Encode};
 
 /// Everything one host is to serve.
@@ -81,6 +81,22 @@ pub struct Volume {
     /// Its key, sealed to each recipient; empty for a plain volume.
     #[n(13)]
     pub sealed_keys: Vec<SealedKeyEntry>,
+    /// The re-key that brings it from another key to this one; none if there is none to be done. What
+    /// was signed before there were re-keys has none, and is encoded as it was.
+    #[n(14)]
+    pub rekey: Option<Rekey>,
+}
+
+/// A re-key: the volume's key takes the place of another, the previous key, while it is served.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Rekey {
+    /// Random; the record in the volume's file carries it.
+    #[n(0)]
+    pub id: RekeyId,
+    /// The previous key, sealed to each recipient as it was before.
+    #[n(1)]
+    pub previous_keys: Vec<SealedKeyEntry>,
 }
 
 /// A vhost-user listener: rot makes the path from the name.
@@ -137,6 +153,14 @@ impl Volume {
         self.sealed_keys
             .iter()
             .find(|entry| entry.recipient == recipient)
+    }
+
+    /// The previous key sealed to a recipient; none without a re-key.
+    #[must_use]
+    pub fn previous_sealed_for(&self, recipient: &str) -> Option<&SealedKeyEntry> {
+        let rekey = self.rekey.as_ref()?;
+        let mut entries = rekey.previous_keys.iter();
+        entries.find(|entry| entry.recipient == recipient)
     }
 
     /// Whether it has a key.

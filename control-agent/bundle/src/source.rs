@@ -15,9 +15,11 @@ use toml::de::DeValue;
 use toml::value::{Datetime, Offset};
 
 use crate::reader::{Document, SourceError, Table};
-use crate::schema::{HostBundle, SealedKeyEntry, SocketSpec, Volume};
+use crate::schema::{HostBundle, SocketSpec, Volume};
 use crate::text;
 use crate::validate::{ValidationError, validate};
+
+mod keys;
 
 /// Where a volume's fields stand.
 struct Place {
@@ -158,33 +160,12 @@ fn read_volume(table: &Table<'_, '_>) -> Result<Volume, SourceError> {
         },
         allowed_uid: u32_field(table, "allowed_uid", None)?,
         force_removal: table.boolean("force_removal", false)?,
-        sealed_keys: sealed_keys(table)?,
+        sealed_keys: keys::entries(table, "sealed_key")?,
+        rekey: keys::rekey(table)?,
     };
     socket.finish()?;
     table.finish()?;
     Ok(volume)
-}
-
-fn sealed_keys(table: &Table<'_, '_>) -> Result<Vec<SealedKeyEntry>, SourceError> {
-    let mut entries = Vec::new();
-    for key in table.tables("sealed_key")? {
-        entries.push(SealedKeyEntry {
-            recipient: key.string("recipient")?.to_owned(),
-            fingerprint: text::from_hex(key.string("fingerprint")?)
-                .ok_or_else(|| key.error("fingerprint", "is not lower-case hex"))?,
-            enc: base64(&key, "enc")?,
-            ciphertext: base64(&key, "ciphertext")?,
-        });
-        key.finish()?;
-    }
-    Ok(entries)
-}
-
-fn base64(table: &Table<'_, '_>, field: &'static str) -> Result<Vec<u8>, SourceError> {
-    match text::from_base64(table.string(field)?) {
-        Some(bytes) => Ok(bytes.to_vec()),
-        None => Err(table.error(field, "is not base64")),
-    }
 }
 
 fn parsed<T: FromStr>(
@@ -394,15 +375,6 @@ pub fn volume_to_toml(volume: &Volume) -> String {
         volume.allowed_uid,
         volume.force_removal,
     );
-    for key in &volume.sealed_keys {
-        let _ = write!(
-            out,
-            "\n[[volume.sealed_key]]\nrecipient = {}\nfingerprint = \"{}\"\nenc = \"{}\"\nciphertext = \"{}\"\n",
-            toml::Value::from(key.recipient.as_str()),
-            text::to_hex(&key.fingerprint),
-            text::to_base64(&key.enc),
-            text::to_base64(&key.ciphertext),
-        );
-    }
+    keys::write(&mut out, volume);
     out
 }

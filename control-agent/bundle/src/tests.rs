@@ -1,14 +1,17 @@
 //! The bundle's tests: a signed example, and what they share.
 
 mod refusals;
+mod rekey;
 mod roundtrip;
 mod source_errors;
 
 use std::sync::LazyLock;
 
-use bulkhead_protocol::{DiscardPolicy, VolumeId};
+use bulkhead_protocol::{DiscardPolicy, RekeyId, VolumeId};
 
-use crate::{HostBundle, OperatorKey, Policy, SealedKeyEntry, SocketSpec, TrustRoot, Volume, sign};
+use crate::{
+    HostBundle, OperatorKey, Policy, Rekey, SealedKeyEntry, SocketSpec, TrustRoot, Volume, sign,
+};
 
 /// The operators of these tests: alice and bob are trusted, mallory is not.
 static KEYS: LazyLock<[OperatorKey; 3]> = LazyLock::new(|| {
@@ -59,7 +62,22 @@ fn encrypted(number: u8) -> Volume {
         allowed_uid: 1000,
         force_removal: false,
         sealed_keys: vec![sealed("host-a"), sealed("recovery")],
+        rekey: None,
     }
+}
+
+/// An encrypted volume whose key takes the place of another.
+fn rekeyed(number: u8) -> Volume {
+    let mut volume = encrypted(number);
+    let mut previous_keys = volume.sealed_keys.clone();
+    for entry in &mut previous_keys {
+        entry.ciphertext = vec![4; 80];
+    }
+    volume.rekey = Some(Rekey {
+        id: RekeyId([0xc0 + number; 16]),
+        previous_keys,
+    });
+    volume
 }
 
 fn bundle() -> HostBundle {

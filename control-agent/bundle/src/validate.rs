@@ -9,7 +9,9 @@ use std::hash::Hash;
 pub use bulkhead_files::name::{MAX_NAME_BYTES, check_name};
 
 use crate::RECOVERY_RECIPIENT;
-use crate::schema::{HostBundle, SealedKeyEntry, Volume};
+use crate::schema::{HostBundle, Volume};
+
+mod keys;
 
 /// Longest path in bytes.
 pub const MAX_PATH_BYTES: usize = 1024;
@@ -141,7 +143,7 @@ fn check_volume(volume: &Volume, host: &str) -> Result<(), Problem> {
             ),
         ));
     }
-    check_sealed_keys(volume, host).map_err(|e| ("sealed_key", e))
+    keys::check(volume, host)
 }
 
 fn check_path(path: &str) -> Result<(), String> {
@@ -192,52 +194,6 @@ fn check_geometry(volume: &Volume) -> Result<(), Problem> {
     }
     if i64::try_from(size).is_err() {
         return Err(("size", "no file is that large (2^63 bytes)".to_owned()));
-    }
-    Ok(())
-}
-
-fn check_sealed_keys(volume: &Volume, host: &str) -> Result<(), String> {
-    if !volume.is_encrypted() {
-        return match volume.sealed_keys.len() {
-            0 => Ok(()),
-            n => Err(format!(
-                "a plain volume has no key, but {n} sealed key(s) are given: \
-                 set data_unit, or take them out"
-            )),
-        };
-    }
-    for (index, entry) in volume.sealed_keys.iter().enumerate() {
-        let recipient = &entry.recipient;
-        check_name(recipient)?;
-        let mut earlier = volume.sealed_keys.iter().take(index);
-        if earlier.any(|other| other.recipient == *recipient) {
-            return Err(format!("two keys are sealed to {recipient:?}"));
-        }
-        check_sealed_lengths(entry)?;
-    }
-    if volume.sealed_for(host).is_none() {
-        return Err(format!(
-            "no key is sealed to the host {host:?}: make the volume with \
-             `bulkhead volume create --host` and that host's public key"
-        ));
-    }
-    Ok(())
-}
-
-fn check_sealed_lengths(entry: &SealedKeyEntry) -> Result<(), String> {
-    let parts = [
-        ("fingerprint", &entry.fingerprint),
-        ("enc", &entry.enc),
-        ("ciphertext", &entry.ciphertext),
-    ];
-    for (what, bytes) in parts {
-        if bytes.is_empty() || bytes.len() > MAX_SEALED_BYTES {
-            return Err(format!(
-                "the {what} of the key sealed to {:?} has {} bytes, not 1 to {MAX_SEALED_BYTES}",
-                entry.recipient,
-                bytes.len()
-            ));
-        }
     }
     Ok(())
 }

@@ -114,6 +114,7 @@ fn describe(arguments: &VolumeCreate) -> Result<Volume, Failure> {
         allowed_uid: arguments.allowed_uid,
         force_removal: false,
         sealed_keys: Vec::new(),
+        rekey: None,
     })
 }
 

@@ -12,6 +12,8 @@ use bulkhead_protocol::envelope::{EnvelopeError, read_capped};
 
 use crate::state::{Accepted, State};
 use crate::state_file::{StateError, StateFile};
+use crate::unshared::{SharedKey, check_unshared};
+use crate::vault::Vault;
 
 /// Why an envelope was refused; nothing has changed.
 #[derive(Debug, thiserror::Error)]
@@ -22,6 +24,9 @@ pub(crate) enum Refusal {
     /// It does not hold.
     #[error(transparent)]
     Verify(#[from] VerifyError),
+    /// It holds, and one of its keys serves two volumes, or nobody can say.
+    #[error(transparent)]
+    Keys(#[from] SharedKey),
     /// It holds, and can't be kept.
     #[error("the epoch floor can't be kept, so nothing is granted: {0}")]
     State(#[from] StateError),
@@ -53,13 +58,15 @@ impl Custody {
     }
 
     /// Accepts an envelope: its epoch is the floor, and its volumes may be granted, once this has
-    /// returned; both are on disk. The envelope accepted last is accepted again, whatever the time.
+    /// returned; both are on disk. The envelope accepted last is accepted again, whatever the time and
+    /// its keys: what holds for new bundles alone must not keep a host from starting again.
     ///
     /// # Errors
     /// See [`Refusal`].
     pub(crate) fn accept(
         &mut self,
         envelope: BorrowedFd<'_>,
+        vault: &Vault,
     ) -> Result<Verified<HostBundle>, Refusal> {
         let bytes = read_capped(envelope)?;
         let last = self.file.state().map(|state| state.accepted);
@@ -76,10 +83,13 @@ impl Custody {
             epoch: bundle.epoch,
             digest: bundle.digest(),
         };
+        let again = last == Some(accepted);
+        if !again {
+            check_unshared(vault, &bundle)?;
+        }
         let mut held = self.held();
         held.extend(bundle.volumes.iter().map(|volume| volume.id));
         self.file.replace(State { accepted, held })?;
-        let again = last == Some(accepted);
         if again && now >= bundle.expires {
             tracing::info!(
                 epoch = bundle.epoch,

@@ -157,12 +157,12 @@ impl Delivery {
     ) -> Result<Result<(), ChannelError>, NoKey> {
         let grant = grant_of(volume, self.epoch());
         let message = KeydToDataplane::Grant { grant };
-        let page = vault.unseal(volume)?;
-        let fds: Vec<_> = page.iter().map(AsFd::as_fd).collect();
+        let pages = vault.unseal(volume)?;
+        let fds: Vec<_> = pages.iter().map(AsFd::as_fd).collect();
         let sent = dataplane.link.channel.send(&message, &fds);
         if sent.is_ok() {
-            // The page is the data plane's now: it is closed here, unwiped. Not sent, it is wiped.
-            drop(page.map(|page| page.into_fd()));
+            // The pages are the data plane's now: closed here, unwiped. Not sent, they are wiped.
+            pages.into_iter().for_each(|page| drop(page.into_fd()));
         }
         Ok(sent)
     }

@@ -4,9 +4,9 @@
 //!
 //! A key takes these steps, each a function:
 //! [`KeyService`]'s `asked` (the request, and who sent it) -> `Custody::accept` (the envelope is
-//! copied, verified, and its epoch and digest kept on disk before anything is granted) ->
-//! `Delivery::advance` (a few volumes at a time) -> `Vault::unseal` (straight into a fresh page of
-//! secret memory) -> the page's descriptor goes with the grant -> `Delivery::answered`.
+//! copied, verified, no key of it serves two volumes, and its epoch and digest are kept on disk before
+//! anything is granted) -> `Delivery::advance` (a few volumes at a time) -> `Vault::unseal` (straight
+//! into fresh pages of secret memory) -> their descriptors go with the grant -> `Delivery::answered`.
 //!
 //! The service is one thread around one poll loop. It waits on nobody: an answer that doesn't come
 //! has a deadline, a channel that is full is tried again when it has room.
@@ -23,6 +23,7 @@ mod service;
 mod start;
 mod state;
 mod state_file;
+mod unshared;
 mod vault;
 
 pub use arguments::Arguments;

@@ -88,8 +88,8 @@ pub(crate) struct Dataplane {
 }
 
 impl Dataplane {
-    /// Most questions that wait for an answer at a time: as many key pages are on their way at
-    /// most, and no buffer or descriptor limit of a socket is near.
+    /// Most questions that wait for an answer at a time: at most twice as many key pages are on their
+    /// way, and no buffer or descriptor limit of a socket is near.
     const MAX_QUESTIONS: usize = 8;
 
     /// The data plane that rot told of.

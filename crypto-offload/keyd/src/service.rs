@@ -278,7 +278,7 @@ impl KeyService {
         let agent_generation = agent.link.generation;
         agent.check_sender(received.sender.as_ref())?;
         let [envelope] = received.take_fds().map_err(|e| e.to_string())?;
-        let accepted = self.custody.accept(envelope.as_fd());
+        let accepted = self.custody.accept(envelope.as_fd(), &self.vault);
         let bundle = accepted.map_err(|e| e.to_string())?;
         let held = self.custody.held();
         let now = Instant::now();

@@ -8,6 +8,7 @@ use bulkhead_bundle::{SealedKeyEntry, Volume};
 use bulkhead_crypto::secret::SecretMemory;
 use bulkhead_protocol::keys::{VolumeGrant, XTS_KEY_BYTES};
 use bulkhead_sealing::{RecipientKey, SealedKey, UnsealError, VolumeContext, unseal};
+use subtle::ConstantTimeEq as _;
 
 /// Why there is no key for a volume.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +25,18 @@ pub(crate) enum NoKey {
          a random key"
     )]
     EqualHalves,
+    /// The previous key, for other hosts.
+    #[error("the previous key of the volume is not sealed to this host, {0:?}, which needs both")]
+    PreviousNotForUs(String),
+    /// The previous key does not open.
+    #[error("the previous key: {0}")]
+    Previous(UnsealError),
+    /// A re-key that would replace nothing.
+    #[error(
+        "the key and the previous key of the volume are the same, so that the re-key would replace \
+         nothing: make it anew with `bulkhead volume rekey`"
+    )]
+    NotReplaced,
     /// The kernel gave none.
     #[error("there is no secret memory for the volume key ({0}): is RLIMIT_MEMLOCK large enough?")]
     Memory(#[from] io::Error),
@@ -46,35 +59,56 @@ impl Vault {
         &self.key.public().name
     }
 
-    /// The key of a volume in a page of its own, which nobody else has yet; none for a plain
-    /// volume. The page is wiped when it is dropped.
+    /// The keys of a volume, in the order in which a grant has them: its key, and behind it with a
+    /// re-key the previous one; none for a plain volume. Each has a page of its own, which nobody
+    /// else has yet and which is wiped when it is dropped.
     ///
     /// # Errors
     /// See [`NoKey`].
-    pub(crate) fn unseal(&self, volume: &Volume) -> Result<Option<SecretMemory>, NoKey> {
+    pub(crate) fn unseal(&self, volume: &Volume) -> Result<Vec<SecretMemory>, NoKey> {
         let Some(data_unit_bytes) = volume.data_unit_bytes else {
-            return Ok(None);
+            return Ok(Vec::new());
         };
-        let entry = volume
-            .sealed_for(self.host())
-            .ok_or_else(|| NoKey::NotForUs(self.host().to_owned()))?;
         let context = VolumeContext {
             id: volume.id,
             size_bytes: volume.size_bytes,
             data_unit_bytes,
             logical_block_bytes: volume.logical_block_bytes,
         };
+        let entry = volume
+            .sealed_for(self.host())
+            .ok_or_else(|| NoKey::NotForUs(self.host().to_owned()))?;
+        let key = self.open(entry, &context)?;
+        if volume.rekey.is_none() {
+            return Ok(vec![key]);
+        }
+        let entry = volume
+            .previous_sealed_for(self.host())
+            .ok_or_else(|| NoKey::PreviousNotForUs(self.host().to_owned()))?;
+        let previous = self.open(entry, &context).map_err(|error| match error {
+            NoKey::Sealed(error) => NoKey::Previous(error),
+            other => other,
+        })?;
+        if key.as_bytes().ct_eq(previous.as_bytes()).into() {
+            return Err(NoKey::NotReplaced);
+        }
+        Ok(vec![key, previous])
+    }
+
+    fn open(&self, entry: &SealedKeyEntry, context: &VolumeContext) -> Result<SecretMemory, NoKey> {
         let mut page = SecretMemory::new(XTS_KEY_BYTES)?;
         let out = page
             .as_mut_bytes()
             .first_chunk_mut::<XTS_KEY_BYTES>()
             .ok_or(io::ErrorKind::UnexpectedEof)
             .map_err(io::Error::from)?;
-        unseal(&sealed(entry), &self.key, &context, out)?;
-        if halves_equal(out) {
+        unseal(&sealed(entry), &self.key, context, out)?;
+        let (data, tweak) = out.split_at(XTS_KEY_BYTES / 2);
+        // In a time that says nothing about either. A sealer other than ours may have made such a key.
+        if data.ct_eq(tweak).into() {
             return Err(NoKey::EqualHalves);
         }
-        Ok(Some(page))
+        Ok(page)
     }
 }
 
@@ -85,14 +119,6 @@ fn sealed(entry: &SealedKeyEntry) -> SealedKey {
         enc: entry.enc.clone(),
         ciphertext: entry.ciphertext.clone(),
     }
-}
-
-/// Whether data key and tweak key are equal, in a time that says nothing about either. A sealer
-/// other than ours may have made such a key.
-fn halves_equal(key: &[u8; XTS_KEY_BYTES]) -> bool {
-    let (data, tweak) = key.split_at(XTS_KEY_BYTES / 2);
-    let differences = data.iter().zip(tweak).fold(0, |all, (a, b)| all | (a ^ b));
-    differences == 0
 }
 
 /// What keyd vouches for about a volume of a bundle with this epoch.
@@ -109,7 +135,7 @@ pub(crate) fn grant_of(volume: &Volume, epoch: u64) -> VolumeGrant {
         queues: volume.queues,
         discard: volume.discard,
         epoch,
-        rekey: None,
+        rekey: volume.rekey.as_ref().map(|rekey| rekey.id),
     }
 }
 
@@ -153,6 +179,7 @@ mod tests {
             allowed_uid: 0,
             force_removal: false,
             sealed_keys: vec![key],
+            rekey: None,
         }
     }
 
@@ -192,7 +219,9 @@ mod tests {
         // One bit of difference is enough, and the sealer is not what is refused.
         key[XTS_KEY_BYTES - 1] ^= 1;
         let page = vault.unseal(&volume(careless_seal(&key, &to)));
-        let page = page.expect("unsealed").expect("encrypted");
+        let [page] = &page.expect("unsealed")[..] else {
+            panic!("one page");
+        };
         assert_eq!(page.as_bytes(), key);
     }
 

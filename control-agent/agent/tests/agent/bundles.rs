@@ -57,6 +57,7 @@ pub fn volume(number: u8) -> Volume {
         allowed_uid: 0,
         force_removal: false,
         sealed_keys: Vec::new(),
+        rekey: None,
     }
 }
 

@@ -288,10 +288,10 @@ fn refused_unknown_field() {
     let mut inner = payload[..start].to_vec();
     inner.push(second[0] + 1);
     inner.extend_from_slice(&second[1..]);
-    inner.extend_from_slice(&[14, 0]);
+    inner.extend_from_slice(&[15, 0]);
     inner.extend_from_slice(&payload[start + second.len()..]);
     let error = refusal(&signed_payload(inner));
-    assert_eq!(error, VerifyError::UnknownField("volumes[1].14".to_owned()));
+    assert_eq!(error, VerifyError::UnknownField("volumes[1].15".to_owned()));
     says(&error, "unknown field");
 }
 
@@ -309,7 +309,7 @@ fn refused_malformed() {
 }
 
 /// Signing refuses it, and so does a host if it is signed all the same.
-fn refused_for_content(change: impl Fn(&mut HostBundle), expected: &str) {
+pub(super) fn refused_for_content(change: impl Fn(&mut HostBundle), expected: &str) {
     let mut bundle = bundle();
     change(&mut bundle);
     let error = sign(&bundle, &[alice()]).expect_err("must not be signed");

@@ -31,16 +31,28 @@ fn any_volume() -> impl Strategy<Value = Volume> {
         0..4,
     );
     let socket = ("[a-z0-9][a-z0-9._-]{0,63}", any::<(u32, u32, u32)>());
+    let rekey = proptest::option::of(any::<[u8; 16]>());
     (
         any::<[u8; 16]>(),
         any::<String>(),
         geometry,
         any::<(bool, bool, bool, u16, u32)>(),
         socket,
-        sealed,
+        (sealed, rekey),
     )
         .prop_map(
-            |(id, text, (unit, size), (read_only, pass, force, queues, uid), socket, sealed)| {
+            |(id, text, geometry, (read_only, pass, force, queues, uid), socket, keys)| {
+                let (unit, size) = geometry;
+                let (sealed, rekey) = keys;
+                let sealed_keys: Vec<_> = sealed
+                    .into_iter()
+                    .map(|(recipient, short, long)| SealedKeyEntry {
+                        recipient,
+                        fingerprint: short,
+                        enc: long.clone(),
+                        ciphertext: long,
+                    })
+                    .collect();
                 Volume {
                     id: VolumeId(id),
                     name: text.clone(),
@@ -64,15 +76,11 @@ fn any_volume() -> impl Strategy<Value = Volume> {
                     },
                     allowed_uid: uid,
                     force_removal: force,
-                    sealed_keys: sealed
-                        .into_iter()
-                        .map(|(recipient, short, long)| SealedKeyEntry {
-                            recipient,
-                            fingerprint: short,
-                            enc: long.clone(),
-                            ciphertext: long,
-                        })
-                        .collect(),
+                    rekey: rekey.map(|id| Rekey {
+                        id: RekeyId(id),
+                        previous_keys: sealed_keys.clone(),
+                    }),
+                    sealed_keys,
                 }
             },
         )

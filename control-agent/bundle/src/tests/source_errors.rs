@@ -84,15 +84,20 @@ fn times_are_read_as_the_calendar_has_them() {
 #[test]
 fn a_volume_survives_its_stanza_and_is_included() {
     let folder = Folder::new();
-    for number in [1, 2] {
-        let stanza = source::volume_to_toml(&encrypted(number));
+    let volumes = [encrypted(1), rekeyed(2)];
+    for (number, volume) in (1..).zip(&volumes) {
+        let stanza = source::volume_to_toml(volume);
         folder.write(&format!("disk{number}.toml"), &stanza);
     }
     let source = "include = [\"disk1.toml\", \"disk2.toml\"]\nhost = \"host-a\"\nepoch = 7\n\
                   not_before = 1000\nexpires = 2000\n\
                   force_remove = \"09090909-0909-0909-0909-090909090909\"\n";
     let loaded = source::load(&folder.write("bundle.toml", source)).expect("good");
-    assert_eq!(loaded, bundle());
+    let expected = HostBundle {
+        volumes: volumes.to_vec(),
+        ..bundle()
+    };
+    assert_eq!(loaded, expected);
 }
 
 #[test]

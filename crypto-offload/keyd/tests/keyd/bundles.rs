@@ -6,9 +6,9 @@ use std::sync::LazyLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bulkhead_bundle::{
-    HostBundle, OperatorKey, SealedKeyEntry, SocketSpec, TrustRoot, Volume, sign,
+    HostBundle, OperatorKey, Rekey, SealedKeyEntry, SocketSpec, TrustRoot, Volume, sign,
 };
-use bulkhead_protocol::{DiscardPolicy, VolumeId};
+use bulkhead_protocol::{DiscardPolicy, RekeyId, VolumeId};
 use bulkhead_sealing::{RecipientKey, RecipientPublicKey, VolumeContext, seal};
 
 pub const HOST: &str = "host-a";
@@ -75,6 +75,7 @@ pub fn plain(number: u8) -> Volume {
         allowed_uid: 1000 + u32::from(number),
         force_removal: false,
         sealed_keys: Vec::new(),
+        rekey: None,
     }
 }
 
@@ -85,6 +86,17 @@ pub fn encrypted(number: u8, key: &[u8; 64]) -> Volume {
         ..plain(number)
     };
     volume.sealed_keys = vec![sealed(key, host_key().public(), &volume)];
+    volume
+}
+
+/// An encrypted one, whose key takes the place of a previous one.
+pub fn rekeyed(number: u8, key: &[u8; 64], previous: &[u8; 64]) -> Volume {
+    let mut volume = encrypted(number, key);
+    volume.read_only = false;
+    volume.rekey = Some(Rekey {
+        id: RekeyId([0xc0 | number; 16]),
+        previous_keys: vec![sealed(previous, host_key().public(), &volume)],
+    });
     volume
 }
 

@@ -37,6 +37,8 @@ pub struct Host {
 pub struct Delivered {
     pub message: KeydToDataplane,
     pub key: Option<[u8; 64]>,
+    /// With a re-key.
+    pub previous: Option<[u8; 64]>,
 }
 
 impl Drop for Host {
@@ -237,21 +239,24 @@ impl Host {
     pub fn delivered(&self) -> Delivered {
         let dataplane = self.dataplane.as_ref().expect("a data plane");
         let mut received: Received<KeydToDataplane> = next(dataplane).expect("a message");
-        let is_encrypted = matches!(&received.message,
-            KeydToDataplane::Grant { grant } if grant.data_unit_bytes.is_some());
-        let key = if is_encrypted {
-            let [page] = received.take_fds().expect("a page");
-            // One page, and dropped it is wiped, as the data plane does.
-            let page = SecretMemory::from_fd(page, 4096).expect("secret memory");
-            assert_eq!(page.as_bytes()[64..], [0; 4096 - 64]);
-            Some(*page.as_bytes().first_chunk().expect("a key"))
-        } else {
-            received.take_fds::<0>().expect("no descriptor");
-            None
+        let (key, previous) = match &received.message {
+            KeydToDataplane::Grant { grant } if grant.rekey.is_some() => {
+                let [page, previous] = received.take_fds().expect("two pages");
+                (Some(key_in(page)), Some(key_in(previous)))
+            }
+            KeydToDataplane::Grant { grant } if grant.data_unit_bytes.is_some() => {
+                let [page] = received.take_fds().expect("a page");
+                (Some(key_in(page)), None)
+            }
+            _ => {
+                received.take_fds::<0>().expect("no descriptor");
+                (None, None)
+            }
         };
         Delivered {
             message: received.message,
             key,
+            previous,
         }
     }
 
@@ -279,6 +284,13 @@ impl Host {
         assert!(self.is_quiet());
         delivered
     }
+}
+
+fn key_in(page: OwnedFd) -> [u8; 64] {
+    // One page, and dropped it is wiped, as the data plane does.
+    let page = SecretMemory::from_fd(page, 4096).expect("secret memory");
+    assert_eq!(page.as_bytes()[64..], [0; 4096 - 64]);
+    *page.as_bytes().first_chunk().expect("a key")
 }
 
 pub fn yes_to(message: &KeydToDataplane) -> DataplaneToKeyd {

@@ -7,5 +7,6 @@ mod grants;
 mod host;
 mod hostile;
 mod refused;
+mod rekeys;
 mod restarts;
 mod secrets;

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use bulkhead_bundle::digest_of;
 use bulkhead_bundle::text::to_hex;
 
-use crate::bundles::{bundle, encrypted, random_key, signed};
+use crate::bundles::{bundle, encrypted, random_key, rekeyed, signed};
 use crate::host::{Host, wait_for};
 
 /// How often some bytes stand in the memory of a process, as far as root can read it.
@@ -39,15 +39,18 @@ fn assert_not_in_memory(pid: u32, key: &[u8; 64]) {
 
 #[test]
 fn key_bytes_are_in_no_readable_memory_after_a_grant() {
-    let keys = [random_key(), random_key()];
-    let volumes = vec![encrypted(1, &keys[0]), encrypted(2, &keys[1])];
+    let keys = [random_key(), random_key(), random_key()];
+    let volumes = vec![rekeyed(1, &keys[0], &keys[2]), encrypted(2, &keys[1])];
     let envelope = signed(&bundle(1, volumes));
     let mut host = Host::new();
     host.ask(&envelope);
     let first = host.delivered();
     assert_eq!(first.key, Some(keys[0]));
+    assert_eq!(first.previous, Some(keys[2]));
     // keyd waits for the answer.
-    assert_not_in_memory(host.pid(), &keys[0]);
+    for key in &keys {
+        assert_not_in_memory(host.pid(), key);
+    }
     host.say(&crate::host::yes_to(&first.message));
     host.take(1);
     host.accepted();
