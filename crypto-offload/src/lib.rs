@@ -15,4 +15,4 @@ pub mod xts;
 
 pub use check::key_check;
 pub use secret::{SecretArena, SecretMemory};
-pub use xts::{BufferError, DataUnit, KeyError, XtsKey};
+pub use xts::{BufferError, DataUnit, Kernel, KeyError, XtsKey};

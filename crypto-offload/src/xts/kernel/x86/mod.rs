@@ -1,0 +1,67 @@
+//! Kernels for x86-64: the only place that knows its instructions and features.
+//!
+//! UNSAFETY: the functions of a kernel run instructions that not every CPU has. They leave this
+//! module only through [`functions`], which asks the CPU first.
+#![expect(
+    unsafe_code,
+    reason = "assembly on raw memory; instructions that not every CPU has"
+)]
+
+mod expand;
+mod vaes512;
+mod vaes512_bases;
+
+use super::{Functions, Kernel};
+use crate::secret::SLOT_BYTES;
+
+const _: () =
+    assert!(size_of::<expand::Schedule>() <= SLOT_BYTES && align_of::<expand::Schedule>() <= 64);
+
+/// A kernel from functions that need features of the CPU.
+macro_rules! kernel {
+    ($bases:path, $encrypt:path, $decrypt:path) => {
+        Functions {
+            expand: |key, schedule| {
+                // SAFETY: passed on to the caller; the CPU was asked for AES-NI.
+                unsafe { expand::expand(key, schedule) }
+            },
+            bases: |schedule, unit, first, units, to| {
+                // SAFETY: passed on to the caller; the CPU was asked for what the kernel needs.
+                unsafe { $bases(schedule, unit, first, units, to) }
+            },
+            encrypt: |schedule, bases, groups, src, dst| {
+                // SAFETY: as above.
+                unsafe { $encrypt(schedule, bases, groups, src, dst) }
+            },
+            decrypt: |schedule, bases, groups, src, dst| {
+                // SAFETY: as above.
+                unsafe { $decrypt(schedule, bases, groups, src, dst) }
+            },
+        }
+    };
+}
+
+static VAES512: Functions = kernel!(vaes512_bases::bases, vaes512::encrypt, vaes512::decrypt);
+
+/// What a kernel consists of, if this CPU can run it.
+pub(super) fn functions(kernel: Kernel) -> Option<&'static Functions> {
+    match kernel {
+        Kernel::Vaes512 => has_vaes512().then_some(&VAES512),
+        Kernel::Vaes256 | Kernel::Aesni | Kernel::Portable => None,
+    }
+}
+
+fn has_aesni() -> bool {
+    is_x86_feature_detected!("aes")
+}
+
+fn has_vaes512() -> bool {
+    has_aesni()
+        && is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vbmi")
+        && is_x86_feature_detected!("vaes")
+        && is_x86_feature_detected!("vpclmulqdq")
+}
