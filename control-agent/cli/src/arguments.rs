@@ -4,8 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
+mod rekey;
 mod volume;
 
+pub(crate) use rekey::VolumeRekey;
 pub(crate) use volume::{VolumeCreate, VolumeExport, VolumeRecover, VolumeReseal};
 
 /// Where rot puts the agent's socket.
@@ -89,6 +91,8 @@ pub(crate) enum VolumeCommand {
     Create(Box<VolumeCreate>),
     /// Seal a volume's key anew: to further hosts, or for a greater size
     Reseal(VolumeReseal),
+    /// Give a volume another key, while it is served
+    Rekey(VolumeRekey),
     /// Without any Bulkhead running: a volume's key, and the cryptsetup line that opens it
     Recover(VolumeRecover),
     /// Without any Bulkhead running: a volume's bytes, decrypted, to a stream or a file

@@ -1,23 +1,19 @@
 //! A volume's bytes without any Bulkhead running: decrypted with the recovery key, to a stream or a
-//! file.
+//! file. A volume whose re-key was interrupted is read under both of its keys.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IsTerminal as _, Seek as _, SeekFrom, Write};
-use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use bulkhead_bundle::Volume;
-use bulkhead_crypto::{DataUnit, SecretArena, XtsKey};
-use bulkhead_sealing::{RecipientKey, unseal};
-
 use crate::arguments::VolumeExport;
+use crate::decrypt::Plain;
 use crate::failure::Failure;
 use crate::image::check_existing;
 use crate::output;
-use crate::recover::{find, sealed_for};
+use crate::recover::find;
 use crate::show::Shown;
-use crate::volume::{context_of, key_in, key_memory};
 
 /// Bytes that are read, decrypted and written at a time: a multiple of every data unit.
 const CHUNK_BYTES: usize = 1 << 20;
@@ -30,45 +26,13 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(500);
 pub(crate) fn export(arguments: &VolumeExport) -> Result<(), Failure> {
     let shown = Shown::load(&arguments.bundle)?;
     let volume = find(shown.volumes(), &arguments.volume)?;
-    let cipher = cipher_of(volume, arguments.recovery.as_deref())?;
     let file = check_existing(&arguments.file, volume.size_bytes)?;
     lock(&file, arguments)?;
+    let recovery = arguments.recovery.as_deref();
+    let plain = Plain::of(volume, recovery, &file, &arguments.file)?;
     let mut out = Out::open(arguments, &file)?;
-    let copied = copy(&file, arguments, volume.size_bytes, &cipher, &mut out);
+    let copied = copy(&plain, arguments, volume.size_bytes, &mut out);
     copied.and_then(|()| out.finish(volume.size_bytes))
-}
-
-/// How the bytes become plain.
-#[derive(Debug)]
-enum Cipher {
-    None,
-    Xts(XtsKey, DataUnit),
-}
-
-fn cipher_of(volume: &Volume, recovery: Option<&Path>) -> Result<Cipher, Failure> {
-    let Some(context) = context_of(volume) else {
-        return Ok(Cipher::None);
-    };
-    let recovery = recovery.ok_or_else(|| {
-        Failure::new(format!(
-            "volume {:?} is encrypted: give its recovery key with --recovery",
-            volume.name
-        ))
-    })?;
-    let unit = DataUnit::new(context.data_unit_bytes).ok_or_else(|| {
-        Failure::new(format!(
-            "a data unit of {} bytes is not known",
-            context.data_unit_bytes
-        ))
-    })?;
-    let recovery = RecipientKey::load(recovery)?;
-    let sealed = sealed_for(volume, &recovery.public().name)?;
-    let mut memory = key_memory()?;
-    let key = key_in(&mut memory)?;
-    unseal(&sealed, &recovery, &context, key)?;
-    let arena = SecretArena::new(1)
-        .map_err(|e| Failure::new(format!("there is no secret memory for the key: {e}")))?;
-    Ok(Cipher::Xts(XtsKey::new(&arena, key)?, unit))
 }
 
 /// Nobody shall write to the volume meanwhile; a data plane that serves it holds the other lock.
@@ -94,10 +58,9 @@ fn lock(file: &File, arguments: &VolumeExport) -> Result<(), Failure> {
 }
 
 fn copy(
-    file: &File,
+    volume: &Plain<'_>,
     arguments: &VolumeExport,
     size_bytes: u64,
-    cipher: &Cipher,
     out: &mut Out,
 ) -> Result<(), Failure> {
     let mut stored = vec![0; CHUNK_BYTES];
@@ -107,14 +70,9 @@ fn copy(
     while at < size_bytes {
         let length = usize::try_from(size_bytes - at).map_or(CHUNK_BYTES, |n| n.min(CHUNK_BYTES));
         let (stored, plain) = (&mut stored[..length], &mut plain[..length]);
-        file.read_exact_at(stored, at)
-            .map_err(|e| Failure::at(&arguments.file, format!("at byte {at}: {e}")))?;
-        match cipher {
-            Cipher::None => plain.copy_from_slice(stored),
-            Cipher::Xts(key, unit) => {
-                key.decrypt(*unit, at / u64::from(unit.bytes()), stored, plain)?;
-            }
-        }
+        volume
+            .read(at, stored, plain)
+            .map_err(|e| Failure::at(&arguments.file, e))?;
         out.write(plain)?;
         at += length as u64;
         progress.show(at);

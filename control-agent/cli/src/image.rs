@@ -150,7 +150,8 @@ pub(crate) fn check_existing(path: &Path, size_bytes: u64) -> Result<File, Failu
     Ok(file)
 }
 
-fn length_of(mut file: &File, path: &Path) -> Result<u64, Failure> {
+/// Bytes of a file or block device; refuses everything else.
+pub(crate) fn length_of(mut file: &File, path: &Path) -> Result<u64, Failure> {
     let kind = file
         .metadata()
         .map_err(|e| Failure::at(path, e))?

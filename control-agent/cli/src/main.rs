@@ -9,6 +9,9 @@
 //! | `volume` | making a volume: its key, file and stanza |
 //! | `image` | the file behind a new volume, or one that grows |
 //! | `reseal` | a volume's key for more hosts or another size |
+//! | `rekey` | another key for a volume, and the record in its file from which the data plane begins |
+//! | `record` | that record, as it is read: which part of a volume is under which key |
+//! | `decrypt` | a volume's bytes under one key or two |
 //! | `recover` | a volume's key from its recovery key, for `cryptsetup` |
 //! | `export` | a volume's bytes, decrypted, to a stream or a file |
 //! | `show` | what an envelope or a source says |
@@ -22,6 +25,7 @@
 
 mod admin;
 mod arguments;
+mod decrypt;
 mod export;
 mod failure;
 mod image;
@@ -29,7 +33,9 @@ mod json;
 mod operator;
 mod output;
 mod recipient;
+mod record;
 mod recover;
+mod rekey;
 mod reseal;
 mod show;
 mod status;
@@ -67,6 +73,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Host(HostCommand::Init(a)) => recipient::host(&a),
         Command::Volume(VolumeCommand::Create(a)) => volume::create(&a),
         Command::Volume(VolumeCommand::Reseal(a)) => reseal::reseal(&a),
+        Command::Volume(VolumeCommand::Rekey(a)) => rekey::rekey(&a),
         Command::Volume(VolumeCommand::Recover(a)) => recover::recover(&a),
         Command::Volume(VolumeCommand::Export(a)) => export::export(&a),
         Command::Show(a) => show::show(&a),

@@ -10,6 +10,7 @@ use bulkhead_files::text::to_hex;
 use crate::arguments::{OperatorNew, Sign, TrustNew};
 use crate::failure::Failure;
 use crate::output;
+use crate::volume::advise;
 
 /// `operator new`
 pub(crate) fn new(arguments: &OperatorNew) -> Result<(), Failure> {
@@ -86,6 +87,7 @@ fn warn_about(bundle: &HostBundle) {
     }
     let recovery = bulkhead_bundle::RECOVERY_RECIPIENT;
     for volume in &bundle.volumes {
+        advise(volume);
         if volume.is_encrypted() && volume.sealed_for(recovery).is_none() {
             eprintln!(
                 "bulkhead: warning: volume {:?} is not sealed to {recovery:?}: if its hosts are lost, so is it",

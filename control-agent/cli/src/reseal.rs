@@ -1,19 +1,20 @@
 //! A volume's key sealed anew, by whoever has the recovery key: to hosts that were not named when the
-//! volume was made, or for a greater size. The key itself, and the volume's bytes, stay as they are.
+//! volume was made, or for a greater size. The key itself, and the volume's bytes, stay as they are; of a
+//! volume with a re-key, both keys.
 
 use std::path::Path;
 
 use bulkhead_bundle::{RECOVERY_RECIPIENT, SealedKeyEntry, Volume, private_file, source};
 use bulkhead_files::text::to_hex;
-use bulkhead_sealing::{RecipientKey, RecipientPublicKey, unseal};
+use bulkhead_sealing::{RecipientKey, RecipientPublicKey, SealedKey, unseal};
 
 use crate::arguments::VolumeReseal;
 use crate::failure::Failure;
 use crate::image;
 use crate::output;
-use crate::recover::sealed_for;
+use crate::recover::{previous_sealed_for, sealed_for};
 use crate::show::Shown;
-use crate::volume::{check, context_of, host_keys, key_in, key_memory, seal_to};
+use crate::volume::{advise, check, context_of, host_keys, key_in, key_memory, seal_to};
 
 /// `volume reseal`
 pub(crate) fn reseal(arguments: &VolumeReseal) -> Result<(), Failure> {
@@ -21,7 +22,7 @@ pub(crate) fn reseal(arguments: &VolumeReseal) -> Result<(), Failure> {
     let mut new = old.clone();
     new.size_bytes = new_size(&old, arguments.size)?;
     if old.is_encrypted() {
-        new.sealed_keys = sealed_anew(&old, &new, arguments)?;
+        seal_anew(&old, &mut new, arguments)?;
     } else if !arguments.hosts.is_empty() || !arguments.dropped.is_empty() {
         return Err(Failure::new(format!(
             "volume {:?} is plain: it has no key to seal to a host",
@@ -48,11 +49,12 @@ pub(crate) fn reseal(arguments: &VolumeReseal) -> Result<(), Failure> {
         );
     }
     println!("stanza       {}", arguments.out.display());
+    advise(&new);
     Ok(())
 }
 
 /// The one volume of a stanza.
-fn the_volume(path: &Path) -> Result<Volume, Failure> {
+pub(crate) fn the_volume(path: &Path) -> Result<Volume, Failure> {
     let Shown::Stanza(mut volumes) = Shown::load(path)? else {
         return Err(Failure::at(
             path,
@@ -77,42 +79,53 @@ fn new_size(old: &Volume, wanted: Option<u64>) -> Result<u64, Failure> {
             output::size(old.size_bytes),
             output::size(size)
         ))),
+        Some(size) if size > old.size_bytes && old.rekey.is_some() => Err(Failure::new(format!(
+            "--size: volume {:?} is re-keyed, and keeps its size until that is finished: the record of \
+             the re-key lies behind its end",
+            old.name
+        ))),
         Some(size) => Ok(size),
         None => Ok(old.size_bytes),
     }
 }
 
-/// The key, sealed to the hosts given, to those of before that still can open it, and to recovery.
-fn sealed_anew(
-    old: &Volume,
-    new: &Volume,
-    arguments: &VolumeReseal,
-) -> Result<Vec<SealedKeyEntry>, Failure> {
+/// Seals a volume's key, and with a re-key the previous one, to the hosts given, to those of before that
+/// still can open it, and to recovery.
+fn seal_anew(old: &Volume, new: &mut Volume, arguments: &VolumeReseal) -> Result<(), Failure> {
     let hosts = host_keys(&arguments.hosts)?;
-    let stay = stays(old, &hosts, arguments)?;
     let recovery = recovery_key(old, arguments.recovery.as_deref())?;
     let (Some(old_context), Some(new_context)) = (context_of(old), context_of(new)) else {
-        return Ok(Vec::new());
+        return Ok(());
     };
-    let sealed = sealed_for(old, RECOVERY_RECIPIENT)?;
-    let mut memory = key_memory()?;
-    let key = key_in(&mut memory)?;
-    unseal(&sealed, &recovery, &old_context, key)?;
-    let mut entries: Vec<SealedKeyEntry> = stay.into_iter().cloned().collect();
-    for recipient in hosts.iter().chain([recovery.public()]) {
-        entries.push(seal_to(key, recipient, &new_context)?);
+    let anew = |sealed: SealedKey, before: &[SealedKeyEntry]| {
+        let mut memory = key_memory()?;
+        let key = key_in(&mut memory)?;
+        unseal(&sealed, &recovery, &old_context, key)?;
+        let stay = stays(old, before, &hosts, arguments)?;
+        let mut entries: Vec<SealedKeyEntry> = stay.into_iter().cloned().collect();
+        for recipient in hosts.iter().chain([recovery.public()]) {
+            entries.push(seal_to(key, recipient, &new_context)?);
+        }
+        Ok::<_, Failure>(entries)
+    };
+    new.sealed_keys = anew(sealed_for(old, RECOVERY_RECIPIENT)?, &old.sealed_keys)?;
+    if let Some(rekey) = &mut new.rekey {
+        let sealed = previous_sealed_for(old, RECOVERY_RECIPIENT)?;
+        let before = std::mem::take(&mut rekey.previous_keys);
+        rekey.previous_keys = anew(sealed, &before)?;
     }
-    Ok(entries)
+    Ok(())
 }
 
 /// What was sealed to hosts before and stays: nothing of it opens for another size.
 fn stays<'a>(
-    old: &'a Volume,
+    old: &Volume,
+    sealed: &'a [SealedKeyEntry],
     hosts: &[RecipientPublicKey],
     arguments: &VolumeReseal,
 ) -> Result<Vec<&'a SealedKeyEntry>, Failure> {
     let is_host = |entry: &&SealedKeyEntry| entry.recipient != RECOVERY_RECIPIENT;
-    let before: Vec<_> = old.sealed_keys.iter().filter(is_host).collect();
+    let before: Vec<_> = sealed.iter().filter(is_host).collect();
     for name in &arguments.dropped {
         if !before.iter().any(|entry| entry.recipient == *name) {
             return Err(Failure::new(format!(

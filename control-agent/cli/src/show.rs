@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use bulkhead_bundle::verify::Inspected;
-use bulkhead_bundle::{HostBundle, SourceError, TrustRoot, Volume, inspect, source, validate};
+use bulkhead_bundle::{
+    HostBundle, SealedKeyEntry, SourceError, TrustRoot, Volume, inspect, source, validate,
+};
 use bulkhead_files::text::to_hex;
 use bulkhead_protocol::DiscardPolicy;
 use bulkhead_protocol::envelope::MAX_ENVELOPE_BYTES;
@@ -161,12 +163,16 @@ fn show_volume(volume: &Volume) {
     if volume.force_removal {
         println!("  removal    also while a frontend is connected");
     }
-    for key in &volume.sealed_keys {
-        println!(
-            "  sealed to  {}  {}",
-            key.recipient,
-            to_hex(&key.fingerprint)
-        );
+    show_sealed("sealed to ", &volume.sealed_keys);
+    if let Some(rekey) = &volume.rekey {
+        println!("  re-key     {}, from a previous key", rekey.id);
+        show_sealed("previous  ", &rekey.previous_keys);
+    }
+}
+
+fn show_sealed(what: &str, keys: &[SealedKeyEntry]) {
+    for key in keys {
+        println!("  {what} {}  {}", key.recipient, to_hex(&key.fingerprint));
     }
 }
 

@@ -1,11 +1,11 @@
 //! Making a volume: a random key, sealed and forgotten, its file, and its stanza for a bundle.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use bulkhead_bundle::validate::check_host_name;
 use bulkhead_bundle::{
-    HostBundle, RECOVERY_RECIPIENT, SealedKeyEntry, SocketSpec, Volume, private_file, source,
-    validate,
+    HostBundle, RECOVERY_RECIPIENT, SealedKeyEntry, SocketSpec, Volume, key_scope, private_file,
+    source, validate,
 };
 use bulkhead_crypto::SecretMemory;
 use bulkhead_files::text::to_hex;
@@ -45,7 +45,15 @@ pub(crate) fn create(arguments: &VolumeCreate) -> Result<(), Failure> {
         println!("sealed to    nobody: a plain volume, which the host's agent can read");
     }
     println!("stanza       {}", arguments.out.display());
+    advise(&volume);
     Ok(())
+}
+
+/// What is made all the same, and should better not be.
+pub(crate) fn advise(volume: &Volume) {
+    if let Some(warning) = key_scope::warning(volume) {
+        eprintln!("bulkhead: warning: {warning}");
+    }
 }
 
 /// The hosts, then recovery. A file given for the wrong role is refused: a host's key as recovery
@@ -53,20 +61,25 @@ pub(crate) fn create(arguments: &VolumeCreate) -> Result<(), Failure> {
 fn recipients(arguments: &VolumeCreate) -> Result<Vec<RecipientPublicKey>, Failure> {
     let mut recipients = host_keys(&arguments.hosts)?;
     if let Some(path) = &arguments.recovery {
-        let recovery = RecipientPublicKey::load(path)?;
-        if recovery.name != RECOVERY_RECIPIENT {
-            return Err(Failure::at(
-                path,
-                format!(
-                    "is the public key of {:?}, not of recovery: give the .pub file that \
-                     `bulkhead recovery new` made",
-                    recovery.name
-                ),
-            ));
-        }
-        recipients.push(recovery);
+        recipients.push(recovery_public(path)?);
     }
     Ok(recipients)
+}
+
+/// The public key of recovery, and of nobody else.
+pub(crate) fn recovery_public(path: &Path) -> Result<RecipientPublicKey, Failure> {
+    let recovery = RecipientPublicKey::load(path)?;
+    if recovery.name != RECOVERY_RECIPIENT {
+        return Err(Failure::at(
+            path,
+            format!(
+                "is the public key of {:?}, not of recovery: give the .pub file that \
+                 `bulkhead recovery new` made",
+                recovery.name
+            ),
+        ));
+    }
+    Ok(recovery)
 }
 
 /// Hosts' public keys, and nobody else's.
@@ -83,7 +96,7 @@ pub(crate) fn host_keys(paths: &[PathBuf]) -> Result<Vec<RecipientPublicKey>, Fa
 
 /// The volume that the command line describes, still without sealed keys.
 fn describe(arguments: &VolumeCreate) -> Result<Volume, Failure> {
-    let id = random_id()?;
+    let id = VolumeId(random_uuid()?);
     let serial = arguments.serial.clone().unwrap_or_else(|| {
         let digits = to_hex(&id.0);
         digits.get(..20).unwrap_or_default().to_owned()
@@ -119,12 +132,12 @@ fn describe(arguments: &VolumeCreate) -> Result<Volume, Failure> {
 }
 
 /// A random UUID (RFC 9562 version 4: six bits say that it is one).
-fn random_id() -> Result<VolumeId, Failure> {
+pub(crate) fn random_uuid() -> Result<[u8; 16], Failure> {
     let mut id = [0; 16];
     random(&mut id)?;
     id[6] = id[6] & 0x0f | 0x40;
     id[8] = id[8] & 0x3f | 0x80;
-    Ok(VolumeId(id))
+    Ok(id)
 }
 
 /// What the key of a volume is bound to; none for a plain volume.
@@ -138,7 +151,7 @@ pub(crate) fn context_of(volume: &Volume) -> Option<VolumeContext> {
 }
 
 /// Makes the key, seals it to everybody, and forgets it: it is only ever in secret memory.
-fn sealed_keys(
+pub(crate) fn sealed_keys(
     recipients: &[RecipientPublicKey],
     context: &VolumeContext,
 ) -> Result<Vec<SealedKeyEntry>, Failure> {
@@ -189,6 +202,7 @@ pub(crate) fn check(volume: &Volume) -> Result<(), Failure> {
     validate(&bundle_of(vec![volume.clone()])).map_err(|error| {
         let option = match error.field {
             "sealed_key" => "host".to_owned(),
+            "rekey" => "volume".to_owned(),
             field => field.replace('_', "-"),
         };
         Failure::new(format!("--{option}: {}", error.problem))

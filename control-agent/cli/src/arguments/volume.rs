@@ -128,7 +128,7 @@ pub(crate) struct VolumeCreate {
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Example:\n  bulkhead volume recover --bundle bundle.cose --volume disk --recovery recovery.key --out disk.key\n\nPrints the cryptsetup line; wipe disk.key (`shred -u disk.key`) when you are done."
+    after_help = "Example:\n  bulkhead volume recover --bundle bundle.cose --volume disk --recovery recovery.key --out disk.key\n\nPrints the cryptsetup line; wipe disk.key (`shred -u disk.key`) when you are done. Of a volume whose re-key was\ninterrupted (give --file), the lines for both parts, with the previous key in disk.key.previous."
 )]
 pub(crate) struct VolumeRecover {
     /// An envelope, a bundle's source, or the volume's stanza
@@ -140,6 +140,9 @@ pub(crate) struct VolumeRecover {
     /// The recovery key (or a host's key, if the volume is sealed to that)
     #[arg(long, value_name = "FILE")]
     pub(crate) recovery: PathBuf,
+    /// The volume's file or block device, in which it stands how far a re-key is
+    #[arg(long, value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
     /// The key file to make: 64 bytes, mode 0600
     #[arg(long, value_name = "FILE")]
     pub(crate) out: PathBuf,

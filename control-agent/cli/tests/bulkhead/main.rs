@@ -4,8 +4,10 @@
 mod admin;
 mod export;
 mod flow;
+mod half_rekeyed;
 mod keys;
 mod refusals;
+mod rekey;
 mod reseal;
 mod volumes;
 
