@@ -3,9 +3,11 @@
 //!
 //! | module | owns |
 //! | --- | --- |
+//! | [`placement`] | what a large request costs inline, and shared with a helper on another core |
 //! | [`ratio`] | timing in turns, so that two ways of doing something can be divided |
 //! | [`serve`] | disks on sockets from a command line, without bundle, keys service or root of trust |
 #![forbid(unsafe_code)]
 
+pub mod placement;
 pub mod ratio;
 pub mod serve;

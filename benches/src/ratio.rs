@@ -41,7 +41,9 @@ fn calls_per_sample(side: &mut dyn FnMut()) -> u32 {
     (count / u32::try_from(samples).unwrap_or(1)).max(1)
 }
 
-fn median(mut samples: Vec<f64>) -> f64 {
+/// The middle one.
+#[must_use]
+pub fn median(mut samples: Vec<f64>) -> f64 {
     samples.sort_by(f64::total_cmp);
     samples.get(samples.len() / 2).copied().unwrap_or(f64::NAN)
 }

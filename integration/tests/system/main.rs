@@ -4,6 +4,7 @@
 //! name, with the reason.
 
 mod dmcrypt;
+mod dmcrypt_kernels;
 mod guests;
 mod isolation;
 mod migration;
@@ -38,6 +39,7 @@ fn main() {
         migration::TESTS,
         volumes::TESTS,
         dmcrypt::TESTS,
+        dmcrypt_kernels::TESTS,
         refusals::TESTS,
         isolation::TESTS,
     ];
