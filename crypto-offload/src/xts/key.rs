@@ -206,3 +206,26 @@ impl XtsKey {
 
 /// A number that no data unit of a volume has: theirs are below 2^64.
 const TEST_UNIT: u128 = u128::MAX - 0xa5;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::secret::SLOT_BYTES;
+
+    #[test]
+    fn the_schedule_is_wiped_on_drop() {
+        for kernel in Kernel::available() {
+            let arena = SecretArena::new(1).expect("arena");
+            let key: [u8; 64] = std::array::from_fn(|i| u8::try_from(i).expect("small"));
+            let key = XtsKey::with_kernel(&arena, &key, kernel).expect("key");
+            let slot = key.slot.pointer();
+            // SAFETY: the slot's bytes are mapped while the arena lives; nobody writes them now.
+            let taken = unsafe { std::slice::from_raw_parts(slot.as_ptr(), SLOT_BYTES) }.to_vec();
+            assert!(taken.iter().any(|&b| b != 0), "{kernel}");
+            drop(key);
+            // SAFETY: as above.
+            let after = unsafe { std::slice::from_raw_parts(slot.as_ptr(), SLOT_BYTES) };
+            assert!(after.iter().all(|&b| b == 0), "{kernel}");
+        }
+    }
+}

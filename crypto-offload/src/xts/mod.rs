@@ -15,6 +15,7 @@
 //! | --- | --- |
 //! | `types` | keys' and units' lengths, what is refused |
 //! | `key` | [`XtsKey`]: expansion, the calls |
+//! | `segments` | the calls between scattered pieces of memory |
 //! | `engine` | the walk over segments, in batches of groups |
 //! | [`Kernel`] | how AES is done on this CPU |
 //! | `raw` | copies from memory that others may change |
@@ -23,6 +24,7 @@ mod engine;
 mod kernel;
 mod key;
 mod raw;
+mod segments;
 mod types;
 
 pub use kernel::Kernel;

@@ -1,23 +1,19 @@
 //! Between guest memory and where blocks lie: copied, or encrypted and decrypted in one pass.
 //!
 //! A guest byte is read once; nothing but plaintext that belongs there is written to guest memory.
-//! A data unit that straddles segments goes through one unit of memory on the stack.
+//! A data unit may straddle segments.
 //!
 //! UNSAFETY: all addresses come from a [`GuestBuffer`], a [`Chunk`] or a [`RamSpec`] that is held
 //! through the call, and lengths are checked against both sides before the first byte.
 #![expect(unsafe_code, reason = "copies and ciphers between raw ranges")]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 
 use super::device::Cipher;
 use crate::memory::GuestBuffer;
 use crate::storage::RamSpec;
 use crate::worker::staging::Chunk;
-
-/// Largest data unit.
-const MAX_UNIT_BYTES: usize = 4096;
 
 /// A range on our side.
 #[derive(Debug, Clone, Copy)]
@@ -111,99 +107,32 @@ pub fn load(span: Span<'_>, cipher: Option<&Cipher>, from: Place<'_>) -> bool {
 }
 
 fn encrypt(span: Span<'_>, cipher: &Cipher, to: NonNull<u8>) -> bool {
-    let unit = cipher.unit.bytes() as usize;
-    let first = span.offset_bytes / unit as u64;
-    let mut carry = MaybeUninit::<[u8; MAX_UNIT_BYTES]>::uninit();
-    let carry = carry.as_mut_ptr().cast::<u8>();
-    let (mut carried, mut done, mut ok) = (0usize, 0usize, true);
-    let mut run_cipher = |from: *const u8, done: usize, bytes: usize| {
-        // SAFETY: `from` has `bytes` bytes (guest memory, or the carry); `to` has at least done + bytes.
-        let result = unsafe {
-            cipher.key.encrypt_raw(
-                cipher.unit,
-                first + (done / unit) as u64,
-                from,
-                to.as_ptr().add(done),
-                bytes,
-            )
-        };
-        ok &= result.is_ok();
+    let Some(runs) = span.buffer.runs(span.at, span.bytes) else {
+        return false;
     };
-    let whole = span.buffer.each(span.at, span.bytes, |run, bytes| {
-        let (mut at, mut left) = (run.as_ptr(), bytes);
-        while left > 0 {
-            let here = if carried == 0 && left >= unit {
-                let here = left - left % unit;
-                run_cipher(at, done, here);
-                done += here;
-                here
-            } else {
-                let here = left.min(unit - carried);
-                // SAFETY: `carried + here` is at most a unit, which the carry has room for.
-                unsafe { std::ptr::copy_nonoverlapping(at, carry.add(carried), here) };
-                carried += here;
-                if carried == unit {
-                    run_cipher(carry, done, unit);
-                    done += unit;
-                    carried = 0;
-                }
-                here
-            };
-            // SAFETY: at most to the end of the run.
-            at = unsafe { at.add(here) };
-            left -= here;
-        }
-    });
-    whole && ok && carried == 0
+    let to = std::iter::once((to, span.bytes));
+    // SAFETY: the runs are guest memory that the buffer holds; `to` has span.bytes, which nobody else uses.
+    let done = unsafe {
+        let first = first_unit(&span, cipher);
+        cipher.key.encrypt_segments(cipher.unit, first, runs, to)
+    };
+    done.is_ok()
 }
 
 fn decrypt(span: Span<'_>, cipher: &Cipher, from: NonNull<u8>) -> bool {
-    let unit = cipher.unit.bytes() as usize;
-    let first = span.offset_bytes / unit as u64;
-    if !span.bytes.is_multiple_of(unit) {
+    let Some(runs) = span.buffer.runs(span.at, span.bytes) else {
         return false;
-    }
-    let mut carry = MaybeUninit::<[u8; MAX_UNIT_BYTES]>::uninit();
-    let carry = carry.as_mut_ptr().cast::<u8>();
-    // Bytes of the carry that are still to be delivered.
-    let (mut carried, mut done, mut ok) = (0usize, 0usize, true);
-    let mut run_cipher = |to: *mut u8, done: usize, bytes: usize| {
-        // SAFETY: `from` has at least done + bytes; `to` has `bytes` bytes (guest memory, or the carry).
-        let result = unsafe {
-            cipher.key.decrypt_raw(
-                cipher.unit,
-                first + (done / unit) as u64,
-                from.as_ptr().add(done),
-                to,
-                bytes,
-            )
-        };
-        ok &= result.is_ok();
     };
-    let whole = span.buffer.each(span.at, span.bytes, |run, bytes| {
-        let (mut at, mut left) = (run.as_ptr(), bytes);
-        while left > 0 {
-            let here = if carried == 0 && left >= unit {
-                let here = left - left % unit;
-                run_cipher(at, done, here);
-                done += here;
-                here
-            } else {
-                if carried == 0 {
-                    run_cipher(carry, done, unit);
-                    done += unit;
-                    carried = unit;
-                }
-                let here = left.min(carried);
-                // SAFETY: the last `carried` bytes of the unit in the carry were not delivered yet.
-                unsafe { std::ptr::copy_nonoverlapping(carry.add(unit - carried), at, here) };
-                carried -= here;
-                here
-            };
-            // SAFETY: at most to the end of the run.
-            at = unsafe { at.add(here) };
-            left -= here;
-        }
-    });
-    whole && ok && carried == 0
+    let from = std::iter::once((from, span.bytes));
+    // SAFETY: as in `encrypt`, the other way.
+    let done = unsafe {
+        let first = first_unit(&span, cipher);
+        cipher.key.decrypt_segments(cipher.unit, first, from, runs)
+    };
+    done.is_ok()
+}
+
+/// Number of the data unit that a span starts with.
+fn first_unit(span: &Span<'_>, cipher: &Cipher) -> u128 {
+    u128::from(span.offset_bytes / u64::from(cipher.unit.bytes()))
 }

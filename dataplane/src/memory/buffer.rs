@@ -261,31 +261,55 @@ impl GuestBuffer {
     /// call, where the buffer ends before.
     #[inline]
     pub fn each(&self, at: u64, bytes: usize, mut f: impl FnMut(NonNull<u8>, usize)) -> bool {
-        if at
-            .checked_add(bytes as u64)
-            .is_none_or(|end| end > self.bytes)
-        {
+        let Some(runs) = self.runs(at, bytes) else {
             return false;
-        }
-        let mut skip = at;
-        let mut left = bytes;
-        for piece in self.pieces() {
-            if left == 0 {
-                break;
-            }
+        };
+        runs.for_each(|(host, bytes)| f(host, bytes));
+        true
+    }
+
+    /// The contiguous runs of `bytes` bytes from offset `at`; none where the buffer ends before.
+    #[inline]
+    #[must_use]
+    pub fn runs(&self, at: u64, bytes: usize) -> Option<Runs<'_>> {
+        let end = at.checked_add(bytes as u64)?;
+        (end <= self.bytes).then(|| Runs {
+            pieces: self.pieces().iter(),
+            skip: at,
+            left: bytes,
+        })
+    }
+}
+
+/// Contiguous runs of a buffer: where each lies and how many bytes it has.
+#[derive(Debug, Clone)]
+pub struct Runs<'a> {
+    pieces: std::slice::Iter<'a, Piece>,
+    /// Bytes in front of the first run.
+    skip: u64,
+    left: usize,
+}
+
+impl Iterator for Runs<'_> {
+    type Item = (NonNull<u8>, usize);
+
+    #[inline]
+    fn next(&mut self) -> Option<Self::Item> {
+        while self.left > 0 {
+            let piece = self.pieces.next()?;
             let length = u64::from(piece.bytes);
-            if skip >= length {
-                skip -= length;
+            if self.skip >= length {
+                self.skip -= length;
                 continue;
             }
             // Both fit: skip < length <= u32::MAX.
-            let offset = usize::try_from(skip).unwrap_or(0);
-            let here = (piece.bytes as usize - offset).min(left);
+            let offset = usize::try_from(self.skip).unwrap_or(0);
+            let here = (piece.bytes as usize - offset).min(self.left);
+            self.skip = 0;
+            self.left -= here;
             // SAFETY: offset lies inside the piece.
-            f(unsafe { piece.host.add(offset) }, here);
-            skip = 0;
-            left -= here;
+            return Some((unsafe { piece.host.add(offset) }, here));
         }
-        true
+        None
     }
 }

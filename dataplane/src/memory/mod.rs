@@ -24,7 +24,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
 pub use area::SharedArea;
-pub use buffer::{GuestBuffer, Lease, OutsideMemory, Piece, USUAL_MOST_PIECES};
+pub use buffer::{GuestBuffer, Lease, OutsideMemory, Piece, Runs, USUAL_MOST_PIECES};
 pub use dirty::DirtyLog;
 use mapping::Mapping;
 

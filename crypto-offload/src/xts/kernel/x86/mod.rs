@@ -7,7 +7,9 @@
     reason = "assembly on raw memory; instructions that not every CPU has"
 )]
 
+mod aesni;
 mod expand;
+mod vaes256;
 mod vaes512;
 mod vaes512_bases;
 
@@ -42,12 +44,16 @@ macro_rules! kernel {
 }
 
 static VAES512: Functions = kernel!(vaes512_bases::bases, vaes512::encrypt, vaes512::decrypt);
+static VAES256: Functions = kernel!(aesni::bases, vaes256::encrypt, vaes256::decrypt);
+static AESNI: Functions = kernel!(aesni::bases, aesni::encrypt, aesni::decrypt);
 
 /// What a kernel consists of, if this CPU can run it.
 pub(super) fn functions(kernel: Kernel) -> Option<&'static Functions> {
     match kernel {
         Kernel::Vaes512 => has_vaes512().then_some(&VAES512),
-        Kernel::Vaes256 | Kernel::Aesni | Kernel::Portable => None,
+        Kernel::Vaes256 => has_vaes256().then_some(&VAES256),
+        Kernel::Aesni => has_aesni().then_some(&AESNI),
+        Kernel::Portable => None,
     }
 }
 
@@ -55,13 +61,18 @@ fn has_aesni() -> bool {
     is_x86_feature_detected!("aes")
 }
 
-fn has_vaes512() -> bool {
+fn has_vaes256() -> bool {
     has_aesni()
+        && is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("vaes")
+        && is_x86_feature_detected!("vpclmulqdq")
+}
+
+fn has_vaes512() -> bool {
+    has_vaes256()
         && is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vbmi")
-        && is_x86_feature_detected!("vaes")
-        && is_x86_feature_detected!("vpclmulqdq")
 }
