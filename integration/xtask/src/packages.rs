@@ -11,7 +11,7 @@ use bulkhead_integration::processes::installed;
 /// A program that is needed.
 #[derive(Debug, Clone, Copy)]
 pub struct Need {
-    /// Its name.
+    /// Its name; of what is no program, the path of a file.
     pub program: &'static str,
     /// The package that has it.
     pub package: &'static str,
@@ -56,7 +56,15 @@ pub const TESTS: &[Need] = &[
         "qemu-utils",
         "is the peer that the tests' own frontend is checked against",
     ),
+    OPENSSL,
 ];
+
+/// Debian's OpenSSL, linked statically. The path is also in `benches/crypto/build.rs`.
+const OPENSSL: Need = need(
+    "/usr/lib/x86_64-linux-gnu/libcrypto.a",
+    "libssl-dev",
+    "is a peer that the ciphers are measured beside",
+);
 
 /// Installs what is missing; a line for people, with the packages that were installed.
 ///
