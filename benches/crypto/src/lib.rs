@@ -10,6 +10,7 @@
 //! | [`xts`] | AES-256-XTS in every shape of call |
 //! | [`ceiling`] | AES rounds on registers, and nothing else |
 //! | [`peers`] | libraries, each called the best way it has |
+//! | [`placement`] | a large request on one core or two |
 //! | [`header`] | what ran, and how |
 //! | [`table`] | figures for people |
 //! | [`plot`] | the same as a picture |
@@ -17,6 +18,7 @@
 pub mod ceiling;
 pub mod header;
 pub mod peers;
+pub mod placement;
 pub mod plot;
 pub mod row;
 pub mod table;
@@ -39,16 +41,34 @@ pub struct Differ {
 /// Measures something; gives its rows.
 type Measurement = fn(Pace) -> Result<Vec<Row>, Differ>;
 
-/// Everything that is measured, in the order of the table.
-const MEASUREMENTS: &[Measurement] = &[xts::measure];
+/// What is measured on one core, in the order of the table.
+const ON_ONE_CORE: &[Measurement] = &[xts::measure];
 
-/// Measures everything.
+/// What is measured on two, afterwards.
+const ON_TWO_CORES: &[Measurement] = &[placement::measure];
+
+/// Measures everything; the rows, and the CPU that had those of one core.
 ///
 /// # Errors
 /// [`Differ`].
-pub fn measure(pace: Pace) -> Result<Vec<Row>, Differ> {
+pub fn measure(pace: Pace) -> Result<(Vec<Row>, Option<usize>), Differ> {
+    // A thread of its own, so that the others may go elsewhere.
+    let one_core = std::thread::spawn(move || {
+        let cpu = header::pin();
+        (all(ON_ONE_CORE, pace), cpu)
+    });
+    let (rows, cpu) = match one_core.join() {
+        Ok(measured) => measured,
+        Err(panic) => std::panic::resume_unwind(panic),
+    };
+    let mut rows = rows?;
+    rows.extend(all(ON_TWO_CORES, pace)?);
+    Ok((rows, cpu))
+}
+
+fn all(measurements: &[Measurement], pace: Pace) -> Result<Vec<Row>, Differ> {
     let mut rows = Vec::new();
-    for measurement in MEASUREMENTS {
+    for measurement in measurements {
         rows.extend(measurement(pace)?);
     }
     Ok(rows)

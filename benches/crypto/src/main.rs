@@ -44,10 +44,10 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let pace = if arguments.quick { Pace::QUICK } else { FULL };
-    let pinned_to = header::pin();
+    let (rows, pinned_to) = measure(pace)?;
     let report = Report {
         header: header::describe(pace, pinned_to),
-        rows: measure(pace)?,
+        rows,
     };
     fs::create_dir_all(&arguments.out)?;
     let json = arguments.out.join("crypto.json");

@@ -29,6 +29,12 @@ impl Unit {
             Self::RequestsPerSecond => "requests/s",
         }
     }
+
+    /// Whether a larger figure is the better one.
+    #[must_use]
+    pub const fn more_is_better(self) -> bool {
+        matches!(self, Self::GigabytesPerSecond | Self::RequestsPerSecond)
+    }
 }
 
 /// Where the work is done.

@@ -43,6 +43,7 @@ fn the_quick_form_writes_every_row() {
         .collect();
     assert_eq!(pairs.len(), rows.len(), "a case has a row for each peer");
     xts(&pairs);
+    placement(rows);
     assert!(svg.starts_with("<svg") && svg.contains("AWS-LC"), "{svg}");
     assert!(said.contains("targets met"), "{said}");
     if !LIBRARIES.iter().any(|library| library.name == "OpenSSL") {
@@ -119,4 +120,12 @@ fn xts(pairs: &BTreeSet<(&str, &str)>) {
             }
         }
     }
+}
+
+/// Both placements, unless there is one CPU only.
+fn placement(rows: &[Value]) {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let pools = rows.iter().filter(|row| row["placement"] == "pool").count();
+    // Five sizes, two ways to wait, latency and throughput.
+    assert_eq!(pools, if cpus < 2 { 0 } else { 5 * 2 * 2 });
 }

@@ -6,7 +6,7 @@
 //! UNSAFETY: [`XtsKey`]'s raw calls encrypt in place; they are given one exclusive slice.
 #![expect(unsafe_code, reason = "encryption in place goes by raw address")]
 
-mod shape;
+pub(crate) mod shape;
 
 use std::hint::black_box;
 
@@ -26,7 +26,7 @@ const FIRST_UNIT: u64 = 0x1234_5678;
 /// No library may be faster.
 const OF_LIBRARY: f64 = 1.0;
 
-fn key_bytes() -> [u8; KEY_BYTES] {
+pub(crate) fn key_bytes() -> [u8; KEY_BYTES] {
     std::array::from_fn(|i| u8::try_from(i * 7 % 251).unwrap_or_default())
 }
 

@@ -123,7 +123,7 @@ fn place(in_place: bool) -> &'static str {
 }
 
 /// `512 B`, `64 KiB`, `1 MiB`.
-fn size(bytes: usize) -> String {
+pub(crate) fn size(bytes: usize) -> String {
     match bytes {
         0..1024 => format!("{bytes} B"),
         1024..1_048_576 => format!("{} KiB", bytes >> 10),
