@@ -5,6 +5,7 @@
 use std::process::ExitCode;
 
 use bulkhead_crypto::SecretArena;
+use bulkhead_crypto::xts::Kernel;
 use bulkhead_dataplane::control::{Control, KEY_SLOTS};
 use bulkhead_dataplane::sandbox;
 use bulkhead_dataplane::server::{Server, ServerConfig};
@@ -38,8 +39,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// Everything is opened and made; then the process locks itself in, says hello and serves.
+/// The cipher is tested, everything opened and made; then the process locks itself in, says hello and serves.
 fn run(workers: Vec<WorkerConfig>) -> Result<(), Failure> {
+    bulkhead_crypto::xts::self_test()?;
     let rot = inherited_channel()?;
     let arena = SecretArena::new(KEY_SLOTS)
         .map_err(|e| format!("can't make secret memory for keys: {e}; raise RLIMIT_MEMLOCK"))?;
@@ -48,7 +50,8 @@ fn run(workers: Vec<WorkerConfig>) -> Result<(), Failure> {
     let server = Server::new(&ServerConfig { workers })?;
     let mut control = Control::new(rot, arena, &server)?;
     sandbox::lock_control_thread()?;
-    tracing::info!(workers = count, "locked in and serving");
+    let cipher = Kernel::chosen();
+    tracing::info!(workers = count, %cipher, "locked in and serving");
     server.run(&mut control)?;
     match control.failure() {
         None => Ok(()),

@@ -15,6 +15,7 @@ use subtle::ConstantTimeEq;
 
 use super::engine::{Direction, Piece, Run};
 use super::kernel::{Functions, GROUP_BYTES, Kernel};
+use super::self_test;
 use super::types::{BufferError, DataUnit, KEY_BYTES, KeyError};
 use crate::secret::{SecretArena, Slot};
 
@@ -44,7 +45,8 @@ impl XtsKey {
     /// that this CPU can run. The caller wipes its copy.
     ///
     /// # Errors
-    /// [`KeyError::EqualHalves`] (compared in constant time), [`KeyError::ArenaFull`].
+    /// [`KeyError::EqualHalves`] (compared in constant time), [`KeyError::ArenaFull`], and
+    /// [`KeyError::SelfTest`] where the kernel has failed its self-test.
     pub fn new(arena: &Arc<SecretArena>, key: &[u8; KEY_BYTES]) -> Result<Self, KeyError> {
         Self::with_kernel(arena, key, Kernel::chosen())
     }
@@ -59,6 +61,7 @@ impl XtsKey {
         kernel: Kernel,
     ) -> Result<Self, KeyError> {
         let functions = kernel.functions().ok_or(KeyError::NoSuchKernel(kernel))?;
+        self_test::tested(kernel, functions)?;
         let (data, tweak) = key.split_at(KEY_BYTES / 2);
         if data.ct_eq(tweak).into() {
             return Err(KeyError::EqualHalves);

@@ -18,6 +18,7 @@
 //! | `segments` | the calls between scattered pieces of memory |
 //! | `engine` | the walk over segments, in batches of groups |
 //! | [`Kernel`] | how AES is done on this CPU |
+//! | [`self_test()`] | whether the kernel does what it should here |
 //! | `raw` | copies from memory that others may change |
 
 mod engine;
@@ -25,8 +26,10 @@ mod kernel;
 mod key;
 mod raw;
 mod segments;
+mod self_test;
 mod types;
 
 pub use kernel::Kernel;
 pub use key::XtsKey;
+pub use self_test::{SelfTestError, self_test};
 pub use types::{BufferError, DataUnit, KEY_BYTES, KeyError};

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::kernel::{GROUP_BYTES, Kernel};
+use super::self_test::SelfTestError;
 use crate::secret::ArenaFull;
 
 /// Length of a key in bytes: data key, then tweak key.
@@ -27,6 +28,9 @@ pub enum KeyError {
     /// A kernel was asked for that needs instructions which are missing here.
     #[error("this CPU can't run the {0} kernel: use one of those that are available")]
     NoSuchKernel(Kernel),
+    /// The kernel does not do what it should.
+    #[error(transparent)]
+    SelfTest(#[from] SelfTestError),
 }
 
 /// Buffers that don't fit each other or the data unit. Nothing was written.

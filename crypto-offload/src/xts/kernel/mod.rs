@@ -36,9 +36,15 @@ pub enum Kernel {
     Aesni,
     /// The `aes` crate: constant-time software, or what that crate has for another architecture.
     Portable,
+    /// Encrypts nothing, to be found out by the self-test.
+    #[cfg(test)]
+    Faulty,
 }
 
 impl Kernel {
+    #[cfg(test)]
+    pub(super) const PORTABLE: &'static Functions = &portable::FUNCTIONS;
+
     /// All there are, the fastest first.
     pub const ALL: [Self; 4] = [Self::Vaes512, Self::Vaes256, Self::Aesni, Self::Portable];
 
@@ -65,6 +71,8 @@ impl Kernel {
             Self::Vaes256 => "vaes-256",
             Self::Aesni => "aes-ni",
             Self::Portable => "portable",
+            #[cfg(test)]
+            Self::Faulty => "faulty",
         }
     }
 
@@ -72,6 +80,14 @@ impl Kernel {
     pub(super) fn functions(self) -> Option<&'static Functions> {
         match self {
             Self::Portable => Some(&portable::FUNCTIONS),
+            #[cfg(test)]
+            Self::Faulty => {
+                static FAULTY: Functions = Functions {
+                    encrypt: |_, _, _, _, _| {},
+                    ..portable::FUNCTIONS
+                };
+                Some(&FAULTY)
+            }
             #[cfg(all(target_arch = "x86_64", not(feature = "portable-only")))]
             other => x86::functions(other),
             #[cfg(not(all(target_arch = "x86_64", not(feature = "portable-only"))))]
@@ -97,6 +113,7 @@ pub(super) type Crypt =
     unsafe fn(schedule: *const u8, bases: *const Base, groups: usize, src: *const u8, dst: *mut u8);
 
 /// What a kernel consists of.
+#[derive(Clone, Copy)]
 pub(super) struct Functions {
     /// Expands a key (data key, then tweak key).
     ///

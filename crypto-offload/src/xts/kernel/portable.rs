@@ -16,7 +16,7 @@ use crate::secret::SLOT_BYTES;
 use crate::xts::raw;
 use crate::xts::types::{BLOCK_BYTES, DataUnit, KEY_BYTES};
 
-pub(super) static FUNCTIONS: Functions = Functions {
+pub(super) const FUNCTIONS: Functions = Functions {
     expand,
     bases,
     encrypt: |schedule, bases, groups, src, dst| {

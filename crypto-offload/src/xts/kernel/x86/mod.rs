@@ -53,7 +53,7 @@ pub(super) fn functions(kernel: Kernel) -> Option<&'static Functions> {
         Kernel::Vaes512 => has_vaes512().then_some(&VAES512),
         Kernel::Vaes256 => has_vaes256().then_some(&VAES256),
         Kernel::Aesni => has_aesni().then_some(&AESNI),
-        Kernel::Portable => None,
+        _ => None,
     }
 }
 

@@ -290,9 +290,13 @@ macro_rules! group {
     };
 }
 
+/// Zeroes whole registers, and leaves the CPU as code without AVX likes it.
 macro_rules! wipe {
     ($($register:literal)*) => {
-        concat!("vzeroall\n", $("vpxord xmm", $register, ", xmm", $register, ", xmm", $register, "\n",)*)
+        concat!(
+            $("vpxord xmm", $register, ", xmm", $register, ", xmm", $register, "\n",)*
+            "vzeroupper\n",
+        )
     };
 }
 
@@ -331,7 +335,7 @@ macro_rules! groups {
                     "dec {groups}",
                     "jnz 2b",
                     "3:",
-                    wipe!(16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31),
+                    wipe!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31),
                     keys = in(reg) schedule.add(std::mem::offset_of!(Schedule, $keys)),
                     constants = in(reg) &raw const CONSTANTS,
                     mask = out(reg) _,

@@ -122,13 +122,12 @@ macro_rules! times_x32 {
     };
 }
 
-macro_rules! wiped {
-    () => {
+/// Zeroes whole registers, and leaves the CPU as code without AVX likes it.
+macro_rules! wipe {
+    ($($register:literal)*) => {
         concat!(
-            "vzeroall\n",
-            "vpxord xmm29, xmm29, xmm29\n",
-            "vpxord xmm30, xmm30, xmm30\n",
-            "vpxord xmm31, xmm31, xmm31\n",
+            $("vpxord xmm", $register, ", xmm", $register, ", xmm", $register, "\n",)*
+            "vzeroupper\n",
         )
     };
 }
@@ -152,7 +151,7 @@ unsafe fn four_small(keys: *const u8, first: u128, to: *mut Base) -> usize {
             numbers!(),
             rounds!("zmm", "vbroadcasti32x4": 0),
             "vmovdqu64 [{to}], zmm0",
-            wiped!(),
+            wipe!(0 31),
             keys = in(reg) keys,
             low = in(reg) low,
             high = in(reg) high,
@@ -194,7 +193,7 @@ unsafe fn small(keys: *const u8, first: u128, sixteens: usize, to: *mut Base) ->
             "add {to}, 256",
             "dec {sixteens}",
             "jnz 2b",
-            wiped!(),
+            wipe!(0 1 2 3 4 31),
             keys = in(reg) keys,
             low = in(reg) low,
             high = in(reg) high,
@@ -231,7 +230,7 @@ unsafe fn one_large(keys: *const u8, first: u128, to: *mut Base) -> usize {
             "vmovdqu64 [{to} + 80], xmm0", times_x32!("xmm", 0),
             "vmovdqu64 [{to} + 96], xmm0", times_x32!("xmm", 0),
             "vmovdqu64 [{to} + 112], xmm0",
-            wiped!(),
+            wipe!(0 29 31),
             keys = in(reg) keys,
             low = in(reg) low,
             high = in(reg) high,
@@ -275,7 +274,7 @@ unsafe fn large(keys: *const u8, first: u128, fours: usize, to: *mut Base) -> us
             "add {to}, 384",
             "dec {fours}",
             "jnz 2b",
-            wiped!(),
+            wipe!(0 1 29 31),
             keys = in(reg) keys,
             low = in(reg) low,
             high = in(reg) high,
