@@ -1,6 +1,7 @@
 //! AES-256-XTS: every kernel against AWS-LC, RustCrypto and published vectors, and what must be refused.
 
 mod agreement;
+mod guarded;
 mod oracle;
 mod random;
 mod refusals;

@@ -56,6 +56,11 @@ pub const TESTS: &[Need] = &[
         "qemu-utils",
         "is the peer that the tests' own frontend is checked against",
     ),
+    need(
+        "valgrind",
+        "valgrind",
+        "follows secrets through the cipher, to branches and addresses",
+    ),
     OPENSSL,
 ];
 
