@@ -17,6 +17,7 @@ use bulkhead_protocol::{SocketName, VolumeId};
 
 use crate::apply::Apply;
 use crate::converge::Pass;
+use crate::key_use::{KeyUse, SAMPLE_EVERY};
 use crate::message::{Action, Answer, ClientId, Event, Peer};
 use crate::open_files::Files;
 use crate::operators::Waiting;
@@ -102,6 +103,10 @@ pub struct Agent {
     pub(crate) job: Job,
     pub(crate) question: Option<Question>,
     pub(crate) status_question: Option<Question>,
+    /// How much was encrypted under which key, and when the data plane is asked for it next.
+    pub(crate) key_use: KeyUse,
+    pub(crate) sample_at: Instant,
+    pub(crate) sample_question: Option<Question>,
     pub(crate) serving: Option<ClientId>,
     pub(crate) waiting: VecDeque<Waiting>,
     next_id: u64,
@@ -133,6 +138,7 @@ impl Agent {
         };
         Self {
             host,
+            key_use: store.key_use().clone(),
             store,
             known,
             processes: Vec::new(),
@@ -140,6 +146,8 @@ impl Agent {
             job: Job::Idle,
             question: None,
             status_question: None,
+            sample_at: now + SAMPLE_EVERY,
+            sample_question: None,
             serving: None,
             waiting: VecDeque::new(),
             next_id: 1,
@@ -187,19 +195,21 @@ impl Agent {
             self.answer_status(None);
         }
         self.apply_overdue(now);
+        self.sample_key_use(now);
         self.go_on(now);
     }
 
     /// When [`Agent::tick`] is due next.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Instant> {
-        let questions = [&self.question, &self.status_question];
+        let questions = [&self.question, &self.status_question, &self.sample_question];
         let asked = questions.into_iter().flatten().map(|q| q.deadline);
         let decide_by = match &self.job {
             Job::Apply(apply) => apply.decide_by(),
             _ => None,
         };
-        asked.chain(decide_by).chain(self.retry_at).min()
+        let due = [Some(self.sample_at), self.retry_at, decide_by];
+        asked.chain(due.into_iter().flatten()).min()
     }
 
     /// What is to be sent, in this order.
@@ -322,6 +332,8 @@ impl Agent {
         if peer == Peer::Dataplane {
             self.known.attached = None;
             self.known.undelivered.clear();
+            self.sample_question = None;
+            self.keep_key_use();
         }
         if self.question.take_if(|q| q.peer == peer).is_some() {
             self.job_outcome(now, peer, Outcome::PeerGone);
@@ -333,7 +345,12 @@ impl Agent {
 
     fn answered(&mut self, now: Instant, peer: Peer, request_id: u64, answer: Answer) {
         let is_it = |q: &mut Question| q.peer == peer && q.id == request_id;
-        if self.question.take_if(is_it).is_some() {
+        if let Answer::Volumes(volumes) = &answer {
+            self.count_key_use(volumes);
+        }
+        if self.sample_question.take_if(is_it).is_some() {
+            self.keep_key_use();
+        } else if self.question.take_if(is_it).is_some() {
             self.job_outcome(now, peer, Outcome::Answer(answer));
         } else if self.status_question.take_if(is_it).is_some() {
             let volumes = match answer {

@@ -22,6 +22,7 @@ use crate::agent::{ACCEPT_TIME, Agent, Job, Outcome};
 use crate::message::{Action, Answer, ClientId, Peer};
 use crate::open_files::{self, Files};
 use crate::plan::{Leaving, Plan, refuse_shrinking};
+use crate::rekey;
 use crate::store::Stored;
 use crate::text::first_lines;
 
@@ -131,6 +132,7 @@ impl Agent {
         let bundle = verify(&envelope, &policy).map_err(|error| error.to_string())?;
         let old = self.known.accepted.as_ref().map(|stored| &*stored.bundle);
         refuse_shrinking(old, &bundle)?;
+        rekey::refuse_resizing(old, &bundle)?;
         let plan = Plan::between(old, &bundle);
         let files = open_files::open_new(
             &self.host.directories,
@@ -139,6 +141,7 @@ impl Agent {
             &bundle,
             &plan,
         )?;
+        rekey::check_files(&self.host.directories, &bundle, &plan)?;
         Ok(Checked {
             stored: Stored { bundle, envelope },
             plan,

@@ -2,7 +2,7 @@
 //! grants came to is recorded.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use bulkhead_bundle::HostBundle;
+use bulkhead_bundle::{HostBundle, key_scope};
 use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::keys::Undelivered;
 
@@ -38,6 +38,14 @@ impl Agent {
             .retain(|id| candidate.bundle.volume(*id).is_some());
         self.known.granted = false;
         self.known.attached = None;
+        for warning in candidate
+            .bundle
+            .volumes
+            .iter()
+            .filter_map(key_scope::warning)
+        {
+            tracing::warn!("{warning}");
+        }
         self.known.accepted = Some(candidate);
         Ok(())
     }

@@ -4,7 +4,8 @@
 //!
 //! A configuration is applied in these steps, each a function:
 //! [`Agent::handle`] (a request and its envelope, capped) -> `verify` of the bundle crate ->
-//! [`Plan::between`] (pure) -> [`VolumeDirectories::open_volume`] for each new file -> asking the
+//! [`Plan::between`] (pure) -> [`VolumeDirectories::open_volume`] for each new file (and for each whose
+//! re-key begins or ends) -> asking the
 //! data plane and keyd (`apply`, undone in full if anyone refuses) -> [`Store`] (`commit`) ->
 //! the convergence pass (`converge`): listeners, files, what goes; what fails there is retried.
 //!
@@ -20,12 +21,14 @@ mod commit;
 mod converge;
 pub mod event_loop;
 mod from_rot;
+mod key_use;
 mod link;
 mod lockdown;
 mod message;
 mod open_files;
 mod operators;
 mod plan;
+mod rekey;
 mod start;
 mod state_file;
 mod status;
@@ -37,7 +40,7 @@ mod volume_file;
 pub use agent::{Agent, Host};
 pub use arguments::Arguments;
 pub use message::{Action, Answer, ClientId, Event, Peer};
-pub use plan::{Change, Growing, Leaving, Plan};
+pub use plan::{Change, Growing, Leaving, Plan, Rekeying};
 pub use start::{StartupError, run};
 pub use store::{Store, StoreError, Stored};
 pub use volume_file::{VolumeDirectories, VolumeFile, VolumeFileError};

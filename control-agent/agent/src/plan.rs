@@ -1,7 +1,7 @@
 //! The plan: what a new bundle changes against the one that is applied. Pure; it asks nobody.
 
 use bulkhead_bundle::{HostBundle, SocketSpec, Volume};
-use bulkhead_protocol::{SocketName, VolumeId};
+use bulkhead_protocol::{RekeyId, SocketName, VolumeId};
 
 /// What kind of change a kept volume id goes through, where it has to be detached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +34,19 @@ pub struct Growing {
     pub from_bytes: u64,
 }
 
+/// A volume that gets a re-key, or whose re-key ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rekeying {
+    /// Which volume.
+    pub id: VolumeId,
+    /// The re-key it has, whose previous key is dropped.
+    pub from: Option<RekeyId>,
+    /// The re-key it gets.
+    pub to: Option<RekeyId>,
+    /// Also if the one it has is not done.
+    pub force: bool,
+}
+
 /// What a bundle changes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Plan {
@@ -45,6 +58,8 @@ pub struct Plan {
     pub kept: Vec<VolumeId>,
     /// Of the kept volumes, those that get a greater size.
     pub growing: Vec<Growing>,
+    /// Of the volumes that stay or come back, those whose re-key begins or ends.
+    pub rekeying: Vec<Rekeying>,
     /// Listeners that are new, or get another owner or mode.
     pub bind: Vec<SocketName>,
     /// Listeners that go.
@@ -60,6 +75,8 @@ impl Plan {
         for volume in before {
             let after = new.volume(volume.id);
             let change = after.and_then(|after| change(volume, after));
+            plan.rekeying
+                .extend(after.and_then(|after| rekeying(volume, after)));
             match (after, change) {
                 (Some(after), None) => {
                     plan.kept.push(volume.id);
@@ -101,6 +118,7 @@ impl Plan {
     pub fn is_empty(&self) -> bool {
         self.added.is_empty()
             && self.growing.is_empty()
+            && self.rekeying.is_empty()
             && self.leaving.is_empty()
             && self.bind.is_empty()
             && self.unbind.is_empty()
@@ -131,14 +149,37 @@ impl Plan {
                 ));
             }
         }
+        for rekeying in &self.rekeying {
+            if let Some(volume) = new.volume(rekeying.id) {
+                lines.push(self.describe_rekey(rekeying, &volume.name));
+            }
+        }
         lines.extend(self.bind.iter().map(|n| format!("listener {n}: bound")));
         lines.extend(self.unbind.iter().map(|n| format!("listener {n}: removed")));
-        match self.kept.len() - self.growing.len() {
+        let changed = |id: &VolumeId| {
+            self.growing.iter().any(|growing| growing.id == *id)
+                || self.rekeying.iter().any(|rekeying| rekeying.id == *id)
+        };
+        match self.kept.iter().filter(|id| !changed(id)).count() {
             0 => {}
             1 => lines.push("1 volume goes on undisturbed".to_owned()),
             count => lines.push(format!("{count} volumes go on undisturbed")),
         }
         lines
+    }
+
+    fn describe_rekey(&self, rekeying: &Rekeying, name: &str) -> String {
+        let what = match (rekeying.from, rekeying.to) {
+            (None, Some(to)) => format!("gets another key (re-key {to}), while it is served"),
+            (Some(_), None) => "its previous key is dropped".to_owned(),
+            _ => "another re-key takes the place of the one it has".to_owned(),
+        };
+        let stays = if self.kept.contains(&rekeying.id) {
+            "; its frontend stays"
+        } else {
+            ""
+        };
+        format!("volume {name}: {what}{stays}")
     }
 }
 
@@ -162,6 +203,17 @@ pub(crate) fn refuse_shrinking(old: Option<&HostBundle>, new: &HostBundle) -> Re
     Ok(())
 }
 
+fn rekeying(old: &Volume, new: &Volume) -> Option<Rekeying> {
+    let id_in = |volume: &Volume| volume.rekey.as_ref().map(|rekey| rekey.id);
+    let (from, to) = (id_in(old), id_in(new));
+    (from != to).then_some(Rekeying {
+        id: new.id,
+        from,
+        to,
+        force: new.force_removal,
+    })
+}
+
 /// Whether the operators said that a connected frontend does not matter.
 fn may_force(old: &Volume, new: Option<&Volume>, bundle: &HostBundle) -> bool {
     match new {
@@ -181,7 +233,7 @@ fn change(old: &Volume, new: &Volume) -> Option<Change> {
         name: _,
         force_removal: _,
         sealed_keys: _,
-        rekey: _,
+        rekey,
         path,
         size_bytes,
         data_unit_bytes,
@@ -200,8 +252,14 @@ fn change(old: &Volume, new: &Volume) -> Option<Change> {
             },
         allowed_uid,
     } = old;
-    // A grant that differs by a greater size alone updates the one that the data plane holds.
-    let same_grant = *size_bytes <= new.size_bytes
+    // A grant that differs by a greater size alone, or by a re-key that begins or ends, updates the one
+    // that the data plane holds. Of two re-keys the second has another key to replace.
+    let one_rekey = match (rekey, &new.rekey) {
+        (Some(old), Some(new)) => old.id == new.id,
+        _ => true,
+    };
+    let same_grant = one_rekey
+        && *size_bytes <= new.size_bytes
         && *data_unit_bytes == new.data_unit_bytes
         && *logical_block_bytes == new.logical_block_bytes
         && *read_only == new.read_only

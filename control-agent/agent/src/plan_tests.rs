@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use bulkhead_bundle::SealedKeyEntry;
+use bulkhead_bundle::{Rekey, SealedKeyEntry};
 use bulkhead_protocol::DiscardPolicy;
 use proptest::prelude::*;
 
@@ -126,6 +126,72 @@ fn a_greater_size_detaches_nobody() {
         assert_eq!(plan.leaving[0].change, Some(change));
         assert!(plan.growing.is_empty() && plan.kept.is_empty(), "{plan:?}");
     }
+}
+
+fn with_rekey(number: u8, rekey: u8) -> Volume {
+    Volume {
+        rekey: Some(Rekey {
+            id: RekeyId([rekey; 16]),
+            previous_keys: Vec::new(),
+        }),
+        ..volume(number)
+    }
+}
+
+#[test]
+fn a_rekey_that_begins_or_ends_detaches_nobody() {
+    let id = VolumeId([1; 16]);
+    let one = Some(RekeyId([7; 16]));
+    for (old, new, from, to, says) in [
+        (
+            volume(1),
+            with_rekey(1, 7),
+            None,
+            one,
+            "volume disk1: gets another key (re-key 07070707-0707-0707-0707-070707070707), while it \
+             is served; its frontend stays",
+        ),
+        (
+            with_rekey(1, 7),
+            volume(1),
+            one,
+            None,
+            "volume disk1: its previous key is dropped; its frontend stays",
+        ),
+    ] {
+        let plan = plan(&[old, volume(2)], &[new.clone(), volume(2)]);
+        let force = false;
+        assert_eq!(
+            plan.rekeying,
+            [Rekeying {
+                id,
+                from,
+                to,
+                force
+            }]
+        );
+        assert!(plan.leaving.is_empty() && !plan.is_empty(), "{plan:?}");
+        let lines = plan.describe(&bundle(vec![new]));
+        assert_eq!(lines, [says, "1 volume goes on undisturbed"]);
+    }
+    let same = plan(&[with_rekey(1, 7)], &[with_rekey(1, 7)]);
+    assert!(same.is_empty(), "{same:?}");
+}
+
+#[test]
+fn a_rekey_beside_another_change_or_another_rekey_detaches() {
+    let mut moved = with_rekey(1, 7);
+    moved.path.push('2');
+    let with_file = plan(&[volume(1)], &[moved.clone()]);
+    assert_eq!(with_file.leaving[0].change, Some(Change::File));
+    assert_eq!(with_file.rekeying.len(), 1);
+    let lines = with_file.describe(&bundle(vec![moved]));
+    assert!(lines[1].ends_with("while it is served"), "{lines:?}");
+    let exchanged = plan(&[with_rekey(1, 7)], &[with_rekey(1, 8)]);
+    assert_eq!(exchanged.leaving[0].change, Some(Change::Grant));
+    let mut removed = plan(&[with_rekey(1, 7)], &[]);
+    assert_eq!(removed.leaving.remove(0).change, None);
+    assert!(removed.rekeying.is_empty(), "nothing is dropped of it");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use bulkhead_protocol::admin::{HostStatus, VolumeEntry};
-use bulkhead_protocol::control::VolumeStatus;
+use bulkhead_protocol::control::{RekeyState, VolumeStatus};
 use bulkhead_protocol::rot::Role;
 
 use crate::agent::Agent;
@@ -14,6 +14,11 @@ impl Agent {
         let mut said = said.unwrap_or_default();
         for volume in &mut said {
             volume.fault = volume.fault.as_deref().map(plain);
+            if let Some(RekeyState::Failed { reason }) =
+                volume.rekey.as_mut().map(|rekey| &mut rekey.state)
+            {
+                *reason = plain(reason);
+            }
         }
         let accepted = self.known.accepted.as_ref();
         let volumes = accepted.map_or(&[][..], |stored| &stored.bundle.volumes);
@@ -26,6 +31,7 @@ impl Agent {
                 socket: name.clone(),
                 socket_path: socket_path.display().to_string(),
                 state: said.iter().find(|s| s.volume == volume.id).cloned(),
+                key_bytes: self.key_use.of(volume.id),
             }
         };
         let mut processes = Vec::new();

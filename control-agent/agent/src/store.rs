@@ -17,12 +17,14 @@ use bulkhead_bundle::{
 use bulkhead_protocol::envelope::MAX_ENVELOPE_BYTES;
 use bulkhead_protocol::{SocketName, VolumeId};
 
+use crate::key_use::KeyUse;
 use crate::state_file::StateDirectory;
 
 const ACCEPTED: &str = "accepted.cose";
 const CANDIDATE: &str = "candidate.cose";
 const FLOOR: &str = "floor";
 const UNFINISHED: &str = "unfinished";
+const KEY_USE: &str = "key-use";
 const FLOOR_KIND: &str = "bulkhead agent floor v1";
 const UNFINISHED_KIND: &str = "bulkhead agent unfinished v1";
 /// Longest text file of the agent in bytes.
@@ -99,6 +101,8 @@ pub struct Store {
     directory: StateDirectory,
     floor: Option<Floor>,
     unfinished: Unfinished,
+    /// As the file has it.
+    key_use: KeyUse,
 }
 
 /// What was found at a start.
@@ -127,6 +131,7 @@ impl Store {
         let mut store = Self {
             floor: read_floor(&directory)?,
             unfinished: read_unfinished(&directory)?,
+            key_use: read_key_use(&directory)?,
             directory,
         };
         let candidate = store.take_candidate(host, trust)?;
@@ -159,6 +164,20 @@ impl Store {
         if unfinished != self.unfinished {
             self.put(UNFINISHED, write_unfinished(&unfinished).as_bytes())?;
             self.unfinished = unfinished;
+        }
+        Ok(())
+    }
+
+    /// How much was encrypted under which key, as it was kept last.
+    pub(crate) fn key_use(&self) -> &KeyUse {
+        &self.key_use
+    }
+
+    /// Keeps that, if it changed.
+    pub(crate) fn put_key_use(&mut self, key_use: &KeyUse) -> Result<(), StoreError> {
+        if *key_use != self.key_use {
+            self.put(KEY_USE, key_use.to_text().as_bytes())?;
+            self.key_use = key_use.clone();
         }
         Ok(())
     }
@@ -366,4 +385,19 @@ fn read_unfinished(directory: &StateDirectory) -> Result<Unfinished, StoreError>
         (kind == UNFINISHED_KIND && write_unfinished(&unfinished) == text).then_some(unfinished)
     })?;
     Ok(found.unwrap_or_default())
+}
+
+/// A counter is no reason not to start: a damaged one begins anew.
+fn read_key_use(directory: &StateDirectory) -> Result<KeyUse, StoreError> {
+    let Some(bytes) = read(directory, KEY_USE, MAX_TEXT_BYTES)? else {
+        return Ok(KeyUse::default());
+    };
+    let found = std::str::from_utf8(&bytes).ok().and_then(KeyUse::from_text);
+    Ok(found.unwrap_or_else(|| {
+        tracing::warn!(
+            "{} is damaged: what was encrypted under each volume's key is counted from zero",
+            directory.path_of(KEY_USE).display()
+        );
+        KeyUse::default()
+    }))
 }

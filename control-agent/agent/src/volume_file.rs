@@ -9,10 +9,11 @@
 use std::fs::{File, Metadata};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use bulkhead_bundle::Volume;
+use bulkhead_protocol::rekey::{self, COPIES, Found, RECORD_BYTES};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, OpenHow, ResolveFlag, fcntl, openat2};
 
@@ -102,6 +103,23 @@ pub struct VolumeFile {
 impl VolumeFile {
     pub(crate) fn identity(&self) -> Identity {
         self.identity
+    }
+
+    /// What the file says of a re-key, behind the volume's end.
+    ///
+    /// # Errors
+    /// What reading fails with.
+    pub(crate) fn rekey_record(&self, volume: &Volume) -> io::Result<Found> {
+        let Some(layout) = rekey::layout(volume.size_bytes) else {
+            return Ok(Found::Nothing);
+        };
+        let [first, _] = layout.copies;
+        let mut copies = [0; COPIES * RECORD_BYTES];
+        match self.file.read_exact_at(&mut copies, first) {
+            // It ends before that: nobody prepared it.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(Found::Nothing),
+            read => read.map(|()| rekey::find(&copies)),
+        }
     }
 
     /// The descriptor for the data plane. It is the only one of this open file: the lock that the data

@@ -112,6 +112,24 @@ pub(crate) fn size(bytes: u64) -> String {
     format!("{bytes} B")
 }
 
+/// A number of bytes in the largest unit of which there is one, with one digit behind the point, rounded
+/// down.
+pub(crate) fn rounded(bytes: u64) -> String {
+    for (shift, unit) in [
+        (50, "PiB"),
+        (40, "TiB"),
+        (30, "GiB"),
+        (20, "MiB"),
+        (10, "KiB"),
+    ] {
+        if bytes >> shift > 0 {
+            let tenths = (u128::from(bytes) * 10) >> shift;
+            return format!("{}.{} {unit}", tenths / 10, tenths % 10);
+        }
+    }
+    format!("{bytes} B")
+}
+
 /// An argument as a POSIX shell takes it back.
 pub(crate) fn shell_quoted(text: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '/' | '.' | '_' | '-' | '+');
@@ -169,6 +187,14 @@ mod tests {
         assert_eq!(size((64 << 20) + 512), "67109376 B");
         assert_eq!(size(3 << 40), "3 TiB");
         assert_eq!(size(0), "0 B");
+    }
+
+    #[test]
+    fn rounded_sizes_never_say_too_much() {
+        assert_eq!(rounded(1023), "1023 B");
+        assert_eq!(rounded((1 << 20) - 1), "1023.9 KiB");
+        assert_eq!(rounded(3 << 39), "1.5 TiB");
+        assert_eq!(rounded(u64::MAX), "16383.9 PiB");
     }
 
     #[test]

@@ -4,10 +4,10 @@ use std::fmt::Write as _;
 
 use bulkhead_files::text::to_hex;
 use bulkhead_protocol::admin::{HostStatus, ProcessStatus, VolumeEntry};
-use bulkhead_protocol::control::VolumeStatus;
+use bulkhead_protocol::control::{RekeyProgress, RekeyState, VolumeStatus};
 
 use crate::json::Json;
-use crate::output::{printable, size, table};
+use crate::output::{printable, rounded, size, table};
 
 /// Digits of a measurement in the table; `--json` has all of them.
 const SHORT_DIGITS: usize = 16;
@@ -66,7 +66,18 @@ fn volumes(volumes: &[VolumeEntry]) -> String {
         return "  none\n".to_owned();
     }
     let mut rows = vec![row(&[
-        "NAME", "STATE", "HELD", "SIZE", "KEY", "QUEUES", "OK", "FAILED", "READ", "WRITTEN",
+        "NAME",
+        "STATE",
+        "HELD",
+        "SIZE",
+        "KEY",
+        "UNDER KEY",
+        "REKEY",
+        "QUEUES",
+        "OK",
+        "FAILED",
+        "READ",
+        "WRITTEN",
         "SOCKET",
     ])];
     for entry in volumes {
@@ -76,6 +87,15 @@ fn volumes(volumes: &[VolumeEntry]) -> String {
     for entry in volumes {
         if let Some(fault) = entry.state.as_ref().and_then(|state| state.fault.as_ref()) {
             let _ = writeln!(out, "  {}: {}", printable(&entry.name), printable(fault));
+        }
+        let rekey = entry.state.as_ref().and_then(|state| state.rekey.as_ref());
+        if let Some(RekeyState::Failed { reason }) = rekey.map(|rekey| &rekey.state) {
+            let _ = writeln!(
+                out,
+                "  {}: its re-key stopped: {}",
+                printable(&entry.name),
+                printable(reason)
+            );
         }
     }
     out
@@ -100,6 +120,8 @@ fn volume_row(entry: &VolumeEntry) -> Vec<String> {
                     "-".to_owned()
                 },
                 if state.encrypted { "held" } else { "-" }.to_owned(),
+                entry.key_bytes.map_or("-".to_owned(), rounded),
+                state.rekey.as_ref().map_or("-".to_owned(), rekey_words),
                 queues,
                 state.requests_ok.to_string(),
                 state.requests_failed.to_string(),
@@ -107,7 +129,7 @@ fn volume_row(entry: &VolumeEntry) -> Vec<String> {
                 size(state.written_bytes),
             ]);
         }
-        None => cells.extend(row(&["?"; 8])),
+        None => cells.extend(row(&["?"; 10])),
     }
     cells.push(printable(&entry.socket_path));
     cells
@@ -121,6 +143,17 @@ fn state_word(state: Option<&VolumeStatus>) -> &'static str {
         Some(state) if !state.attached => "detached",
         Some(state) if state.connected => "connected",
         Some(_) => "waiting",
+    }
+}
+
+/// How far a re-key is.
+fn rekey_words(progress: &RekeyProgress) -> String {
+    let percent = progress.percent();
+    match progress.state {
+        RekeyState::Waiting => format!("{percent} % waits"),
+        RekeyState::Running => format!("{percent} %"),
+        RekeyState::Done => "done".to_owned(),
+        RekeyState::Failed { .. } => format!("{percent} % stopped"),
     }
 }
 
@@ -173,6 +206,7 @@ fn volume_json(entry: &VolumeEntry) -> Json {
         ("socket", Json::text(&entry.socket)),
         ("socket_path", Json::text(&entry.socket_path)),
         ("state", Json::or_null(entry.state.as_ref(), state_json)),
+        ("key_bytes", Json::or_null(entry.key_bytes, Json::Number)),
     ])
 }
 
@@ -191,5 +225,21 @@ fn state_json(state: &VolumeStatus) -> Json {
         ("read_bytes", Json::Number(state.read_bytes)),
         ("written_bytes", Json::Number(state.written_bytes)),
         ("fault", Json::or_null(state.fault.as_ref(), Json::text)),
+        ("rekey", Json::or_null(state.rekey.as_ref(), rekey_json)),
+    ])
+}
+
+fn rekey_json(progress: &RekeyProgress) -> Json {
+    let (state, reason) = match &progress.state {
+        RekeyState::Waiting => ("waiting", None),
+        RekeyState::Running => ("running", None),
+        RekeyState::Done => ("done", None),
+        RekeyState::Failed { reason } => ("failed", Some(reason)),
+    };
+    Json::Object(vec![
+        ("state", Json::text(state)),
+        ("done_bytes", Json::Number(progress.done_bytes)),
+        ("total_bytes", Json::Number(progress.total_bytes)),
+        ("reason", Json::or_null(reason, Json::text)),
     ])
 }

@@ -115,4 +115,8 @@ pub struct VolumeEntry {
     /// What the data plane says; none while it does not answer.
     #[n(4)]
     pub state: Option<VolumeStatus>,
+    /// Bytes that this host encrypted under its present key, as far as the agent counted them; none
+    /// for a plain volume, or before the first count.
+    #[n(5)]
+    pub key_bytes: Option<u64>,
 }

@@ -164,6 +164,18 @@ pub struct RekeyProgress {
     pub state: RekeyState,
 }
 
+impl RekeyProgress {
+    /// How far it is, in percent, rounded down; a volume of no bytes is done.
+    #[must_use]
+    pub fn percent(&self) -> u64 {
+        let (done, total) = (u128::from(self.done_bytes), u128::from(self.total_bytes));
+        match total {
+            0 => 100,
+            _ => u64::try_from((done * 100 / total).min(100)).unwrap_or(100),
+        }
+    }
+}
+
 /// What a re-key is doing.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum RekeyState {

@@ -4,9 +4,9 @@ use std::sync::LazyLock;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bulkhead_bundle::{
-    HostBundle, OperatorKey, SealedKeyEntry, SocketSpec, TrustRoot, Volume, sign,
+    HostBundle, OperatorKey, Rekey, SealedKeyEntry, SocketSpec, TrustRoot, Volume, sign,
 };
-use bulkhead_protocol::{DiscardPolicy, VolumeId};
+use bulkhead_protocol::{DiscardPolicy, RekeyId, VolumeId};
 
 /// alice is trusted, mallory is not.
 static KEYS: LazyLock<[OperatorKey; 2]> =
@@ -73,6 +73,18 @@ pub fn encrypted(number: u8) -> Volume {
         }],
         ..volume(number)
     }
+}
+
+/// An encrypted one with a re-key.
+pub fn rekeyed(number: u8) -> Volume {
+    let mut volume = encrypted(number);
+    let mut previous_keys = volume.sealed_keys.clone();
+    previous_keys[0].ciphertext = vec![4; 80];
+    volume.rekey = Some(Rekey {
+        id: RekeyId([0xc1; 16]),
+        previous_keys,
+    });
+    volume
 }
 
 pub fn bundle(epoch: u64, volumes: Vec<Volume>) -> HostBundle {

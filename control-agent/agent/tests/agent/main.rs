@@ -7,5 +7,6 @@ mod documents;
 mod hostile;
 mod peers;
 mod refused;
+mod rekeys;
 mod restarts;
 mod world;

@@ -7,7 +7,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
 use bulkhead_bundle::{Policy, Volume, digest_of, verify};
-use bulkhead_protocol::control::{AgentToDataplane, DataplaneToAgent, VolumeStatus};
+use bulkhead_protocol::control::{
+    AgentToDataplane, DataplaneToAgent, RekeyProgress, RekeyState, VolumeStatus,
+};
 use bulkhead_protocol::envelope::read_capped;
 use bulkhead_protocol::keys::{AgentToKeyd, KeydToAgent, Undelivered};
 use bulkhead_protocol::rot::{FromRot, ToRot};
@@ -49,6 +51,10 @@ pub struct Peers {
     pub connected: BTreeSet<VolumeId>,
     /// So many attachments are refused.
     pub refuse_attach: usize,
+    /// What the data plane says that it wrote, of each volume.
+    pub written_bytes: u64,
+    /// Why the re-keys of all volumes stopped.
+    pub rekey_fault: Option<String>,
 }
 
 impl Peers {
@@ -188,13 +194,14 @@ impl Peers {
 
     fn grant(&mut self, volume: &Volume) {
         // What a grant has: everything but the names, the file and the owner of the socket. A
-        // greater size alone takes nothing away.
+        // greater size alone takes nothing away, nor does a re-key that begins or ends.
         let essence = |v: &Volume| {
             let mut v = v.clone();
             v.path = "-".to_owned();
             v.name = "-".to_owned();
             v.force_removal = false;
             v.sealed_keys.clear();
+            v.rekey = None;
             (v.socket.uid, v.socket.gid, v.socket.mode) = (0, 0, 0);
             v
         };
@@ -324,12 +331,16 @@ impl Peers {
             requests_ok: 7,
             requests_failed: 0,
             read_bytes: 0,
-            written_bytes: 0,
+            written_bytes: self.written_bytes,
             fault: Some("a fault\x1b[2J".to_owned()),
             capacity_bytes: 0,
             holds_volume: false,
             waits_for_volume: false,
-            rekey: None,
+            rekey: self.rekey_fault.clone().map(|reason| RekeyProgress {
+                done_bytes: 1,
+                total_bytes: 3,
+                state: RekeyState::Failed { reason },
+            }),
         }
     }
 }

@@ -9,7 +9,7 @@ use std::os::unix::process::CommandExt;
 use std::thread::{self, JoinHandle};
 
 use bulkhead_protocol::admin::{AdminReply, AdminRequest, HostStatus, ProcessStatus, VolumeEntry};
-use bulkhead_protocol::control::VolumeStatus;
+use bulkhead_protocol::control::{RekeyProgress, RekeyState, VolumeStatus};
 use bulkhead_protocol::rot::Role;
 use bulkhead_protocol::{Channel, VolumeId, envelope};
 use minicbor::bytes::ByteArray;
@@ -214,6 +214,7 @@ fn status() -> HostStatus {
         socket: format!("vm{number}").parse().expect("name"),
         socket_path: format!("/run/bulkhead/vhost/vm{number}.sock"),
         state,
+        key_bytes: (number == 1).then_some(3 << 39),
     };
     let serving = VolumeStatus {
         volume: VolumeId([1; 16]),
@@ -230,14 +231,24 @@ fn status() -> HostStatus {
         capacity_bytes: 64 << 20,
         holds_volume: true,
         waits_for_volume: false,
-        rekey: None,
+        rekey: Some(RekeyProgress {
+            done_bytes: 24 << 20,
+            total_bytes: 64 << 20,
+            state: RekeyState::Running,
+        }),
     };
     let failed = VolumeStatus {
         volume: VolumeId([2; 16]),
         fault: Some("the file \"shrank\"\n".to_owned()),
         holds_volume: false,
         waits_for_volume: true,
-        rekey: None,
+        rekey: Some(RekeyProgress {
+            done_bytes: 1,
+            total_bytes: 2,
+            state: RekeyState::Failed {
+                reason: "at byte 7:\nno".to_owned(),
+            },
+        }),
         ..serving.clone()
     };
     HostStatus {
@@ -269,11 +280,12 @@ fn status_is_a_table() {
         "host    host-a\nepoch   7 (the next is above 7)\ndigest  {digest}\n\n\
          processes\n  ROLE  PID   GENERATION  MEASUREMENT\n  keyd  4242  2           1111111111111111\n\n\
          volumes\n\
-         \x20 NAME   STATE      HELD   SIZE    KEY   QUEUES         OK  FAILED  READ   WRITTEN  SOCKET\n\
-         \x20 disk1  connected  yes    64 MiB  held  4 (1 retired)  12  3       8 KiB  1 MiB    /run/bulkhead/vhost/vm1.sock\n\
-         \x20 disk2  failed     waits  64 MiB  held  4 (1 retired)  12  3       8 KiB  1 MiB    /run/bulkhead/vhost/vm2.sock\n\
-         \x20 disk3  unknown    ?      ?       ?     ?              ?   ?       ?      ?        /run/bulkhead/vhost/vm3.sock\n\
-         \x20 disk2: the file \"shrank\"\\n\n\n\
+         \x20 NAME   STATE      HELD   SIZE    KEY   UNDER KEY  REKEY         QUEUES         OK  FAILED  READ   WRITTEN  SOCKET\n\
+         \x20 disk1  connected  yes    64 MiB  held  1.5 TiB    37 %          4 (1 retired)  12  3       8 KiB  1 MiB    /run/bulkhead/vhost/vm1.sock\n\
+         \x20 disk2  failed     waits  64 MiB  held  -          50 % stopped  4 (1 retired)  12  3       8 KiB  1 MiB    /run/bulkhead/vhost/vm2.sock\n\
+         \x20 disk3  unknown    ?      ?       ?     ?          ?             ?              ?   ?       ?      ?        /run/bulkhead/vhost/vm3.sock\n\
+         \x20 disk2: the file \"shrank\"\\n\n\
+         \x20 disk2: its re-key stopped: at byte 7:\\nno\n\n\
          pending: failed, and tried again\n  attach disk3: no such file\n",
         digest = "ab".repeat(48)
     );
@@ -306,22 +318,30 @@ fn status_is_json_for_programs() {
     );
     assert_eq!(ended.code, 0);
     let volume = |number: u8, state: &str| {
+        let key_bytes = if number == 1 { "1649267441664" } else { "null" };
         format!(
-            r#"{{"id":"{}","name":"disk{number}","socket":"vm{number}","socket_path":"/run/bulkhead/vhost/vm{number}.sock","state":{state}}}"#,
+            r#"{{"id":"{}","name":"disk{number}","socket":"vm{number}","socket_path":"/run/bulkhead/vhost/vm{number}.sock","state":{state},"key_bytes":{key_bytes}}}"#,
             VolumeId([number; 16])
         )
     };
-    let state = |fault: &str, holds: bool, waits: bool| {
+    let state = |fault: &str, holds: bool, waits: bool, rekey: &str| {
         format!(
-            r#"{{"attached":true,"connected":true,"capacity_bytes":67108864,"holds_volume":{holds},"waits_for_volume":{waits},"encrypted":true,"running_queues":4,"retired_queues":1,"requests_ok":12,"requests_failed":3,"read_bytes":8192,"written_bytes":1048576,"fault":{fault}}}"#
+            r#"{{"attached":true,"connected":true,"capacity_bytes":67108864,"holds_volume":{holds},"waits_for_volume":{waits},"encrypted":true,"running_queues":4,"retired_queues":1,"requests_ok":12,"requests_failed":3,"read_bytes":8192,"written_bytes":1048576,"fault":{fault},"rekey":{rekey}}}"#
         )
     };
+    let running =
+        r#"{"state":"running","done_bytes":25165824,"total_bytes":67108864,"reason":null}"#;
+    let failed =
+        r#"{"state":"failed","done_bytes":1,"total_bytes":2,"reason":"at byte 7:\u000ano"}"#;
     let expected = format!(
         r#"{{"host":"host-a","epoch":7,"epoch_floor":7,"digest":"{}","processes":[{{"role":"keyd","pid":4242,"generation":2,"measurement":"{}"}}],"volumes":[{},{},{}],"pending":["attach disk3: no such file"]}}"#,
         "ab".repeat(48),
         "11".repeat(48),
-        volume(1, &state("null", true, false)),
-        volume(2, &state(r#""the file \"shrank\"\u000a""#, false, true)),
+        volume(1, &state("null", true, false, running)),
+        volume(
+            2,
+            &state(r#""the file \"shrank\"\u000a""#, false, true, failed)
+        ),
         volume(3, "null"),
     );
     assert_eq!(ended.stdout, format!("{expected}\n"));
