@@ -1,4 +1,4 @@
-//! The project's commands: `cargo xtask demo`, `test`, `fuzz`, `soak`, `coverage`.
+//! The project's commands: `cargo xtask demo`, `test`, `fuzz`, `soak`, `bench`, `coverage`.
 //!
 //! | module | owns |
 //! | --- | --- |
@@ -6,11 +6,13 @@
 //! | `test` | every check and test there is, counted |
 //! | `fuzz` | fuzz targets, for as long as one likes |
 //! | `soak` | the tests that have full numbers, with these |
+//! | `bench` | measurements that are stored |
 //! | `nightly` | the compiler that has sanitizers, and its flags |
 //! | `coverage` | which lines the data plane's tests run |
 //! | `packages` | Debian packages that both need, installed after saying so |
 //! | `report` | lines with a tick, and progress while something takes long |
 
+mod bench;
 mod coverage;
 mod demo;
 mod fuzz;
@@ -58,6 +60,14 @@ enum Command {
         /// Only tests whose name contains this
         name: Option<String>,
     },
+    /// Measures speed beside peers and limits, and stores the figures in target/bench; without a name, lists what there is
+    Bench {
+        /// Which
+        name: Option<String>,
+        /// Shows that everything can be measured, in seconds; the figures mean little
+        #[arg(long)]
+        quick: bool,
+    },
     /// Measures which lines of the data plane its tests run; fails below 95 % of virtqueue, vhost_user or blk
     Coverage {
         /// Lists the lines that no test runs, of those three or of PART (`worker`, `server`, ...)
@@ -77,6 +87,7 @@ fn main() -> ExitCode {
             keep,
         } => fuzz::run(name.as_deref(), seconds, keep),
         Command::Soak { name } => soak::run(name.as_deref()),
+        Command::Bench { name, quick } => bench::run(name.as_deref(), quick),
         Command::Coverage { uncovered } => coverage::run(uncovered.as_deref()),
     };
     match result {

@@ -64,6 +64,17 @@ pub const TESTS: &[Need] = &[
     OPENSSL,
 ];
 
+/// What `cargo xtask bench` needs.
+pub const BENCH: &[Need] = &[
+    OPENSSL,
+    need(
+        "llvm-mca-19",
+        "llvm-19",
+        "shows which execution ports a loop fills",
+    ),
+    need("objdump", "binutils", "takes the loops out of a program"),
+];
+
 /// Debian's OpenSSL, linked statically. The path is also in `benches/crypto/build.rs`.
 const OPENSSL: Need = need(
     "/usr/lib/x86_64-linux-gnu/libcrypto.a",
