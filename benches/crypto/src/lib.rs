@@ -8,6 +8,7 @@
 //! | --- | --- |
 //! | [`row`] | what is written down |
 //! | [`xts`] | AES-256-XTS in every shape of call |
+//! | [`gcm`] | AES-256-GCM of packets |
 //! | [`ceiling`] | AES rounds on registers, and nothing else |
 //! | [`peers`] | libraries, each called the best way it has |
 //! | [`placement`] | a large request on one core or two |
@@ -16,6 +17,7 @@
 //! | [`plot`] | the same as a picture |
 
 pub mod ceiling;
+pub mod gcm;
 pub mod header;
 pub mod peers;
 pub mod placement;
@@ -42,7 +44,7 @@ pub struct Differ {
 type Measurement = fn(Pace) -> Result<Vec<Row>, Differ>;
 
 /// What is measured on one core, in the order of the table.
-const ON_ONE_CORE: &[Measurement] = &[xts::measure];
+const ON_ONE_CORE: &[Measurement] = &[xts::measure, gcm::measure];
 
 /// What is measured on two, afterwards.
 const ON_TWO_CORES: &[Measurement] = &[placement::measure];

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use bulkhead_crypto_bench::ceiling::Ceiling;
+use bulkhead_crypto_bench::gcm;
 use bulkhead_crypto_bench::peers::LIBRARIES;
 use serde_json::Value;
 
@@ -43,6 +44,7 @@ fn the_quick_form_writes_every_row() {
         .collect();
     assert_eq!(pairs.len(), rows.len(), "a case has a row for each peer");
     xts(&pairs);
+    gcm(&pairs);
     placement(rows);
     assert!(svg.starts_with("<svg") && svg.contains("AWS-LC"), "{svg}");
     assert!(said.contains("targets met"), "{said}");
@@ -114,6 +116,23 @@ fn xts(pairs: &BTreeSet<(&str, &str)>) {
                 for peer in &peers {
                     assert!(
                         pairs.contains(&(case.as_str(), *peer)),
+                        "{case} beside {peer}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Packet sizes, directions, alone and in batches, beside each library.
+fn gcm(pairs: &BTreeSet<(&str, &str)>) {
+    for size in gcm::SIZES {
+        for direction in ["seal", "open"] {
+            for batch in ["alone", "32 a batch"] {
+                let case = format!("gcm {direction}, {size} B, {batch}");
+                for peer in gcm::PEERS {
+                    assert!(
+                        pairs.contains(&(case.as_str(), peer)),
                         "{case} beside {peer}"
                     );
                 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use bulkhead_crypto::SecretArena;
 use bulkhead_crypto::secret::{ArenaFull, Slot};
 
-use crate::library;
+use crate::kernel::{Functions, Kernel};
 use crate::packet::{OpenPacket, SealPacket};
 
 /// Length of a key in bytes.
@@ -24,33 +24,19 @@ pub enum KeyError {
     /// AWS-LC took no AES-256-GCM key.
     #[error("AWS-LC refuses to expand an AES-256-GCM key: its build is not for this machine")]
     Library,
-}
-
-/// What does the work.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Kernel {
-    /// AWS-LC, one packet after the other; everywhere.
-    Library,
-}
-
-impl Kernel {
-    /// Those that this CPU can run, the fastest first.
-    #[must_use]
-    pub fn available() -> Vec<Self> {
-        vec![Self::Library]
-    }
-
-    /// The one that [`PacketKey::new`] takes.
-    #[must_use]
-    pub fn chosen() -> Self {
-        Self::Library
-    }
+    /// The CPU lacks what the kernel needs.
+    #[error("this CPU can't run the packet cipher's kernel {kernel}")]
+    Unavailable {
+        /// What was asked for.
+        kernel: Kernel,
+    },
 }
 
 /// An expanded AES-256-GCM key in secret memory; wiped when it drops. It goes into one
 /// [`Sealer`](crate::Sealer) or one [`Opener`](crate::Opener) and can't be had back or copied.
 pub struct PacketKey {
     kernel: Kernel,
+    functions: &'static Functions,
     /// Wiped and freed when it drops.
     slot: Slot,
 }
@@ -72,26 +58,26 @@ impl PacketKey {
         Self::with_kernel(arena, key, Kernel::chosen())
     }
 
-    /// As [`PacketKey::new`], with a kernel of the caller's choice, which must be one of
-    /// [`Kernel::available`].
+    /// As [`PacketKey::new`], with a kernel of the caller's choice.
     ///
     /// # Errors
-    /// [`KeyError`].
+    /// [`KeyError`]; `Unavailable` for a kernel that is not one of [`Kernel::available`].
     pub fn with_kernel(
         arena: &Arc<SecretArena>,
         key: &[u8; KEY_BYTES],
         kernel: Kernel,
     ) -> Result<Self, KeyError> {
+        let functions = kernel.functions().ok_or(KeyError::Unavailable { kernel })?;
         let slot = arena.take()?;
-        let expanded = match kernel {
-            // SAFETY: the slot is ours and zeroed.
-            Kernel::Library => unsafe { library::expand(slot.pointer(), key) },
-        };
-        scrub_stack();
-        if !expanded {
+        // SAFETY: the slot is ours and zeroed.
+        if !unsafe { (functions.expand)(slot.pointer(), key) } {
             return Err(KeyError::Library);
         }
-        Ok(Self { kernel, slot })
+        Ok(Self {
+            kernel,
+            functions,
+            slot,
+        })
     }
 
     /// The kernel it was expanded for.
@@ -102,38 +88,15 @@ impl PacketKey {
 
     /// Seals numbered packets; whether all were.
     pub(crate) fn seal(&self, salt: [u8; 4], packets: &mut [SealPacket<'_>]) -> bool {
-        let sealed = match self.kernel {
-            // SAFETY: the slot was expanded for this kernel.
-            Kernel::Library => unsafe { library::seal(self.slot.pointer(), salt, packets) },
-        };
-        scrub_stack();
-        sealed
+        // SAFETY: the slot was filled by the same kernel's `expand`.
+        unsafe { (self.functions.seal)(self.slot.pointer(), salt, packets) }
     }
 
     /// Opens packets; each says how it went.
     pub(crate) fn open(&self, salt: [u8; 4], packets: &mut [OpenPacket<'_>]) {
-        match self.kernel {
-            // SAFETY: the slot was expanded for this kernel.
-            Kernel::Library => unsafe { library::open(self.slot.pointer(), salt, packets) },
-        }
-        scrub_stack();
+        // SAFETY: the slot was filled by the same kernel's `expand`.
+        unsafe { (self.functions.open)(self.slot.pointer(), salt, packets) }
     }
-}
-
-/// Overwrites the part of the stack that a kernel used: round keys and powers of the hash key are
-/// spilled there. As deep as AWS-LC's frames go for a packet.
-#[inline(never)]
-fn scrub_stack() {
-    // As somebody might look at the zeroes, they must be there.
-    std::hint::black_box(&mut [0u8; 4096]);
-}
-
-/// The nonce of a packet: the tunnel's salt, then its number.
-pub(crate) fn nonce(salt: [u8; 4], sequence: u64) -> [u8; 12] {
-    let mut nonce = [0; 12];
-    nonce[..4].copy_from_slice(&salt);
-    nonce[4..].copy_from_slice(&sequence.to_be_bytes());
-    nonce
 }
 
 #[cfg(test)]

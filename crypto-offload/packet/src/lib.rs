@@ -3,7 +3,8 @@
 //!
 //! | module | owns |
 //! | --- | --- |
-//! | [`key`] | a key expanded once into secret memory, and which [`Kernel`] works with it |
+//! | [`kernel`] | what does the work: a kernel of our own where the CPU allows it, else AWS-LC |
+//! | [`key`] | a key, expanded once into secret memory |
 //! | [`packet`] | where a packet's bytes lie: in place, between buffers, or in guest memory |
 //! | [`sealer`] | the numbers of sealed packets, and how much one key may seal |
 //! | [`opener`] | opening: a packet that doesn't authenticate fails alone and leaves nothing |
@@ -25,13 +26,17 @@
 //! contexts may lie where the caller likes. Registers are spilled to the stack and AWS-LC copies
 //! the key of its hash there for each packet, so that part of the stack is wiped after each batch.
 
+pub mod kernel;
 pub mod key;
 mod library;
 pub mod opener;
 pub mod packet;
 pub mod sealer;
+#[cfg(all(target_arch = "x86_64", not(feature = "portable-only")))]
+mod vaes512;
 
-pub use key::{KEY_BYTES, Kernel, KeyError, PacketKey};
+pub use kernel::Kernel;
+pub use key::{KEY_BYTES, KeyError, PacketKey};
 pub use opener::Opener;
 pub use packet::{LengthError, OpenPacket, Refused, SealPacket, Segment, TAG_BYTES};
 pub use sealer::{SealError, Sealer};

@@ -13,10 +13,18 @@ use aws_lc_sys::{
 };
 use bulkhead_crypto::secret::SLOT_BYTES;
 
-use crate::key::{KEY_BYTES, nonce};
+use crate::kernel::{Functions, nonce, wipe_stack};
+use crate::key::KEY_BYTES;
 use crate::packet::{Job, OpenPacket, Ranges, SealPacket, TAG_BYTES, copy_shared};
 
 const _: () = assert!(size_of::<EVP_AEAD_CTX>() <= SLOT_BYTES && align_of::<EVP_AEAD_CTX>() <= 64);
+
+/// How deep AWS-LC's frames go: those of its AEAD with a copy of the hash key's table, and of
+/// its assembly.
+const STACK_BYTES: usize = 4096;
+
+/// See [`Functions`].
+pub(crate) static FUNCTIONS: Functions = Functions { expand, seal, open };
 
 /// Expands `key` into the slot; whether AWS-LC did.
 ///
@@ -25,9 +33,9 @@ const _: () = assert!(size_of::<EVP_AEAD_CTX>() <= SLOT_BYTES && align_of::<EVP_
 ///
 /// # Safety
 /// The slot is the caller's alone.
-pub(crate) unsafe fn expand(slot: NonNull<u8>, key: &[u8; KEY_BYTES]) -> bool {
+unsafe fn expand(slot: NonNull<u8>, key: &[u8; KEY_BYTES]) -> bool {
     // SAFETY: the slot is large and aligned enough (asserted above); the key has its length.
-    unsafe {
+    let expanded = unsafe {
         EVP_AEAD_CTX_init(
             slot.cast().as_ptr(),
             EVP_aead_aes_256_gcm(),
@@ -36,22 +44,22 @@ pub(crate) unsafe fn expand(slot: NonNull<u8>, key: &[u8; KEY_BYTES]) -> bool {
             TAG_BYTES,
             ptr::null_mut(),
         ) == 1
-    }
+    };
+    wipe_stack::<STACK_BYTES>();
+    expanded
 }
 
 /// Seals packets that have their numbers; whether all were.
 ///
 /// # Safety
 /// `slot` was filled by [`expand`].
-pub(crate) unsafe fn seal(
-    slot: NonNull<u8>,
-    salt: [u8; 4],
-    packets: &mut [SealPacket<'_>],
-) -> bool {
-    packets.iter().all(|packet| {
+unsafe fn seal(slot: NonNull<u8>, salt: [u8; 4], packets: &mut [SealPacket<'_>]) -> bool {
+    let all = packets.iter().all(|packet| {
         // SAFETY: passed on.
         unsafe { seal_one(slot.cast().as_ptr(), salt, packet.ranges()) }
-    })
+    });
+    wipe_stack::<STACK_BYTES>();
+    all
 }
 
 /// # Safety
@@ -90,7 +98,7 @@ unsafe fn seal_one(context: *const EVP_AEAD_CTX, salt: [u8; 4], packet: &Ranges)
 ///
 /// # Safety
 /// `slot` was filled by [`expand`].
-pub(crate) unsafe fn open(slot: NonNull<u8>, salt: [u8; 4], packets: &mut [OpenPacket<'_>]) {
+unsafe fn open(slot: NonNull<u8>, salt: [u8; 4], packets: &mut [OpenPacket<'_>]) {
     for packet in packets.iter_mut().filter(|packet| packet.is_unopened()) {
         // SAFETY: passed on.
         if unsafe { open_one(slot.cast().as_ptr(), salt, packet.ranges()) } {
@@ -99,6 +107,7 @@ pub(crate) unsafe fn open(slot: NonNull<u8>, salt: [u8; 4], packets: &mut [OpenP
             packet.refuse();
         }
     }
+    wipe_stack::<STACK_BYTES>();
 }
 
 /// # Safety

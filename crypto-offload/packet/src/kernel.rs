@@ -1,0 +1,103 @@
+//! Kernels: the same work, done as a CPU can do it best.
+#![forbid(unsafe_code)]
+
+use std::ptr::NonNull;
+
+use crate::key::KEY_BYTES;
+use crate::library;
+use crate::packet::{OpenPacket, SealPacket};
+#[cfg(all(target_arch = "x86_64", not(feature = "portable-only")))]
+use crate::vaes512;
+
+/// What does the work. They all give the same bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kernel {
+    /// Our own: VAES and VPCLMULQDQ on 512-bit registers (AVX-512; Zen 4, Ice Lake and later).
+    Vaes512,
+    /// AWS-LC, one packet after the other; everywhere.
+    Library,
+}
+
+impl Kernel {
+    /// All there are, the fastest first.
+    pub const ALL: [Self; 2] = [Self::Vaes512, Self::Library];
+
+    /// Those that this CPU can run, the fastest first; AWS-LC is always among them.
+    #[must_use]
+    pub fn available() -> Vec<Self> {
+        let mut all = Self::ALL.to_vec();
+        all.retain(|kernel| kernel.functions().is_some());
+        all
+    }
+
+    /// The one that [`PacketKey::new`] takes: the fastest that this CPU can run.
+    #[must_use]
+    pub fn chosen() -> Self {
+        let fastest = Self::ALL
+            .into_iter()
+            .find(|kernel| kernel.functions().is_some());
+        fastest.unwrap_or(Self::Library)
+    }
+
+    /// Its name, as benches and logs show it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Vaes512 => "vaes-512",
+            Self::Library => "aws-lc",
+        }
+    }
+
+    /// What it consists of, if this CPU can run it.
+    pub(crate) fn functions(self) -> Option<&'static Functions> {
+        match self {
+            Self::Library => Some(&library::FUNCTIONS),
+            #[cfg(all(target_arch = "x86_64", not(feature = "portable-only")))]
+            Self::Vaes512 => vaes512::functions(),
+            #[cfg(not(all(target_arch = "x86_64", not(feature = "portable-only"))))]
+            Self::Vaes512 => None,
+        }
+    }
+}
+
+impl std::fmt::Display for Kernel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// What a kernel consists of.
+pub(crate) struct Functions {
+    /// Expands a key; whether it could.
+    ///
+    /// # Safety
+    /// The slot has [`bulkhead_crypto::secret::SLOT_BYTES`], aligned to 64 bytes, zeroed, for this
+    /// alone.
+    pub expand: unsafe fn(slot: NonNull<u8>, key: &[u8; KEY_BYTES]) -> bool,
+    /// Seals packets that have their numbers; whether all were.
+    ///
+    /// # Safety
+    /// The slot was filled by `expand` of the same kernel.
+    pub seal: unsafe fn(slot: NonNull<u8>, salt: [u8; 4], packets: &mut [SealPacket<'_>]) -> bool,
+    /// Opens packets that were not opened yet; each says how it went.
+    ///
+    /// # Safety
+    /// As for `seal`.
+    pub open: unsafe fn(slot: NonNull<u8>, salt: [u8; 4], packets: &mut [OpenPacket<'_>]),
+}
+
+/// Overwrites the stack below the caller, as far as the frames of what it called last: round keys and
+/// powers of the hash key may have been spilled there.
+#[inline(never)]
+pub(crate) fn wipe_stack<const BYTES: usize>() {
+    // Somebody might look at the zeroes, so that they must be there.
+    std::hint::black_box(&mut [0u8; BYTES]);
+}
+
+/// The nonce of a packet: the tunnel's salt, then its number.
+pub(crate) fn nonce(salt: [u8; 4], sequence: u64) -> [u8; 12] {
+    let mut nonce = [0; 12];
+    nonce[..4].copy_from_slice(&salt);
+    nonce[4..].copy_from_slice(&sequence.to_be_bytes());
+    nonce
+}
