@@ -3,11 +3,12 @@
 //!
 //! | module | owns |
 //! | --- | --- |
+//! | [`load`] | a vhost-user-blk frontend without a guest, and the floor under what it measures |
 //! | [`placement`] | what a large request costs inline, and shared with a helper on another core |
 //! | [`ratio`] | timing in turns, so that two ways of doing something can be divided |
 //! | [`serve`] | disks on sockets from a command line, without bundle, keys service or root of trust |
-#![forbid(unsafe_code)]
 
+pub mod load;
 pub mod placement;
 pub mod ratio;
 pub mod serve;

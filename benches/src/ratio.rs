@@ -1,5 +1,6 @@
 //! Times that may be divided: each way of doing something takes a sample in turn, so that a slow
 //! spell of the machine hits all of them alike, and the median of each counts.
+#![forbid(unsafe_code)]
 
 use std::time::{Duration, Instant};
 

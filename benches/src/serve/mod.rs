@@ -12,6 +12,7 @@
 //! | [`socket`] | a listener at a path: stale sockets replaced, live ones refused |
 //! | [`dataplane`] | serving with Bulkhead's data plane |
 //! | [`reference`] | the baseline: the stock vhost-user crates |
+#![forbid(unsafe_code)]
 
 pub mod arguments;
 pub mod cpus;

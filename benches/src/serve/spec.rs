@@ -143,7 +143,10 @@ fn fault(text: &str) -> Option<Fault> {
 }
 
 /// A size in bytes: not zero, and no larger than what a file can be.
-fn bytes(text: &str) -> Result<u64, SpecError> {
+///
+/// # Errors
+/// [`SpecError::Size`].
+pub fn bytes(text: &str) -> Result<u64, SpecError> {
     let digits = text
         .find(|c: char| !c.is_ascii_digit())
         .unwrap_or(text.len());

@@ -1,0 +1,385 @@
+//! Threads that drive queues through the phases of a run, and the watch over them.
+//!
+//! A driving thread polls its queues and looks at one shared byte, nothing else: time, signals of
+//! back-ends and whether anything still moves are the watching thread's.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicU8, AtomicU64};
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+
+use super::LoadError;
+use super::lane::{Counts, Lane};
+use super::pingpong::pin;
+use super::ring::Ring;
+use super::verify::Stage;
+
+/// How often the watching thread looks.
+const TICK: Duration = Duration::from_millis(5);
+/// Empty rounds after which a thread lets others have its CPU for once: it is not alone there.
+pub const YIELD_AFTER: u32 = 1 << 14;
+
+/// What all threads do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Phase {
+    Fill,
+    WarmUp,
+    Measure,
+    Drain,
+    Sweep,
+    End,
+    Abandon,
+}
+
+const PHASES: [Phase; 7] = [
+    Phase::Fill,
+    Phase::WarmUp,
+    Phase::Measure,
+    Phase::Drain,
+    Phase::Sweep,
+    Phase::End,
+    Phase::Abandon,
+];
+
+/// How long a run takes.
+#[derive(Debug, Clone, Copy)]
+pub struct Plan {
+    /// Before anything counts.
+    pub warm_up: Duration,
+    /// While it counts.
+    pub measure: Duration,
+    /// Longest time without a single answer.
+    pub timeout: Duration,
+    /// Fill the disk before, and read it after, checking every block.
+    pub verify: bool,
+}
+
+/// A queue with the name to use in messages.
+#[derive(Debug)]
+pub struct Named<'m, R> {
+    /// The socket, or the ring echo.
+    pub device: String,
+    /// Number of the queue.
+    pub queue: u16,
+    /// The queue.
+    pub lane: Lane<'m, R>,
+}
+
+/// Figures of a run, all queues together.
+#[derive(Debug)]
+pub struct Measured {
+    /// What was counted.
+    pub counts: Counts,
+    /// Over which time, of the thread that measured longest.
+    pub elapsed: Duration,
+    /// Nanoseconds.
+    pub latency: Histogram<u64>,
+    /// Of so many requests at most one has its latency taken.
+    pub sample_every: u64,
+    /// Reads that were checked.
+    pub verified_reads: u64,
+}
+
+/// Threads' common state.
+struct Control {
+    phase: AtomicU8,
+    threads: Vec<Progress>,
+}
+
+/// A thread's state, on a cache line of its own.
+#[repr(align(128))]
+struct Progress {
+    /// Rounds in which there were answers.
+    moved: AtomicU64,
+    in_flight: AtomicU64,
+    /// The last phase of which everything is done.
+    through: AtomicU8,
+}
+
+/// Nothing yet.
+const NOT_YET: u8 = u8::MAX;
+
+impl Control {
+    fn phase(&self) -> Phase {
+        let number = usize::from(self.phase.load(Acquire));
+        PHASES.get(number).copied().unwrap_or(Phase::Abandon)
+    }
+
+    fn set(&self, phase: Phase) {
+        self.phase.store(phase as u8, Release);
+    }
+
+    fn all_through(&self, phase: Phase) -> bool {
+        let through = |thread: &Progress| thread.through.load(Acquire) == phase as u8;
+        self.threads.iter().all(through)
+    }
+
+    fn sum(&self, of: impl Fn(&Progress) -> &AtomicU64) -> u64 {
+        self.threads
+            .iter()
+            .map(|thread| of(thread).load(Relaxed))
+            .sum()
+    }
+}
+
+/// Drives each list of queues from a thread, bound to the CPU that goes with it, through a whole run.
+/// `watch` is called every few milliseconds, and ends the run with what it fails with.
+///
+/// # Errors
+/// Of `watch`, of a queue, or [`LoadError::Stalled`]: the first.
+pub fn run<R: Ring + Send>(
+    threads: Vec<(Option<usize>, Vec<Named<'_, R>>)>,
+    plan: &Plan,
+    mut watch: impl FnMut() -> Result<(), LoadError>,
+) -> Result<Measured, LoadError> {
+    let fresh = || Progress {
+        moved: AtomicU64::new(0),
+        in_flight: AtomicU64::new(0),
+        through: AtomicU8::new(NOT_YET),
+    };
+    let first = if plan.verify {
+        Phase::Fill
+    } else {
+        Phase::WarmUp
+    };
+    let control = Control {
+        phase: AtomicU8::new(first as u8),
+        threads: threads.iter().map(|_| fresh()).collect(),
+    };
+    std::thread::scope(|scope| {
+        let mut handles = Vec::new();
+        for ((cpu, lanes), progress) in threads.into_iter().zip(&control.threads) {
+            let control = &control;
+            handles.push(scope.spawn(move || {
+                let result = cpu.map_or(Ok(()), pin);
+                let result = result.and_then(|()| drive(lanes, control, progress));
+                if result.is_err() {
+                    control.set(Phase::Abandon);
+                }
+                result
+            }));
+        }
+        let watched = conduct(&control, plan, &mut watch);
+        if watched.is_err() {
+            control.set(Phase::Abandon);
+        }
+        let mut results = Vec::new();
+        for handle in handles {
+            results.push(handle.join().unwrap_or(Err(LoadError::Panicked)));
+        }
+        combine(results, watched)
+    })
+}
+
+/// The first real failure, else all figures as one.
+fn combine(
+    results: Vec<Result<Measured, LoadError>>,
+    watched: Result<(), LoadError>,
+) -> Result<Measured, LoadError> {
+    let mut whole: Option<Measured> = None;
+    let mut abandoned = false;
+    for result in results {
+        match (result, &mut whole) {
+            (Err(LoadError::Abandoned), _) => abandoned = true,
+            (Err(other), _) => return Err(other),
+            (Ok(part), None) => whole = Some(part),
+            (Ok(part), Some(whole)) => whole.add(&part),
+        }
+    }
+    watched?;
+    match whole {
+        Some(whole) if !abandoned => Ok(whole),
+        _ => Err(LoadError::Abandoned),
+    }
+}
+
+impl Measured {
+    fn add(&mut self, other: &Self) {
+        self.counts.answered += other.counts.answered;
+        self.counts.reads += other.counts.reads;
+        self.counts.kicks += other.counts.kicks;
+        self.counts.calls += other.counts.calls;
+        self.elapsed = self.elapsed.max(other.elapsed);
+        // Same bounds: nothing can be out of range.
+        let _ = self.latency.add(&other.latency);
+        self.sample_every = self.sample_every.max(other.sample_every);
+        self.verified_reads += other.verified_reads;
+    }
+}
+
+/// Sets the phases, and looks whether all is well.
+fn conduct(
+    control: &Control,
+    plan: &Plan,
+    watch: &mut impl FnMut() -> Result<(), LoadError>,
+) -> Result<(), LoadError> {
+    let mut watcher = Watcher {
+        control,
+        timeout: plan.timeout,
+        moved: 0,
+        since: Instant::now(),
+        watch,
+    };
+    if plan.verify {
+        watcher.until(|| control.all_through(Phase::Fill))?;
+        control.set(Phase::WarmUp);
+    }
+    for (phase, time) in [(Phase::Measure, plan.warm_up), (Phase::Drain, plan.measure)] {
+        let end = Instant::now() + time;
+        watcher.until(|| Instant::now() >= end)?;
+        control.set(phase);
+    }
+    watcher.until(|| control.all_through(Phase::Drain))?;
+    if plan.verify {
+        control.set(Phase::Sweep);
+        watcher.until(|| control.all_through(Phase::Sweep))?;
+    }
+    control.set(Phase::End);
+    Ok(())
+}
+
+struct Watcher<'c, W> {
+    control: &'c Control,
+    timeout: Duration,
+    moved: u64,
+    since: Instant,
+    watch: &'c mut W,
+}
+
+impl<W: FnMut() -> Result<(), LoadError>> Watcher<'_, W> {
+    fn until(&mut self, done: impl Fn() -> bool) -> Result<(), LoadError> {
+        while !done() {
+            if self.control.phase() == Phase::Abandon {
+                return Err(LoadError::Abandoned);
+            }
+            (self.watch)()?;
+            self.check_progress()?;
+            std::thread::sleep(TICK);
+        }
+        Ok(())
+    }
+
+    fn check_progress(&mut self) -> Result<(), LoadError> {
+        let moved = self.control.sum(|thread| &thread.moved);
+        let in_flight = self.control.sum(|thread| &thread.in_flight);
+        if moved != self.moved || in_flight == 0 {
+            self.moved = moved;
+            self.since = Instant::now();
+        } else if self.since.elapsed() > self.timeout {
+            return Err(LoadError::Stalled {
+                waited: self.timeout,
+                in_flight,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// A thread's run.
+fn drive<R: Ring>(
+    mut lanes: Vec<Named<'_, R>>,
+    control: &Control,
+    progress: &Progress,
+) -> Result<Measured, LoadError> {
+    let mut current = None;
+    let mut since = Instant::now();
+    let mut elapsed = Duration::ZERO;
+    let mut idle_rounds = 0u32;
+    let mut moved = 0u64;
+    loop {
+        let phase = control.phase();
+        if current != Some(phase) {
+            if current == Some(Phase::Measure) {
+                elapsed = since.elapsed();
+            }
+            enter(&mut lanes, phase, since.elapsed());
+            (current, since) = (Some(phase), Instant::now());
+            idle_rounds = 0;
+        }
+        match phase {
+            Phase::Abandon => return Err(LoadError::Abandoned),
+            Phase::End => break,
+            _ => {}
+        }
+        if step(&mut lanes)? {
+            moved += 1;
+            progress.moved.store(moved, Relaxed);
+            idle_rounds = 0;
+            continue;
+        }
+        idle_rounds += 1;
+        if idle_rounds == 1 {
+            let in_flight: usize = lanes.iter().map(|named| named.lane.in_flight()).sum();
+            progress.in_flight.store(in_flight as u64, Relaxed);
+            if lanes.iter().all(|named| named.lane.is_through()) {
+                progress.through.store(phase as u8, Release);
+            }
+        } else if idle_rounds > YIELD_AFTER {
+            idle_rounds = 0;
+            std::thread::yield_now();
+        }
+        std::hint::spin_loop();
+    }
+    collect(&lanes, elapsed)
+}
+
+#[inline]
+fn step<R: Ring>(lanes: &mut [Named<'_, R>]) -> Result<bool, LoadError> {
+    let mut any = false;
+    for named in lanes {
+        any |= named.lane.step().map_err(|source| LoadError::Queue {
+            device: named.device.clone(),
+            queue: named.queue,
+            source,
+        })?;
+    }
+    Ok(any)
+}
+
+fn enter<R: Ring>(lanes: &mut [Named<'_, R>], phase: Phase, last: Duration) {
+    for Named { lane, .. } in lanes {
+        match phase {
+            Phase::Fill => lane.set_stage(Some(Stage::Fill)),
+            Phase::WarmUp => {
+                lane.set_stage(Some(Stage::Mixed));
+                lane.start_counting(Duration::MAX);
+            }
+            Phase::Measure => {
+                // A thread that begins late, with no warm-up, is here first.
+                lane.set_stage(Some(Stage::Mixed));
+                lane.start_counting(last);
+            }
+            Phase::Drain => {
+                lane.stop_counting();
+                lane.set_stage(None);
+            }
+            Phase::Sweep => {
+                lane.set_pace(None);
+                lane.set_stage(Some(Stage::Sweep));
+            }
+            Phase::End | Phase::Abandon => lane.set_stage(None),
+        }
+    }
+}
+
+fn collect<R: Ring>(lanes: &[Named<'_, R>], elapsed: Duration) -> Result<Measured, LoadError> {
+    let parts = lanes.iter().map(|named| {
+        let (latency, sample_every) = named.lane.latency();
+        Measured {
+            counts: named.lane.measured(),
+            elapsed,
+            latency: latency.clone(),
+            sample_every,
+            verified_reads: named.lane.verified_reads(),
+        }
+    });
+    let whole = parts.reduce(|mut whole, part| {
+        whole.add(&part);
+        whole
+    });
+    whole.ok_or_else(|| LoadError::Options("a thread without a queue: use fewer --cpu".to_owned()))
+}

@@ -1,0 +1,257 @@
+//! The figures of a run, as text and as one line of JSON.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::fmt;
+
+use serde_json::{Value, json};
+
+use super::arguments::Arguments;
+use super::engine::Measured;
+use super::pingpong::{Distance, Placement};
+use super::requests::Shape;
+use super::source::Pattern;
+
+/// The floor beside a run.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Floor {
+    /// Requests a second.
+    pub iops: f64,
+    /// Whether the CPUs were near then.
+    pub placement: Option<Placement>,
+}
+
+impl Floor {
+    /// Of a run against an echo.
+    #[must_use]
+    pub fn of(report: &Report) -> Self {
+        Self {
+            iops: report.iops(),
+            placement: report.distance.map(|distance| distance.placement()),
+        }
+    }
+}
+
+/// What came out, and of what.
+#[derive(Debug)]
+pub struct Report {
+    name: String,
+    shape: Shape,
+    read_percent: u8,
+    pattern: Pattern,
+    queues: u16,
+    packed: bool,
+    event_idx: bool,
+    verify: bool,
+    /// Whether the memory lay in huge pages.
+    pub huge_pages: bool,
+    /// The figures.
+    pub measured: Measured,
+    /// Of the two CPUs, if they were named.
+    pub distance: Option<Distance>,
+    /// Measured before and after, if that was asked for.
+    pub floors: Vec<Floor>,
+}
+
+impl Report {
+    /// For a run as the command line says, without distance and floor.
+    #[must_use]
+    pub fn new(
+        arguments: &Arguments,
+        shape: &Shape,
+        event_idx: bool,
+        huge_pages: bool,
+        measured: Measured,
+    ) -> Self {
+        let sockets = arguments
+            .socket
+            .iter()
+            .map(|socket| socket.display().to_string());
+        let sockets: Vec<String> = sockets.collect();
+        Self {
+            name: if sockets.is_empty() {
+                "ring echo".to_owned()
+            } else {
+                sockets.join(", ")
+            },
+            shape: *shape,
+            read_percent: arguments.mix.read_percent(),
+            pattern: arguments.pattern,
+            queues: arguments.queues,
+            packed: arguments.packed,
+            event_idx,
+            verify: arguments.verify,
+            huge_pages,
+            measured,
+            distance: None,
+            floors: Vec::new(),
+        }
+    }
+
+    /// Requests a second.
+    #[must_use]
+    pub fn iops(&self) -> f64 {
+        ratio(self.measured.counts.answered, 1) / self.measured.elapsed.as_secs_f64().max(1e-9)
+    }
+
+    /// Of the floors before and after the higher one: the ratio flatters nobody.
+    fn floor(&self) -> Option<f64> {
+        self.floors.iter().map(|floor| floor.iops).reduce(f64::max)
+    }
+
+    /// The run as one JSON object.
+    #[must_use]
+    pub fn json(&self) -> Value {
+        let latency = &self.measured.latency;
+        let at = |quantile| micros(latency.value_at_quantile(quantile));
+        let counts = &self.measured.counts;
+        let bytes = self.iops() * f64::from(self.shape.block_bytes);
+        json!({
+            "target": self.name,
+            "depth": self.shape.depth,
+            "block_bytes": self.shape.block_bytes,
+            "read_percent": self.read_percent,
+            "pattern": self.pattern_name(),
+            "queues": self.queues,
+            "ring": self.ring_name(),
+            "event_idx": self.event_idx,
+            "indirect": self.shape.indirect,
+            "segments": self.shape.segments,
+            "huge_pages": self.huge_pages,
+            "seconds": self.measured.elapsed.as_secs_f64(),
+            "requests": counts.answered,
+            "reads": counts.reads,
+            "iops": self.iops(),
+            "bytes_per_second": bytes,
+            "latency_us": {
+                "p50": at(0.5), "p99": at(0.99), "p99.9": at(0.999), "max": micros(latency.max()),
+                "mean": latency.mean() / 1000.0,
+                "samples": latency.len(), "one_of": self.measured.sample_every,
+            },
+            "requests_per_kick": per(counts.answered, counts.kicks),
+            "requests_per_call": per(counts.answered, counts.calls),
+            "verified_reads": self.verify.then_some(self.measured.verified_reads),
+            "round_trip_ns": self.distance.map(|d| json!([d.before_ns, d.after_ns])),
+            "placement": self.distance.map(|d| d.placement().to_string()),
+            "floor_iops": self.floors.iter().map(|floor| floor.iops).collect::<Vec<_>>(),
+            "floor_placement": self.floors.iter()
+                .map(|floor| floor.placement.map(|p| p.to_string())).collect::<Vec<_>>(),
+            "of_floor": self.floor().map(|floor| self.iops() / floor),
+        })
+    }
+
+    fn pattern_name(&self) -> &'static str {
+        match self.pattern {
+            Pattern::Random => "random",
+            Pattern::Sequential => "sequential",
+        }
+    }
+
+    fn ring_name(&self) -> &'static str {
+        if self.packed { "packed" } else { "split" }
+    }
+
+    fn write_head(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let shape = &self.shape;
+        write!(
+            f,
+            "{}: {} B {}, {} % reads, depth {}, {} queue(s), {} ring",
+            self.name,
+            shape.block_bytes,
+            self.pattern_name(),
+            self.read_percent,
+            shape.depth,
+            self.queues,
+            self.ring_name(),
+        )?;
+        for (said, name) in [(self.event_idx, "EVENT_IDX"), (shape.indirect, "indirect")] {
+            if said {
+                write!(f, ", {name}")?;
+            }
+        }
+        if shape.segments > 1 {
+            write!(f, ", {} segments", shape.segments)?;
+        }
+        writeln!(f)
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.write_head(f)?;
+        let Measured {
+            counts,
+            latency,
+            sample_every,
+            verified_reads,
+            ..
+        } = &self.measured;
+        let gib = self.iops() * f64::from(self.shape.block_bytes) / f64::from(1u32 << 30);
+        writeln!(f, "  {:.0} IOPS, {gib:.2} GiB/s", self.iops())?;
+        let at = |quantile| micros(latency.value_at_quantile(quantile));
+        writeln!(
+            f,
+            "  latency: 50 % {:.2} us, 99 % {:.2} us, 99.9 % {:.2} us, max {:.2} us (of one request in {sample_every})",
+            at(0.5),
+            at(0.99),
+            at(0.999),
+            micros(latency.max()),
+        )?;
+        for (name, count) in [("kick", counts.kicks), ("call", counts.calls)] {
+            match per(counts.answered, count) {
+                Some(requests) => writeln!(f, "  {requests:.1} requests a {name}")?,
+                None => writeln!(f, "  no {name}s")?,
+            }
+        }
+        if self.verify {
+            writeln!(f, "  {verified_reads} reads checked, all as written")?;
+        }
+        if let Some(distance) = self.distance {
+            let Distance {
+                before_ns,
+                after_ns,
+            } = distance;
+            let placement = distance.placement();
+            writeln!(
+                f,
+                "  CPUs {placement}: round trip {before_ns:.0} ns before, {after_ns:.0} ns after"
+            )?;
+        }
+        if let Some(floor) = self.floor() {
+            let floors: Vec<String> = self.floors.iter().map(Floor::to_string).collect();
+            let of_it = self.iops() / floor;
+            writeln!(
+                f,
+                "  floor {}: {of_it:.3} of it",
+                floors.join(" before, ") + " after"
+            )?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Floor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.0} IOPS", self.iops)?;
+        match self.placement {
+            Some(placement) => write!(f, " ({placement})"),
+            None => Ok(()),
+        }
+    }
+}
+
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "counts of a run are far below 2^53"
+)]
+fn ratio(count: u64, by: u64) -> f64 {
+    count as f64 / by as f64
+}
+
+fn per(count: u64, by: u64) -> Option<f64> {
+    (by > 0).then(|| ratio(count, by))
+}
+
+fn micros(nanos: u64) -> f64 {
+    ratio(nanos, 1000)
+}
