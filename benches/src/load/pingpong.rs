@@ -6,8 +6,8 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::fmt;
-use std::sync::atomic::AtomicU32;
-use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::time::Instant;
 
 use super::LoadError;
@@ -17,11 +17,8 @@ use crate::serve::cpus;
 const ROUNDS: u32 = 500;
 /// Samples; their lower quartile counts: whoever disturbs a sample only ever makes it longer.
 const SAMPLES: usize = 200;
-/// What is nearer than this is near. Neighbours need about 50 ns, others about 340.
-const NEAR_NS: f64 = 130.0;
-/// Ends the echo.
-const STOP: u32 = u32::MAX;
-
+/// What is nearer than this is near. Neighbours need 50 to 110 ns, others 340 and more.
+const NEAR_NS: f64 = 180.0;
 /// Whether two CPUs were neighbours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Placement {
@@ -64,10 +61,12 @@ impl Distance {
     }
 }
 
+/// Alone on its cache line, and on the one that is fetched with it.
 #[repr(align(128))]
-struct Line(AtomicU32);
+struct Alone<T>(T);
 
-/// Nanoseconds of a round trip between two CPUs, without what disturbs it.
+/// Nanoseconds of a round trip between two CPUs, without what disturbs it: of one cache line in which
+/// one side writes odd numbers and the other answers with the next even one.
 ///
 /// # Errors
 /// [`LoadError::Options`] if they are one, or a thread can't be bound to one of them.
@@ -76,27 +75,23 @@ pub fn round_trip_ns(here: usize, there: usize) -> Result<f64, LoadError> {
         let what = format!("CPU {here} is on both sides: choose another --cpu or --peer-cpu");
         return Err(LoadError::Options(what));
     }
-    let (ping, pong) = (Line(AtomicU32::new(0)), Line(AtomicU32::new(0)));
-    let (ping, pong) = (&ping.0, &pong.0);
+    let (ball, stop) = (Alone(AtomicU32::new(0)), Alone(AtomicBool::new(false)));
+    let (ball, stop) = (&ball.0, &stop.0);
     std::thread::scope(|scope| {
         let echo = scope.spawn(move || {
             let bound = pin(there);
-            let mut last = 0;
-            loop {
-                match ping.load(Acquire) {
-                    STOP => return bound,
-                    value if value != last => {
-                        last = value;
-                        pong.store(value, Release);
-                    }
-                    _ => {}
+            while !stop.load(Relaxed) {
+                let value = ball.load(Acquire);
+                if value % 2 == 1 {
+                    ball.store(value + 1, Release);
                 }
             }
+            bound
         });
         let caller = scope.spawn(move || {
             let bound = pin(here);
-            let samples = sample(ping, pong);
-            ping.store(STOP, Release);
+            let samples = sample(ball);
+            stop.store(true, Relaxed);
             bound.map(|()| samples)
         });
         let samples = caller.join().map_err(|_| LoadError::Panicked)?;
@@ -107,15 +102,15 @@ pub fn round_trip_ns(here: usize, there: usize) -> Result<f64, LoadError> {
     })
 }
 
-fn sample(ping: &AtomicU32, pong: &AtomicU32) -> Vec<f64> {
+fn sample(ball: &AtomicU32) -> Vec<f64> {
     let mut value = 0u32;
     let mut samples = Vec::with_capacity(SAMPLES);
     for _ in 0..SAMPLES {
         let start = Instant::now();
         for _ in 0..ROUNDS {
-            value += 1;
-            ping.store(value, Release);
-            while pong.load(Acquire) != value {}
+            ball.store(value + 1, Release);
+            while ball.load(Acquire) != value + 2 {}
+            value += 2;
         }
         samples.push(start.elapsed().as_secs_f64() * 1e9 / f64::from(ROUNDS));
     }
