@@ -1,7 +1,7 @@
 //! Walks a run of data units from source to destination segments, in batches whose bases are made together.
 //!
 //! Where a group of 32 cipher blocks lies in one piece on both sides, the kernel works on it there. One
-//! that straddles segments goes through a group's room on the stack, which is wiped. So do the bases.
+//! that straddles segments goes through a group's room on the stack, which is wiped. So are the bases.
 //!
 //! UNSAFETY: segments are raw ranges: a cursor must never give out more of one than there is, and
 //! source and destination advance by the same bytes, so that what may be in place stays in place.
@@ -59,28 +59,28 @@ impl Run<'_> {
         let mut bases = MaybeUninit::<[Base; BATCH_GROUPS + 1]>::uninit();
         let bases = bases.as_mut_ptr().cast::<Base>();
         let (mut source, mut destination) = (Cursor::new(source), Cursor::new(destination));
-        let (mut first, mut left, mut written) = (self.first, units, 0);
+        let (mut first, mut left) = (self.first, units);
         while left > 0 {
             let units = batch(self.unit, first, left);
             let groups = units * self.unit.groups();
-            // SAFETY: a batch's bases have room; the low half does not overflow in a batch.
-            let here =
-                unsafe { (self.functions.bases)(self.schedule, self.unit, first, units, bases) };
-            written = written.max(here);
-            // SAFETY: passed on: as many bytes are left on both sides.
-            unsafe { self.groups(bases, groups, &mut source, &mut destination) };
+            // SAFETY: a batch's bases have room; the low half does not overflow in a batch. As many bytes are left
+            // on both sides. Kernels wipe the bases that they use; the others are in the array.
+            unsafe {
+                let written = (self.functions.bases)(self.schedule, self.unit, first, units, bases);
+                self.groups(bases, groups, &mut source, &mut destination);
+                let unused = written.saturating_sub(groups);
+                raw::wipe(bases.add(groups).cast(), unused * size_of::<Base>());
+            }
             first = first.wrapping_add(units as u128);
             left -= units;
         }
-        // SAFETY: at most the array.
-        unsafe { raw::wipe(bases.cast(), written * size_of::<Base>()) };
     }
 
     /// # Safety
     /// As `between`, for as many groups; there are as many bases.
     unsafe fn groups(
         &self,
-        bases: *const Base,
+        bases: *mut Base,
         groups: usize,
         source: &mut Cursor<impl Iterator<Item = Piece>>,
         destination: &mut Cursor<impl Iterator<Item = Piece>>,
@@ -120,7 +120,7 @@ impl Run<'_> {
     unsafe fn straddling(
         &self,
         crypt: Crypt,
-        base: *const Base,
+        base: *mut Base,
         source: &mut Cursor<impl Iterator<Item = Piece>>,
         destination: &mut Cursor<impl Iterator<Item = Piece>>,
     ) {

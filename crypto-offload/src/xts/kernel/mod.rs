@@ -102,7 +102,7 @@ impl std::fmt::Display for Kernel {
     }
 }
 
-/// Encrypts or decrypts groups one after the other.
+/// Encrypts or decrypts groups one after the other, and overwrites their bases with zeroes.
 ///
 /// # Safety
 /// `schedule` was written by `expand` of the same kernel; there are `groups` bases and room for one more, which may be
@@ -110,7 +110,7 @@ impl std::fmt::Display for Kernel {
 /// [`GROUP_BYTES`] to read at `src` and to write at `dst`, which are the same address or don't overlap.
 /// Others may change the bytes meanwhile.
 pub(super) type Crypt =
-    unsafe fn(schedule: *const u8, bases: *const Base, groups: usize, src: *const u8, dst: *mut u8);
+    unsafe fn(schedule: *const u8, bases: *mut Base, groups: usize, src: *const u8, dst: *mut u8);
 
 /// What a kernel consists of.
 #[derive(Clone, Copy)]

@@ -110,7 +110,7 @@ unsafe fn bases(
 /// As [`super::Crypt`].
 unsafe fn crypt(
     schedule: *const u8,
-    bases: *const Base,
+    bases: *mut Base,
     groups: usize,
     src: *const u8,
     dst: *mut u8,
@@ -122,10 +122,9 @@ unsafe fn crypt(
     let mut data = [Block::default(); GROUP_BLOCKS];
     for group in 0..groups {
         // SAFETY: there are `groups` bases.
-        chain(
-            u128::from_le_bytes(unsafe { *bases.add(group) }.0),
-            &mut tweaks,
-        );
+        let base = unsafe { &mut (*bases.add(group)).0 };
+        chain(u128::from_le_bytes(*base), &mut tweaks);
+        base.zeroize();
         let at = group * GROUP_BYTES;
         // SAFETY: inside the caller's range; `data` is a group's room, ours.
         unsafe { raw::copy(src.add(at), data.as_mut_ptr().cast(), GROUP_BYTES) };

@@ -88,7 +88,7 @@ macro_rules! groups {
         #[target_feature(enable = "aes,sse2")]
         pub(super) unsafe fn $name(
             schedule: *const u8,
-            bases: *const Base,
+            bases: *mut Base,
             groups: usize,
             src: *const u8,
             dst: *mut u8,
@@ -115,6 +115,8 @@ macro_rules! groups {
                     "add {dst}, 128",
                     "dec {batch:e}",
                     "jnz 3b",
+                    "mov qword ptr [{bases}], 0",
+                    "mov qword ptr [{bases} + 8], 0",
                     "add {bases}, 16",
                     "dec {groups}",
                     "jnz 2b",

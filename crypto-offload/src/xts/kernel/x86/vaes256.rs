@@ -116,7 +116,7 @@ macro_rules! groups {
         #[target_feature(enable = "avx2,vaes,vpclmulqdq")]
         pub(super) unsafe fn $name(
             schedule: *const u8,
-            bases: *const Base,
+            bases: *mut Base,
             groups: usize,
             src: *const u8,
             dst: *mut u8,
@@ -148,6 +148,8 @@ macro_rules! groups {
                     "add {dst}, 256",
                     "dec {batch:e}",
                     "jnz 3b",
+                    "mov qword ptr [{bases}], 0",
+                    "mov qword ptr [{bases} + 8], 0",
                     "add {bases}, 16",
                     "dec {groups}",
                     "jnz 2b",

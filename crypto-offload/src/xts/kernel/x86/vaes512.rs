@@ -283,6 +283,8 @@ macro_rules! group {
             round!(@some $round 26: 0 1 2 3 4 5 6 7),
             tweaks!(12: $($next)*),
             last_round!($last: 0 $a 0, 1 $b 64, 2 $c 128, 3 $d 192, 4 $e 256, 5 $f 320, 6 $g 384, 7 $h 448,),
+            "mov qword ptr [{bases}], 0\n",
+            "mov qword ptr [{bases} + 8], 0\n",
             "add {bases}, 16\n",
             "add {src}, {group}\n",
             "add {dst}, {group}\n",
@@ -306,7 +308,7 @@ macro_rules! groups {
         #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,vaes")]
         pub(super) unsafe fn $name(
             schedule: *const u8,
-            bases: *const Base,
+            bases: *mut Base,
             groups: usize,
             src: *const u8,
             dst: *mut u8,

@@ -32,10 +32,18 @@ pub(super) unsafe fn bases(
     unsafe {
         let keys = schedule.add(std::mem::offset_of!(Schedule, tweak));
         match (unit, units) {
-            (_, 0) => 0,
-            (DataUnit::B512, 1..=4) => four_small(keys, first, to),
+            (DataUnit::B512, 0..=4) => four_small(keys, first, to),
             (DataUnit::B512, _) => small(keys, first, units.div_ceil(16), to),
-            (_, 1) => one_large(keys, first, to),
+            (_, 0..=3) => {
+                for at in 0..units {
+                    one_large(
+                        keys,
+                        first.wrapping_add(at as u128),
+                        to.add(at * unit.groups()),
+                    );
+                }
+                units * unit.groups()
+            }
             (_, _) => large(keys, first, units.div_ceil(4), to),
         }
     }
@@ -211,10 +219,10 @@ unsafe fn small(keys: *const u8, first: u128, sixteens: usize, to: *mut Base) ->
 }
 
 /// # Safety
-/// As [`super::super::Functions::bases`].
+/// As [`super::super::Functions::bases`], of one unit of 4096 bytes.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,vaes,vpclmulqdq")]
-unsafe fn one_large(keys: *const u8, first: u128, to: *mut Base) -> usize {
-    let (low, high) = halves(first);
+unsafe fn one_large(keys: *const u8, number: u128, to: *mut Base) {
+    let (low, high) = halves(number);
     // SAFETY: the keys of a schedule are read, room for the eight of a unit is written.
     unsafe {
         asm!(
@@ -222,13 +230,20 @@ unsafe fn one_large(keys: *const u8, first: u128, to: *mut Base) -> usize {
             "vpinsrq xmm0, xmm0, {high}, 1",
             "vmovq xmm30, {reduction}",
             rounds!("xmm", "vmovdqu64": 0),
-            "vmovdqu64 [{to}], xmm0", times_x32!("xmm", 0),
-            "vmovdqu64 [{to} + 16], xmm0", times_x32!("xmm", 0),
-            "vmovdqu64 [{to} + 32], xmm0", times_x32!("xmm", 0),
-            "vmovdqu64 [{to} + 48], xmm0", times_x32!("xmm", 0),
-            "vmovdqu64 [{to} + 64], xmm0", times_x32!("xmm", 0),
-            "vmovdqu64 [{to} + 80], xmm0", times_x32!("xmm", 0),
-            "vmovdqu64 [{to} + 96], xmm0", times_x32!("xmm", 0),
+            "vmovdqu64 [{to} + 0], xmm0",
+            times_x32!("xmm", 0),
+            "vmovdqu64 [{to} + 16], xmm0",
+            times_x32!("xmm", 0),
+            "vmovdqu64 [{to} + 32], xmm0",
+            times_x32!("xmm", 0),
+            "vmovdqu64 [{to} + 48], xmm0",
+            times_x32!("xmm", 0),
+            "vmovdqu64 [{to} + 64], xmm0",
+            times_x32!("xmm", 0),
+            "vmovdqu64 [{to} + 80], xmm0",
+            times_x32!("xmm", 0),
+            "vmovdqu64 [{to} + 96], xmm0",
+            times_x32!("xmm", 0),
             "vmovdqu64 [{to} + 112], xmm0",
             wipe!(0 29 31),
             keys = in(reg) keys,
@@ -243,7 +258,6 @@ unsafe fn one_large(keys: *const u8, first: u128, to: *mut Base) -> usize {
             options(nostack),
         );
     }
-    8
 }
 
 /// # Safety
