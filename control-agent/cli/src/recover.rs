@@ -247,7 +247,7 @@ struct Mapping {
     from: u64,
     /// Byte behind the last.
     to: u64,
-    /// What follows the volume's name in that of the device.
+    /// What follows the volume's name in that of the device; nothing for the whole volume.
     suffix: &'static str,
 }
 
@@ -269,6 +269,9 @@ impl Mapping {
             line.push_str(&format!(" --offset {sector} --skip {sector}"));
         }
         line.push_str(&format!(" --size {}", (self.to - self.from) / SECTOR_BYTES));
+        if !self.suffix.is_empty() {
+            line.push_str(" --shared"); // with the mapping of the other part
+        }
         if volume.read_only {
             line.push_str(" --readonly");
         }

@@ -291,8 +291,8 @@ fn recover_gives_the_lines_for_both_parts() {
     for line in [
         "bs=512 skip=8192 seek=2048 count=16 conv=notrunc,fsync",
         "# up to byte 1056768, under the key",
-        "--sector-size 4096 --iv-large-sectors --size 2064 ",
-        "--iv-large-sectors --offset 2064 --skip 2064 --size 4080 ",
+        "--sector-size 4096 --iv-large-sectors --size 2064 --shared ",
+        "--iv-large-sectors --offset 2064 --skip 2064 --size 4080 --shared ",
         "printf '0 2064 linear /dev/mapper/bulkhead-v-key 0\\n2064 4080 linear \
          /dev/mapper/bulkhead-v-previous 0\\n' | dmsetup create bulkhead-v",
     ] {
