@@ -50,6 +50,19 @@ impl Random {
     }
 }
 
+/// Bytes of a block that [`stamp`] fills.
+pub const STAMP_BLOCK: usize = 4096;
+
+/// Fills blocks with what a stamp puts into each: other bytes for each block and each stamp.
+pub fn stamp(bytes: &mut [u8], first_block: usize, stamp: u64) {
+    for (index, block) in bytes.chunks_exact_mut(STAMP_BLOCK).enumerate() {
+        let mut random = Random::new(stamp ^ ((first_block + index) as u64).rotate_left(40));
+        for word in block.chunks_exact_mut(8) {
+            word.copy_from_slice(&random.next_u64().to_le_bytes());
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

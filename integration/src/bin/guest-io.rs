@@ -16,10 +16,10 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::process::ExitCode;
 
-use bulkhead_integration::random::Random;
+use bulkhead_integration::random::{Random, STAMP_BLOCK, stamp};
 
 /// Unit of all that is done, in bytes.
-const BLOCK: usize = 4096;
+const BLOCK: usize = STAMP_BLOCK;
 /// Longest request in blocks.
 const LONGEST: usize = 64;
 /// `O_DIRECT` of x86-64.
@@ -127,16 +127,6 @@ fn open(device: &str) -> io::Result<(File, usize)> {
     let bytes = file.seek(SeekFrom::End(0))?;
     let blocks = usize::try_from(bytes).map_err(io::Error::other)? / BLOCK;
     Ok((file, blocks))
-}
-
-/// Fills blocks with what a stamp puts into each.
-fn stamp(bytes: &mut [u8], first: usize, stamp: u64) {
-    for (index, block) in bytes.chunks_exact_mut(BLOCK).enumerate() {
-        let mut random = Random::new(stamp ^ ((first + index) as u64).rotate_left(40));
-        for word in block.chunks_exact_mut(8) {
-            word.copy_from_slice(&random.next_u64().to_le_bytes());
-        }
-    }
 }
 
 fn check(device: &str, threads: usize, operations: usize) -> io::Result<()> {

@@ -9,6 +9,7 @@ mod guests;
 mod isolation;
 mod migration;
 mod refusals;
+mod rekey_dmcrypt;
 mod support;
 mod volumes;
 mod whole_disk;
@@ -41,6 +42,7 @@ fn main() {
         dmcrypt::TESTS,
         dmcrypt_kernels::TESTS,
         refusals::TESTS,
+        rekey_dmcrypt::TESTS,
         isolation::TESTS,
     ];
     let mut trials = Vec::new();
