@@ -14,8 +14,7 @@ use vm_memory::{
 /// Requests that are available at once.
 pub const BATCH: u16 = 32;
 pub const RING_SIZE: u16 = 128;
-pub const REQUEST_BYTES: u32 = 4096;
-const MEMORY_BYTES: u64 = 4 << 20;
+const MEMORY_BYTES: u64 = 8 << 20;
 
 pub const DESC: u64 = 0;
 pub const AVAIL: u64 = 0x1000;
@@ -32,7 +31,8 @@ pub struct Guest {
 }
 
 impl Guest {
-    pub fn new(kind: u32) -> Self {
+    /// Requests of so many bytes each, one after the other on the disk; at most 128 KiB.
+    pub fn new(kind: u32, request_bytes: u32) -> Self {
         let (device_side, fd) = anonymous(MEMORY_BYTES).unwrap();
         let file = FileOffset::new(File::from(fd), 0);
         let region = MmapRegion::from_file(file, usize::try_from(MEMORY_BYTES).unwrap()).unwrap();
@@ -43,7 +43,7 @@ impl Guest {
             avail: 0,
         };
         for request in 0..BATCH {
-            guest.prepare(request, kind);
+            guest.prepare(request, kind, request_bytes);
         }
         for slot in 0..RING_SIZE {
             let head = slot % BATCH * 3;
@@ -56,9 +56,9 @@ impl Guest {
         self.memory.write_slice(bytes, GuestAddress(at)).unwrap();
     }
 
-    fn prepare(&self, request: u16, kind: u32) {
+    fn prepare(&self, request: u16, kind: u32, request_bytes: u32) {
         let at = u64::from(request);
-        let sector = at * u64::from(REQUEST_BYTES) / 512;
+        let sector = at * u64::from(request_bytes) / 512;
         let mut header = kind.to_le_bytes().to_vec();
         header.extend([0; 4]);
         header.extend(sector.to_le_bytes());
@@ -69,8 +69,8 @@ impl Guest {
         self.describe(head, HEADERS + at * 16, 16, next);
         self.describe(
             head + 1,
-            DATA + at * u64::from(REQUEST_BYTES),
-            REQUEST_BYTES,
+            DATA + at * u64::from(request_bytes),
+            request_bytes,
             data,
         );
         self.describe(head + 2, STATUS + at, 1, writable);

@@ -1,12 +1,13 @@
 //! What a request costs from the avail ring to the used ring, in one process: popping, parsing, whole null
-//! requests and encrypted ones of 4 KiB; beside the stock crates as `serve --reference` uses them,
-//! and beside the cipher alone.
+//! requests and encrypted ones of 4 KiB; beside the stock crates as `serve --reference` uses them. And
+//! encrypted ones of either size and data unit (`encrypted`).
 //!
 //! A turn is [`guest::BATCH`] requests, made available at once; criterion's throughput counts requests. Nobody
 //! else runs: driver and device take turns on one thread, but for the rows `worker/..`, where a
 //! worker of the data plane polls on another core. The rows `ratio/..` divide medians of one run.
 #![allow(clippy::unwrap_used, reason = "a bench ends where something fails")]
 
+mod encrypted;
 mod guest;
 
 use std::rc::Rc;
@@ -18,7 +19,7 @@ use bulkhead_benches::serve::devices::{Backing, DiskSpec, Xts};
 use bulkhead_benches::serve::reference::request;
 use bulkhead_benches::serve::reference::store::{Disk, Scratch};
 use bulkhead_crypto::xts::KEY_BYTES;
-use bulkhead_crypto::{DataUnit, SecretArena, SecretMemory, XtsKey};
+use bulkhead_crypto::{DataUnit, SecretArena, SecretMemory};
 use bulkhead_dataplane::blk::BlkDevice;
 use bulkhead_dataplane::blk::config_space::feature;
 use bulkhead_dataplane::blk::pipeline::{Begun, Local, Pipeline, Start};
@@ -34,9 +35,11 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 use virtio_queue::{Queue, QueueOwnedT as _, QueueT as _};
 use vm_memory::GuestAddress;
 
-use guest::{AVAIL, BATCH, DESC, Guest, REQUEST_BYTES, RING_SIZE, USED};
+use guest::{AVAIL, BATCH, DESC, Guest, RING_SIZE, USED};
 
 const DISK_BYTES: u64 = 1 << 30;
+const REQUEST_BYTES: u32 = 4096;
+
 fn key_bytes() -> [u8; KEY_BYTES] {
     std::array::from_fn(|i| u8::try_from(i).unwrap())
 }
@@ -84,11 +87,11 @@ struct Ours {
 }
 
 impl Ours {
-    fn new(kind: u32, encrypted: bool) -> Self {
-        let guest = Guest::new(kind);
+    fn new(kind: u32, request_bytes: u32, device: Arc<BlkDevice>) -> Self {
+        let guest = Guest::new(kind, request_bytes);
         let staging = Staging::new().unwrap();
         let mut ring = Ring::new(&staging).unwrap();
-        let local = Local::open(device(encrypted), &mut ring).unwrap();
+        let local = Local::open(device, &mut ring).unwrap();
         let features = QueueFeatures::default();
         Self {
             queue: SplitQueue::new(&guest.device_side, Guest::layout(), 0, features).unwrap(),
@@ -154,7 +157,7 @@ impl Peer {
         queue.try_set_used_ring_address(GuestAddress(USED)).unwrap();
         queue.set_ready(true);
         Self {
-            guest: Guest::new(kind),
+            guest: Guest::new(kind, REQUEST_BYTES),
             queue,
             disk: Disk::new(spec(encrypted)).unwrap(),
             scratch: Scratch::default(),
@@ -187,7 +190,7 @@ struct Threaded {
 
 impl Threaded {
     fn new() -> Self {
-        let guest = Guest::new(VIRTIO_BLK_T_IN);
+        let guest = Guest::new(VIRTIO_BLK_T_IN, REQUEST_BYTES);
         let (mut workers, replies) = start(&[WorkerConfig::default()]).unwrap();
         let threaded = Self {
             worker: workers.pop(),
@@ -266,7 +269,7 @@ fn rows(c: &mut Criterion) {
     for (name, kind, encrypted, depth, has_peer) in ROWS {
         let mut group = c.benchmark_group(format!("request/{name}"));
         group.throughput(Throughput::Elements(u64::from(BATCH)));
-        let mut ours = Ours::new(kind, encrypted);
+        let mut ours = Ours::new(kind, REQUEST_BYTES, device(encrypted));
         group.bench_function("bulkhead", |b| b.iter(|| ours.turn(depth)));
         ours.guest.check(depth == Depth::Whole);
         if has_peer {
@@ -288,54 +291,29 @@ fn rows(c: &mut Criterion) {
     group.finish();
 }
 
-/// The cipher alone, for as many bytes as a turn has.
-fn cipher_alone() -> impl FnMut(bool) {
-    let arena = SecretArena::new(1).unwrap();
-    let key = XtsKey::new(&arena, &key_bytes()).unwrap();
-    let source = vec![0; REQUEST_BYTES as usize];
-    let mut destination = source.clone();
-    move |encrypt| {
-        for unit in 0..u64::from(BATCH) {
-            if encrypt {
-                key.encrypt(DataUnit::B4096, unit, &source, &mut destination)
-            } else {
-                key.decrypt(DataUnit::B4096, unit, &source, &mut destination)
-            }
-            .unwrap();
-        }
-    }
-}
-
 fn ratios() {
     for (name, kind, encrypted, depth, has_peer) in ROWS {
         if !has_peer {
             continue;
         }
-        let mut ours = Ours::new(kind, encrypted);
+        let mut ours = Ours::new(kind, REQUEST_BYTES, device(encrypted));
         let mut peer = Peer::new(kind, encrypted);
-        let mut alone = cipher_alone();
-        let times = medians(&mut [
-            &mut || ours.turn(depth),
-            &mut || peer.turn(depth),
-            &mut || alone(kind == VIRTIO_BLK_T_OUT),
-        ]);
-        print!(
+        let times = medians(&mut [&mut || ours.turn(depth), &mut || peer.turn(depth)]);
+        println!(
             "ratio/request/{name}  reference/bulkhead {:.2}",
             times[1] / times[0]
         );
-        if encrypted {
-            print!("  bulkhead/cipher alone {:.2}", times[0] / times[2]);
-        }
-        println!();
     }
 }
 
 fn main() {
     let mut criterion = Criterion::default().configure_from_args();
     rows(&mut criterion);
+    encrypted::rows(&mut criterion);
     criterion.final_summary();
     // `cargo bench` says --bench; without it criterion only tries each row once.
     if std::env::args().any(|argument| argument == "--bench") {
         ratios();
+        encrypted::ratios();
     }
 }
