@@ -50,6 +50,7 @@ fn bundle(rekey: Option<u8>) -> HostBundle {
         expires: 1,
         volumes: vec![volume(1, Some(512)), volume(2, None)],
         force_remove: Vec::new(),
+        shred: Vec::new(),
     }
 }
 

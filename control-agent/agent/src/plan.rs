@@ -64,6 +64,9 @@ pub struct Plan {
     pub bind: Vec<SocketName>,
     /// Listeners that go.
     pub unbind: Vec<SocketName>,
+    /// Volumes whose keys keyd destroys, served before or not; those that the applied bundle
+    /// shredded already are not among them.
+    pub shredded: Vec<VolumeId>,
 }
 
 impl Plan {
@@ -110,6 +113,9 @@ impl Plan {
             .filter(|volume| !named(&volume.socket))
             .map(|volume| volume.socket.name.clone())
             .collect();
+        let done = |id: &&VolumeId| old.is_some_and(|old| old.shred.contains(id));
+        let ordered = new.shred.iter().filter(|id| !done(id));
+        plan.shredded = ordered.copied().collect();
         plan
     }
 
@@ -122,12 +128,20 @@ impl Plan {
             && self.leaving.is_empty()
             && self.bind.is_empty()
             && self.unbind.is_empty()
+            && self.shredded.is_empty()
     }
 
     /// One line per change, for the operator.
     #[must_use]
     pub fn describe(&self, new: &HostBundle) -> Vec<String> {
-        let mut lines = Vec::new();
+        let mut lines: Vec<String> = self
+            .shredded
+            .iter()
+            .map(|id| self.shred_line(*id))
+            .collect();
+        if !lines.is_empty() {
+            lines.push("host key: replaced, and the old one destroyed".to_owned());
+        }
         for leaving in &self.leaving {
             lines.push(match leaving.change {
                 None => format!("volume {}: removed", leaving.name),
@@ -181,6 +195,12 @@ impl Plan {
         };
         format!("volume {name}: {what}{stays}")
     }
+
+    fn shred_line(&self, id: VolumeId) -> String {
+        let leaving = self.leaving.iter().find(|leaving| leaving.id == id);
+        let name = leaving.map_or_else(|| id.to_string(), |l| format!("{} ({id})", l.name));
+        format!("volume {name}: SHREDDED, its key is destroyed for ever")
+    }
 }
 
 /// A volume never shrinks under its id: what lies behind the new end would be lost, and a guest that
@@ -219,7 +239,7 @@ fn may_force(old: &Volume, new: Option<&Volume>, bundle: &HostBundle) -> bool {
     match new {
         // The bundle that changes a volume decides about its own change.
         Some(new) => new.force_removal,
-        None => old.force_removal || bundle.force_remove.contains(&old.id),
+        None => old.force_removal || bundle.forces_removal_of(old.id),
     }
 }
 

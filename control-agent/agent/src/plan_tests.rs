@@ -43,6 +43,7 @@ fn bundle(volumes: Vec<Volume>) -> HostBundle {
         expires: 1,
         volumes,
         force_remove: Vec::new(),
+        shred: Vec::new(),
     }
 }
 
@@ -266,6 +267,10 @@ fn force_comes_from_whoever_may_say_so() {
     assert!(force(&volume(1), &listed));
     listed.force_remove = vec![VolumeId([2; 16])];
     assert!(!force(&volume(1), &listed));
+    // A shred is a removal by itself.
+    let mut shredding = bundle(vec![]);
+    shredding.shred = vec![VolumeId([1; 16])];
+    assert!(force(&volume(1), &shredding));
     // A change: the flag of the bundle that changes it, and no other.
     let changed = |force_removal| {
         let mut after = volume(1);

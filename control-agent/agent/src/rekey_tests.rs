@@ -51,6 +51,7 @@ fn bundle(volume: Volume) -> HostBundle {
         expires: 1,
         volumes: vec![volume],
         force_remove: Vec::new(),
+        shred: Vec::new(),
     }
 }
 

@@ -43,7 +43,7 @@ struct Shape {
 }
 
 const BUNDLE: Shape = Shape {
-    keys: 7,
+    keys: 8,
     children: &[(5, "volumes", &VOLUME)],
 };
 const VOLUME: Shape = Shape {

@@ -32,6 +32,12 @@ pub struct HostBundle {
     /// Volumes that may be removed while a frontend is connected; none of them is in `volumes`.
     #[n(6)]
     pub force_remove: Vec<VolumeId>,
+    /// Volumes whose key the host is to destroy for ever; none of them is in `volumes`. They are
+    /// removed also while a frontend is connected. An empty list is left out, so that a bundle
+    /// without it is encoded as it was before there was this field.
+    #[n(7)]
+    #[cbor(skip_if = "Vec::is_empty")]
+    pub shred: Vec<VolumeId>,
 }
 
 /// One volume.
@@ -139,6 +145,12 @@ pub struct SealedKeyEntry {
 }
 
 impl HostBundle {
+    /// Whether it says that a volume goes although a frontend is connected.
+    #[must_use]
+    pub fn forces_removal_of(&self, id: VolumeId) -> bool {
+        self.force_remove.contains(&id) || self.shred.contains(&id)
+    }
+
     /// The volume of that id.
     #[must_use]
     pub fn volume(&self, id: VolumeId) -> Option<&Volume> {

@@ -61,6 +61,7 @@ pub fn load(path: &Path) -> Result<HostBundle, SourceError> {
         expires: time(&root, "expires")?,
         volumes,
         force_remove: parsed_list::<VolumeId>(&root, "force_remove")?,
+        shred: parsed_list::<VolumeId>(&root, "shred")?,
     };
     root.finish()?;
     validate(&bundle).map_err(|error| located(&root, &places, &error))?;

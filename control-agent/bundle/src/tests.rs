@@ -89,6 +89,7 @@ fn bundle() -> HostBundle {
         expires: 2_000,
         volumes: vec![encrypted(1), encrypted(2)],
         force_remove: vec![VolumeId([9; 16])],
+        shred: Vec::new(),
     }
 }
 

@@ -7,6 +7,7 @@ use std::fmt;
 use std::hash::Hash;
 
 pub use bulkhead_files::name::{MAX_NAME_BYTES, check_name};
+use bulkhead_protocol::VolumeId;
 
 use crate::RECOVERY_RECIPIENT;
 use crate::schema::{HostBundle, Volume};
@@ -95,20 +96,26 @@ fn check_bundle(bundle: &HostBundle) -> Result<(), Problem> {
             ),
         ));
     }
-    for (index, id) in bundle.force_remove.iter().enumerate() {
-        if bundle
-            .force_remove
-            .iter()
-            .take(index)
-            .any(|other| other == id)
-        {
-            return Err(("force_remove", format!("volume {id} is named twice")));
+    check_removed(bundle, "force_remove", &bundle.force_remove, "removed")?;
+    check_removed(bundle, "shred", &bundle.shred, "destroyed")
+}
+
+/// Ids of volumes that go: each once, and none that stays.
+fn check_removed(
+    bundle: &HostBundle,
+    field: &'static str,
+    ids: &[VolumeId],
+    fate: &str,
+) -> Result<(), Problem> {
+    for (index, id) in ids.iter().enumerate() {
+        if ids.iter().take(index).any(|other| other == id) {
+            return Err((field, format!("volume {id} is named twice")));
         }
         if let Some(volume) = bundle.volume(*id) {
             return Err((
-                "force_remove",
+                field,
                 format!(
-                    "volume {id} ({:?}) is also among the volumes: it can't be both kept and removed",
+                    "volume {id} ({:?}) is also among the volumes: it can't be both kept and {fate}",
                     volume.name
                 ),
             ));

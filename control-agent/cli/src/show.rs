@@ -124,6 +124,9 @@ fn show_bundle(bundle: &HostBundle) {
     for id in &bundle.force_remove {
         println!("remove       {id}, also while a frontend is connected");
     }
+    for id in &bundle.shred {
+        println!("shred        {id}: its key is destroyed for ever");
+    }
 }
 
 fn show_volume(volume: &Volume) {

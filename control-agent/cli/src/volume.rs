@@ -221,5 +221,6 @@ pub(crate) fn bundle_of(volumes: Vec<Volume>) -> HostBundle {
         expires: 1,
         volumes,
         force_remove: Vec::new(),
+        shred: Vec::new(),
     }
 }

@@ -96,6 +96,7 @@ pub fn bundle(epoch: u64, volumes: Vec<Volume>) -> HostBundle {
         expires: now() + 3600,
         volumes,
         force_remove: Vec::new(),
+        shred: Vec::new(),
     }
 }
 

@@ -271,10 +271,10 @@ fn refused_unknown_field() {
     let payload = encoding::encode(&bundle());
     let mut top = payload.clone();
     top[0] += 1;
-    top.extend_from_slice(&[7, 0xf5]);
+    top.extend_from_slice(&[8, 0xf5]);
     assert_eq!(
         refusal(&signed_payload(top)),
-        VerifyError::UnknownField("7".to_owned())
+        VerifyError::UnknownField("8".to_owned())
     );
     // In the second volume: its map of 14 becomes one of 15, with the field behind the last.
     let volumes = minicbor::to_vec(&bundle().volumes).expect("encodes");
@@ -439,6 +439,18 @@ fn refused_force_remove_of_what_is_kept() {
         "is also among the volumes",
     );
     refused_for_content(|b| b.force_remove.push(b.force_remove[0]), "is named twice");
+}
+
+#[test]
+fn refused_shred_of_what_is_kept() {
+    refused_for_content(
+        |b| b.shred = vec![b.volumes[0].id],
+        "it can't be both kept and destroyed",
+    );
+    refused_for_content(
+        |b| b.shred = vec![VolumeId([8; 16]); 2],
+        "shred: volume 08080808-0808-0808-0808-080808080808 is named twice",
+    );
 }
 
 #[test]

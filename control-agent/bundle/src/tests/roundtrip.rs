@@ -94,19 +94,50 @@ fn any_bundle() -> impl Strategy<Value = HostBundle> {
         any::<(u64, u64, u64)>(),
         digests,
         vec(any_volume(), 0..4),
-        ids,
+        (ids.clone(), ids),
     )
         .prop_map(
-            |(host, (epoch, not_before, expires), supersedes, volumes, force_remove)| HostBundle {
-                host,
-                epoch,
-                supersedes,
-                not_before,
-                expires,
-                volumes,
-                force_remove,
+            |(host, (epoch, not_before, expires), supersedes, volumes, (force_remove, shred))| {
+                HostBundle {
+                    host,
+                    epoch,
+                    supersedes,
+                    not_before,
+                    expires,
+                    volumes,
+                    force_remove,
+                    shred,
+                }
             },
         )
+}
+
+/// The payload of [`bundle`] without and with a volume to shred.
+fn with_shred() -> (Vec<u8>, Vec<u8>) {
+    let mut shredding = bundle();
+    shredding.shred = vec![VolumeId([8; 16])];
+    (encoding::encode(&bundle()), encoding::encode(&shredding))
+}
+
+#[test]
+fn a_bundle_that_shreds_nothing_is_encoded_as_ever() {
+    let (without, with) = with_shred();
+    // Seven entries, as before there was an eighth; with one, it stands at the end.
+    assert_eq!((without[0], with[0]), (0xa7, 0xa8));
+    let mut eighth = vec![0x07, 0x81, 0x50];
+    eighth.extend([8; 16]);
+    assert_eq!(with[1..], [&without[1..], &eighth].concat());
+    let decoded = encoding::decode(&with).expect("decodes");
+    assert_eq!(decoded.shred, [VolumeId([8; 16])]);
+}
+
+#[test]
+fn refused_an_empty_list_of_what_to_shred() {
+    let (mut without, _) = with_shred();
+    without[0] = 0xa8;
+    without.extend([0x07, 0x80]);
+    let refused = encoding::decode(&without);
+    assert_eq!(refused, Err(encoding::DecodeError::NotCanonical));
 }
 
 proptest! {
