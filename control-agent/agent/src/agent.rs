@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_bundle::{SocketSpec, TrustRoot};
 use bulkhead_protocol::admin::{AdminReply, ProcessStatus};
+use bulkhead_protocol::keys::HostKeys;
 use bulkhead_protocol::rot::Role;
 use bulkhead_protocol::{SocketName, VolumeId};
 
@@ -58,6 +59,8 @@ pub(crate) struct Known {
     pub(crate) granted: bool,
     /// Grants that did not arrive, with the reason.
     pub(crate) undelivered: BTreeMap<VolumeId, String>,
+    /// What keyd said last of the host's key and of what was shredded; none before it said anything.
+    pub(crate) keys: Option<HostKeys>,
     /// Listeners that rot confirmed.
     pub(crate) bound: BTreeMap<SocketName, SocketSpec>,
     /// Volumes that the data plane serves; none until it was asked.
@@ -344,6 +347,9 @@ impl Agent {
     }
 
     fn answered(&mut self, now: Instant, peer: Peer, request_id: u64, answer: Answer) {
+        if let Answer::Accepted { keys, .. } = &answer {
+            self.known.keys = Some(keys.clone());
+        }
         let is_it = |q: &mut Question| q.peer == peer && q.id == request_id;
         if let Answer::Volumes(volumes) = &answer {
             self.count_key_use(volumes);

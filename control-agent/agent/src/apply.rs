@@ -11,7 +11,8 @@ use std::mem;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use bulkhead_bundle::{Policy, verify};
+use bulkhead_bundle::text::to_hex;
+use bulkhead_bundle::{HostBundle, Policy, verify};
 use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::admin::AdminReply;
 use bulkhead_protocol::control::{AgentToDataplane, VolumeStatus};
@@ -200,7 +201,12 @@ impl Agent {
                 );
                 self.refuse(reason);
             }
-            (Phase::Accept { .. }, Answer::Accepted { epoch, undelivered }) => {
+            (
+                Phase::Accept { .. },
+                Answer::Accepted {
+                    epoch, undelivered, ..
+                },
+            ) => {
                 self.accepted_by_keyd(now, epoch, undelivered);
             }
             (Phase::Accept { .. }, Answer::Refused(reason)) => self.refused_by_keyd(&reason),
@@ -302,6 +308,7 @@ impl Agent {
             return self.leave_open();
         }
         let mut steps = plan_and_keyd(&apply);
+        steps.extend(self.told_of_key(&apply.stored.bundle));
         self.known.cancel.extend(&apply.prepared);
         self.known.candidate = Some(apply.stored);
         if let Err(error) = self.commit() {
@@ -317,6 +324,21 @@ impl Agent {
         // What did not arrive is due as a step of the pass.
         let _ = self.take_grants(undelivered);
         self.start_pass(now, Some((client, steps)));
+    }
+
+    /// What became of the host's key, for the operator, where the bundle shreds a volume.
+    fn told_of_key(&self, bundle: &HostBundle) -> Option<String> {
+        let keys = self.known.keys.as_ref()?;
+        let last = keys.shreds.iter().find(|s| s.epoch == bundle.epoch)?;
+        let mut line = format!(
+            "host key {} destroyed: volumes are sealed to {} from now on (`bulkhead host public`)",
+            to_hex(&last.destroyed_key[..]),
+            to_hex(&keys.fingerprint[..])
+        );
+        if let Some(reason) = &keys.unfinished {
+            line = format!("host key replaced, but the old one may still be on the disk: {reason}");
+        }
+        Some(line)
     }
 
     fn refused_by_keyd(&mut self, reason: &str) {

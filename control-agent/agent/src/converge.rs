@@ -266,11 +266,19 @@ impl Agent {
     /// Records what an answer says; an answer of another kind than the question's is a refusal.
     fn step_answered(&mut self, step: &Step, answer: Answer) -> Result<(), String> {
         match (step, answer) {
-            (Step::Decide, Answer::Accepted { epoch, undelivered }) => {
-                self.candidate_accepted(epoch, undelivered)
-            }
+            (
+                Step::Decide,
+                Answer::Accepted {
+                    epoch, undelivered, ..
+                },
+            ) => self.candidate_accepted(epoch, undelivered),
             (Step::Decide, Answer::Refused(reason)) => self.candidate_refused(&reason),
-            (Step::Accept, Answer::Accepted { epoch, undelivered }) => {
+            (
+                Step::Accept,
+                Answer::Accepted {
+                    epoch, undelivered, ..
+                },
+            ) => {
                 let ours = self.known.accepted.as_ref().map(|s| s.bundle.epoch);
                 if ours != Some(epoch) {
                     return Err(format!("keyd says that it accepted epoch {epoch}"));

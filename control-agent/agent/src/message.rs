@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 
 use bulkhead_protocol::admin::{AdminReply, AdminRequest, ProcessStatus};
 use bulkhead_protocol::control::{AgentToDataplane, DataplaneToAgent, VolumeStatus};
-use bulkhead_protocol::keys::{AgentToKeyd, KeydToAgent, Undelivered};
+use bulkhead_protocol::keys::{AgentToKeyd, HostKeys, KeydToAgent, MAX_SHREDS, Undelivered};
 use bulkhead_protocol::rot::ToRot;
 
 use crate::text::plain;
@@ -47,6 +47,8 @@ pub enum Answer {
         epoch: u64,
         /// Grants that did not arrive.
         undelivered: Vec<Undelivered>,
+        /// The host's key, and what was shredded.
+        keys: HostKeys,
     },
     /// What the volumes are doing.
     Volumes(Vec<VolumeStatus>),
@@ -102,7 +104,17 @@ pub fn from_keyd(message: KeydToAgent) -> (u64, Answer) {
             request_id,
             epoch,
             undelivered,
-        } => (request_id, Answer::Accepted { epoch, undelivered }),
+            mut keys,
+        } => {
+            keys.unfinished = keys.unfinished.as_deref().map(plain);
+            keys.shreds.truncate(MAX_SHREDS);
+            let answer = Answer::Accepted {
+                epoch,
+                undelivered,
+                keys,
+            };
+            (request_id, answer)
+        }
         KeydToAgent::Refused { request_id, reason } => {
             (request_id, Answer::Refused(plain(&reason)))
         }

@@ -46,6 +46,7 @@ impl Agent {
             processes,
             volumes: volumes.iter().map(entry).collect(),
             pending: first_lines(self.pending.clone()),
+            keys: self.known.keys.clone().map(Box::new),
         }
     }
 }

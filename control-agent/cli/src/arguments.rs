@@ -8,7 +8,7 @@ mod rekey;
 mod volume;
 
 pub(crate) use rekey::VolumeRekey;
-pub(crate) use volume::{VolumeCreate, VolumeExport, VolumeRecover, VolumeReseal};
+pub(crate) use volume::{VolumeCreate, VolumeExport, VolumeRecover, VolumeReseal, VolumeShred};
 
 /// Where rot puts the agent's socket.
 const ADMIN_SOCKET: &str = "/run/bulkhead/admin.sock";
@@ -83,6 +83,8 @@ pub(crate) enum RecoveryCommand {
 pub(crate) enum HostCommand {
     /// Make this host's key: DIR/keyd/host.key (secret, mode 0600) and DIR/host.pub
     Init(HostInit),
+    /// The host's public key as it is now, for `volume create` and `volume reseal`
+    Public(HostPublic),
 }
 
 #[derive(Debug, Subcommand)]
@@ -97,6 +99,8 @@ pub(crate) enum VolumeCommand {
     Recover(VolumeRecover),
     /// Without any Bulkhead running: a volume's bytes, decrypted, to a stream or a file
     Export(VolumeExport),
+    /// Destroy a volume for good: the lines to sign, and the end of its sealed copies here
+    Shred(VolumeShred),
 }
 
 #[derive(Debug, Args)]
@@ -152,6 +156,16 @@ pub(crate) struct HostInit {
     /// The uid that bulkhead-keyd runs as [default: yours]
     #[arg(long, value_name = "N")]
     pub(crate) uid: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Example, on the host, as root:\n  bulkhead host public --state-dir /var/lib/bulkhead > host-a.pub\n\nThe host gets another key whenever a volume is shredded. DIR/host.pub is brought up to date."
+)]
+pub(crate) struct HostPublic {
+    /// The state directory that bulkhead-rot is started with
+    #[arg(long, value_name = "DIR")]
+    pub(crate) state_dir: PathBuf,
 }
 
 #[derive(Debug, Args)]

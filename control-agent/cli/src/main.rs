@@ -5,7 +5,7 @@
 //! | --- | --- |
 //! | `arguments` | the command line |
 //! | `operator` | operators' keys, trust roots, signing |
-//! | `recipient` | the keys of hosts and of recovery |
+//! | `recipient` | the keys of hosts and of recovery, secret and public |
 //! | `volume` | making a volume: its key, file and stanza |
 //! | `image` | the file behind a new volume, or one that grows |
 //! | `reseal` | a volume's key for more hosts or another size |
@@ -14,9 +14,11 @@
 //! | `decrypt` | a volume's bytes under one key or two |
 //! | `recover` | a volume's key from its recovery key, for `cryptsetup` |
 //! | `export` | a volume's bytes, decrypted, to a stream or a file |
+//! | `shred` | the order that destroys a volume's key, and the end of its sealed copies |
 //! | `show` | what an envelope or a source says |
 //! | `admin` | talking to a host's agent |
 //! | `status` | what the agent answers, as a table or JSON |
+//! | `host_keys` | of that: the host's key, and what was shredded |
 //! | `output` | files written, times and texts for people |
 //! | `failure` | the one error type: a text for the operator |
 //!
@@ -28,6 +30,7 @@ mod arguments;
 mod decrypt;
 mod export;
 mod failure;
+mod host_keys;
 mod image;
 mod json;
 mod operator;
@@ -38,6 +41,7 @@ mod recover;
 mod rekey;
 mod reseal;
 mod show;
+mod shred;
 mod status;
 mod volume;
 
@@ -71,11 +75,13 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Sign(a) => operator::sign(&a),
         Command::Recovery(RecoveryCommand::New(a)) => recipient::recovery(&a),
         Command::Host(HostCommand::Init(a)) => recipient::host(&a),
+        Command::Host(HostCommand::Public(a)) => recipient::public(&a),
         Command::Volume(VolumeCommand::Create(a)) => volume::create(&a),
         Command::Volume(VolumeCommand::Reseal(a)) => reseal::reseal(&a),
         Command::Volume(VolumeCommand::Rekey(a)) => rekey::rekey(&a),
         Command::Volume(VolumeCommand::Recover(a)) => recover::recover(&a),
         Command::Volume(VolumeCommand::Export(a)) => export::export(&a),
+        Command::Volume(VolumeCommand::Shred(a)) => shred::shred(&a),
         Command::Show(a) => show::show(&a),
         Command::Apply(a) => admin::apply(&a),
         Command::Status(a) => admin::status(&a),

@@ -8,9 +8,9 @@ use std::path::Path;
 use bulkhead_bundle::RECOVERY_RECIPIENT;
 use bulkhead_bundle::validate::check_host_name;
 use bulkhead_files::text::to_hex;
-use bulkhead_sealing::RecipientKey;
+use bulkhead_sealing::{RecipientKey, RecipientPublicKey};
 
-use crate::arguments::{HostInit, RecoveryNew};
+use crate::arguments::{HostInit, HostPublic, RecoveryNew};
 use crate::failure::Failure;
 use crate::output;
 
@@ -45,6 +45,25 @@ pub(crate) fn host(arguments: &HostInit) -> Result<(), Failure> {
     print!("{}", key.public().to_text());
     eprintln!("secret key   {}", secret_path.display());
     eprintln!("public key   {}", public_path.display());
+    Ok(())
+}
+
+/// `host public`
+pub(crate) fn public(arguments: &HostPublic) -> Result<(), Failure> {
+    let made = arguments.state_dir.join("host.pub");
+    let current = arguments.state_dir.join("keyd").join("host.pub");
+    // keyd writes it at its first start: before that, the key is the one that was made.
+    let is_there = current.try_exists().map_err(|e| Failure::at(&current, e))?;
+    let key = RecipientPublicKey::load(if is_there { &current } else { &made })?;
+    let text = key.to_text();
+    print!("{text}");
+    if fs::read(&made).ok().as_deref() == Some(text.as_bytes()) {
+        return Ok(());
+    }
+    match output::replace(&made, text.as_bytes()) {
+        Ok(()) => eprintln!("{} was out of date and is renewed", made.display()),
+        Err(error) => eprintln!("bulkhead: warning: out of date, and not renewed: {error}"),
+    }
     Ok(())
 }
 

@@ -6,6 +6,7 @@ use bulkhead_files::text::to_hex;
 use bulkhead_protocol::admin::{HostStatus, ProcessStatus, VolumeEntry};
 use bulkhead_protocol::control::{RekeyProgress, RekeyState, VolumeStatus};
 
+use crate::host_keys;
 use crate::json::Json;
 use crate::output::{printable, rounded, size, table};
 
@@ -29,10 +30,16 @@ pub(crate) fn to_text(status: &HostStatus) -> String {
         "host    {}\nepoch   {epoch}\ndigest  {digest}\n",
         printable(&status.host)
     );
+    if let Some(keys) = &status.keys {
+        out.push_str(&host_keys::fingerprint_line(keys));
+    }
     out.push_str("\nprocesses\n");
     out.push_str(&processes(&status.processes));
     out.push_str("\nvolumes\n");
     out.push_str(&volumes(&status.volumes));
+    if let Some(keys) = &status.keys {
+        out.push_str(&host_keys::shreds(keys));
+    }
     if !status.pending.is_empty() {
         out.push_str("\npending: failed, and tried again\n");
         for step in &status.pending {
@@ -186,6 +193,10 @@ pub(crate) fn to_json(status: &HostStatus) -> String {
             Json::Array(status.volumes.iter().map(volume_json).collect()),
         ),
         ("pending", texts(&status.pending)),
+        (
+            "keys",
+            Json::or_null(status.keys.as_deref(), host_keys::to_json),
+        ),
     ])
     .to_line()
 }

@@ -4,7 +4,7 @@ use minicbor::{Decode, Encode};
 
 use crate::control::VolumeStatus;
 use crate::identity::{SocketName, VolumeId};
-use crate::keys::EnvelopeDigest;
+use crate::keys::{EnvelopeDigest, HostKeys};
 use crate::rot::{Measurement, Role};
 
 /// From the CLI to the agent; one request per connection.
@@ -78,6 +78,9 @@ pub struct HostStatus {
     /// Steps that failed and are tried again, with the reason.
     #[n(6)]
     pub pending: Vec<String>,
+    /// The host's key, and what was shredded; none until keyd has said.
+    #[n(7)]
+    pub keys: Option<Box<HostKeys>>,
 }
 
 /// A process on the host.

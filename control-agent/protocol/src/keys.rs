@@ -15,6 +15,12 @@ pub const XTS_KEY_BYTES: usize = 64;
 /// SHA-384 of an envelope's bytes.
 pub type EnvelopeDigest = minicbor::bytes::ByteArray<48>;
 
+/// SHA-384 that names a recipient's public key (`docs/formats/keys.md`).
+pub type KeyFingerprint = minicbor::bytes::ByteArray<48>;
+
+/// Most shreds that one message tells of.
+pub const MAX_SHREDS: usize = 32;
+
 /// From the agent to keyd.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum AgentToKeyd {
@@ -45,6 +51,9 @@ pub enum KeydToAgent {
         /// Volumes whose grant did not arrive, with the reason; empty when all did.
         #[n(2)]
         undelivered: Vec<Undelivered>,
+        /// The host's key, and what was shredded.
+        #[n(3)]
+        keys: HostKeys,
     },
     /// keyd refused it; its floor and its grants are as before.
     #[n(1)]
@@ -56,6 +65,63 @@ pub enum KeydToAgent {
         #[n(1)]
         reason: String,
     },
+}
+
+/// What keyd says about the host's key and about the volumes whose keys it destroyed.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct HostKeys {
+    /// Of the public key that volumes are to be sealed to.
+    #[n(0)]
+    pub fingerprint: KeyFingerprint,
+    /// The volumes shredded last, newest first, at most [`MAX_SHREDS`].
+    #[n(1)]
+    pub shreds: Vec<Shred>,
+    /// How many were shredded in all.
+    #[n(2)]
+    pub shreds_total: u64,
+    /// Why the files of the host's key are not in order, if they are not: a key that is to be
+    /// destroyed may still be there. keyd tries again at each bundle and at each start.
+    #[n(3)]
+    pub unfinished: Option<String>,
+}
+
+/// A volume whose key was destroyed.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Shred {
+    /// Which volume.
+    #[n(0)]
+    pub volume: VolumeId,
+    /// Epoch of the bundle that ordered it.
+    #[n(1)]
+    pub epoch: u64,
+    /// When keyd took the order, in seconds since 1970.
+    #[n(2)]
+    pub time_s: u64,
+    /// The host's key that sealed copies of the volume key were for; it is destroyed.
+    #[n(3)]
+    pub destroyed_key: KeyFingerprint,
+    /// The host's key that took its place then.
+    #[n(4)]
+    pub new_key: KeyFingerprint,
+    /// How far it is.
+    #[n(5)]
+    pub state: ShredState,
+}
+
+/// How far a shred is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+#[cbor(index_only)]
+pub enum ShredState {
+    /// The key is gone from keyd, its directory and the data plane.
+    #[n(0)]
+    Done,
+    /// The host's old key is destroyed; that the data plane dropped the volume key is not
+    /// confirmed yet.
+    #[n(1)]
+    HeldByDataplane,
+    /// The host's old key may still be on the disk: [`HostKeys::unfinished`].
+    #[n(2)]
+    KeyOnDisk,
 }
 
 /// A grant that the data plane did not take.

@@ -1,19 +1,26 @@
 //! Which bundles keyd accepts: it copies the envelope, verifies it against its own trust root,
-//! floor and clock, and keeps epoch and digest on disk before anyone learns of it.
+//! floor and clock, and keeps epoch and digest on disk before anyone learns of it. A bundle that
+//! shreds volumes takes the host's key along (`docs/adr/0019-shred-rotates-the-host-key.md`).
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::BorrowedFd;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use bulkhead_bundle::text::to_hex;
 use bulkhead_bundle::{HostBundle, Policy, TrustRoot, Verified, VerifyError, verify};
 use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::envelope::{EnvelopeError, read_capped};
+use bulkhead_protocol::keys::{HostKeys, MAX_SHREDS, Shred, ShredState};
+use bulkhead_sealing::RecipientKey;
 
-use crate::state::{Accepted, State};
+use crate::host_key;
+use crate::link::plain;
+use crate::resealed::Resealed;
+use crate::state::{Accepted, Rotation, State};
 use crate::state_file::{StateError, StateFile};
 use crate::unshared::{SharedKey, check_unshared};
-use crate::vault::Vault;
+use crate::vault::{NoSuccessor, Vault};
 
 /// Why an envelope was refused; nothing has changed.
 #[derive(Debug, thiserror::Error)]
@@ -30,7 +37,35 @@ pub(crate) enum Refusal {
     /// It holds, and can't be kept.
     #[error("the epoch floor can't be kept, so nothing is granted: {0}")]
     State(#[from] StateError),
+    /// It names a volume that was shredded.
+    #[error(
+        "volume {name:?} ({id}) was shredded by epoch {epoch}: its key is destroyed, and the host \
+         never takes its id again; make a new volume, with an id of its own"
+    )]
+    Shredded {
+        /// Name of the volume.
+        name: String,
+        /// Its id.
+        id: VolumeId,
+        /// Of the bundle that shredded it.
+        epoch: u64,
+    },
+    /// What remains can't go over to another key of the host.
+    #[error("nothing was shredded and nothing changed: {0}")]
+    Successor(#[from] NoSuccessor),
+    /// The files of the next key can't be written.
+    #[error("nothing was shredded and nothing changed: the host's next key can't be kept: {0}")]
+    Prepare(String),
+    /// An earlier key of the host may still be on the disk.
+    #[error(
+        "nothing was shredded and nothing changed: the files of the host's key are not in order \
+         ({0}); mend that and apply the bundle again"
+    )]
+    Unfinished(String),
 }
+
+/// The next key of the host, and what is sealed to it.
+type Successor = (RecipientKey, Resealed);
 
 /// The trust root and what was accepted under it.
 #[derive(Debug)]
@@ -38,12 +73,19 @@ pub(crate) struct Custody {
     host: String,
     trust: TrustRoot,
     file: StateFile,
+    /// Why the files of the host's key may not be in order: the key before it may be there.
+    unfinished: Option<String>,
 }
 
 impl Custody {
     /// Custody of what a state file holds.
     pub(crate) fn new(host: String, trust: TrustRoot, file: StateFile) -> Self {
-        Self { host, trust, file }
+        Self {
+            host,
+            trust,
+            file,
+            unfinished: None,
+        }
     }
 
     /// Epoch of the bundle accepted last, 0 if none.
@@ -58,15 +100,16 @@ impl Custody {
     }
 
     /// Accepts an envelope: its epoch is the floor, and its volumes may be granted, once this has
-    /// returned; both are on disk. The envelope accepted last is accepted again, whatever the time and
-    /// its keys: what holds for new bundles alone must not keep a host from starting again.
+    /// returned; both are on disk. What it shreds is remembered as shredded, and the vault has
+    /// another key then. The envelope accepted last is accepted again, whatever the time and its
+    /// keys: what holds for new bundles alone must not keep a host from starting again.
     ///
     /// # Errors
     /// See [`Refusal`].
     pub(crate) fn accept(
         &mut self,
         envelope: BorrowedFd<'_>,
-        vault: &Vault,
+        vault: &mut Vault,
     ) -> Result<Verified<HostBundle>, Refusal> {
         let bytes = read_capped(envelope)?;
         let last = self.file.state().map(|state| state.accepted);
@@ -84,12 +127,20 @@ impl Custody {
             digest: bundle.digest(),
         };
         let again = last == Some(accepted);
+        self.refuse_shredded(&bundle)?;
         if !again {
             check_unshared(vault, &bundle)?;
         }
-        let mut held = self.held();
-        held.extend(bundle.volumes.iter().map(|volume| volume.id));
-        self.file.replace(State { accepted, held })?;
+        self.finish(vault);
+        let mut state = self.next_state(accepted, &bundle);
+        let orders = self.new_orders(&bundle);
+        if orders.is_empty() {
+            self.file.replace(state)?;
+        } else {
+            let successor = self.prepare(&bundle, vault)?;
+            rotate(&mut state, &orders, &successor, vault, now);
+            self.commit(state, successor, vault)?;
+        }
         if again && now >= bundle.expires {
             tracing::info!(
                 epoch = bundle.epoch,
@@ -100,6 +151,156 @@ impl Custody {
         let signers = bundle.signers().join(", ");
         tracing::info!(epoch, volumes, again, %signers, "bundle accepted");
         Ok(bundle)
+    }
+
+    /// A volume whose key was destroyed never comes back.
+    fn refuse_shredded(&self, bundle: &HostBundle) -> Result<(), Refusal> {
+        let Some(state) = self.file.state() else {
+            return Ok(());
+        };
+        for volume in &bundle.volumes {
+            if let Some(epoch) = state.shredded.get(&volume.id) {
+                return Err(Refusal::Shredded {
+                    name: volume.name.clone(),
+                    id: volume.id,
+                    epoch: *epoch,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// The state that a bundle leads to, less what it shreds.
+    fn next_state(&self, accepted: Accepted, bundle: &HostBundle) -> State {
+        let mut state = self.file.state().cloned().unwrap_or(State {
+            accepted,
+            held: BTreeSet::new(),
+            rotations: Vec::new(),
+            shredded: BTreeMap::new(),
+        });
+        state.accepted = accepted;
+        let volumes = bundle.volumes.iter();
+        state.held.extend(volumes.map(|volume| volume.id));
+        state
+    }
+
+    /// What a bundle shreds that was not shredded before.
+    fn new_orders(&self, bundle: &HostBundle) -> Vec<VolumeId> {
+        let known = self.file.state().map(|state| &state.shredded);
+        let is_new = |id: &&VolumeId| known.is_none_or(|known| !known.contains_key(*id));
+        bundle.shred.iter().filter(is_new).copied().collect()
+    }
+
+    /// The host's next key, with all that the present one opens for a bundle, beside the present one
+    /// on the disk.
+    fn prepare(&self, bundle: &HostBundle, vault: &Vault) -> Result<Successor, Refusal> {
+        if let Some(reason) = &self.unfinished {
+            return Err(Refusal::Unfinished(reason.clone()));
+        }
+        let successor = vault.successor(bundle)?;
+        let directory = self.file.directory();
+        host_key::prepare(directory, &successor.0, &successor.1).map_err(|reason| {
+            // What can't be removed now is removed at the next start.
+            let _ = host_key::discard(directory);
+            Refusal::Prepare(reason)
+        })?;
+        Ok(successor)
+    }
+
+    /// The point of no return, and what follows from it. Where it is not certain that the state is
+    /// on the disk, the old key stays there until it is.
+    fn commit(
+        &mut self,
+        state: State,
+        (key, resealed): Successor,
+        vault: &mut Vault,
+    ) -> Result<(), Refusal> {
+        let named = state.host_key();
+        let replaced = self.file.replace(state);
+        let rotations = match self.file.state() {
+            Some(state) if state.host_key() == named => &state.rotations,
+            _ => {
+                let _ = host_key::discard(self.file.directory());
+                return replaced.map_err(Refusal::State);
+            }
+        };
+        vault.remember(rotations);
+        let remaining = resealed.len();
+        vault.adopt(key, resealed);
+        self.unfinished = Some("the state is not on the disk yet".to_owned());
+        replaced?;
+        self.finish(vault);
+        let host_key = to_hex(&vault.key().public().fingerprint());
+        tracing::info!(remaining, %host_key, "the host's key was replaced to shred volumes");
+        Ok(())
+    }
+
+    /// At the start: completes what an earlier keyd began.
+    pub(crate) fn recover(&mut self, vault: &mut Vault) {
+        if let Some(state) = self.file.state() {
+            vault.remember(&state.rotations);
+        }
+        self.unfinished = Some("it was not tried yet".to_owned());
+        self.finish(vault);
+    }
+
+    /// Destroys the key that the host had before, if that is not done.
+    fn finish(&mut self, vault: &Vault) {
+        if self.unfinished.is_none() {
+            return;
+        }
+        let rotated = self.file.state().is_some_and(|s| !s.rotations.is_empty());
+        let finished = host_key::finish(self.file.directory(), vault.key(), rotated);
+        if let Err(reason) = &finished {
+            tracing::error!("the files of the host's key are not in order: {reason}");
+        }
+        self.unfinished = finished.err();
+    }
+
+    /// What can be told of the host's key and of what was shredded.
+    pub(crate) fn keys(&self, vault: &Vault) -> HostKeys {
+        let fingerprint = vault.key().public().fingerprint().into();
+        let unfinished = self.unfinished.as_deref().map(plain);
+        let Some(state) = self.file.state() else {
+            return HostKeys {
+                fingerprint,
+                shreds: Vec::new(),
+                shreds_total: 0,
+                unfinished,
+            };
+        };
+        let mut shreds = Vec::new();
+        for rotation in state.rotations.iter().rev() {
+            let of_this = state.shredded.iter().filter(|s| *s.1 == rotation.epoch);
+            shreds.extend(of_this.map(|(volume, _)| self.shred(state, *volume, rotation)));
+            if shreds.len() >= MAX_SHREDS {
+                break;
+            }
+        }
+        shreds.truncate(MAX_SHREDS);
+        HostKeys {
+            fingerprint,
+            shreds,
+            shreds_total: state.shredded.len() as u64,
+            unfinished,
+        }
+    }
+
+    fn shred(&self, state: &State, volume: VolumeId, rotation: &Rotation) -> Shred {
+        let is_last = state.rotations.last() == Some(rotation);
+        let shred_state = match &self.unfinished {
+            Some(_) if is_last => ShredState::KeyOnDisk,
+            _ if state.held.contains(&volume) => ShredState::HeldByDataplane,
+            _ => ShredState::Done,
+        };
+        Shred {
+            volume,
+            epoch: rotation.epoch,
+            time_s: rotation.time_s,
+            destroyed_key: rotation.old.into(),
+            new_key: rotation.new.into(),
+            state: shred_state,
+        }
     }
 
     /// The data plane holds no grant of these volumes any more.
@@ -117,14 +318,25 @@ impl Custody {
         let Some(state) = self.file.state() else {
             return;
         };
-        let replaced = self.file.replace(State {
-            accepted: state.accepted,
-            held: state.held.iter().copied().filter(keep).collect(),
-        });
+        let mut state = state.clone();
+        state.held.retain(keep);
+        let replaced = self.file.replace(state);
         if let Err(error) = replaced {
             tracing::warn!("what the data plane holds can't be kept: {error}");
         }
     }
+}
+
+/// Writes into a state what a bundle shreds: the volumes, and the host's next key.
+fn rotate(state: &mut State, orders: &[VolumeId], (key, _): &Successor, vault: &Vault, now: u64) {
+    let epoch = state.accepted.epoch;
+    state.shredded.extend(orders.iter().map(|id| (*id, epoch)));
+    state.rotations.push(Rotation {
+        epoch,
+        time_s: now,
+        old: vault.key().public().fingerprint(),
+        new: key.public().fingerprint(),
+    });
 }
 
 /// Seconds since 1970; a clock before that is 1970, at which no bundle is valid yet.
@@ -133,3 +345,7 @@ fn unix_time() -> u64 {
         .duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_secs())
 }
+
+#[cfg(test)]
+#[path = "custody_tests.rs"]
+mod tests;

@@ -15,10 +15,13 @@
 mod arguments;
 mod custody;
 mod delivery;
+mod directory;
+mod host_key;
 mod link;
 mod lockdown;
 mod peers;
 mod reply;
+mod resealed;
 mod service;
 mod start;
 mod state;
@@ -27,6 +30,7 @@ mod unshared;
 mod vault;
 
 pub use arguments::Arguments;
+pub use host_key::HostKeyError;
 pub use service::{KeyService, ServiceError};
 pub use start::{StartupError, run};
 pub use state_file::StateError;

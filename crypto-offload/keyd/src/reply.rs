@@ -2,14 +2,16 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use bulkhead_protocol::channel::MAX_MESSAGE_BYTES;
-use bulkhead_protocol::keys::{KeydToAgent, Undelivered};
+use bulkhead_protocol::keys::{HostKeys, KeydToAgent, MAX_SHREDS, Undelivered};
 
 /// Most volumes that one answer names.
 const MAX_VOLUMES: usize = 1024;
 /// CBOR around a volume's reason: list, id, lengths.
 const VOLUME_BYTES: usize = 24;
-/// CBOR around the list.
-const FIXED_BYTES: usize = 64;
+/// CBOR of everything else: the host's key, and each of the shreds that are told of.
+const FIXED_BYTES: usize = 2048 + MAX_SHREDS * SHRED_BYTES;
+/// CBOR of a shred: an id, two fingerprints, three numbers.
+const SHRED_BYTES: usize = 160;
 
 /// The answer. With so many volumes undelivered that their reasons exceed a message, the reasons
 /// are cut, then the list: the agent learns that not all was delivered, and asks again.
@@ -17,6 +19,7 @@ pub(crate) fn accepted(
     request_id: u64,
     epoch: u64,
     mut undelivered: Vec<Undelivered>,
+    keys: HostKeys,
 ) -> KeydToAgent {
     undelivered.truncate(MAX_VOLUMES);
     let room = MAX_MESSAGE_BYTES - FIXED_BYTES;
@@ -29,6 +32,7 @@ pub(crate) fn accepted(
         request_id,
         epoch,
         undelivered,
+        keys,
     }
 }
 
@@ -36,7 +40,27 @@ pub(crate) fn accepted(
 mod tests {
     use bulkhead_protocol::{Channel, VolumeId};
 
+    use bulkhead_protocol::keys::{Shred, ShredState};
+
     use super::*;
+
+    /// As long as it gets.
+    fn keys() -> HostKeys {
+        let shred = Shred {
+            volume: VolumeId([0xee; 16]),
+            epoch: u64::MAX,
+            time_s: u64::MAX,
+            destroyed_key: [0xee; 48].into(),
+            new_key: [0xee; 48].into(),
+            state: ShredState::KeyOnDisk,
+        };
+        HostKeys {
+            fingerprint: [0xee; 48].into(),
+            shreds: vec![shred; MAX_SHREDS],
+            shreds_total: u64::MAX,
+            unfinished: Some("\u{10ffff}".repeat(300)),
+        }
+    }
 
     #[test]
     fn it_always_fits_into_a_message() {
@@ -45,7 +69,7 @@ mod tests {
                 volume: VolumeId([0xee; 16]),
                 reason: "é".repeat(300),
             };
-            let reply = accepted(u64::MAX, u64::MAX, vec![entry; count]);
+            let reply = accepted(u64::MAX, u64::MAX, vec![entry; count], keys());
             let (a, b) = Channel::pair().expect("pair");
             a.send(&reply, &[]).expect("fits");
             let KeydToAgent::Accepted { undelivered, .. } =

@@ -278,7 +278,7 @@ impl KeyService {
         let agent_generation = agent.link.generation;
         agent.check_sender(received.sender.as_ref())?;
         let [envelope] = received.take_fds().map_err(|e| e.to_string())?;
-        let accepted = self.custody.accept(envelope.as_fd(), &self.vault);
+        let accepted = self.custody.accept(envelope.as_fd(), &mut self.vault);
         let bundle = accepted.map_err(|e| e.to_string())?;
         let held = self.custody.held();
         let now = Instant::now();
@@ -317,7 +317,8 @@ impl KeyService {
         tracing::info!(epoch, undelivered = undelivered.len(), "grants answered");
         // A restarted agent did not ask, and its numbers start anew.
         if self.agent.as_ref().map(|a| a.link.generation) == Some(generation) {
-            self.answer_agent(&reply::accepted(request_id, epoch, undelivered));
+            let keys = self.custody.keys(&self.vault);
+            self.answer_agent(&reply::accepted(request_id, epoch, undelivered, keys));
         }
     }
 

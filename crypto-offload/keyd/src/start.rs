@@ -7,17 +7,15 @@ use std::io;
 use bulkhead_bundle::TrustRoot;
 use bulkhead_bundle::validate::check_host_name;
 use bulkhead_protocol::process::{self, StartError};
-use bulkhead_sealing::RecipientKey;
 
 use crate::arguments::Arguments;
 use crate::custody::Custody;
+use crate::host_key::{self, HostKeyError};
 use crate::lockdown;
 use crate::service::{KeyService, ServiceError};
+use crate::state::State;
 use crate::state_file::{StateError, StateFile};
 use crate::vault::Vault;
-
-/// Name of the secret key's file in the state directory.
-const HOST_KEY: &str = "host.key";
 
 /// Why keyd can't start, or had to end.
 #[derive(Debug, thiserror::Error)]
@@ -28,9 +26,9 @@ pub enum StartupError {
     /// The name given is none.
     #[error("--host: {0}")]
     HostName(String),
-    /// The host's key can't be read.
-    #[error("the host's secret key: {0}; `bulkhead host init` makes one")]
-    Key(#[from] bulkhead_sealing::KeyError),
+    /// The host has no key.
+    #[error(transparent)]
+    Key(#[from] HostKeyError),
     /// The host's key is another's.
     #[error(
         "the secret key in the state directory is that of {key:?}, and this host is {host:?}: \
@@ -48,6 +46,9 @@ pub enum StartupError {
     /// What was kept can't be used.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The kernel gave no random bytes.
+    #[error("the system has no randomness: {0}")]
+    Randomness(getrandom::Error),
     /// The channel to rot can't be used.
     #[error("the channel to rot: {0}")]
     Channel(#[from] io::Error),
@@ -66,15 +67,21 @@ pub fn run(arguments: &Arguments) -> Result<(), StartupError> {
     check_host_name(&arguments.host).map_err(StartupError::HostName)?;
     let state = StateFile::open(&arguments.state_dir)?;
     let trust = TrustRoot::load(&arguments.trust)?;
-    let key = RecipientKey::load(&arguments.state_dir.join(HOST_KEY))?;
+    let named = state.state().and_then(State::host_key);
+    let (key, resealed) = host_key::load(state.directory(), named)?;
     if key.public().name != arguments.host {
         return Err(StartupError::OtherHost {
             key: key.public().name.clone(),
             host: arguments.host.clone(),
         });
     }
+    // A static program finds no `getrandom` in its C library, and then reads /dev/urandom: that is
+    // opened at the first draw and stays open, so that a new host key can be made behind the lock.
+    getrandom::fill(&mut [0; 1]).map_err(StartupError::Randomness)?;
     lockdown::lock_in(&arguments.state_dir)?;
-    let custody = Custody::new(arguments.host.clone(), trust, state);
-    KeyService::new(rot, custody, Vault::new(key))?.run()?;
+    let mut custody = Custody::new(arguments.host.clone(), trust, state);
+    let mut vault = Vault::new(key, resealed);
+    custody.recover(&mut vault);
+    KeyService::new(rot, custody, vault)?.run()?;
     Ok(())
 }

@@ -1,13 +1,19 @@
 //! What keyd remembers, and its text: `docs/formats/keyd-state.md`.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 use bulkhead_bundle::{digest_of, text};
 use bulkhead_protocol::VolumeId;
 
+/// Before anything was shredded: the text that earlier versions of keyd wrote, and still read.
 const KIND: &str = "bulkhead keyd state v1";
+/// From the first shred on.
+const KIND_SHREDDED: &str = "bulkhead keyd state v2";
+
+/// Names a recipient's public key: SHA-384, `docs/formats/keys.md`.
+pub(crate) type Fingerprint = [u8; 48];
 
 /// The envelope accepted last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,6 +24,19 @@ pub(crate) struct Accepted {
     pub(crate) digest: [u8; 48],
 }
 
+/// One key of the host in the place of another, for the sake of what a bundle shredded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Rotation {
+    /// Epoch of that bundle.
+    pub(crate) epoch: u64,
+    /// When it was accepted, in seconds since 1970.
+    pub(crate) time_s: u64,
+    /// The key that was destroyed.
+    pub(crate) old: Fingerprint,
+    /// The key that took its place.
+    pub(crate) new: Fingerprint,
+}
+
 /// What outlives a keyd.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct State {
@@ -26,18 +45,39 @@ pub(crate) struct State {
     /// Every volume that a data plane may hold a grant of: those of the bundle, and those of
     /// earlier ones whose revocation was not confirmed.
     pub(crate) held: BTreeSet<VolumeId>,
+    /// In the order of their epochs; the last one's new key is the host's.
+    pub(crate) rotations: Vec<Rotation>,
+    /// Every volume that was ever shredded, with the epoch of the rotation it was shredded in.
+    pub(crate) shredded: BTreeMap<VolumeId, u64>,
 }
 
 impl State {
+    /// The key that the host has after its last rotation; none if it has the one it was made with.
+    pub(crate) fn host_key(&self) -> Option<Fingerprint> {
+        self.rotations.last().map(|rotation| rotation.new)
+    }
+
     /// The text of the file.
     pub(crate) fn to_text(&self) -> String {
+        let kind = match self.rotations.len() {
+            0 => KIND,
+            _ => KIND_SHREDDED,
+        };
         let mut out = format!(
-            "{KIND}\nepoch {}\naccepted {}\n",
+            "{kind}\nepoch {}\naccepted {}\n",
             self.accepted.epoch,
             text::to_hex(&self.accepted.digest)
         );
+        // Writing to a String can't fail.
+        for rotation in &self.rotations {
+            let (old, new) = (text::to_hex(&rotation.old), text::to_hex(&rotation.new));
+            let (epoch, time_s) = (rotation.epoch, rotation.time_s);
+            let _ = writeln!(out, "rotated {epoch} {time_s} {old} {new}");
+        }
+        for (volume, epoch) in &self.shredded {
+            let _ = writeln!(out, "shredded {volume} {epoch}");
+        }
         for volume in &self.held {
-            // Writing to a String can't fail.
             let _ = writeln!(out, "held {volume}");
         }
         let checksum = text::to_hex(&digest_of(out.as_bytes()));
@@ -51,7 +91,7 @@ impl State {
     /// What is wrong with it.
     pub(crate) fn from_text(given: &str) -> Result<Self, &'static str> {
         let mut lines = given.lines();
-        if lines.next() != Some(KIND) {
+        if !matches!(lines.next(), Some(KIND | KIND_SHREDDED)) {
             return Err("it is not a state file of this version of keyd");
         }
         let state =
@@ -60,26 +100,61 @@ impl State {
         if state.to_text() != given {
             return Err("its checksum is not that of its content");
         }
+        if !state.is_consistent() {
+            return Err("what it says of destroyed keys contradicts itself");
+        }
         Ok(state)
+    }
+
+    /// Each rotation begins with the key that the one before ended with, and each shredded volume
+    /// has its rotation.
+    fn is_consistent(&self) -> bool {
+        let follows = |(a, b): (&Rotation, &Rotation)| a.new == b.old && a.epoch < b.epoch;
+        let rotated = |epoch: &u64| self.rotations.iter().any(|r| r.epoch == *epoch);
+        let next = self.rotations.iter().skip(1);
+        self.rotations.iter().zip(next).all(follows) && self.shredded.values().all(rotated)
     }
 }
 
 fn parse<'a>(mut lines: impl Iterator<Item = &'a str>) -> Option<State> {
     let epoch = lines.next()?.strip_prefix("epoch ")?.parse().ok()?;
-    let digest = text::from_hex(lines.next()?.strip_prefix("accepted ")?)?;
-    let accepted = Accepted {
-        epoch,
-        digest: digest.try_into().ok()?,
+    let digest = fingerprint(lines.next()?.strip_prefix("accepted ")?)?;
+    let mut state = State {
+        accepted: Accepted { epoch, digest },
+        held: BTreeSet::new(),
+        rotations: Vec::new(),
+        shredded: BTreeMap::new(),
     };
-    let mut held = BTreeSet::new();
     loop {
         match lines.next()?.split_once(' ')? {
-            ("held", id) => held.insert(id.parse().ok()?),
+            ("rotated", rest) => state.rotations.push(rotation(rest)?),
+            ("shredded", rest) => {
+                let (volume, epoch) = rest.split_once(' ')?;
+                let epoch = epoch.parse().ok()?;
+                state.shredded.insert(volume.parse().ok()?, epoch);
+            }
+            ("held", id) => {
+                state.held.insert(id.parse().ok()?);
+            }
             ("sha384", _) => break,
             _ => return None,
-        };
+        }
     }
-    lines.next().is_none().then_some(State { accepted, held })
+    lines.next().is_none().then_some(state)
+}
+
+fn rotation(text: &str) -> Option<Rotation> {
+    let mut words = text.split(' ');
+    Some(Rotation {
+        epoch: words.next()?.parse().ok()?,
+        time_s: words.next()?.parse().ok()?,
+        old: fingerprint(words.next()?)?,
+        new: fingerprint(words.next()?)?,
+    })
+}
+
+fn fingerprint(hex: &str) -> Option<Fingerprint> {
+    text::from_hex(hex)?.try_into().ok()
 }
 
 #[cfg(test)]
@@ -95,6 +170,28 @@ mod tests {
                 digest: [0xd1; 48],
             },
             held: [1, 2, 3].map(|n| VolumeId([n; 16])).into(),
+            rotations: Vec::new(),
+            shredded: BTreeMap::new(),
+        }
+    }
+
+    fn rotated(epoch: u64, from: u8) -> Rotation {
+        Rotation {
+            epoch,
+            time_s: 1_700_000_000 + epoch,
+            old: [from; 48],
+            new: [from + 1; 48],
+        }
+    }
+
+    /// Three volumes, shredded by two bundles.
+    fn shredding() -> State {
+        State {
+            rotations: vec![rotated(20, 0xa0), rotated(41, 0xa1)],
+            shredded: [(7, 41), (8, 20), (9, 41)]
+                .map(|(n, epoch)| (VolumeId([n; 16]), epoch))
+                .into(),
+            ..example()
         }
     }
 
@@ -110,9 +207,45 @@ mod tests {
     }
 
     #[test]
+    fn the_text_with_shreds_is_as_documented() {
+        let text = shredding().to_text();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], "bulkhead keyd state v2");
+        let (old, new) = ("a0".repeat(48), "a1".repeat(48));
+        assert_eq!(lines[3], format!("rotated 20 1700000020 {old} {new}"));
+        assert_eq!(lines[5], "shredded 07070707-0707-0707-0707-070707070707 41");
+        assert!(lines[8].starts_with("held ") && lines.len() == 12);
+        assert_eq!(shredding().host_key(), Some([0xa2; 48]));
+        assert_eq!(example().host_key(), None);
+    }
+
+    #[test]
+    fn rotations_that_contradict_each_other_are_refused() {
+        let refused = |change: fn(&mut State)| {
+            let mut state = shredding();
+            change(&mut state);
+            let refused = State::from_text(&state.to_text());
+            assert_eq!(
+                refused,
+                Err("what it says of destroyed keys contradicts itself")
+            );
+        };
+        refused(|state| state.rotations[1].old = [9; 48]);
+        refused(|state| state.rotations.swap(0, 1));
+        refused(|state| state.rotations[1].epoch = 20);
+        refused(|state| state.rotations.truncate(1));
+    }
+
+    #[test]
     fn any_byte_changed_or_missing_is_noticed() {
-        let whole = example().to_text();
-        assert_eq!(State::from_text(&whole), Ok(example()));
+        for state in [example(), shredding()] {
+            every_change_is_noticed(&state);
+        }
+    }
+
+    fn every_change_is_noticed(state: &State) {
+        let whole = state.to_text();
+        assert_eq!(State::from_text(&whole).as_ref(), Ok(state));
         for at in 0..whole.len() {
             let mut bytes = whole.clone().into_bytes();
             bytes[at] ^= 1;
@@ -132,6 +265,7 @@ mod tests {
             let state = State {
                 accepted: Accepted { epoch, digest: whole },
                 held: ids.into_iter().map(VolumeId).collect(),
+                ..example()
             };
             prop_assert_eq!(State::from_text(&state.to_text()), Ok(state));
         }

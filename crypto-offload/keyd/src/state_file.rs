@@ -5,13 +5,10 @@
 //! taken for a fresh host.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io;
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::OFlag;
-
+use crate::directory::{Directory, Unavailable};
 use crate::state::State;
 
 const NAME: &str = "accepted";
@@ -42,14 +39,19 @@ pub enum StateError {
         /// Which.
         path: PathBuf,
         /// What is wrong with it.
-        problem: &'static str,
+        problem: String,
     },
-    /// Volumes are only ever added.
+    /// More than is ever read again.
     #[error(
-        "too many volumes wait for their revocation ({0}): restart the data plane, \
-         which forgets them all"
+        "keyd can't remember more: {held} volumes wait for their revocation (restart the data \
+         plane, which forgets them all), and {shredded} were shredded"
     )]
-    TooManyHeld(usize),
+    TooLong {
+        /// Volumes that may be held.
+        held: usize,
+        /// Volumes that were shredded.
+        shredded: usize,
+    },
     /// A mistake of ours that must not reach the disk.
     #[error("the epoch floor would fall from {from} to {to}")]
     FloorFalls {
@@ -63,10 +65,10 @@ pub enum StateError {
 /// The state directory and the state in it.
 #[derive(Debug)]
 pub(crate) struct StateFile {
-    path: PathBuf,
-    /// Held for its lock, and to sync the directory through.
-    directory: File,
+    directory: Directory,
     state: Option<State>,
+    /// The state may not survive a loss of power.
+    unsynced: bool,
 }
 
 impl StateFile {
@@ -75,25 +77,24 @@ impl StateFile {
     /// # Errors
     /// See [`StateError`].
     pub(crate) fn open(path: &Path) -> Result<Self, StateError> {
-        let io_error = |source| StateError::Io {
-            path: path.to_owned(),
-            source,
-        };
-        let directory = OpenOptions::new()
-            .read(true)
-            .custom_flags(OFlag::O_DIRECTORY.bits())
-            .open(path)
-            .map_err(io_error)?;
-        match directory.try_lock() {
-            Ok(()) => {}
-            Err(fs::TryLockError::WouldBlock) => return Err(StateError::InUse(path.to_owned())),
-            Err(fs::TryLockError::Error(source)) => return Err(io_error(source)),
-        }
+        let directory = Directory::open(path).map_err(|error| match error {
+            Unavailable::InUse => StateError::InUse(path.to_owned()),
+            Unavailable::Io(source) => StateError::Io {
+                path: path.to_owned(),
+                source,
+            },
+        })?;
         Ok(Self {
-            state: read(&path.join(NAME))?,
-            path: path.to_owned(),
+            state: read(&directory)?,
             directory,
+            // Whoever wrote it may have ended before it was.
+            unsynced: true,
         })
+    }
+
+    /// The directory.
+    pub(crate) fn directory(&self) -> &Directory {
+        &self.directory
     }
 
     /// What is kept; none on a fresh host.
@@ -101,13 +102,15 @@ impl StateFile {
         self.state.as_ref()
     }
 
-    /// Makes this the state, on disk before this returns. On an error the old one stays.
+    /// Makes this the state, on disk before this returns. On an error the old one stays, or, if
+    /// nothing but the last sync failed, the new one may not survive a loss of power: a later call
+    /// syncs it, with whatever state.
     ///
     /// # Errors
     /// See [`StateError`].
     pub(crate) fn replace(&mut self, state: State) -> Result<(), StateError> {
         if self.state.as_ref() == Some(&state) {
-            return Ok(());
+            return self.sync();
         }
         let (from, to) = (self.floor(), state.accepted.epoch);
         if to < from {
@@ -115,14 +118,31 @@ impl StateFile {
         }
         let text = state.to_text();
         if text.len() > MAX_BYTES {
-            return Err(StateError::TooManyHeld(state.held.len()));
+            return Err(StateError::TooLong {
+                held: state.held.len(),
+                shredded: state.shredded.len(),
+            });
         }
-        self.write(text.as_bytes())
-            .map_err(|source| StateError::Io {
-                path: self.path.join(NAME),
+        let io_error = |source| StateError::Io {
+            path: self.directory.path(NAME),
+            source,
+        };
+        let written = self.directory.write(ASIDE, text.as_bytes());
+        let replaced = written.and_then(|()| self.directory.rename(ASIDE, NAME));
+        replaced.map_err(io_error)?;
+        self.state = Some(state);
+        self.unsynced = true;
+        self.sync()
+    }
+
+    fn sync(&mut self) -> Result<(), StateError> {
+        if self.unsynced {
+            self.directory.sync().map_err(|source| StateError::Io {
+                path: self.directory.path(NAME),
                 source,
             })?;
-        self.state = Some(state);
+            self.unsynced = false;
+        }
         Ok(())
     }
 
@@ -130,57 +150,30 @@ impl StateFile {
     pub(crate) fn floor(&self) -> u64 {
         self.state.as_ref().map_or(0, |state| state.accepted.epoch)
     }
-
-    fn write(&self, bytes: &[u8]) -> io::Result<()> {
-        let aside = self.path.join(ASIDE);
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .custom_flags(OFlag::O_NOFOLLOW.bits())
-            .open(&aside)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&aside, self.path.join(NAME))?;
-        self.directory.sync_all()
-    }
 }
 
-fn read(path: &Path) -> Result<Option<State>, StateError> {
-    let io_error = |source| StateError::Io {
-        path: path.to_owned(),
-        source,
+fn read(directory: &Directory) -> Result<Option<State>, StateError> {
+    let path = directory.path(NAME);
+    let damaged = |problem: &str| StateError::Damaged {
+        path: path.clone(),
+        problem: problem.to_owned(),
     };
-    let damaged = |problem| StateError::Damaged {
-        path: path.to_owned(),
-        problem,
+    let bytes = match directory.read(NAME, MAX_BYTES) {
+        Ok(None) => return Ok(None),
+        Ok(Some(bytes)) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            return Err(damaged(&error.to_string()));
+        }
+        Err(source) => return Err(StateError::Io { path, source }),
     };
-    let opened = OpenOptions::new()
-        .read(true)
-        .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
-        .open(path);
-    let file = match opened {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        opened => opened.map_err(io_error)?,
-    };
-    if !file.metadata().map_err(io_error)?.is_file() {
-        return Err(damaged("it is not a regular file"));
-    }
-    let mut bytes = Vec::new();
-    file.take(MAX_BYTES as u64 + 1)
-        .read_to_end(&mut bytes)
-        .map_err(io_error)?;
-    if bytes.len() > MAX_BYTES {
-        return Err(damaged("it is longer than keyd ever writes it"));
-    }
     let text = std::str::from_utf8(&bytes).map_err(|_| damaged("it is not text"))?;
     State::from_text(text).map(Some).map_err(damaged)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
+    use std::collections::{BTreeMap, BTreeSet};
+    use std::fs;
 
     use super::*;
     use crate::state::Accepted;
@@ -192,6 +185,8 @@ mod tests {
                 digest: [7; 48],
             },
             held: BTreeSet::new(),
+            rotations: Vec::new(),
+            shredded: BTreeMap::new(),
         }
     }
 
@@ -243,7 +238,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("dir");
         let path = dir.path().join(NAME);
         let problem = || match StateFile::open(dir.path()).expect_err("damaged") {
-            StateError::Damaged { problem, .. } => problem.to_owned(),
+            StateError::Damaged { problem, .. } => problem,
             other => other.to_string(),
         };
         fs::write(&path, "").expect("write");

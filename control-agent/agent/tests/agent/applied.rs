@@ -244,6 +244,50 @@ fn in_use_is_removed_with_force() {
 }
 
 #[test]
+fn what_is_shredded_goes_although_it_is_in_use_and_the_status_tells_of_it() {
+    let mut world = World::new();
+    world.apply_fully(&bundle(1, vec![volume(1), volume(2)]));
+    assert_eq!(world.status().keys.expect("told").shreds, []);
+    world.peers.connected.extend([id(1), id(2)]);
+    seen(&mut world);
+    let mut next = bundle(2, vec![volume(2)]);
+    next.shred = vec![id(1), id(7)];
+    let envelope = signed(&next);
+    let told = [
+        "volume disk1 (01010101-0101-0101-0101-010101010101): SHREDDED, its key is destroyed for ever",
+        "volume 07070707-0707-0707-0707-070707070707: SHREDDED, its key is destroyed for ever",
+        "host key: replaced, and the old one destroyed",
+        "volume disk1: removed",
+        "listener vm1: removed",
+        "1 volume goes on undisturbed",
+    ];
+    let client = world.send_apply(&envelope, true);
+    match world.reply(&client) {
+        AdminReply::Applied { steps, .. } => assert_eq!(steps, told),
+        other => panic!("{other:?}"),
+    }
+    match world.apply(&envelope) {
+        AdminReply::Applied { steps, pending, .. } => {
+            assert_eq!(steps[1..=told.len()], told);
+            let key = format!("host key {} destroyed", "01".repeat(48));
+            assert!(steps.iter().any(|s| s.starts_with(&key)), "{steps:?}");
+            assert_eq!(pending, Vec::<String>::new());
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(seen(&mut world)[1], "dataplane prepare 1 force=true");
+    let keys = world.status().keys.expect("told");
+    assert_eq!((keys.shreds.len(), keys.shreds[0].volume), (2, id(1)));
+    // What is shredded already is nothing to do: the list may stay in the source.
+    next.epoch = 3;
+    let client = world.send_apply(&signed(&next), true);
+    match world.reply(&client) {
+        AdminReply::Applied { steps, .. } => assert_eq!(steps, told[5..]),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
 fn the_same_envelope_again_changes_nothing() {
     let mut world = World::new();
     let envelope = signed(&bundle(1, vec![volume(1)]));

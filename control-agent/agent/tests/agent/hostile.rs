@@ -13,7 +13,7 @@ use bulkhead_protocol::{Channel, ChannelError};
 use nix::sys::socket::{MsgFlags, send};
 
 use crate::bundles::{bundle, id, signed, volume};
-use crate::peers::Halt;
+use crate::peers::{Halt, keys};
 use crate::world::World;
 
 /// Messages that are none.
@@ -58,6 +58,7 @@ fn answers_to_nothing_and_descriptors_out_of_place_are_survived() {
             request_id,
             epoch: 99,
             undelivered: Vec::new(),
+            keys: keys(&[], 99),
         };
         keyd.send(&accepted, &[]).expect("send");
         let done = DataplaneToAgent::Done { request_id };

@@ -11,7 +11,7 @@ use bulkhead_protocol::control::{
     AgentToDataplane, DataplaneToAgent, RekeyProgress, RekeyState, VolumeStatus,
 };
 use bulkhead_protocol::envelope::read_capped;
-use bulkhead_protocol::keys::{AgentToKeyd, KeydToAgent, Undelivered};
+use bulkhead_protocol::keys::{AgentToKeyd, HostKeys, KeydToAgent, Shred, ShredState, Undelivered};
 use bulkhead_protocol::rot::{FromRot, ToRot};
 use bulkhead_protocol::{Received, SocketName, VolumeId};
 
@@ -24,6 +24,24 @@ pub struct Halt {
     pub at: String,
     /// Whether the peer did what the message says.
     pub handled: bool,
+}
+
+/// What keyd says of the host's key after a bundle that shreds these.
+pub fn keys(shred: &[VolumeId], epoch: u64) -> HostKeys {
+    let destroyed = |volume: &VolumeId| Shred {
+        volume: *volume,
+        epoch,
+        time_s: 1_700_000_000,
+        destroyed_key: [1; 48].into(),
+        new_key: [2; 48].into(),
+        state: ShredState::Done,
+    };
+    HostKeys {
+        fingerprint: [2; 48].into(),
+        shreds: shred.iter().map(destroyed).collect(),
+        shreds_total: shred.len() as u64,
+        unfinished: None,
+    }
 }
 
 #[derive(Debug, Default)]
@@ -182,6 +200,7 @@ impl Peers {
             request_id,
             epoch: verified.epoch,
             undelivered,
+            keys: keys(&verified.shred, verified.epoch),
         })
     }
 

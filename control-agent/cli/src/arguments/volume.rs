@@ -218,6 +218,34 @@ pub(crate) struct VolumeReseal {
     pub(crate) out: PathBuf,
 }
 
+const SHRED_HELP: &str = "\
+Example:
+  bulkhead volume shred --volume disk.toml                     (what is to be signed; nothing ends)
+  bulkhead sign --bundle bundle.toml --key alice.key --out bundle.cose      (with the line printed)
+  bulkhead apply bundle.cose                                                (on each host)
+  bulkhead status                                              (there: the volume is destroyed)
+  bulkhead volume shred --volume disk.toml --copy bundle-6.cose --yes
+
+A host that applies the line destroys its own key and the volume's with it, goes on serving its other
+volumes under a new key, and never takes the volume's id again. There is no way back.";
+
+#[derive(Debug, Args)]
+#[command(after_help = SHRED_HELP)]
+pub(crate) struct VolumeShred {
+    /// The volume's stanza, which is destroyed
+    #[arg(long, value_name = "FILE")]
+    pub(crate) volume: PathBuf,
+    /// Another stanza, or an envelope, that names the volume and is destroyed too; several times
+    #[arg(long = "copy", value_name = "FILE")]
+    pub(crate) copies: Vec<PathBuf>,
+    /// The volume's own file or block device: its bytes are discarded, and the file is removed
+    #[arg(long, value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
+    /// Do it; without, nothing ends and what would is printed
+    #[arg(long)]
+    pub(crate) yes: bool,
+}
+
 impl VolumeCreate {
     /// Who gets the key. By hand, because clap's conditional requirements don't see default values.
     pub(super) fn check_recipients(&self) -> Result<(), (ErrorKind, &'static str)> {

@@ -10,6 +10,7 @@ use std::thread::{self, JoinHandle};
 
 use bulkhead_protocol::admin::{AdminReply, AdminRequest, HostStatus, ProcessStatus, VolumeEntry};
 use bulkhead_protocol::control::{RekeyProgress, RekeyState, VolumeStatus};
+use bulkhead_protocol::keys::{HostKeys, Shred, ShredState};
 use bulkhead_protocol::rot::Role;
 use bulkhead_protocol::{Channel, VolumeId, envelope};
 use minicbor::bytes::ByteArray;
@@ -268,6 +269,69 @@ fn status() -> HostStatus {
             volume(3, None),
         ],
         pending: vec!["attach disk3: no such file".to_owned()],
+        keys: None,
+    }
+}
+
+/// What keyd says after two shreds, of which it tells one.
+fn keys(state: ShredState, unfinished: Option<&str>) -> HostKeys {
+    HostKeys {
+        fingerprint: [0xf2; 48].into(),
+        shreds: vec![Shred {
+            volume: VolumeId([9; 16]),
+            epoch: 7,
+            time_s: 1_709_251_200,
+            destroyed_key: [0xf1; 48].into(),
+            new_key: [0xf2; 48].into(),
+            state,
+        }],
+        shreds_total: 2,
+        unfinished: unfinished.map(str::to_owned),
+    }
+}
+
+fn status_with(keys: HostKeys) -> Option<AdminReply> {
+    let status = HostStatus {
+        keys: Some(Box::new(keys)),
+        ..status()
+    };
+    Some(AdminReply::Status { status })
+}
+
+#[test]
+fn status_shows_what_was_shredded() {
+    let reply = || status_with(keys(ShredState::Done, None));
+    let (ended, _) = ask("status", reply());
+    let table = format!(
+        "\nkey     {}\n|\nshredded\n\
+         \x20 VOLUME                                STATE      EPOCH  WHEN                     OLD HOST KEY      NEW HOST KEY\n\
+         \x20 09090909-0909-0909-0909-090909090909  destroyed  7      2024-03-01 00:00:00 UTC  f1f1f1f1f1f1f1f1  f2f2f2f2f2f2f2f2\n\
+         \x20 and 1 before them\n",
+        "f2".repeat(48)
+    );
+    for part in table.split('|') {
+        assert!(ended.stdout.contains(part), "{part:?}: {}", ended.stdout);
+    }
+    let (ended, _) = ask("status --json", reply());
+    let json = format!(
+        r#""keys":{{"fingerprint":"{new}","shreds":[{{"volume":"09090909-0909-0909-0909-090909090909","epoch":7,"time_s":1709251200,"destroyed_key":"{old}","new_key":"{new}","state":"destroyed"}}],"shreds_total":2,"unfinished":null}}}}"#,
+        old = "f1".repeat(48),
+        new = "f2".repeat(48)
+    );
+    assert!(ended.stdout.trim_end().ends_with(&json), "{}", ended.stdout);
+}
+
+#[test]
+fn status_does_not_call_destroyed_what_may_be_there() {
+    for (state, words) in [
+        (ShredState::HeldByDataplane, "held by the data plane"),
+        (ShredState::KeyOnDisk, "old host key on disk"),
+    ] {
+        let (ended, _) = ask("status", status_with(keys(state, Some("host.key:\nno"))));
+        assert!(ended.stdout.contains(words), "{}", ended.stdout);
+        assert!(!ended.stdout.contains("destroyed"), "{}", ended.stdout);
+        let reason = "the files of the host's key are not in order: host.key:\\nno\n";
+        assert!(ended.stdout.contains(reason), "{}", ended.stdout);
     }
 }
 
@@ -334,7 +398,7 @@ fn status_is_json_for_programs() {
     let failed =
         r#"{"state":"failed","done_bytes":1,"total_bytes":2,"reason":"at byte 7:\u000ano"}"#;
     let expected = format!(
-        r#"{{"host":"host-a","epoch":7,"epoch_floor":7,"digest":"{}","processes":[{{"role":"keyd","pid":4242,"generation":2,"measurement":"{}"}}],"volumes":[{},{},{}],"pending":["attach disk3: no such file"]}}"#,
+        r#"{{"host":"host-a","epoch":7,"epoch_floor":7,"digest":"{}","processes":[{{"role":"keyd","pid":4242,"generation":2,"measurement":"{}"}}],"volumes":[{},{},{}],"pending":["attach disk3: no such file"],"keys":null}}"#,
         "ab".repeat(48),
         "11".repeat(48),
         volume(1, &state("null", true, false, running)),

@@ -9,6 +9,7 @@ mod keys;
 mod refusals;
 mod rekey;
 mod reseal;
+mod shred;
 mod volumes;
 
 use std::fs;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use bulkhead_crypto::secret::SecretMemory;
 use bulkhead_protocol::envelope::to_memfd;
 use bulkhead_protocol::keys::{
-    AgentToKeyd, DataplaneToKeyd, KeydToAgent, KeydToDataplane, Undelivered,
+    AgentToKeyd, DataplaneToKeyd, HostKeys, KeydToAgent, KeydToDataplane, Undelivered,
 };
 use bulkhead_protocol::rot::{FromRot, Role, ToRot};
 use bulkhead_protocol::{Channel, ChannelError, Received};
@@ -225,6 +225,16 @@ impl Host {
             KeydToAgent::Accepted {
                 epoch, undelivered, ..
             } => (epoch, undelivered),
+            other => panic!("not accepted: {other:?}"),
+        }
+    }
+
+    /// As [`Host::accepted`], with what keyd says of the host's key.
+    pub fn accepted_with_keys(&self) -> (HostKeys, Vec<Undelivered>) {
+        match self.answer() {
+            KeydToAgent::Accepted {
+                keys, undelivered, ..
+            } => (keys, undelivered),
             other => panic!("not accepted: {other:?}"),
         }
     }

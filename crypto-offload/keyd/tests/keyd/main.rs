@@ -10,3 +10,4 @@ mod refused;
 mod rekeys;
 mod restarts;
 mod secrets;
+mod shred;

@@ -10,7 +10,7 @@ use crate::bundles::{bundle, encrypted, random_key, rekeyed, signed};
 use crate::host::{Host, wait_for};
 
 /// How often some bytes stand in the memory of a process, as far as root can read it.
-fn occurrences(pid: u32, needle: &[u8]) -> usize {
+pub fn occurrences(pid: u32, needle: &[u8]) -> usize {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("maps");
     let memory = File::open(format!("/proc/{pid}/mem")).expect("mem");
     let mut found = 0;
@@ -31,7 +31,7 @@ fn occurrences(pid: u32, needle: &[u8]) -> usize {
     found
 }
 
-fn assert_not_in_memory(pid: u32, key: &[u8; 64]) {
+pub fn assert_not_in_memory(pid: u32, key: &[u8; 64]) {
     for part in [&key[..], &key[..32], &key[32..]] {
         assert_eq!(occurrences(pid, part), 0, "{} bytes of a key", part.len());
     }
