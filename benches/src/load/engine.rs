@@ -17,8 +17,10 @@ use super::pingpong::pin;
 use super::ring::Ring;
 use super::verify::Stage;
 
-/// How often the watching thread looks.
-const TICK: Duration = Duration::from_millis(5);
+mod watch;
+
+use watch::conduct;
+
 /// Empty rounds after which a thread lets others have its CPU for once: it is not alone there.
 pub const YIELD_AFTER: u32 = 1 << 14;
 
@@ -82,6 +84,8 @@ pub struct Measured {
     pub sample_every: u64,
     /// Reads that were checked.
     pub verified_reads: u64,
+    /// Requests a second in each piece of the time.
+    pub windows: Vec<f64>,
 }
 
 /// Threads' common state.
@@ -93,8 +97,8 @@ struct Control {
 /// A thread's state, on a cache line of its own.
 #[repr(align(128))]
 struct Progress {
-    /// Rounds in which there were answers.
-    moved: AtomicU64,
+    /// Requests that were answered, in all phases.
+    answered: AtomicU64,
     in_flight: AtomicU64,
     /// The last phase of which everything is done.
     through: AtomicU8,
@@ -137,7 +141,7 @@ pub fn run<R: Ring + Send>(
     mut watch: impl FnMut() -> Result<(), LoadError>,
 ) -> Result<Measured, LoadError> {
     let fresh = || Progress {
-        moved: AtomicU64::new(0),
+        answered: AtomicU64::new(0),
         in_flight: AtomicU64::new(0),
         through: AtomicU8::new(NOT_YET),
     };
@@ -178,7 +182,7 @@ pub fn run<R: Ring + Send>(
 /// The first real failure, else all figures as one.
 fn combine(
     results: Vec<Result<Measured, LoadError>>,
-    watched: Result<(), LoadError>,
+    watched: Result<Vec<f64>, LoadError>,
 ) -> Result<Measured, LoadError> {
     let mut whole: Option<Measured> = None;
     let mut abandoned = false;
@@ -190,9 +194,9 @@ fn combine(
             (Ok(part), Some(whole)) => whole.add(&part),
         }
     }
-    watched?;
+    let windows = watched?;
     match whole {
-        Some(whole) if !abandoned => Ok(whole),
+        Some(whole) if !abandoned => Ok(Measured { windows, ..whole }),
         _ => Err(LoadError::Abandoned),
     }
 }
@@ -211,74 +215,6 @@ impl Measured {
     }
 }
 
-/// Sets the phases, and looks whether all is well.
-fn conduct(
-    control: &Control,
-    plan: &Plan,
-    watch: &mut impl FnMut() -> Result<(), LoadError>,
-) -> Result<(), LoadError> {
-    let mut watcher = Watcher {
-        control,
-        timeout: plan.timeout,
-        moved: 0,
-        since: Instant::now(),
-        watch,
-    };
-    if plan.verify {
-        watcher.until(|| control.all_through(Phase::Fill))?;
-        control.set(Phase::WarmUp);
-    }
-    for (phase, time) in [(Phase::Measure, plan.warm_up), (Phase::Drain, plan.measure)] {
-        let end = Instant::now() + time;
-        watcher.until(|| Instant::now() >= end)?;
-        control.set(phase);
-    }
-    watcher.until(|| control.all_through(Phase::Drain))?;
-    if plan.verify {
-        control.set(Phase::Sweep);
-        watcher.until(|| control.all_through(Phase::Sweep))?;
-    }
-    control.set(Phase::End);
-    Ok(())
-}
-
-struct Watcher<'c, W> {
-    control: &'c Control,
-    timeout: Duration,
-    moved: u64,
-    since: Instant,
-    watch: &'c mut W,
-}
-
-impl<W: FnMut() -> Result<(), LoadError>> Watcher<'_, W> {
-    fn until(&mut self, done: impl Fn() -> bool) -> Result<(), LoadError> {
-        while !done() {
-            if self.control.phase() == Phase::Abandon {
-                return Err(LoadError::Abandoned);
-            }
-            (self.watch)()?;
-            self.check_progress()?;
-            std::thread::sleep(TICK);
-        }
-        Ok(())
-    }
-
-    fn check_progress(&mut self) -> Result<(), LoadError> {
-        let moved = self.control.sum(|thread| &thread.moved);
-        let in_flight = self.control.sum(|thread| &thread.in_flight);
-        if moved != self.moved || in_flight == 0 {
-            self.moved = moved;
-            self.since = Instant::now();
-        } else if self.since.elapsed() > self.timeout {
-            return Err(LoadError::Stalled {
-                waited: self.timeout,
-                in_flight,
-            });
-        }
-        Ok(())
-    }
-}
-
 /// A thread's run.
 fn drive<R: Ring>(
     mut lanes: Vec<Named<'_, R>>,
@@ -289,7 +225,7 @@ fn drive<R: Ring>(
     let mut since = Instant::now();
     let mut elapsed = Duration::ZERO;
     let mut idle_rounds = 0u32;
-    let mut moved = 0u64;
+    let mut total = 0u64;
     loop {
         let phase = control.phase();
         if current != Some(phase) {
@@ -305,9 +241,10 @@ fn drive<R: Ring>(
             Phase::End => break,
             _ => {}
         }
-        if step(&mut lanes)? {
-            moved += 1;
-            progress.moved.store(moved, Relaxed);
+        let answered = step(&mut lanes)?;
+        if answered > 0 {
+            total += answered;
+            progress.answered.store(total, Relaxed);
             idle_rounds = 0;
             continue;
         }
@@ -328,16 +265,16 @@ fn drive<R: Ring>(
 }
 
 #[inline]
-fn step<R: Ring>(lanes: &mut [Named<'_, R>]) -> Result<bool, LoadError> {
-    let mut any = false;
+fn step<R: Ring>(lanes: &mut [Named<'_, R>]) -> Result<u64, LoadError> {
+    let mut answered = 0;
     for named in lanes {
-        any |= named.lane.step().map_err(|source| LoadError::Queue {
+        answered += named.lane.step().map_err(|source| LoadError::Queue {
             device: named.device.clone(),
             queue: named.queue,
             source,
         })?;
     }
-    Ok(any)
+    Ok(answered)
 }
 
 fn enter<R: Ring>(lanes: &mut [Named<'_, R>], phase: Phase, last: Duration) {
@@ -375,6 +312,7 @@ fn collect<R: Ring>(lanes: &[Named<'_, R>], elapsed: Duration) -> Result<Measure
             latency: latency.clone(),
             sample_every,
             verified_reads: named.lane.verified_reads(),
+            windows: Vec::new(),
         }
     });
     let whole = parts.reduce(|mut whole, part| {

@@ -214,16 +214,16 @@ impl<'m, R: Ring> Lane<'m, R> {
         over && self.in_flight() == 0
     }
 
-    /// Takes what was answered, sends what may be sent; whether anything was answered.
+    /// Takes what was answered, sends what may be sent; how many were answered.
     ///
     /// # Errors
     /// [`QueueError`].
     #[inline]
-    pub fn step(&mut self) -> Result<bool, QueueError> {
+    pub fn step(&mut self) -> Result<u64, QueueError> {
         let mut unpublished = 0;
-        let mut any = false;
+        let mut answered = 0;
         while let Some(used) = self.ring.poll()? {
-            any = true;
+            answered += 1;
             self.finish(used)?;
             unpublished += u32::from(self.send());
             if unpublished == PUBLISH_EVERY {
@@ -231,7 +231,7 @@ impl<'m, R: Ring> Lane<'m, R> {
                 unpublished = 0;
             }
         }
-        if any {
+        if answered > 0 {
             self.ring.rearm();
         }
         while self.send() {
@@ -240,7 +240,7 @@ impl<'m, R: Ring> Lane<'m, R> {
         if unpublished > 0 {
             self.publish();
         }
-        Ok(any)
+        Ok(answered)
     }
 
     #[inline]

@@ -88,9 +88,19 @@ impl Report {
         }
     }
 
-    /// Requests a second.
+    /// Requests a second: the median of pieces of the time, so that what else the machine did for a
+    /// moment does not count; over the whole time if that was short.
     #[must_use]
     pub fn iops(&self) -> f64 {
+        let mut windows = self.measured.windows.clone();
+        windows.sort_by(f64::total_cmp);
+        let median = windows.get(windows.len() / 2).copied();
+        median.unwrap_or_else(|| self.mean_iops())
+    }
+
+    /// Requests a second over the whole time.
+    #[must_use]
+    pub fn mean_iops(&self) -> f64 {
         ratio(self.measured.counts.answered, 1) / self.measured.elapsed.as_secs_f64().max(1e-9)
     }
 
@@ -122,6 +132,7 @@ impl Report {
             "requests": counts.answered,
             "reads": counts.reads,
             "iops": self.iops(),
+            "mean_iops": self.mean_iops(),
             "bytes_per_second": bytes,
             "latency_us": {
                 "p50": at(0.5), "p99": at(0.99), "p99.9": at(0.999), "max": micros(latency.max()),
@@ -187,7 +198,12 @@ impl fmt::Display for Report {
             ..
         } = &self.measured;
         let gib = self.iops() * f64::from(self.shape.block_bytes) / f64::from(1u32 << 30);
-        writeln!(f, "  {:.0} IOPS, {gib:.2} GiB/s", self.iops())?;
+        let mean = self.mean_iops();
+        writeln!(
+            f,
+            "  {:.0} IOPS, {gib:.2} GiB/s (over all of the time {mean:.0} IOPS)",
+            self.iops()
+        )?;
         let at = |quantile| micros(latency.value_at_quantile(quantile));
         writeln!(
             f,
@@ -254,4 +270,67 @@ fn per(count: u64, by: u64) -> Option<f64> {
 
 fn micros(nanos: u64) -> f64 {
     ratio(nanos, 1000)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use clap::Parser as _;
+    use hdrhistogram::Histogram;
+
+    use super::*;
+    use crate::load::lane::Counts;
+
+    fn report(windows: &[f64]) -> Report {
+        let arguments = Arguments::parse_from(["load", "--ring-echo", "--depth", "8"]);
+        let measured = Measured {
+            counts: Counts {
+                answered: 3000,
+                reads: 3000,
+                kicks: 100,
+                calls: 0,
+            },
+            elapsed: Duration::from_secs(2),
+            latency: Histogram::new(3).expect("constants"),
+            sample_every: 4,
+            verified_reads: 0,
+            windows: windows.to_vec(),
+        };
+        let shape = arguments.shape().expect("fits");
+        Report::new(&arguments, &shape, false, true, measured)
+    }
+
+    #[test]
+    fn a_disturbed_piece_does_not_count() {
+        let undisturbed = report(&[2000.0, 10.0, 2002.0, 2001.0, 2003.0]);
+        assert_eq!(
+            (undisturbed.iops(), undisturbed.mean_iops()),
+            (2001.0, 1500.0)
+        );
+        assert_eq!(report(&[]).iops(), 1500.0, "too short for pieces");
+        let json = undisturbed.json();
+        assert_eq!(json["bytes_per_second"], 2001.0 * 4096.0);
+        assert_eq!(json["requests_per_kick"], 30.0);
+        assert_eq!(json["requests_per_call"], Value::Null);
+        assert_eq!(json["of_floor"], Value::Null);
+    }
+
+    #[test]
+    fn the_ratio_is_to_the_higher_floor() {
+        let mut report = report(&[2000.0]);
+        let placement = Some(Placement::Near);
+        report.floors = [4000.0, 5000.0]
+            .map(|iops| Floor { iops, placement })
+            .to_vec();
+        assert_eq!(report.json()["of_floor"], 0.4);
+        let text = report.to_string();
+        assert!(
+            text.contains("floor 4000 IOPS (near) before, 5000 IOPS (near) after: 0.400 of it")
+        );
+        assert!(
+            text.contains("30.0 requests a kick") && text.contains("no calls"),
+            "{text}"
+        );
+    }
 }

@@ -169,7 +169,11 @@ fn null_and_the_echo() {
             p50 > Some(0.0) && p50 <= p99 && p99 <= max,
             "{line}: {figures}"
         );
-        assert_eq!(figures["bytes_per_second"], number("iops") * 4096.0);
+        let bytes = number("bytes_per_second");
+        assert!(
+            (bytes - number("iops") * 4096.0).abs() < 1.0,
+            "{line}: {figures}"
+        );
     }
 }
 

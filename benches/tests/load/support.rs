@@ -64,7 +64,7 @@ pub fn load(dir: &Path, line: &str) -> Output {
 fn command(dir: &Path, line: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_load"));
     command.current_dir(dir).arg("--json");
-    for (option, value) in [("--seconds", "0.1"), ("--warm-up", "0.05")] {
+    for (option, value) in [("--seconds", "0.06"), ("--warm-up", "0.02")] {
         if !line.contains(option) {
             command.args([option, value]);
         }

@@ -60,7 +60,7 @@ fn with(mix: &str, test: impl FnOnce(Lane<'_, Told>, &dyn Fn(u16, u8))) {
     let other = Requests::new(&memory, layout, SHAPE).expect("fits");
     let mut lane = Lane::new(Told::default(), other, None, source, None).expect("constants");
     lane.set_stage(Some(Stage::Mixed));
-    assert_eq!(lane.step(), Ok(false));
+    assert_eq!(lane.step(), Ok(0));
     assert_eq!(lane.in_flight(), 4);
     test(lane, &status);
 }
@@ -74,13 +74,13 @@ fn an_answered_request_is_followed_by_the_next() {
             status(slot, 0);
             lane.ring.used.push_back(Used { slot, len: 4097 });
         }
-        assert_eq!(lane.step(), Ok(true));
+        assert_eq!(lane.step(), Ok(2));
         let offered: Vec<u16> = lane.ring.offered.iter().map(|(slot, _)| *slot).collect();
         assert_eq!(offered, [0, 1, 2, 3, 2, 0]);
         lane.set_stage(None);
         status(3, 0);
         lane.ring.used.push_back(Used { slot: 3, len: 1 });
-        assert_eq!(lane.step(), Ok(true));
+        assert_eq!(lane.step(), Ok(1));
         assert_eq!((lane.in_flight(), lane.is_through()), (3, false));
         lane.stop_counting();
         let counts = lane.measured();
