@@ -1,5 +1,5 @@
 //! Kernels: the same work, done as a CPU can do it best.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 use std::ptr::NonNull;
 
@@ -100,4 +100,50 @@ pub(crate) fn nonce(salt: [u8; 4], sequence: u64) -> [u8; 12] {
     nonce[..4].copy_from_slice(&salt);
     nonce[4..].copy_from_slice(&sequence.to_be_bytes());
     nonce
+}
+
+/// Looking at what kernels leave on the stack.
+#[cfg(all(test, target_arch = "x86_64"))]
+pub(crate) mod residue {
+    #![expect(unsafe_code, reason = "the stack below the caller is nobody's")]
+
+    use std::ptr::NonNull;
+
+    use bulkhead_crypto::secret::SLOT_BYTES;
+
+    const DEPTH: usize = 16 << 10;
+
+    /// The stack below the caller.
+    #[inline(never)]
+    pub(crate) fn stack(copy: &mut Vec<u8>) {
+        copy.resize(DEPTH, 0);
+        // SAFETY: a test's stack goes far deeper; what lies there is only read.
+        unsafe {
+            std::arch::asm!(
+                "lea rsi, [rsp - {depth}]",
+                "rep movsb",
+                depth = const DEPTH,
+                inout("rcx") DEPTH => _,
+                inout("rdi") copy.as_mut_ptr() => _,
+                out("rsi") _,
+                options(nostack, preserves_flags),
+            );
+        }
+    }
+
+    /// Whether 16 bytes of the schedule in this slot, or any of the tags, stand in the copy.
+    pub(crate) fn holds(copy: &[u8], slot: NonNull<u8>, tags: &[[u8; 16]]) -> bool {
+        // SAFETY: the slot is mapped, and nobody writes it now.
+        let schedule = unsafe { std::slice::from_raw_parts(slot.as_ptr(), SLOT_BYTES) };
+        let secret = schedule
+            .chunks_exact(16)
+            .filter(|c| c.iter().filter(|&&b| b != 0).count() > 8);
+        let mut secrets: Vec<&[u8]> = secret.collect();
+        secrets.extend(tags.iter().map(|tag| &tag[..]));
+        assert!(
+            secrets.len() > 15 + tags.len(),
+            "a schedule has 15 round keys"
+        );
+        copy.windows(16).any(|window| secrets.contains(&window))
+    }
 }

@@ -11,6 +11,7 @@ use bulkhead_crypto::secret::{ArenaFull, Slot};
 
 use crate::kernel::{Functions, Kernel};
 use crate::packet::{OpenPacket, SealPacket};
+use crate::self_test::{SelfTestError, tested};
 
 /// Length of a key in bytes.
 pub const KEY_BYTES: usize = 32;
@@ -24,6 +25,9 @@ pub enum KeyError {
     /// AWS-LC took no AES-256-GCM key.
     #[error("AWS-LC refuses to expand an AES-256-GCM key: its build is not for this machine")]
     Library,
+    /// The kernel does not do what it should.
+    #[error(transparent)]
+    SelfTest(#[from] SelfTestError),
     /// The CPU lacks what the kernel needs.
     #[error("this CPU can't run the packet cipher's kernel {kernel}")]
     Unavailable {
@@ -68,6 +72,7 @@ impl PacketKey {
         kernel: Kernel,
     ) -> Result<Self, KeyError> {
         let functions = kernel.functions().ok_or(KeyError::Unavailable { kernel })?;
+        tested(kernel, functions)?;
         let slot = arena.take()?;
         // SAFETY: the slot is ours and zeroed.
         if !unsafe { (functions.expand)(slot.pointer(), key) } {
@@ -122,6 +127,52 @@ mod tests {
             // SAFETY: as above.
             let after = unsafe { std::slice::from_raw_parts(slot.as_ptr(), SLOT_BYTES) };
             assert!(after.iter().all(|&b| b == 0));
+        }
+    }
+
+    /// Packets without data: their tags are what masks tags, which nobody else may know.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn nothing_secret_is_left_on_the_stack() {
+        use crate::kernel::residue;
+
+        for kernel in Kernel::available() {
+            let arena = SecretArena::new(1).expect("arena");
+            let key = PacketKey::with_kernel(&arena, b"not to be seen on any stack ever", kernel);
+            let key = key.expect("key");
+            let mut stack = Vec::new();
+            residue::stack(&mut stack);
+            assert!(
+                !residue::holds(&stack, key.slot.pointer(), &[]),
+                "{kernel}: expansion"
+            );
+            let mut tags = vec![[0; 16]; 20];
+            let mut batch: Vec<_> = tags
+                .iter_mut()
+                .map(|tag| SealPacket::in_place(&[], tag).expect("packet"))
+                .collect();
+            for (packet, number) in batch.iter_mut().zip(1..) {
+                packet.number(number);
+            }
+            assert!(key.seal([1; 4], &mut batch));
+            residue::stack(&mut stack);
+            drop(batch);
+            assert!(
+                !residue::holds(&stack, key.slot.pointer(), &tags),
+                "{kernel}: sealing"
+            );
+            let mut sealed = tags.clone();
+            let mut batch: Vec<_> = (1..)
+                .zip(&mut sealed)
+                .map(|(number, tag)| OpenPacket::in_place(number, &[], tag).expect("packet"))
+                .collect();
+            key.open([1; 4], &mut batch);
+            residue::stack(&mut stack);
+            assert!(batch.iter_mut().all(|packet| packet.plaintext().is_ok()));
+            assert!(
+                !residue::holds(&stack, key.slot.pointer(), &tags),
+                "{kernel}: opening"
+            );
         }
     }
 }

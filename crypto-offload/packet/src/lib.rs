@@ -8,6 +8,7 @@
 //! | [`packet`] | where a packet's bytes lie: in place, between buffers, or in guest memory |
 //! | [`sealer`] | the numbers of sealed packets, and how much one key may seal |
 //! | [`opener`] | opening: a packet that doesn't authenticate fails alone and leaves nothing |
+//! | [`self_test`] | a kernel takes no key before it has shown that it works |
 //!
 //! A packet is sealed under a 96-bit nonce: the tunnel's 32-bit salt, then the packet's 64-bit
 //! sequence number, big-endian (RFC 4106 section 4; the deterministic construction of
@@ -32,6 +33,7 @@ mod library;
 pub mod opener;
 pub mod packet;
 pub mod sealer;
+pub mod self_test;
 #[cfg(all(target_arch = "x86_64", not(feature = "portable-only")))]
 mod vaes512;
 
@@ -40,3 +42,4 @@ pub use key::{KEY_BYTES, KeyError, PacketKey};
 pub use opener::Opener;
 pub use packet::{LengthError, OpenPacket, Refused, SealPacket, Segment, TAG_BYTES};
 pub use sealer::{SealError, Sealer};
+pub use self_test::{SelfTestError, self_test};

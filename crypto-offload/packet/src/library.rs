@@ -131,3 +131,36 @@ unsafe fn open_one(context: *const EVP_AEAD_CTX, salt: [u8; 4], packet: &Ranges)
         ) == 1
     }
 }
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use bulkhead_crypto::SecretArena;
+
+    use super::*;
+    use crate::kernel::residue;
+
+    /// Why the stack is wiped, and that the look at it sees what is there.
+    #[test]
+    fn aws_lc_leaves_the_hash_key_on_the_stack() {
+        let arena = SecretArena::new(1).expect("arena");
+        let slot = arena.take().expect("slot");
+        let mut buffer = vec![0; 100];
+        let mut packet = SealPacket::in_place(&[], &mut buffer).expect("packet");
+        packet.number(1);
+        let mut stack = Vec::new();
+        // SAFETY: the slot is ours and zeroed; then it is filled.
+        unsafe {
+            assert!(expand(slot.pointer(), &[3; KEY_BYTES]));
+            assert!(seal_one(
+                slot.pointer().cast().as_ptr(),
+                [0; 4],
+                packet.ranges()
+            ));
+        }
+        residue::stack(&mut stack);
+        assert!(residue::holds(&stack, slot.pointer(), &[]));
+        wipe_stack::<STACK_BYTES>();
+        residue::stack(&mut stack);
+        assert!(!residue::holds(&stack, slot.pointer(), &[]));
+    }
+}

@@ -13,9 +13,11 @@
 //! | `vhost_user_stream` | a frontend's bytes and descriptors, in any pieces and order |
 //! | `config_write` | writes to the configuration space |
 //! | `xts` | the volume cipher between any segments, against AWS-LC's |
+//! | `gcm` | batches of the packet cipher, against AWS-LC's AEAD |
 //! | `guest`, `input`, `order` | guest memory, the reading of bytes and in-order use, for several of them |
 mod blk_request;
 mod config_write;
+mod gcm;
 mod guest;
 mod input;
 mod order;
@@ -66,5 +68,10 @@ pub const TARGETS: &[Target] = &[
         name: "xts",
         about: "AES-256-XTS under every kernel, between any segments, against AWS-LC's",
         run: xts::run,
+    },
+    Target {
+        name: "gcm",
+        about: "AES-256-GCM of batches of packets under every kernel, against AWS-LC's; forgeries",
+        run: gcm::run,
     },
 ];

@@ -55,7 +55,7 @@ const _: () = assert!(size_of::<Schedule>() <= SLOT_BYTES && align_of::<Schedule
 
 /// How deep the kernel's frame is, in vectors: sums and masks are spilled there, round keys and powers
 /// are not.
-const STACK_VECTORS: usize = 20;
+const STACK_VECTORS: usize = 32;
 
 /// What the kernel consists of, if this CPU can run it.
 pub(crate) fn functions() -> Option<&'static Functions> {
@@ -71,10 +71,8 @@ pub(crate) fn functions() -> Option<&'static Functions> {
 static FUNCTIONS: Functions = Functions {
     expand: |slot, key| {
         // SAFETY: passed on to the caller; the CPU was asked for what the kernel needs.
-        unsafe {
-            expand(slot, key);
-            wipe_stack();
-        }
+        unsafe { expand(slot, key) };
+        crate::kernel::wipe_stack::<4096>();
         true
     },
     seal: |slot, salt, packets| {

@@ -50,7 +50,7 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode, Box<dyn Error>> {
         }
     }
     if compiles {
-        total.add(portable_cipher(filter, &logs)?);
+        total.add(portable_ciphers(filter, &logs)?);
         total.add(sanitized::run(filter, &logs)?);
     }
     if !total.skipped.is_empty() {
@@ -148,21 +148,26 @@ fn suite(package: &str, logs: &Path) -> Result<Counts, Box<dyn Error>> {
     report_suite(package, &mut cargo(&arguments.map(str::to_owned)), logs)
 }
 
-/// The cipher's tests with everything left out that is written for one architecture.
-fn portable_cipher(filter: Option<&str>, logs: &Path) -> Result<Counts, Box<dyn Error>> {
-    const PACKAGE: &str = "bulkhead-crypto";
-    if filter.is_some_and(|filter| !PACKAGE.contains(filter)) {
-        return Ok(Counts::default());
+/// The ciphers' tests with everything left out that is written for one architecture.
+fn portable_ciphers(filter: Option<&str>, logs: &Path) -> Result<Counts, Box<dyn Error>> {
+    let mut counts = Counts::default();
+    for (package, tests) in [
+        ("bulkhead-crypto", "--lib --test xts"),
+        ("bulkhead-packet-cipher", "--lib --tests"),
+    ] {
+        if filter.is_some_and(|filter| !package.contains(filter)) {
+            continue;
+        }
+        let arguments = format!(
+            "test -p {package} --features portable-only {tests} --no-fail-fast -- --show-output"
+        );
+        let arguments: Vec<_> = arguments.split_whitespace().map(str::to_owned).collect();
+        counts.add(report_suite(
+            &format!("{package}, portable"),
+            &mut cargo(&arguments),
+            logs,
+        )?);
     }
-    let arguments = format!(
-        "test -p {PACKAGE} --features portable-only --lib --test xts --no-fail-fast -- --show-output"
-    );
-    let arguments: Vec<_> = arguments.split_whitespace().map(str::to_owned).collect();
-    let mut counts = report_suite(
-        &format!("{PACKAGE}, portable"),
-        &mut cargo(&arguments),
-        logs,
-    )?;
     // The kernels left out are named by each test; that they are is the point.
     counts.skipped.clear();
     Ok(counts)
