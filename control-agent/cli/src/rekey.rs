@@ -5,13 +5,14 @@
 //! nobody else: a data plane that finds none doesn't begin, so that no mistaken bundle can.
 
 use std::fs::{File, OpenOptions, TryLockError};
+use std::io;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
 use bulkhead_bundle::{RECOVERY_RECIPIENT, Rekey, SealedKeyEntry, Volume, private_file, source};
 use bulkhead_files::text::to_hex;
 use bulkhead_protocol::RekeyId;
-use bulkhead_protocol::rekey::{Found, Record, Stage, prepared};
+use bulkhead_protocol::rekey::{Found, RECORD_BYTES, Record, Stage, prepared};
 use bulkhead_sealing::RecipientPublicKey;
 use nix::fcntl::OFlag;
 
@@ -205,14 +206,41 @@ fn prepare(volume: &Volume, path: &Path) -> Result<(), Failure> {
             ))
         })?;
         let first = prepared(volume.id, rekey.id, volume.size_bytes, unit);
-        file.write_all_at(&first, layout.copies[0])
-            .and_then(|()| file.sync_all())
-            .map_err(|e| Failure::at(path, e))?;
+        write_first(&file, layout.copies[0], &first).map_err(|e| Failure::at(path, e))?;
         println!("file         {} is prepared", path.display());
     } else {
         println!("file         {} was prepared already", path.display());
     }
     Ok(())
+}
+
+/// Bytes that a disk writes whole or not at all.
+const SECTOR: usize = 512;
+
+/// Writes the first record, so that a power cut at any moment leaves what was there, nothing, or the
+/// record, and never one that counts as damaged: a copy gets its first sector, with the magic, when the
+/// rest of it is on the disk, and loses that of an older one before.
+fn write_first(file: &File, at: u64, record: &[u8]) -> io::Result<()> {
+    for step in first_record_steps(record) {
+        for (offset, bytes) in step {
+            file.write_all_at(bytes, at + offset)?;
+        }
+        file.sync_all()?;
+    }
+    Ok(())
+}
+
+/// What is written, as offsets and bytes; all of a step is on the disk before the next begins.
+fn first_record_steps(record: &[u8]) -> [Vec<(u64, &[u8])>; 3] {
+    let mut steps = [Vec::new(), Vec::new(), Vec::new()];
+    for (index, copy) in record.chunks_exact(RECORD_BYTES).enumerate() {
+        let at = (index * RECORD_BYTES) as u64;
+        let (head, rest) = copy.split_at(SECTOR);
+        steps[0].push((at, &[0; SECTOR][..]));
+        steps[1].push((at + SECTOR as u64, rest));
+        steps[2].push((at, head));
+    }
+    steps
 }
 
 /// Whether a record is to be written: not over one of this re-key, and never over one that is needed.
@@ -266,4 +294,61 @@ fn of_other(record: &Record, volume: &Volume) -> String {
         " (the record is of another volume, {}: is it the right file?)",
         record.volume
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_protocol::VolumeId;
+    use bulkhead_protocol::rekey::{COPIES, find};
+
+    use super::*;
+
+    const SIZE: u64 = 1 << 20;
+    const BYTES: usize = COPIES * RECORD_BYTES;
+
+    fn first(rekey: u8) -> [u8; BYTES] {
+        prepared(VolumeId([1; 16]), RekeyId([rekey; 16]), SIZE, 512)
+    }
+
+    /// The sectors of the record's place that a write covers, each with its new bytes.
+    fn sectors<'a>(step: &[(u64, &'a [u8])]) -> Vec<(usize, &'a [u8])> {
+        let mut sectors = Vec::new();
+        for (offset, bytes) in step {
+            let at = usize::try_from(*offset).expect("small");
+            let parts = bytes.chunks(SECTOR).enumerate();
+            sectors.extend(parts.map(|(index, part)| (at + index * SECTOR, part)));
+        }
+        sectors
+    }
+
+    #[test]
+    fn a_power_cut_while_the_record_is_written_damages_nothing() {
+        let record = first(2);
+        for before in [[0; BYTES], first(1)] {
+            let mut disk = before;
+            for step in first_record_steps(&record) {
+                let sectors = sectors(&step);
+                // Any one sector alone, all but one, and any number of the first ones.
+                for cut in 0..=sectors.len() {
+                    for chosen in [
+                        (0..sectors.len())
+                            .filter(|at| *at == cut)
+                            .collect::<Vec<_>>(),
+                        (0..sectors.len()).filter(|at| *at != cut).collect(),
+                        (0..cut).collect(),
+                    ] {
+                        let mut torn = disk;
+                        for (at, bytes) in chosen.iter().map(|index| sectors[*index]) {
+                            torn[at..at + SECTOR].copy_from_slice(bytes);
+                        }
+                        assert_ne!(find(&torn), Found::Damaged, "{chosen:?}");
+                    }
+                }
+                for (at, bytes) in sectors {
+                    disk[at..at + SECTOR].copy_from_slice(bytes);
+                }
+            }
+            assert_eq!(disk, record);
+        }
+    }
 }
