@@ -79,15 +79,17 @@ fn keys_and_data_change_neither_the_way_nor_an_address() {
             drop(key);
         });
         assert_eq!(found, None, "{kernel}: expansion");
-        let compare = match kernel {
-            Kernel::Portable => Compare::Way,
-            _ => Compare::WayAndRegisters,
+        type Calls = fn(&XtsKey, &mut Work, bool);
+        let (compare, calls): (_, Calls) = match kernel {
+            // Its way is long, a step takes a while, and memcheck sees more.
+            Kernel::Portable => (Compare::Way, small),
+            _ => (Compare::WayAndRegisters, both_units),
         };
         for encrypt in [true, false] {
             let found = differs(&mut work, &SECRETS, compare, |work, step| {
                 let key = expand(work, kernel);
                 step.begin();
-                both_units(&key, work, encrypt);
+                calls(&key, work, encrypt);
                 step.end();
             });
             assert_eq!(found, None, "{kernel}: encrypt {encrypt}");

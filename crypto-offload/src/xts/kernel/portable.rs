@@ -75,8 +75,8 @@ unsafe fn write_schedule(key: &[u8; KEY_BYTES], schedule: *mut Schedule) {
 #[inline(never)]
 fn scrub_stack() {
     let mut frame = [0u8; 16 * 1024];
-    std::hint::black_box(&mut frame);
-    frame.zeroize();
+    // SAFETY: the frame is ours.
+    unsafe { raw::wipe(frame.as_mut_ptr(), frame.len()) };
 }
 
 /// See [`Functions::bases`].
@@ -134,9 +134,10 @@ unsafe fn crypt(
         // SAFETY: as above.
         unsafe { raw::copy(data.as_ptr().cast(), dst.add(at), GROUP_BYTES) };
     }
-    tweaks.zeroize();
-    for block in &mut data {
-        block.0.zeroize();
+    // SAFETY: both are ours.
+    unsafe {
+        raw::wipe(tweaks.as_mut_ptr().cast(), GROUP_BYTES);
+        raw::wipe(data.as_mut_ptr().cast(), GROUP_BYTES);
     }
 }
 
