@@ -140,10 +140,15 @@ impl Run<'_> {
 
 /// Units of the next batch: as many as there is room for, and none after the low half of the
 /// number has overflowed.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the low half is what counts"
+)]
 fn batch(unit: DataUnit, first: u128, left: usize) -> usize {
-    let room = BATCH_GROUPS / unit.groups();
-    let until_overflow = (1 << 64) - (first & u128::from(u64::MAX));
-    usize::try_from(until_overflow).map_or(left.min(room), |most| left.min(room).min(most))
+    let room = unit.units_in(BATCH_GROUPS * GROUP_BYTES);
+    // One less than there are, which doesn't overflow itself.
+    let after_first = usize::try_from(u64::MAX - first as u64).unwrap_or(usize::MAX);
+    left.min(room).min(after_first.saturating_add(1))
 }
 
 /// Where a walk over segments stands.

@@ -187,7 +187,7 @@ impl XtsKey {
         let (Some(src), Some(dst)) = (NonNull::new(src.cast_mut()), NonNull::new(dst)) else {
             return unit.check(0, len);
         };
-        let units = len / unit.bytes() as usize;
+        let units = unit.units_in(len);
         let run = self.run(unit, u128::from(first_unit), direction);
         let (source, destination) = ([(src, len)], [(dst, len)]);
         // SAFETY: passed on to the caller.

@@ -125,7 +125,7 @@ impl XtsKey {
     {
         let bytes = total(source.clone());
         unit.check(bytes, total(destination.clone()))?;
-        let units = bytes / unit.bytes() as usize;
+        let units = unit.units_in(bytes);
         // SAFETY: as many bytes on both sides; the rest is passed on to the caller.
         unsafe {
             self.run(unit, first_unit, direction)

@@ -1,5 +1,5 @@
-//! What a nightly compiler checks: tests of the data plane under AddressSanitizer (which looks for leaks at
-//! their end, too), and every fuzz target over its corpus and for a little longer.
+//! What a nightly compiler checks: tests of the data plane and its cipher under AddressSanitizer (which looks
+//! for leaks at their end, too), and every fuzz target over its corpus and for a little longer.
 
 use std::error::Error;
 use std::path::Path;
@@ -7,8 +7,9 @@ use std::path::Path;
 use super::{Counts, report_suite};
 use crate::{fuzz, nightly, report};
 
-/// Test targets of the data plane: rings, requests, wire, memory, the in-flight region, workers, sessions.
-const TARGETS: [&str; 10] = [
+/// Test targets of the data plane: rings, requests, wire, memory, the in-flight region, workers, sessions; and
+/// the cipher's.
+const TARGETS: [&str; 11] = [
     "inflight",
     "memory",
     "packed",
@@ -19,6 +20,7 @@ const TARGETS: [&str; 10] = [
     "virtqueue",
     "virtqueue_both",
     "worker",
+    "xts",
 ];
 /// Tests that are left out, and why: a thread that has locked itself in may not make the calls that the
 /// sanitizer makes.
@@ -59,6 +61,8 @@ fn tests(logs: &Path) -> Result<Counts, Box<dyn Error>> {
         "test",
         "-p",
         "bulkhead-dataplane",
+        "-p",
+        "bulkhead-crypto",
         "--lib",
         "--no-fail-fast",
     ]);
