@@ -24,6 +24,7 @@
 //! | [`blk`] | virtio-blk: device, configuration space, requests, pipeline |
 //! | [`control`] | what rot, keyd and the agent say becomes what is served |
 //! | [`storage`] | where blocks live |
+//! | [`rekey`] | another key for a volume, zone by zone, while it is served |
 //! | [`sandbox`] | how the process and its threads lock themselves in |
 //! | [`worker`] | a thread on a core: its queues, its ring, polling |
 //! | [`log_limit`] | how often a guest can make us log |
@@ -33,6 +34,7 @@ pub mod control;
 pub mod fds;
 pub mod log_limit;
 pub mod memory;
+pub mod rekey;
 pub mod sandbox;
 pub mod serve;
 pub mod server;

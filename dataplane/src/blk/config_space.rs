@@ -95,7 +95,7 @@ pub fn read(device: &BlkDevice) -> [u8; CONFIG_BYTES] {
         space.put(48, &MAX_WRITE_ZEROES_SECTORS.to_le_bytes());
         space.put(52, &MAX_RANGES.to_le_bytes());
         // Of an encrypted device no zeroes are given up: they would read back as noise.
-        space.put(56, &[u8::from(device.cipher.is_none())]);
+        space.put(56, &[u8::from(!device.is_encrypted())]);
     }
     space.0
 }

@@ -3,11 +3,12 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bulkhead_crypto::{DataUnit, XtsKey};
+use bulkhead_protocol::control::{RekeyProgress, RekeyState};
 
+use super::cipher::{Cipher, Ciphers};
 use super::config_space::feature;
 use super::metrics::Metrics;
 use crate::storage::StorageSpec;
@@ -79,18 +80,12 @@ pub enum ResizeError {
         /// Of the device.
         needs_bytes: u64,
     },
+    /// The record of a re-key lies where it would grow to.
+    #[error("it is being re-keyed: it can grow when that is done and over")]
+    Rekeyed,
     /// The storage does not tell its length.
     #[error("the length of the volume's storage can't be told: {0}")]
     Io(#[from] std::io::Error),
-}
-
-/// The cipher of an encrypted volume.
-#[derive(Debug)]
-pub struct Cipher {
-    /// Its expanded key.
-    pub key: XtsKey,
-    /// Bytes that share a tweak.
-    pub unit: DataUnit,
 }
 
 /// An attached block device. The key lives until the last worker and the control thread have
@@ -101,8 +96,12 @@ pub struct BlkDevice {
     pub geometry: Geometry,
     /// Where its blocks live.
     pub storage: StorageSpec,
-    /// How they are encrypted there; none: plain.
-    pub cipher: Option<Cipher>,
+    /// How they are encrypted there; none: plain. Replaced when a re-key begins or ends: workers have their
+    /// own.
+    ciphers: Mutex<Option<Ciphers>>,
+    encrypted: bool,
+    /// How far the re-key is, for the status; the rekeyer writes it.
+    progress: Mutex<Option<RekeyProgress>>,
     /// Counters, written by the workers.
     pub metrics: Metrics,
     /// Grows only.
@@ -135,10 +134,34 @@ impl BlkDevice {
         storage: StorageSpec,
         cipher: Option<Cipher>,
     ) -> Arc<Self> {
+        Self::with_ciphers(
+            geometry,
+            capacity_sectors,
+            storage,
+            cipher.map(Ciphers::single),
+        )
+    }
+
+    /// A device that may have a record of a re-key, and be in one.
+    #[must_use]
+    pub fn with_ciphers(
+        geometry: Geometry,
+        capacity_sectors: u64,
+        storage: StorageSpec,
+        ciphers: Option<Ciphers>,
+    ) -> Arc<Self> {
+        let progress = ciphers.as_ref().and_then(|ciphers| ciphers.rekey.as_ref());
+        let progress = progress.map(|_| RekeyProgress {
+            done_bytes: 0,
+            total_bytes: capacity_sectors * SECTOR_BYTES,
+            state: RekeyState::Waiting,
+        });
         Arc::new(Self {
             geometry,
             storage,
-            cipher,
+            encrypted: ciphers.is_some(),
+            ciphers: Mutex::new(ciphers),
+            progress: Mutex::new(progress),
             metrics: Metrics::default(),
             capacity_sectors: AtomicU64::new(capacity_sectors),
             writeback: AtomicBool::new(true),
@@ -151,6 +174,47 @@ impl BlkDevice {
             lacks: AtomicU8::new(0),
             flush_failed: AtomicBool::new(false),
         })
+    }
+
+    /// Whether its blocks are encrypted.
+    #[must_use]
+    #[inline]
+    pub fn is_encrypted(&self) -> bool {
+        self.encrypted
+    }
+
+    /// Its keys as they are now.
+    #[must_use]
+    pub fn ciphers(&self) -> Option<Ciphers> {
+        lock(&self.ciphers).clone()
+    }
+
+    /// Other keys for the same bytes: each worker is told by itself.
+    pub(crate) fn set_ciphers(&self, ciphers: Ciphers) {
+        let progress = ciphers.rekey.as_ref().map(|_| RekeyProgress {
+            done_bytes: 0,
+            total_bytes: self.capacity_sectors() * SECTOR_BYTES,
+            state: RekeyState::Waiting,
+        });
+        self.set_rekey_progress(progress);
+        *lock(&self.ciphers) = Some(ciphers);
+    }
+
+    /// Its keys, of a device that nobody else has any more.
+    pub(crate) fn into_ciphers(self) -> Option<Ciphers> {
+        self.ciphers
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How far its re-key is; none without one, or before the rekeyer has it.
+    #[must_use]
+    pub fn rekey_progress(&self) -> Option<RekeyProgress> {
+        lock(&self.progress).clone()
+    }
+
+    pub(crate) fn set_rekey_progress(&self, progress: Option<RekeyProgress>) {
+        *lock(&self.progress) = progress;
     }
 
     /// Capacity in sectors. Whoever checks a request against it reads it once, and uses what it read.
@@ -178,6 +242,12 @@ impl BlkDevice {
             .checked_mul(SECTOR_BYTES)
             .filter(|bytes| i64::try_from(*bytes).is_ok() && bytes.is_multiple_of(block))
             .ok_or(ResizeError::Size(capacity_sectors))?;
+        if self
+            .ciphers()
+            .is_some_and(|ciphers| ciphers.rekey.is_some())
+        {
+            return Err(ResizeError::Rekeyed);
+        }
         let has_bytes = self.storage.bytes()?;
         if needs_bytes > has_bytes {
             return Err(ResizeError::Storage {
@@ -231,42 +301,42 @@ impl BlkDevice {
     }
 
     /// What a flush that begins now settles.
-    pub(super) fn settle_wanted(&self) -> u64 {
+    pub(crate) fn settle_wanted(&self) -> u64 {
         self.settle_wanted.load(Ordering::Acquire)
     }
 
     /// A flush that began when so much was wanted has succeeded.
-    pub(super) fn settle(&self, wanted: u64) {
+    pub(crate) fn settle(&self, wanted: u64) {
         self.settled.fetch_max(wanted, Ordering::AcqRel);
     }
 
     /// Takes the right to flush; false while another worker has it.
-    pub(super) fn take_flush_turn(&self) -> bool {
+    pub(crate) fn take_flush_turn(&self) -> bool {
         !self.flushing.swap(true, Ordering::AcqRel)
     }
 
     /// Gives it back, once a failure is latched.
-    pub(super) fn give_flush_turn(&self) {
+    pub(crate) fn give_flush_turn(&self) {
         self.flushing.store(false, Ordering::Release);
     }
 
     /// How many flushes were begun until now: a later one is for everything that was completed before.
-    pub(super) fn flushes_begun(&self) -> u64 {
+    pub(crate) fn flushes_begun(&self) -> u64 {
         self.flushes_begun.load(Ordering::Acquire)
     }
 
     /// One begins; its number. To be called by whoever has the turn.
-    pub(super) fn begin_flush(&self) -> u64 {
+    pub(crate) fn begin_flush(&self) -> u64 {
         self.flushes_begun.fetch_add(1, Ordering::AcqRel) + 1
     }
 
     /// The one with this number has succeeded.
-    pub(super) fn flush_succeeded(&self, number: u64) {
+    pub(crate) fn flush_succeeded(&self, number: u64) {
         self.flushes_done.fetch_max(number, Ordering::AcqRel);
     }
 
     /// Whether one that began when so many had been begun, or later, has succeeded.
-    pub(super) fn flushed_since(&self, begun: u64) -> bool {
+    pub(crate) fn flushed_since(&self, begun: u64) -> bool {
         self.flushes_done.load(Ordering::Acquire) > begun
     }
 
@@ -298,6 +368,11 @@ impl BlkDevice {
     pub fn latch_flush_failure(&self) {
         self.flush_failed.store(true, Ordering::Release);
     }
+}
+
+/// None of these locks is on the way of a request, or held for more than a copy.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! virtio-blk (virtio 1.2, 5.2): the device, its configuration space, typed requests and their
 //! way to the storage and back.
 
+mod cipher;
 pub mod config_space;
 mod device;
 mod metrics;
@@ -8,5 +9,7 @@ pub mod pipeline;
 pub mod request;
 pub mod transform;
 
-pub use device::{BlkDevice, Cipher, Geometry, ResizeError, SECTOR_BYTES};
+pub use cipher::{Cipher, Ciphers, Rekey};
+pub(crate) use cipher::{Keys, part};
+pub use device::{BlkDevice, Geometry, ResizeError, SECTOR_BYTES};
 pub use metrics::{Counter, Metrics};

@@ -10,10 +10,13 @@
 
 use std::ptr::NonNull;
 
-use super::device::Cipher;
+use super::Cipher;
 use crate::memory::GuestBuffer;
 use crate::storage::RamSpec;
 use crate::worker::staging::Chunk;
+
+/// How much of a chunk is plaintext at a time while it gets another key.
+const REKEYED_BYTES: u32 = 16 << 10;
 
 /// A range on our side.
 #[derive(Debug, Clone, Copy)]
@@ -86,6 +89,30 @@ pub fn zeroes(chunk: &mut Chunk, bytes: u64, offset_bytes: u64, cipher: Option<&
             .encrypt_raw(cipher.unit, first, at, at, bytes as usize)
     };
     done.is_ok()
+}
+
+/// Bytes of the device at the front of a chunk, from one key to another; both have the same data unit. Plaintext
+/// stands there for no longer than a piece of it takes. False, with nothing or a part of it done, where they
+/// don't fit, or are no whole data units: a mistake of the caller.
+#[must_use]
+pub fn rekey(chunk: &mut Chunk, bytes: u32, offset_bytes: u64, from: &Cipher, to: &Cipher) -> bool {
+    let unit = from.unit.bytes();
+    if bytes > chunk.bytes() || !bytes.is_multiple_of(unit) || from.unit != to.unit {
+        return false;
+    }
+    let first = offset_bytes / u64::from(unit);
+    let step = REKEYED_BYTES.next_multiple_of(unit);
+    (0..bytes).step_by(step as usize).all(|done| {
+        let (len, number) = (step.min(bytes - done), first + u64::from(done / unit));
+        // SAFETY: inside the chunk, which nobody else uses; source and destination are the same.
+        let both = unsafe {
+            let at = chunk.at().as_ptr().add(done as usize);
+            from.key
+                .decrypt_raw(from.unit, number, at, at, len as usize)
+                .and_then(|()| to.key.encrypt_raw(to.unit, number, at, at, len as usize))
+        };
+        both.is_ok()
+    })
 }
 
 /// From our side to guest memory, decrypted where there is a cipher. As [`store`].

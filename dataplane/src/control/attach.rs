@@ -12,8 +12,8 @@ use bulkhead_protocol::{SocketName, VolumeId};
 
 use super::answer::Agent;
 use super::grant::{capacity_sectors, geometry};
-use super::volumes::{Serving, Volume, Volumes, into_key};
-use crate::blk::{BlkDevice, Cipher};
+use super::volumes::{Serving, Volume, Volumes, into_keys};
+use crate::blk::{BlkDevice, Cipher, Ciphers, Rekey};
 use crate::server::{Access, Server};
 use crate::storage::{FileSpec, StorageSpec};
 
@@ -48,7 +48,7 @@ impl Volumes {
         if volume.served().is_some() {
             return Ok(Begun::Already);
         }
-        if grant.data_unit_bytes.is_some() && volume.held.key.is_none() {
+        if grant.data_unit_bytes.is_some() && volume.held.keys.key.is_none() {
             return Err(format!(
                 "the key of volume {id} was wiped when it was detached: have keyd grant it again"
             ));
@@ -72,7 +72,7 @@ impl Volumes {
                 Ok(Begun::Now)
             }
             Err(error) => {
-                volume.held.key = into_key(device);
+                volume.held.keys = into_keys(device);
                 Err(format!("the listener can't be watched: {error}"))
             }
         }
@@ -109,7 +109,7 @@ impl Volumes {
         Ok(file)
     }
 
-    /// Moves the key into a device.
+    /// Moves the keys into a device.
     fn take_device(
         &mut self,
         grant: &VolumeGrant,
@@ -117,16 +117,24 @@ impl Volumes {
     ) -> Result<Arc<BlkDevice>, String> {
         let volume = self.table.get_mut(&grant.volume).ok_or("it is gone")?;
         let unit = grant.data_unit_bytes.and_then(DataUnit::new);
-        let cipher = match (unit, volume.held.key.take()) {
+        let keys = std::mem::take(&mut volume.held.keys);
+        let ciphers = match (unit, keys.key) {
             (None, _) => None,
-            (Some(unit), Some(key)) => Some(Cipher { key, unit }),
+            (Some(unit), Some(key)) => Some(Ciphers {
+                cipher: Arc::new(Cipher { key, unit }),
+                volume: Some(grant.volume),
+                rekey: grant.rekey.zip(keys.previous).map(|(id, key)| Rekey {
+                    id,
+                    previous: Arc::new(Cipher { key, unit }),
+                }),
+            }),
             (Some(_), None) => return Err("its key is not there".to_owned()),
         };
-        Ok(BlkDevice::new(
+        Ok(BlkDevice::with_ciphers(
             geometry(grant),
             capacity_sectors(grant),
             StorageSpec::File(file),
-            cipher,
+            ciphers,
         ))
     }
 }

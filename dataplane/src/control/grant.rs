@@ -43,6 +43,9 @@ pub(super) fn check(grant: &VolumeGrant) -> Result<(), String> {
         }
         Some(_) => {}
     }
+    if grant.rekey.is_some() && (grant.data_unit_bytes.is_none() || grant.read_only) {
+        return Err("a re-key of a volume that is plain or only read".to_owned());
+    }
     let size = grant.size_bytes;
     if size == 0 || !size.is_multiple_of(u64::from(block)) || i64::try_from(size).is_err() {
         return Err(format!(
@@ -64,21 +67,49 @@ pub(super) fn check(grant: &VolumeGrant) -> Result<(), String> {
     Ok(())
 }
 
-/// Takes the key that came with a grant: none for a plain volume.
+/// What came with a grant, expanded.
+#[derive(Debug, Default)]
+pub(super) struct GrantedKeys {
+    /// None for a plain volume.
+    pub(super) key: Option<XtsKey>,
+    /// What a re-key replaces.
+    pub(super) previous: Option<XtsKey>,
+}
+
+/// Takes the keys that came with a grant: none for a plain volume.
 ///
 /// # Errors
 /// What is wrong with the descriptors or the key. A page that was secret memory is wiped all the same.
-pub(super) fn take_key(
+pub(super) fn take_keys(
     arena: &Arc<SecretArena>,
     grant: &VolumeGrant,
     received: &mut Received<KeydToDataplane>,
-) -> Result<Option<XtsKey>, String> {
+) -> Result<GrantedKeys, String> {
     if grant.data_unit_bytes.is_none() {
         let [] = received.take_fds().map_err(|e| e.to_string())?;
-        return Ok(None);
+        return Ok(GrantedKeys::default());
     }
-    let [page] = received.take_fds().map_err(|e| e.to_string())?;
-    expand(arena, page).map(Some)
+    if grant.rekey.is_none() {
+        let [page] = received.take_fds().map_err(|e| e.to_string())?;
+        return Ok(GrantedKeys {
+            key: Some(expand(arena, page)?),
+            previous: None,
+        });
+    }
+    let [page, previous] = received.take_fds().map_err(|e| e.to_string())?;
+    // Both pages are wiped, whatever is wrong with one of them.
+    let (key, previous) = (expand(arena, page), expand(arena, previous));
+    let (key, previous) = (
+        key?,
+        previous.map_err(|e| format!("its previous key: {e}"))?,
+    );
+    if key.is_same(&previous) {
+        return Err("its key and its previous key are the same".to_owned());
+    }
+    Ok(GrantedKeys {
+        key: Some(key),
+        previous: Some(previous),
+    })
 }
 
 fn expand(arena: &Arc<SecretArena>, page: OwnedFd) -> Result<XtsKey, String> {
@@ -110,6 +141,15 @@ pub(super) fn only_grew(from: &VolumeGrant, to: &VolumeGrant) -> bool {
     to.size_bytes > size_bytes && is_same(from, &as_before)
 }
 
+/// Whether a grant says the same as another but for a re-key that begins or is over, the epoch aside.
+pub(super) fn only_rekeys(from: &VolumeGrant, to: &VolumeGrant) -> bool {
+    let as_before = VolumeGrant {
+        rekey: from.rekey,
+        ..to.clone()
+    };
+    from.rekey.is_some() != to.rekey.is_some() && is_same(from, &as_before)
+}
+
 /// The device that a grant describes.
 pub(super) fn geometry(grant: &VolumeGrant) -> Geometry {
     let mut serial = [0; SERIAL_BYTES];
@@ -132,7 +172,7 @@ pub(super) fn capacity_sectors(grant: &VolumeGrant) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use bulkhead_protocol::VolumeId;
+    use bulkhead_protocol::{RekeyId, VolumeId};
 
     use super::*;
 
@@ -158,7 +198,7 @@ mod tests {
     #[test]
     fn a_grant_that_describes_no_device_is_refused() {
         assert_eq!(check(&grant()), Ok(()));
-        let cases: [(&str, Change); 11] = [
+        let cases: [(&str, Change); 13] = [
             ("block", |g| g.logical_block_bytes = 1024),
             ("no block", |g| g.logical_block_bytes = 0),
             ("unit", |g| g.data_unit_bytes = Some(1024)),
@@ -168,6 +208,12 @@ mod tests {
             ("too large", |g| g.size_bytes = 1 << 63),
             ("no queue", |g| g.queues = 0),
             ("queues", |g| g.queues = 65),
+            ("re-key of a plain one", |g| {
+                (g.data_unit_bytes, g.rekey) = (None, Some(RekeyId([1; 16])));
+            }),
+            ("re-key of one that is only read", |g| {
+                (g.read_only, g.rekey) = (true, Some(RekeyId([1; 16])));
+            }),
             ("long serial", |g| g.serial = "x".repeat(21)),
             ("serial", |g| g.serial = "é".to_owned()),
         ];
@@ -185,6 +231,21 @@ mod tests {
         assert!(is_same(&grant(), &other));
         other.allowed_uid += 1;
         assert!(!is_same(&grant(), &other));
+    }
+
+    #[test]
+    fn a_rekey_is_one_that_begins_or_is_over_and_nothing_else() {
+        let with = |id| VolumeGrant {
+            rekey: Some(RekeyId([id; 16])),
+            epoch: 4,
+            ..grant()
+        };
+        assert!(only_rekeys(&grant(), &with(1)) && only_rekeys(&with(1), &grant()));
+        assert!(!only_rekeys(&grant(), &grant()) && !only_rekeys(&with(1), &with(1)));
+        assert!(!only_rekeys(&with(1), &with(2)), "another one");
+        let mut more = with(1);
+        more.size_bytes *= 2;
+        assert!(!only_rekeys(&grant(), &more), "and more");
     }
 
     #[test]

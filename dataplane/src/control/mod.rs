@@ -47,8 +47,8 @@ const AGENT: Token = Token(MANAGER_TOKENS + 2);
 /// Messages taken from one channel before frontends have their turn.
 const TURN: usize = 64;
 
-/// Slots for keys: that of each volume, and one that is to replace it.
-pub const KEY_SLOTS: usize = 2 * MAX_VOLUMES;
+/// Slots for keys: two of each volume, one of them that of a re-key, and those that are to replace them.
+pub const KEY_SLOTS: usize = 4 * MAX_VOLUMES;
 
 /// The manager. Made before the process locks itself in.
 #[derive(Debug)]
@@ -204,10 +204,10 @@ impl Control {
         match received.message.clone() {
             KeydToDataplane::Grant { grant } => {
                 let volume = grant.volume;
-                let key = grant::take_key(&self.arena, &grant, &mut received);
-                match grant::check(&grant).and(key) {
-                    Ok(key) => {
-                        let task = Task::Grant(keyd, Box::new(Held { grant, key }));
+                let keys = grant::take_keys(&self.arena, &grant, &mut received);
+                match grant::check(&grant).and(keys) {
+                    Ok(keys) => {
+                        let task = Task::Grant(keyd, Box::new(Held { grant, keys }));
                         self.volumes.ask(server, volume, task, &mut answers);
                     }
                     Err(reason) => answers.grant_refused(keyd, volume, reason),

@@ -48,6 +48,7 @@ fn one(id: VolumeId, volume: &Volume, server: &Server) -> VolumeStatus {
     status.retired_queues = now.retired_queues;
     status.holds_volume = now.holds_volume;
     status.waits_for_volume = now.waits_for_volume;
+    status.rekey = device.rekey_progress();
     status.capacity_bytes = device.capacity_sectors() * SECTOR_BYTES;
     status.requests_ok = device.metrics.requests_ok.get();
     status.requests_failed = device.metrics.requests_failed.get();

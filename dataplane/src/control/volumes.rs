@@ -14,13 +14,14 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use bulkhead_crypto::XtsKey;
+use bulkhead_protocol::control::RekeyState;
 use bulkhead_protocol::keys::VolumeGrant;
-use bulkhead_protocol::{SocketName, VolumeId};
+use bulkhead_protocol::{RekeyId, SocketName, VolumeId};
 
 use super::answer::{Agent, Answers, Keyd};
 use super::attach::Begun;
-use super::grant::{capacity_sectors, is_same, only_grew};
-use crate::blk::BlkDevice;
+use super::grant::{GrantedKeys, capacity_sectors, is_same, only_grew, only_rekeys};
+use crate::blk::{BlkDevice, Cipher, Ciphers, Rekey};
 use crate::server::{Event, Server};
 use crate::storage::FileSpec;
 use crate::worker::message::DeviceId;
@@ -47,8 +48,8 @@ pub(super) enum Task {
 #[derive(Debug)]
 pub(super) struct Held {
     pub(super) grant: VolumeGrant,
-    /// The expanded key, while no device has it; none also after it was wiped.
-    pub(super) key: Option<XtsKey>,
+    /// The expanded keys, while no device has them; none also after they were wiped.
+    pub(super) keys: GrantedKeys,
 }
 
 /// What happens once nothing is left of a device.
@@ -122,9 +123,9 @@ impl Volume {
         let Serving::Yes(id, device) = &self.serving else {
             return Err("it is not served".to_owned());
         };
-        let same_key = match (&device.cipher, &new.key) {
+        let same_key = match (device.ciphers(), &new.keys.key) {
             (None, None) => true,
-            (Some(cipher), Some(key)) => cipher.key.is_same(key),
+            (Some(ciphers), Some(key)) => ciphers.cipher.key.is_same(key),
             _ => false,
         };
         if !same_key {
@@ -140,10 +141,28 @@ impl Volume {
         Ok(())
     }
 
+    /// Gives the served volume the keys of a grant that differs by a re-key alone: it begins, or is over. The
+    /// frontend stays. On an error all is as before.
+    fn rekey(&mut self, server: &mut Server, new: Held) -> Result<(), String> {
+        let Serving::Yes(id, device) = &self.serving else {
+            return Err("it is not served".to_owned());
+        };
+        let now = device.ciphers().ok_or("it is not encrypted")?;
+        let ciphers = match (new.grant.rekey, new.keys.key, new.keys.previous) {
+            (Some(rekey), Some(key), Some(previous)) => begun(&now, rekey, key, &previous)?,
+            (None, Some(key), None) => over(&now, device, &key)?,
+            _ => return Err("its keys are not those of a re-key".to_owned()),
+        };
+        server.set_ciphers(*id, &ciphers)?;
+        tracing::info!(volume = %new.grant.volume, rekey = ?new.grant.rekey, "other keys for the volume");
+        self.held.grant = new.grant;
+        Ok(())
+    }
+
     /// Whether its key is in memory, expanded.
     pub(super) fn has_key(&self) -> bool {
         let device = self.serving.device();
-        self.held.key.is_some() || device.is_some_and(|(_, device)| device.cipher.is_some())
+        self.held.keys.key.is_some() || device.is_some_and(|(_, device)| device.is_encrypted())
     }
 
     pub(super) fn file(&self) -> Option<&FileSpec> {
@@ -225,12 +244,18 @@ impl Volumes {
             volume.held.grant.epoch = new.grant.epoch;
             if !volume.has_key() {
                 // It was wiped by a detach. (A key that is held already is wiped here.)
-                volume.held.key = new.key;
+                volume.held.keys = new.keys;
             }
             return answers.granted(keyd, id);
         }
         if only_grew(&volume.held.grant, &new.grant) && volume.served().is_some() {
             return match volume.grow(server, &new) {
+                Ok(()) => answers.granted(keyd, id),
+                Err(reason) => answers.grant_refused(keyd, id, reason),
+            };
+        }
+        if only_rekeys(&volume.held.grant, &new.grant) && volume.served().is_some() {
+            return match volume.rekey(server, *new) {
                 Ok(()) => answers.granted(keyd, id),
                 Err(reason) => answers.grant_refused(keyd, id, reason),
             };
@@ -369,7 +394,7 @@ impl Volumes {
             }
             Then::Restore(agent, reason) => {
                 if let Some(volume) = self.table.get_mut(&id) {
-                    volume.held.key = into_key(device);
+                    volume.held.keys = into_keys(device);
                 }
                 answers.refused(agent, reason);
             }
@@ -377,8 +402,56 @@ impl Volumes {
     }
 }
 
-/// The key of a device that nobody else has any more.
-pub(super) fn into_key(device: Arc<BlkDevice>) -> Option<XtsKey> {
-    let cipher = Arc::into_inner(device)?.cipher?;
-    Some(cipher.key)
+/// The keys of a volume whose re-key begins: everything is under what was its key until now.
+fn begun(now: &Ciphers, id: RekeyId, key: XtsKey, previous: &XtsKey) -> Result<Ciphers, String> {
+    if !now.cipher.key.is_same(previous) {
+        return Err(
+            "the previous key of its re-key is not the one in use: with another key what is stored \
+             could not be read; make the re-key from the volume's newest stanza"
+                .to_owned(),
+        );
+    }
+    let unit = now.cipher.unit;
+    Ok(Ciphers {
+        cipher: Arc::new(Cipher { key, unit }),
+        volume: now.volume,
+        rekey: Some(Rekey {
+            id,
+            previous: Arc::clone(&now.cipher),
+        }),
+    })
+}
+
+/// The keys of a volume whose re-key is over.
+fn over(now: &Ciphers, device: &BlkDevice, key: &XtsKey) -> Result<Ciphers, String> {
+    if !now.cipher.key.is_same(key) {
+        return Err("its re-key is over, and its key is another than the new one".to_owned());
+    }
+    match device.rekey_progress() {
+        Some(progress) if progress.state == RekeyState::Done => {}
+        progress => {
+            return Err(format!(
+                "its re-key is at {} %: keep the previous key in the bundle until `bulkhead \
+                 status` says that it is done",
+                progress.map_or(0, |progress| progress.percent())
+            ));
+        }
+    }
+    Ok(Ciphers {
+        rekey: None,
+        ..now.clone()
+    })
+}
+
+/// The keys of a device that nobody else has any more.
+pub(super) fn into_keys(device: Arc<BlkDevice>) -> GrantedKeys {
+    let ciphers = Arc::into_inner(device).and_then(BlkDevice::into_ciphers);
+    let Some(Ciphers { cipher, rekey, .. }) = ciphers else {
+        return GrantedKeys::default();
+    };
+    let key = |cipher| Arc::into_inner(cipher).map(|cipher: Cipher| cipher.key);
+    GrantedKeys {
+        key: key(cipher),
+        previous: rekey.and_then(|rekey| key(rekey.previous)),
+    }
 }

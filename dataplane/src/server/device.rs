@@ -113,6 +113,18 @@ impl Device {
         registry.register(&mut SourceFd(&fd), listener, Interest::READABLE)
     }
 
+    /// Whether the volume is this host's, or is being taken.
+    pub(super) fn has_volume(&self) -> bool {
+        self.connection
+            .as_ref()
+            .is_some_and(|c| c.session.has_volume())
+    }
+
+    /// The device as workers have it.
+    pub(super) fn shared(&self) -> Arc<BlkDevice> {
+        Arc::clone(&self.facts.device)
+    }
+
     pub(super) fn is_connected(&self) -> bool {
         self.connection.is_some()
     }
@@ -158,7 +170,7 @@ impl Device {
             connected: true,
             running_queues,
             retired_queues,
-            fault: connection.session.fault().map(str::to_owned),
+            fault: connection.session.trouble().map(str::to_owned),
             holds_volume: connection.session.holds_volume(),
             waits_for_volume: connection.session.waits_for_volume(),
         }
@@ -238,7 +250,8 @@ impl Device {
             }
             Stage::Leaving if self.connection.is_none() => {
                 let _ = registry.deregister(&mut SourceFd(&self.listener.as_raw_fd()));
-                self.stage = Stage::Detaching(self.workers);
+                // The rekeyer is one more.
+                self.stage = Stage::Detaching(self.workers + 1);
                 self.detach_due = true;
                 false
             }

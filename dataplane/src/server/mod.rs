@@ -27,8 +27,9 @@ use std::time::{Duration, Instant};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Registry, Token};
 
-use crate::blk::BlkDevice;
-use crate::worker::message::{DeviceId, FromWorker, QueueId, ToWorker};
+use crate::blk::{BlkDevice, Ciphers};
+use crate::rekey::{Rekeyer, ToRekeyer};
+use crate::worker::message::{DeviceId, FromWorker, QueueId, ToWorker, ZoneChange};
 use crate::worker::{Replies, WorkerConfig, WorkerHandle, start};
 use connection::ToWorkers;
 use device::Device;
@@ -122,6 +123,7 @@ pub trait Manager {
 pub struct Server {
     poll: Poll,
     workers: Vec<WorkerHandle>,
+    rekeyer: Rekeyer,
     replies: Replies,
     devices: HashMap<DeviceId, Device>,
     last_id: u64,
@@ -144,6 +146,9 @@ impl Server {
         crate::fds::know_eventfds()?;
         let poll = Poll::new()?;
         let (workers, replies) = start(&config.workers)?;
+        let mailboxes = workers.iter().map(WorkerHandle::mailbox).collect();
+        let lock_in = config.workers.iter().any(|worker| worker.lock_in);
+        let rekeyer = Rekeyer::start(mailboxes, replies.sender(), lock_in)?;
         poll.registry().register(
             &mut SourceFd(&replies.as_fd().as_raw_fd()),
             REPLIES,
@@ -152,6 +157,7 @@ impl Server {
         Ok(Self {
             poll,
             workers,
+            rekeyer,
             replies,
             devices: HashMap::new(),
             last_id: 0,
@@ -187,6 +193,9 @@ impl Server {
         let device_state = Device::new(device, id, listener, access, label, waits)?;
         device_state.register(self.poll.registry())?;
         self.devices.insert(id, device_state);
+        self.rekeyer.send(ToRekeyer::Look {
+            device: Arc::clone(device),
+        });
         for worker in &self.workers {
             worker.send(ToWorker::Attach {
                 id,
@@ -217,6 +226,31 @@ impl Server {
         let device = device.ok_or("the device is not attached")?;
         device.resize(capacity_sectors).map_err(|e| e.to_string())?;
         self.settle(id, ToWorkers::new());
+        Ok(())
+    }
+
+    /// Gives a device other keys for the same bytes while it runs: a re-key begins, or one that is done is
+    /// over.
+    ///
+    /// # Errors
+    /// That there is no such device; nothing changed.
+    pub fn set_ciphers(&mut self, id: DeviceId, ciphers: &Ciphers) -> Result<(), String> {
+        let state = self.devices.get(&id).ok_or("the device is not attached")?;
+        let device = state.shared();
+        device.set_ciphers(ciphers.clone());
+        for worker in &self.workers {
+            worker.send(ToWorker::Zone {
+                id,
+                change: ZoneChange::Ciphers(ciphers.clone()),
+            });
+        }
+        match (&ciphers.rekey, state.has_volume()) {
+            (Some(_), true) => self.rekeyer.send(ToRekeyer::Begin { id, device }),
+            (Some(_), false) => self.rekeyer.send(ToRekeyer::Look { device }),
+            (None, true) => self.rekeyer.send(ToRekeyer::Erase { id, device }),
+            // The record says that it is done, which harms nobody.
+            (None, false) => {}
+        }
         Ok(())
     }
 
@@ -277,6 +311,8 @@ impl Server {
             }
             self.report(manager);
         }
+        // Before the workers: what waits for its zone waits in them.
+        self.rekeyer.end();
         self.workers.drain(..).for_each(WorkerHandle::end);
         Ok(())
     }
@@ -334,7 +370,7 @@ impl Server {
     fn settle(&mut self, id: DeviceId, mut out: ToWorkers) {
         for _ in 0..STEPS_PER_TURN {
             for (queue, message) in out.drain(..) {
-                self.worker_of(queue).send(message);
+                self.pass_on(queue, message);
             }
             let Some(device) = self.devices.get_mut(&id) else {
                 return;
@@ -344,6 +380,7 @@ impl Server {
                 for worker in &self.workers {
                     worker.send(ToWorker::Detach { id });
                 }
+                self.rekeyer.send(ToRekeyer::Forget { id });
             }
             if device.is_gone() {
                 self.devices.remove(&id);
@@ -358,11 +395,25 @@ impl Server {
             }
         }
         for (queue, message) in out.drain(..) {
-            self.worker_of(queue).send(message);
+            self.pass_on(queue, message);
         }
         if let Some(device) = self.devices.get_mut(&id) {
             device.come_back(self.poll.registry());
             device.come_back_to_listener(self.poll.registry());
+        }
+    }
+
+    fn pass_on(&self, queue: QueueId, message: ToWorker) {
+        let message = match message {
+            ToWorker::TakeVolume { device: id } => {
+                let device = self.devices.get(&id).map(Device::shared);
+                device.map(|device| ToRekeyer::Take { id, device })
+            }
+            ToWorker::LetGoOfVolume { device } => Some(ToRekeyer::LetGo { id: device }),
+            message => return self.worker_of(queue).send(message),
+        };
+        if let Some(message) = message {
+            self.rekeyer.send(message);
         }
     }
 
@@ -385,5 +436,6 @@ fn device_of(message: &FromWorker) -> DeviceId {
         | FromWorker::Flushed { queue }
         | FromWorker::Changed { queue }
         | FromWorker::Retired { queue, .. } => queue.device,
+        FromWorker::VolumeReady { device, .. } | FromWorker::VolumeReleased { device } => *device,
     }
 }

@@ -5,11 +5,13 @@
 //! [`ToWorker::Attach`] and [`ToWorker::Detach`] with exactly one [`FromWorker`], in the order in
 //! which it finished them; a stop is finished once nothing of its queue is in flight.
 
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::blk::BlkDevice;
+use crate::blk::{BlkDevice, Ciphers};
 use crate::memory::GuestMemory;
+use crate::rekey::Ticket;
 use crate::virtqueue::QueueRegion;
 
 /// Number of an attached device; never used again within a process.
@@ -139,8 +141,53 @@ pub enum ToWorker {
         /// The queue, which was stopped: its worker does it.
         queue: QueueId,
     },
+    /// Something about the keys of a device, or the zone in which they change.
+    Zone {
+        /// Which device.
+        id: DeviceId,
+        /// What.
+        change: ZoneChange,
+    },
+    /// A volume with a re-key, or with the record of one, is this host's now: what is under which key is to
+    /// be found out before it is served. Not for a worker but for the rekeyer; answered by
+    /// [`FromWorker::VolumeReady`].
+    TakeVolume {
+        /// Its device.
+        device: DeviceId,
+    },
+    /// It is to be let go of: nobody re-keys it from now on. For the rekeyer; answered by
+    /// [`FromWorker::VolumeReleased`].
+    LetGoOfVolume {
+        /// Its device.
+        device: DeviceId,
+    },
     /// End: what is in flight is waited for, then the thread returns.
     End,
+}
+
+/// What a re-key changes in a worker. Not answered.
+#[derive(Debug)]
+pub enum ZoneChange {
+    /// Keep requests off these bytes of the device. The ticket is dropped once none that overlaps them is in
+    /// flight.
+    Lock {
+        /// From the frontier on.
+        zone: Range<u64>,
+        /// To be dropped.
+        ticket: Ticket,
+    },
+    /// Everything below is under the key; requests that were kept off go on.
+    Unlock {
+        /// In bytes from the start of the device.
+        frontier_bytes: u64,
+    },
+    /// Nobody knows what these bytes hold: requests for them fail until the volume is taken anew.
+    Fail {
+        /// Which.
+        zone: Range<u64>,
+    },
+    /// Other keys for the same bytes.
+    Ciphers(Ciphers),
 }
 
 /// From a worker to the control thread.
@@ -190,6 +237,19 @@ pub enum FromWorker {
     Flushed {
         /// The queue that was named.
         queue: QueueId,
+    },
+    /// What of a volume is under which key is known, and its queues may be served; or why not. From the
+    /// rekeyer.
+    VolumeReady {
+        /// Its device.
+        device: DeviceId,
+        /// For the operator.
+        result: Result<(), String>,
+    },
+    /// Nobody re-keys the volume any more. From the rekeyer.
+    VolumeReleased {
+        /// Its device.
+        device: DeviceId,
     },
     /// What was said about the queue holds from now on.
     Changed {

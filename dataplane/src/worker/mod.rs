@@ -32,21 +32,40 @@ pub struct WorkerConfig {
     pub lock_in: bool,
 }
 
-/// The control thread's end of a worker.
-#[derive(Debug)]
-pub struct WorkerHandle {
+/// A way to a worker.
+#[derive(Debug, Clone)]
+pub struct Mailbox {
     sender: Sender<ToWorker>,
     wake: Arc<EventFd>,
-    thread: Option<JoinHandle<()>>,
 }
 
-impl WorkerHandle {
+impl Mailbox {
     /// Sends a message and wakes the worker. Never blocks; a worker never goes away before
     /// [`ToWorker::End`].
     pub fn send(&self, message: ToWorker) {
         if self.sender.send(message).is_ok() {
             let _ = self.wake.write(1);
         }
+    }
+}
+
+/// The control thread's end of a worker.
+#[derive(Debug)]
+pub struct WorkerHandle {
+    mailbox: Mailbox,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl WorkerHandle {
+    /// As [`Mailbox::send`].
+    pub fn send(&self, message: ToWorker) {
+        self.mailbox.send(message);
+    }
+
+    /// Another way to it.
+    #[must_use]
+    pub fn mailbox(&self) -> Mailbox {
+        self.mailbox.clone()
     }
 
     /// Ends the worker and waits for it: until nothing is in flight.
@@ -62,7 +81,24 @@ impl WorkerHandle {
 #[derive(Debug)]
 pub struct Replies {
     receiver: Receiver<FromWorker>,
+    sender: ReplySender,
     event: Arc<EventFd>,
+}
+
+/// How something is said to the control thread.
+#[derive(Debug, Clone)]
+pub struct ReplySender {
+    sender: Sender<FromWorker>,
+    event: Arc<EventFd>,
+}
+
+impl ReplySender {
+    /// Sends a message and wakes the control thread.
+    pub fn send(&self, message: FromWorker) {
+        if self.sender.send(message).is_ok() {
+            let _ = self.event.write(1);
+        }
+    }
 }
 
 impl AsFd for Replies {
@@ -73,6 +109,12 @@ impl AsFd for Replies {
 }
 
 impl Replies {
+    /// Another way to say something to whoever has these.
+    #[must_use]
+    pub fn sender(&self) -> ReplySender {
+        self.sender.clone()
+    }
+
     /// The next message; none: wait until the descriptor is readable.
     pub fn next(&self) -> Option<FromWorker> {
         if let Ok(message) = self.receiver.try_recv() {
@@ -84,7 +126,7 @@ impl Replies {
     }
 }
 
-fn event() -> io::Result<Arc<EventFd>> {
+pub(crate) fn event() -> io::Result<Arc<EventFd>> {
     let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
     Ok(Arc::new(EventFd::from_flags(flags)?))
 }
@@ -107,8 +149,13 @@ pub fn start(configs: &[WorkerConfig]) -> io::Result<(Vec<WorkerHandle>, Replies
             }
         }
     }
+    let sender = ReplySender {
+        sender: replies,
+        event: Arc::clone(&event_of_replies),
+    };
     let replies = Replies {
         receiver,
+        sender,
         event: event_of_replies,
     };
     Ok((workers, replies))
@@ -144,8 +191,7 @@ fn start_one(
         .recv()
         .unwrap_or_else(|_| Err(io::Error::other("a worker thread ended at its start")))?;
     Ok(WorkerHandle {
-        sender,
-        wake,
+        mailbox: Mailbox { sender, wake },
         thread: Some(thread),
     })
 }

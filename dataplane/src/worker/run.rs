@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender};
 use nix::sys::eventfd::EventFd;
 
-use super::message::{DeviceId, FromWorker, QueueId, QueueStart, ToWorker};
+use super::message::{DeviceId, FromWorker, QueueId, QueueStart, ToWorker, ZoneChange};
 use super::polling::{Next, Polling};
 use super::queue::Queue;
 use super::ring::{Completion, Event, FixedFile};
@@ -180,6 +180,9 @@ impl Worker {
                 self.reply(FromWorker::Changed { queue });
             }
             ToWorker::Flush { queue } => self.flush(queue),
+            ToWorker::Zone { id, change } => self.change_zone(id, change),
+            // Not for a worker: the server gives them to the rekeyer.
+            ToWorker::TakeVolume { .. } | ToWorker::LetGoOfVolume { .. } => {}
             ToWorker::End => {
                 self.ending = true;
                 let all: Vec<QueueId> = self.numbers.keys().copied().collect();
@@ -187,6 +190,21 @@ impl Worker {
                     self.stop(queue);
                 }
             }
+        }
+    }
+
+    /// What the rekeyer says about a device. One that is gone has no zone.
+    fn change_zone(&mut self, id: DeviceId, change: ZoneChange) {
+        let Some(local) = self.devices.get(&id).map(Rc::clone) else {
+            return;
+        };
+        match change {
+            ZoneChange::Lock { zone, ticket } => self.pipeline.lock_zone(&local, zone, ticket),
+            ZoneChange::Unlock { frontier_bytes } => {
+                self.pipeline.unlock_zone(&local, frontier_bytes);
+            }
+            ZoneChange::Fail { zone } => self.pipeline.fail_zone(&local, zone),
+            ZoneChange::Ciphers(ciphers) => self.pipeline.set_ciphers(&local, &ciphers),
         }
     }
 
@@ -376,6 +394,9 @@ impl Worker {
             self.give_up_if_drained(number);
         }
         self.touched.clear();
+        if self.pipeline.has_clearing() {
+            self.pipeline.look_for_clear();
+        }
         if !self.flushes.is_empty() {
             self.begin_flushes();
         }
@@ -472,7 +493,7 @@ fn serve(
 ) -> (usize, Option<RingError>) {
     queue.ring.disarm();
     for taken in 0..REQUESTS_PER_TURN {
-        if !pipeline.has_room() {
+        if !pipeline.has_room() || queue.local.is_clogged() {
             return (taken, None);
         }
         let head = match queue.ring.pop(chain) {

@@ -115,7 +115,10 @@ fn its_threads_have_no_capability_no_new_privileges_and_a_filter() {
             ("1".into(), "2".into())
         );
     }
-    assert_eq!(threads, 3, "the control thread and two workers");
+    assert_eq!(
+        threads, 4,
+        "the control thread, two workers and the rekeyer"
+    );
     let limits = fs::read_to_string(format!("/proc/{}/limits", host.pid())).expect("limits");
     let core = limits
         .lines()

@@ -5,6 +5,7 @@
 use super::Pipeline;
 use super::flight::{Memory, Outcome, Start, data};
 use crate::blk::device::BlkDevice;
+use crate::blk::part;
 use crate::blk::request::{Operation, Status};
 use crate::blk::transform::{Place, Span, load, store};
 use crate::virtqueue::Chain;
@@ -16,7 +17,10 @@ impl Pipeline {
     pub(super) fn at_once(&self, start: Start<'_>, chain: &Chain) -> Outcome {
         let local = start.local;
         let buffer = data(start.operation, chain);
-        let (total, cipher) = (buffer.bytes(), local.device.cipher.as_ref());
+        let total = buffer.bytes();
+        // Such a device is never re-keyed: there is one key for all bytes.
+        let keys = local.keys.borrow();
+        let (cipher, _) = part(keys.as_ref(), 0, total);
         if matches!(local.memory, Memory::Nowhere) && cipher.is_none() {
             return Outcome::ok(start.operation, total);
         }

@@ -2,11 +2,13 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use super::zone::Zone;
+use crate::blk::Keys;
 use crate::blk::device::{BlkDevice, SECTOR_BYTES};
 use crate::blk::request::{Operation, Range, Status};
 use crate::memory::GuestBuffer;
@@ -36,6 +38,10 @@ pub struct Local {
     pub(super) storage: Box<dyn Storage>,
     pub(super) limits: Limits,
     pub(super) memory: Memory,
+    /// How its blocks are encrypted; none: plain.
+    pub(super) keys: RefCell<Option<Keys>>,
+    /// What nobody may touch while it is re-keyed.
+    pub(super) zone: Zone,
     /// What the flush under way settles ([`BlkDevice::settle_wanted`]).
     pub(super) settling: Cell<u64>,
     /// Its number ([`BlkDevice::begin_flush`]).
@@ -54,8 +60,11 @@ impl Local {
             StorageSpec::Ram(ram) => Memory::Ram(Arc::clone(ram)),
             _ => Memory::No,
         };
+        let keys = device.ciphers().as_ref().map(Keys::new);
         Ok(Self {
             limits: storage.limits(),
+            keys: RefCell::new(keys),
+            zone: Zone::default(),
             device,
             storage,
             memory,
@@ -151,6 +160,8 @@ pub struct Landed {
 /// Where a request is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stage {
+    /// It waits for the end of a zone ([`super::zone`]), with nothing begun.
+    Parked,
     /// Its transfers are under way.
     Transfers,
     /// They ended, and it waits for a flush.
@@ -170,6 +181,8 @@ pub(super) struct Flight {
     pub(super) submitted: u64,
     /// Of a discard or zeroes: what was not given to the storage yet.
     pub(super) ranges: Vec<Range>,
+    /// Of these: from the first to the last byte that they had.
+    pub(super) extent: std::ops::Range<u64>,
     /// Transfers that the storage has, or that wait for room there.
     pub(super) outstanding: u32,
     pub(super) failed: bool,
@@ -195,6 +208,7 @@ impl Flight {
             bytes: 0,
             submitted: 0,
             ranges: Vec::new(),
+            extent: 0..0,
             outstanding: 0,
             failed: false,
             waiting: false,

@@ -16,12 +16,14 @@ mod flush;
 mod ranges;
 mod transfers;
 mod waiting;
+mod zone;
 
 use std::collections::VecDeque;
 use std::rc::Rc;
 
 use super::request::{MAX_RANGES, Operation, Range, Status};
 use crate::memory::GuestBuffer;
+use crate::rekey::Ticket;
 use crate::storage::{Action, Begin, Completion, Limits, Transfer};
 use crate::virtqueue::Chain;
 use crate::worker::ring::{self, MAX_IN_FLIGHT, MAX_SEGMENTS, Ring};
@@ -33,7 +35,7 @@ use flight::{Flight, Memory, Stage, data, token, untoken};
 /// First bit that a token of this module never has.
 pub const TOKEN_BITS: u32 = 56;
 /// How often a transfer is tried again.
-const MAX_RETRIES: u8 = 16;
+pub(crate) const MAX_RETRIES: u8 = 16;
 
 /// All requests under way on a worker, and what they need.
 #[derive(Debug)]
@@ -57,6 +59,10 @@ pub struct Pipeline {
     /// Flights that wait for a flush to begin, and those that one is in flight for.
     unflushed: VecDeque<u32>,
     flushing: Vec<u32>,
+    /// Flights that wait for the end of a zone.
+    parked: Vec<u32>,
+    /// Locked zones in which something is in flight still.
+    clearing: Vec<(Rc<Local>, Ticket)>,
     /// Where the ranges of a request are put together.
     ranges: Vec<Range>,
 }
@@ -80,6 +86,8 @@ impl Pipeline {
             held: 0,
             unflushed: VecDeque::with_capacity(most),
             flushing: Vec::with_capacity(most),
+            parked: Vec::new(),
+            clearing: Vec::new(),
             ranges: Vec::with_capacity(MAX_RANGES),
         }
     }
@@ -128,7 +136,15 @@ impl Pipeline {
         let local = start.local;
         let buffer = data(start.operation, chain);
         let bytes = buffer.bytes();
-        let direct = local.device.cipher.is_none() && is_aligned(buffer, local.limits);
+        let (Operation::Read { offset_bytes } | Operation::Write { offset_bytes }) =
+            start.operation
+        else {
+            return Begun::Done(Outcome::failed(Status::IoError));
+        };
+        if local.keeps_off(offset_bytes, bytes) {
+            return self.park(start, chain, bytes);
+        }
+        let direct = !local.device.is_encrypted() && is_aligned(buffer, local.limits);
         let Some(index) = self.take_off(start, chain, bytes) else {
             return Begun::Done(Outcome::failed(Status::IoError));
         };
@@ -341,7 +357,7 @@ impl Pipeline {
 /// Whether another try may go better. Of a flush it may not: the kernel forgets a lost write once it has
 /// told of it, and a second flush would know nothing of it. A durable write repeats what it makes stable,
 /// but tells of others' lost writes too.
-fn is_temporary(action: Action, errno: i32) -> bool {
+pub(crate) fn is_temporary(action: Action, errno: i32) -> bool {
     match action {
         Action::Flush => false,
         Action::Write { durable: true } => matches!(errno, libc::EAGAIN | libc::EINTR),

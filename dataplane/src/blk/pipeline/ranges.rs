@@ -11,6 +11,7 @@ use std::rc::Rc;
 use super::Pipeline;
 use super::flight::{Begun, Local, Outcome, Start};
 use crate::blk::device::{BlkDevice, Lack};
+use crate::blk::part;
 use crate::blk::request::{self, Operation, Range, Status};
 use crate::blk::transform::zeroes;
 use crate::storage::{Action, Buffer, Transfer};
@@ -39,7 +40,7 @@ fn step(operation: Operation, range: &Range, device: &BlkDevice) -> Step {
             Step::Nothing
         };
     }
-    if device.cipher.is_some() {
+    if device.is_encrypted() {
         Step::Written
     } else if range.unmap && can_punch {
         Step::Whole(Action::Zero { unmap: true })
@@ -73,7 +74,9 @@ impl Pipeline {
                     flight.ranges.extend_from_slice(&ranges);
                     flight.flushes = start.durable;
                 }
-                self.advance(index);
+                if !self.parks_ranges(index, start.local) {
+                    self.advance(index);
+                }
                 Begun::Pending
             }
             Err(status) => Begun::Done(Outcome::failed(status)),
@@ -110,9 +113,9 @@ impl Pipeline {
                     let Some(mut chunk) = self.staging.take(range.bytes) else {
                         return self.wait_in_line(index);
                     };
-                    let most = u64::from(chunk.bytes());
-                    let bytes = range.bytes.min(most);
-                    let cipher = local.device.cipher.as_ref();
+                    let keys = local.keys.borrow();
+                    let (cipher, most) = part(keys.as_ref(), range.offset_bytes, range.bytes);
+                    let bytes = most.min(u64::from(chunk.bytes()));
                     if !zeroes(&mut chunk, bytes, range.offset_bytes, cipher) {
                         self.staging.give(chunk);
                         return self.fail(index);

@@ -6,6 +6,7 @@ use std::rc::Rc;
 
 use super::Pipeline;
 use super::flight::Local;
+use crate::blk::part;
 use crate::blk::request::Operation;
 use crate::blk::transform::{Place, Span, load, store};
 use crate::storage::{Action, Buffer, Transfer};
@@ -51,27 +52,33 @@ impl Pipeline {
             let Some(chunk) = self.staging.take(left) else {
                 return self.wait_in_line(index);
             };
-            let bytes = chunk.bytes().min(u32::try_from(left).unwrap_or(u32::MAX));
             let at = flight.submitted;
-            let (action, offset_bytes) = match flight.operation {
-                Operation::Write { offset_bytes } => {
-                    let offset_bytes = offset_bytes + at;
+            let (Operation::Read { offset_bytes } | Operation::Write { offset_bytes }) =
+                flight.operation
+            else {
+                return self.staging.give(chunk);
+            };
+            let offset_bytes = offset_bytes + at;
+            // A transfer is under one key.
+            let keys = local.keys.borrow();
+            let (cipher, most) = part(keys.as_ref(), offset_bytes, left);
+            let bytes = chunk.bytes().min(u32::try_from(most).unwrap_or(u32::MAX));
+            let action = match flight.operation {
+                Operation::Write { .. } => {
                     let span = Span {
                         buffer: &flight.chain.readable,
                         at,
                         bytes: bytes as usize,
                         offset_bytes,
                     };
-                    let cipher = local.device.cipher.as_ref();
                     if !store(span, cipher, Place::Chunk(&chunk)) {
                         self.staging.give(chunk);
                         return self.fail(index);
                     }
                     let durable = flight.durable;
-                    (Action::Write { durable }, offset_bytes)
+                    Action::Write { durable }
                 }
-                Operation::Read { offset_bytes } => (Action::Read, offset_bytes + at),
-                _ => return self.staging.give(chunk),
+                _ => Action::Read,
             };
             flight.submitted += u64::from(bytes);
             let transfer = Transfer {
@@ -107,8 +114,12 @@ impl Pipeline {
                         bytes: usize::try_from(transfer.bytes).unwrap_or(usize::MAX),
                         offset_bytes: transfer.offset_bytes,
                     };
-                    let cipher = local.device.cipher.as_ref();
-                    flight.failed |= !load(span, cipher, Place::Chunk(&chunk));
+                    let keys = local.keys.borrow();
+                    let (cipher, bytes) =
+                        part(keys.as_ref(), transfer.offset_bytes, transfer.bytes);
+                    // It was cut where the frontier lay, which has not moved past it since.
+                    flight.failed |=
+                        bytes != transfer.bytes || !load(span, cipher, Place::Chunk(&chunk));
                 }
                 self.staging.give(chunk);
             }

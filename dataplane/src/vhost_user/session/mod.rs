@@ -98,6 +98,10 @@ pub struct Session {
     ran: bool,
     /// Flushes of the volume under way, before it is let go of.
     flushes: u32,
+    /// The rekeyer was asked to take the volume, and not to let go of it since.
+    asked_rekeyer: bool,
+    /// Why the volume could not be taken although nobody else has it.
+    refusal: Option<String>,
     waiting: Option<Waiting>,
     /// Why a queue retired last.
     fault: Option<String>,
@@ -137,6 +141,8 @@ impl Session {
             hold: Hold::default(),
             ran: false,
             flushes: 0,
+            asked_rekeyer: false,
+            refusal: None,
             waiting: None,
             fault: None,
         }
@@ -162,6 +168,12 @@ impl Session {
     #[must_use]
     pub fn fault(&self) -> Option<&str> {
         self.fault.as_deref()
+    }
+
+    /// Why something is not served: the volume, or else the queue that retired last.
+    #[must_use]
+    pub fn trouble(&self) -> Option<&str> {
+        self.refusal.as_deref().or(self.fault())
     }
 
     /// Handles a message.

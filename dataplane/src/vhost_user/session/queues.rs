@@ -152,7 +152,7 @@ impl Session {
         let (call, error) = (copy(vring.call.as_ref())?, copy(vring.error.as_ref())?);
         let (base, log) = (vring.base(features), vring.addresses.and_then(|a| a.log));
         let region = self.region_of(queue.index, layout.size)?;
-        self.take_volume();
+        self.take_volume(out);
         let start = QueueStart {
             queue,
             memory,

@@ -2,11 +2,14 @@
 //! when the last has stopped, after a flush. So an attached volume belongs to nobody, a source lets go of it
 //! before the target starts, and after a cancelled migration the source takes it back.
 //!
-//! While somebody else has it, queues start but are not served; the server tries again.
+//! While somebody else has it, queues start but are not served; the server tries again. Nor are they served
+//! before the rekeyer has found out what of a re-keyed volume is under which key, which it does each time
+//! that the volume is taken: another host may have gone on with it.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use super::{Outbox, Pending, Session, Waiting};
+use crate::blk::SECTOR_BYTES;
 use crate::log_limit::LogLimit;
 use crate::storage::FileSpec;
 use crate::worker::message::ToWorker;
@@ -25,12 +28,18 @@ pub(super) enum Hold {
     /// No queue runs.
     #[default]
     No,
-    /// Ours.
+    /// Ours, and its queues are served.
     Ours,
-    /// Queues run, and somebody else has it.
+    /// Queues run, and somebody else has it, or it can't be served.
     Waits,
+    /// Ours; the rekeyer finds out what of it is under which key.
+    Preparing,
+    /// It has, and queues are served as soon as the session waits for nothing else.
+    Ready,
     /// Its last queue has stopped, and it is being flushed.
     Flushing,
+    /// It is flushed, and the rekeyer lets go of it.
+    Releasing,
 }
 
 impl Session {
@@ -44,46 +53,131 @@ impl Session {
         self.hold == Hold::Ours
     }
 
-    /// Whether queues are not served because somebody else has the volume.
+    /// Whether it is ours, or is being taken: not being let go of, at any rate.
+    #[must_use]
+    pub fn has_volume(&self) -> bool {
+        matches!(
+            self.hold,
+            Hold::Ours | Hold::Preparing | Hold::Ready | Hold::Flushing
+        )
+    }
+
+    /// Whether queues are not served because somebody else has the volume, or because it can't be served.
     #[must_use]
     pub fn waits_for_volume(&self) -> bool {
-        self.hold == Hold::Waits
+        matches!(self.hold, Hold::Waits | Hold::Ready)
+    }
+
+    /// Whether the volume is on its way to be nobody's.
+    pub(super) fn is_letting_go(&self) -> bool {
+        match self.hold {
+            Hold::Flushing | Hold::Releasing => true,
+            Hold::Preparing => !self.runs(),
+            Hold::No | Hold::Ours | Hold::Waits | Hold::Ready => false,
+        }
+    }
+
+    fn runs(&self) -> bool {
+        self.vrings.iter().any(super::Vring::is_started)
     }
 
     /// A queue starts.
-    pub(super) fn take_volume(&mut self) {
+    pub(super) fn take_volume(&mut self, out: &mut Outbox) {
         match self.hold {
-            Hold::Ours | Hold::Waits => {}
+            Hold::Ours | Hold::Waits | Hold::Preparing | Hold::Ready | Hold::Releasing => {}
             // It was not let go of yet, and is not now.
             Hold::Flushing => self.hold = Hold::Ours,
             Hold::No => {
                 self.hold = Hold::Waits;
-                self.try_hold();
+                self.try_hold(out);
             }
         }
     }
 
-    fn try_hold(&mut self) -> bool {
-        let held = match self.file().map(FileSpec::try_hold) {
-            None | Some(Ok(true)) => true,
-            Some(Ok(false)) => false,
-            Some(Err(error)) => {
-                warn("taken", &error);
-                false
-            }
+    fn try_hold(&mut self, out: &mut Outbox) {
+        match self.file().map(FileSpec::try_hold) {
+            None | Some(Ok(true)) => self.prepare(out),
+            Some(Ok(false)) => self.refusal = None,
+            Some(Err(error)) => warn("taken", &error),
+        }
+    }
+
+    /// The volume is ours. Where it is re-keyed, or may have been, the rekeyer looks first.
+    fn prepare(&mut self, out: &mut Outbox) {
+        let device = &self.facts.device;
+        let may_have_record = |ciphers: crate::blk::Ciphers| {
+            let bytes = device.capacity_sectors() * SECTOR_BYTES;
+            ciphers.volume.is_some()
+                && (ciphers.rekey.is_some() || device.storage.bytes().is_ok_and(|has| has > bytes))
         };
-        if held {
+        if device.ciphers().is_some_and(may_have_record) {
+            self.hold = Hold::Preparing;
+            self.asked_rekeyer = true;
+            let device = self.facts.id;
+            out.to_workers
+                .push((self.queue(0), ToWorker::TakeVolume { device }));
+        } else {
+            self.refusal = None;
             self.hold = Hold::Ours;
         }
-        held
+    }
+
+    /// The rekeyer knows what is where, or why the volume can't be served.
+    pub(super) fn on_volume_ready(&mut self, result: Result<(), String>, out: &mut Outbox) {
+        if self.hold != Hold::Preparing {
+            return;
+        }
+        match result {
+            Ok(()) => {
+                self.refusal = None;
+                self.hold = Hold::Ready;
+                if self.runs() {
+                    self.serve_if_ready(out);
+                } else {
+                    self.release(out);
+                }
+            }
+            Err(reason) => {
+                static LIMIT: LogLimit = LogLimit::new();
+                if self.refusal.as_ref() != Some(&reason) && LIMIT.allows() {
+                    tracing::error!("the volume is not served: {reason}");
+                }
+                self.refusal = Some(reason);
+                self.let_go();
+                if self.runs() {
+                    self.hold = Hold::Waits;
+                }
+            }
+        }
+    }
+
+    /// Has the queues served, now that the volume is ready, unless the session waits for something: then it
+    /// is asked again.
+    pub(super) fn serve_if_ready(&mut self, out: &mut Outbox) {
+        if self.hold == Hold::Ready && !self.is_pending() {
+            self.hold = Hold::Ours;
+            self.enable_all(out);
+        }
     }
 
     /// Tries again to take a volume that somebody else had; its queues are served from then on. Does
     /// nothing while the session waits for a worker.
     pub fn retry_volume(&mut self, out: &mut Outbox) {
-        if self.hold != Hold::Waits || self.is_pending() || !self.try_hold() {
+        if self.is_pending() {
             return;
         }
+        match self.hold {
+            Hold::Waits => {
+                self.try_hold(out);
+                if self.hold == Hold::Ours {
+                    self.enable_all(out);
+                }
+            }
+            _ => self.serve_if_ready(out),
+        }
+    }
+
+    fn enable_all(&mut self, out: &mut Outbox) {
         let mut left = 0;
         for queue in self.started() {
             let enabled = self.serves(queue.index);
@@ -103,8 +197,7 @@ impl Session {
     /// A queue has stopped, or did not start: if it was the last, the volume is flushed before it is let
     /// go of.
     pub(super) fn flush_volume(&mut self, index: u16, out: &mut Outbox) {
-        let running = self.vrings.iter().any(super::Vring::is_started);
-        if running {
+        if self.runs() {
             return;
         }
         let ran = std::mem::take(&mut self.ran);
@@ -118,17 +211,47 @@ impl Session {
                 out.to_workers.push((queue, ToWorker::Flush { queue }));
             }
             Hold::Ours if self.flushes > 0 => self.hold = Hold::Flushing,
-            Hold::Ours => self.let_go(),
+            Hold::Ours | Hold::Ready => self.release(out),
             Hold::Waits => self.hold = Hold::No,
-            Hold::No | Hold::Flushing => {}
+            // The rekeyer's answer leads on.
+            Hold::Preparing | Hold::Releasing | Hold::No | Hold::Flushing => {}
         }
     }
 
     /// A flush is through. The volume is let go of if that was the last, and no queue has started
     /// meanwhile.
-    pub(super) fn let_go_of_volume(&mut self) {
+    pub(super) fn let_go_of_volume(&mut self, out: &mut Outbox) {
         self.flushes = self.flushes.saturating_sub(1);
         if self.hold == Hold::Flushing && self.flushes == 0 {
+            self.release(out);
+        }
+    }
+
+    /// Lets go of the volume, the rekeyer first.
+    fn release(&mut self, out: &mut Outbox) {
+        let ciphers = self.facts.device.ciphers();
+        let rekeyed = ciphers.is_some_and(|ciphers| ciphers.rekey.is_some());
+        if !std::mem::take(&mut self.asked_rekeyer) && !rekeyed {
+            return self.let_go();
+        }
+        self.hold = Hold::Releasing;
+        let device = self.facts.id;
+        out.to_workers
+            .push((self.queue(0), ToWorker::LetGoOfVolume { device }));
+    }
+
+    /// The rekeyer has let go of it. A queue that has started meanwhile has it taken again.
+    pub(super) fn on_volume_released(&mut self, out: &mut Outbox) {
+        if self.hold != Hold::Releasing {
+            return;
+        }
+        if self.runs() {
+            self.prepare(out);
+            if self.hold == Hold::Ours {
+                self.hold = Hold::Ready;
+                self.serve_if_ready(out);
+            }
+        } else {
             self.let_go();
         }
     }

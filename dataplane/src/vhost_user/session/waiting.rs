@@ -4,7 +4,6 @@
 
 use std::sync::Arc;
 
-use super::volume::Hold;
 use super::{Handled, Outbox, Pending, Session, Vring, Waiting, base_body};
 use crate::memory::GuestMemory;
 use crate::vhost_user::message::{ProtocolError, code, reply};
@@ -63,7 +62,7 @@ impl Session {
             _ => None,
         };
         let left = already.unwrap_or_else(|| self.stop_all(out));
-        if left == 0 && self.hold != Hold::Flushing {
+        if left == 0 && !self.is_letting_go() {
             self.forget();
             return false;
         }
@@ -100,6 +99,7 @@ impl Session {
             FromWorker::Started { queue } => {
                 self.ran = true;
                 self.on_started(queue.index, Ok(()), out)?;
+                self.serve_if_ready(out);
             }
             FromWorker::StartFailed { queue, reason } => {
                 self.set_phase(queue.index, Phase::Stopped);
@@ -114,7 +114,15 @@ impl Session {
                 return self.settle(out);
             }
             FromWorker::Flushed { .. } => {
-                self.let_go_of_volume();
+                self.let_go_of_volume(out);
+                return self.settle(out);
+            }
+            FromWorker::VolumeReady { result, .. } => {
+                self.on_volume_ready(result, out);
+                return self.settle(out);
+            }
+            FromWorker::VolumeReleased { .. } => {
+                self.on_volume_released(out);
                 return self.settle(out);
             }
             FromWorker::Retired { queue, reason } => {
@@ -167,7 +175,7 @@ impl Session {
     /// Answers what waited for queues to stop, once they have and the volume is let go of. True: the
     /// connection had ended, and now nothing of it is left.
     fn settle(&mut self, out: &mut Outbox) -> Result<bool, ProtocolError> {
-        if self.hold == Hold::Flushing {
+        if self.is_letting_go() {
             return Ok(false);
         }
         match self.waiting.as_ref().map(|w| &w.what) {
