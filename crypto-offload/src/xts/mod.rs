@@ -9,7 +9,8 @@
 //! in guest memory.
 //!
 //! A key's schedule lives in secret memory only. What is derived from it (tweaks, data between two segments) stands in
-//! registers and a little on the stack, and is wiped before a call returns.
+//! registers and a little on the stack, and is wiped before a call returns. What the kernel saves of the registers
+//! when a signal or another thread interrupts a call is beyond that.
 //!
 //! | module | owns |
 //! | --- | --- |
