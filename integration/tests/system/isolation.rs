@@ -110,7 +110,7 @@ fn recovered_key(host: &Host) -> Result<Vec<u8>, Box<dyn Error>> {
 }
 
 /// What must not be found: each quarter of the key, and every round key of both halves.
-fn secrets(key: &[u8]) -> Vec<[u8; 16]> {
+pub fn secrets(key: &[u8]) -> Vec<[u8; 16]> {
     let mut all: Vec<[u8; 16]> = key
         .chunks_exact(16)
         .filter_map(|c| c.try_into().ok())
@@ -130,7 +130,7 @@ fn first_secret_in(bytes: &[u8], secrets: &[[u8; 16]]) -> Option<usize> {
 }
 
 /// Where in the readable memory of a process one of them lies; and how much was read.
-fn search_memory(pid: u32, secrets: &[[u8; 16]]) -> Result<(Option<u64>, u64), Box<dyn Error>> {
+pub fn search_memory(pid: u32, secrets: &[[u8; 16]]) -> Result<(Option<u64>, u64), Box<dyn Error>> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let memory = fs::File::open(format!("/proc/{pid}/mem"))?;
     let mut read = 0;

@@ -10,6 +10,7 @@ mod isolation;
 mod migration;
 mod refusals;
 mod rekey_dmcrypt;
+mod shred;
 mod support;
 mod volumes;
 mod whole_disk;
@@ -44,6 +45,7 @@ fn main() {
         refusals::TESTS,
         rekey_dmcrypt::TESTS,
         isolation::TESTS,
+        shred::TESTS,
     ];
     let mut trials = Vec::new();
     for test in tables.into_iter().flatten() {
