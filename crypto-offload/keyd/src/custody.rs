@@ -139,7 +139,7 @@ impl Custody {
         } else {
             let successor = self.prepare(&bundle, vault)?;
             rotate(&mut state, &orders, &successor, vault, now);
-            self.commit(state, successor, vault)?;
+            self.commit(state, &orders, successor, vault)?;
         }
         if again && now >= bundle.expires {
             tracing::info!(
@@ -212,6 +212,7 @@ impl Custody {
     fn commit(
         &mut self,
         state: State,
+        orders: &[VolumeId],
         (key, resealed): Successor,
         vault: &mut Vault,
     ) -> Result<(), Refusal> {
@@ -232,6 +233,11 @@ impl Custody {
         self.finish(vault);
         let host_key = to_hex(&vault.key().public().fingerprint());
         tracing::info!(remaining, %host_key, "the host's key was replaced to shred volumes");
+        if self.unfinished.is_none() {
+            for volume in orders {
+                tracing::info!(%volume, "shredded: no key of this host opens it any more");
+            }
+        }
         Ok(())
     }
 
@@ -306,6 +312,12 @@ impl Custody {
     /// The data plane holds no grant of these volumes any more.
     pub(crate) fn revoked(&mut self, volumes: &BTreeSet<VolumeId>) {
         self.keep_held(|volume| !volumes.contains(volume));
+        let shredded = self.file.state().map(|state| &state.shredded);
+        for volume in volumes {
+            if shredded.is_some_and(|shredded| shredded.contains_key(volume)) {
+                tracing::info!(%volume, "shredded: the data plane has dropped its key");
+            }
+        }
     }
 
     /// A data plane that was just started holds nothing.

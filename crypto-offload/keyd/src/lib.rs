@@ -8,6 +8,10 @@
 //! anything is granted) -> `Delivery::advance` (a few volumes at a time) -> `Vault::unseal` (straight
 //! into fresh pages of secret memory) -> their descriptors go with the grant -> `Delivery::answered`.
 //!
+//! A bundle may also end a key for good. `Custody::accept` then takes two steps more:
+//! `Vault::successor` (what else the host's key opens, sealed to a new one) and `host_key`'s
+//! `prepare` before the state is replaced, `finish` (the old key destroyed) after it.
+//!
 //! The service is one thread around one poll loop. It waits on nobody: an answer that doesn't come
 //! has a deadline, a channel that is full is tried again when it has room.
 #![forbid(unsafe_code)]

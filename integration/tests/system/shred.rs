@@ -184,11 +184,11 @@ fn is_proven(host: &Host, order: &str) -> Outcome {
 }
 
 /// The shredded volume; the other is opened by the host's key with what keyd sealed anew.
-fn nothing_opens(host: &Host, key: &PathBuf) -> Outcome {
+fn nothing_opens(host: &Host, key: &Path) -> Outcome {
     let found = openers(host, "disk")?;
     ensure(found.is_empty(), || format!("it is opened by {found:?}"))?;
     let found = openers(host, "other")?;
-    ensure(found == [key.clone()], || {
+    ensure(found == [key.to_owned()], || {
         format!("the other volume is opened by {found:?}")
     })
 }
