@@ -3,6 +3,8 @@
 //! | module | owns |
 //! | --- | --- |
 //! | [`check`] | what can be told of a volume key without it |
+//! | [`raw`] | copies from and to memory that others may change |
+//! | `round_keys` | AES-256's, for kernels written for x86 |
 //! | [`secret`] | memory that other processes, core dumps and the kernel's direct map can't show |
 //! | [`xts`] | AES-256-XTS over data units, its key schedule in that memory |
 //!
@@ -10,6 +12,9 @@
 //! under a data unit unnoticed.
 
 pub mod check;
+pub mod raw;
+#[cfg(all(target_arch = "x86_64", not(feature = "portable-only")))]
+pub mod round_keys;
 pub mod secret;
 pub mod xts;
 

@@ -11,11 +11,12 @@ use aws_lc_sys::{
     EVP_AEAD_CTX, EVP_AEAD_CTX_init, EVP_AEAD_CTX_open_gather, EVP_AEAD_CTX_seal_scatter,
     EVP_aead_aes_256_gcm,
 };
+use bulkhead_crypto::raw;
 use bulkhead_crypto::secret::SLOT_BYTES;
 
 use crate::kernel::{Functions, nonce, wipe_stack};
 use crate::key::KEY_BYTES;
-use crate::packet::{Job, OpenPacket, Ranges, SealPacket, TAG_BYTES, copy_shared};
+use crate::packet::{Job, OpenPacket, Ranges, SealPacket, TAG_BYTES};
 
 const _: () = assert!(size_of::<EVP_AEAD_CTX>() <= SLOT_BYTES && align_of::<EVP_AEAD_CTX>() <= 64);
 
@@ -72,7 +73,7 @@ unsafe fn seal_one(context: *const EVP_AEAD_CTX, salt: [u8; 4], packet: &Ranges)
     unsafe {
         let mut source = packet.source;
         if packet.shared {
-            copy_shared(source, packet.output, packet.bytes);
+            raw::copy(source, packet.output, packet.bytes);
             source = packet.output;
         }
         EVP_AEAD_CTX_seal_scatter(

@@ -9,6 +9,8 @@
 
 use std::marker::PhantomData;
 
+use bulkhead_crypto::raw;
+
 /// Length of a tag in bytes.
 pub const TAG_BYTES: usize = 16;
 
@@ -143,7 +145,7 @@ impl<'a> SealPacket<'a> {
         let mut at = 0;
         for segment in segments {
             // SAFETY: the caller vouches for the segment; the output has the sum of all of them.
-            unsafe { copy_shared(segment.address, to.add(at), segment.bytes) };
+            unsafe { raw::copy(segment.address, to.add(at), segment.bytes) };
             at += segment.bytes;
         }
         Ok(packet)
@@ -350,36 +352,5 @@ fn check_output(needed: usize, given: usize) -> Result<(), LengthError> {
         Ok(())
     } else {
         Err(LengthError::Output { needed, given })
-    }
-}
-
-/// Copies from memory that others may change, reading each byte once. In assembly, because to the
-/// compiler a concurrent change would be a data race.
-///
-/// # Safety
-/// `source` readable and `to` writable for `bytes`, not overlapping.
-#[cfg(target_arch = "x86_64")]
-pub(crate) unsafe fn copy_shared(source: *const u8, to: *mut u8, bytes: usize) {
-    // SAFETY: the instruction touches those bytes only; the direction flag is clear by the ABI.
-    unsafe {
-        std::arch::asm!(
-            "rep movsb",
-            inout("rcx") bytes => _,
-            inout("rsi") source => _,
-            inout("rdi") to => _,
-            options(nostack, preserves_flags),
-        );
-    }
-}
-
-/// Copies from memory that others may change, reading each byte once.
-///
-/// # Safety
-/// `source` readable and `to` writable for `bytes`, not overlapping.
-#[cfg(not(target_arch = "x86_64"))]
-pub(crate) unsafe fn copy_shared(source: *const u8, to: *mut u8, bytes: usize) {
-    for at in 0..bytes {
-        // SAFETY: inside both ranges; a volatile read happens once.
-        unsafe { to.add(at).write(source.add(at).read_volatile()) };
     }
 }

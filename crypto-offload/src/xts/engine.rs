@@ -11,8 +11,8 @@ use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 
 use super::kernel::{BASES_ROUNDED_TO, Base, Crypt, Functions, GROUP_BYTES};
-use super::raw;
 use super::types::DataUnit;
+use crate::raw;
 
 /// Groups whose bases are made together: 32 KiB of data.
 const BATCH_GROUPS: usize = 64;

@@ -20,12 +20,10 @@
 //! | `engine` | the walk over segments, in batches of groups |
 //! | [`Kernel`] | how AES is done on this CPU |
 //! | [`self_test()`] | whether the kernel does what it should here |
-//! | `raw` | copies from memory that others may change |
 
 mod engine;
 mod kernel;
 mod key;
-mod raw;
 mod segments;
 mod self_test;
 mod types;

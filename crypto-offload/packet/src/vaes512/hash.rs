@@ -21,7 +21,7 @@ const BEHIND: usize = 2;
 
 /// Powers of the hash key, [`POWERS`] first, then zeroes.
 #[repr(C, align(64))]
-pub(super) struct Powers([[u8; 16]; POWERS + BEHIND]);
+pub(super) struct Powers(pub(super) [[u8; 16]; POWERS + BEHIND]);
 
 impl Powers {
     /// Computes them from the encrypted zero block.

@@ -29,6 +29,7 @@ use std::arch::x86_64::*;
 use std::mem::transmute;
 use std::ptr::NonNull;
 
+use bulkhead_crypto::round_keys;
 use bulkhead_crypto::secret::SLOT_BYTES;
 
 use crate::kernel::Functions;
@@ -37,7 +38,7 @@ use crate::packet::{Job, OpenPacket, SealPacket};
 use hash::Powers;
 
 /// Rounds of AES-256 (FIPS 197, section 5).
-const ROUNDS: usize = 14;
+const ROUNDS: usize = round_keys::ROUND_KEYS - 1;
 
 /// Packets whose tags are masked by one run of the cipher.
 const GROUP: usize = 16;
@@ -109,48 +110,26 @@ unsafe fn expand(slot: NonNull<u8>, key: &[u8; KEY_BYTES]) {
     // SAFETY: the slot is large and aligned enough (asserted above), zeroed, and ours; a schedule
     // is bytes.
     let schedule = unsafe { slot.cast::<Schedule>().as_mut() };
-    expand_round_keys(key, &mut schedule.round_keys);
+    expand_round_keys(key, schedule);
     let mut hash_key = [_mm512_setzero_si512()];
     encrypt(schedule, &mut hash_key, |_| ());
     schedule.powers.fill(_mm512_castsi512_si128(hash_key[0]));
 }
 
-/// The key schedule of AES-256 (FIPS 197, section 5.2). The words go from registers to secret memory.
-#[target_feature(enable = "avx512f,avx512vl,aes")]
-fn expand_round_keys(key: &[u8; KEY_BYTES], round_keys: &mut [[[u8; 16]; 4]; ROUNDS + 1]) {
-    // SAFETY: the key has 32 bytes; the loads are unaligned.
-    let (mut before, mut last) = unsafe {
-        let key = key.as_ptr();
-        (
-            _mm_loadu_si128(key.cast()),
-            _mm_loadu_si128(key.add(16).cast()),
-        )
-    };
-    store_everywhere(before, &mut round_keys[0]);
-    store_everywhere(last, &mut round_keys[1]);
-    let mut round_constant = 1;
-    for (i, round_key) in round_keys.iter_mut().enumerate().skip(2) {
-        // The substituted last word, rotated and with the round constant for every other key.
-        let substituted = _mm_aeskeygenassist_si128::<0>(last);
-        let word = if i % 2 == 0 {
-            let constant = _mm_set1_epi32(round_constant);
-            round_constant <<= 1;
-            _mm_xor_si128(_mm_shuffle_epi32::<0xff>(substituted), constant)
-        } else {
-            _mm_shuffle_epi32::<0xaa>(substituted)
-        };
-        // Each word is the sum of all before it.
-        let sums = _mm_xor_si128(before, _mm_slli_si128::<4>(before));
-        let sums = _mm_xor_si128(sums, _mm_slli_si128::<8>(sums));
-        (before, last) = (last, _mm_xor_si128(sums, word));
-        store_everywhere(last, round_key);
+/// The key schedule of AES-256. The round keys come to lie where the powers will, and from there four times
+/// where they stay.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,aes,vaes,vpclmulqdq")]
+fn expand_round_keys(key: &[u8; KEY_BYTES], schedule: &mut Schedule) {
+    // SAFETY: the key has 32 bytes, and there are more powers than round keys.
+    unsafe { round_keys::expand(key.as_ptr(), schedule.powers.0.as_mut_ptr().cast()) };
+    for (once, everywhere) in schedule.powers.0.iter().zip(&mut schedule.round_keys) {
+        // SAFETY: one block, and four; loads and stores are unaligned.
+        unsafe {
+            let key = _mm_loadu_si128(once.as_ptr().cast());
+            let keys = _mm512_broadcast_i32x4(key);
+            _mm512_storeu_si512(everywhere.as_mut_ptr().cast(), keys);
+        }
     }
-}
-
-#[target_feature(enable = "avx512f")]
-fn store_everywhere(block: __m128i, to: &mut [[u8; 16]; 4]) {
-    // SAFETY: four blocks; the store is unaligned.
-    unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_broadcast_i32x4(block)) };
 }
 
 /// One instruction for up to four vectors of blocks, with a round key.

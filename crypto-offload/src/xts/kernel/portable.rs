@@ -12,8 +12,8 @@ use aes::{Aes256, Aes256Enc, Block};
 use zeroize::Zeroize;
 
 use super::{Base, Functions, GROUP_BYTES};
+use crate::raw;
 use crate::secret::SLOT_BYTES;
-use crate::xts::raw;
 use crate::xts::types::{BLOCK_BYTES, DataUnit, KEY_BYTES};
 
 pub(super) const FUNCTIONS: Functions = Functions {

@@ -11,7 +11,7 @@ use std::mem::{MaybeUninit, offset_of};
 
 use super::super::{Base, GROUP_BYTES};
 use super::expand::Schedule;
-use crate::xts::raw;
+use crate::raw;
 use crate::xts::types::DataUnit;
 
 /// Blocks in flight.

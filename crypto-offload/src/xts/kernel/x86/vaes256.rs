@@ -14,7 +14,7 @@ use std::mem::{MaybeUninit, offset_of};
 
 use super::super::{Base, GROUP_BYTES};
 use super::expand::Schedule;
-use crate::xts::raw;
+use crate::raw;
 
 /// Vectors in flight.
 const VECTORS: usize = 8;

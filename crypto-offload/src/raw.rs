@@ -10,7 +10,7 @@
 /// `src` is readable and `dst` writable for `bytes`; they don't overlap.
 #[cfg(target_arch = "x86_64")]
 #[inline]
-pub(super) unsafe fn copy(src: *const u8, dst: *mut u8, bytes: usize) {
+pub unsafe fn copy(src: *const u8, dst: *mut u8, bytes: usize) {
     // SAFETY: exactly the bytes given; the direction flag is clear between functions.
     unsafe {
         std::arch::asm!(
@@ -29,7 +29,7 @@ pub(super) unsafe fn copy(src: *const u8, dst: *mut u8, bytes: usize) {
 /// `src` is readable and `dst` writable for `bytes`; they don't overlap.
 #[cfg(not(target_arch = "x86_64"))]
 #[inline]
-pub(super) unsafe fn copy(src: *const u8, dst: *mut u8, bytes: usize) {
+pub unsafe fn copy(src: *const u8, dst: *mut u8, bytes: usize) {
     for at in 0..bytes {
         // SAFETY: inside the caller's ranges; volatile, so that each byte is read once.
         unsafe { dst.add(at).write_volatile(src.add(at).read_volatile()) };
@@ -41,7 +41,7 @@ pub(super) unsafe fn copy(src: *const u8, dst: *mut u8, bytes: usize) {
 /// # Safety
 /// `at` is writable for `bytes`, and ours alone.
 #[inline]
-pub(super) unsafe fn wipe(at: *mut u8, bytes: usize) {
+pub(crate) unsafe fn wipe(at: *mut u8, bytes: usize) {
     // SAFETY: passed on to the caller.
     unsafe { at.write_bytes(0, bytes) };
     // What may read the bytes can't lose the write before.
