@@ -8,7 +8,7 @@ mod attempts;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitCode};
 
-use bulkhead_dataplane::sandbox::{self, ThreadKind, calls};
+use bulkhead_dataplane::sandbox::{self, SandboxError, ThreadKind, calls};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use attempts::ATTEMPTS;
@@ -28,9 +28,10 @@ const X32: i64 = 0x4000_0000;
 /// do nothing anywhere else).
 const NEVER_FILTERED: [i64; 2] = [335, 336];
 
-const KINDS: [(&str, ThreadKind); 2] = [
+const KINDS: [(&str, ThreadKind); 3] = [
     ("control", ThreadKind::Control),
     ("worker", ThreadKind::Worker),
+    ("rekeyer", ThreadKind::Rekeyer),
 ];
 
 fn main() -> ExitCode {
@@ -121,7 +122,7 @@ fn as_child(name: &str) -> ExitCode {
     match kind {
         ThreadKind::Control => attempt_on(kind, &what),
         // As the product does: on a thread that the locked-in process has started.
-        ThreadKind::Worker => {
+        ThreadKind::Worker | ThreadKind::Rekeyer => {
             let thread = std::thread::spawn(move || attempt_on(kind, &what));
             let _ = thread.join();
         }
@@ -134,12 +135,16 @@ fn kind_of(name: &str) -> ThreadKind {
     found.expect("a kind of thread").1
 }
 
-fn attempt_on(kind: ThreadKind, what: &str) {
+fn lock(kind: ThreadKind) -> Result<(), SandboxError> {
     match kind {
         ThreadKind::Control => sandbox::lock_control_thread(),
         ThreadKind::Worker => sandbox::lock_worker_thread(),
+        ThreadKind::Rekeyer => sandbox::lock_rekeyer_thread(),
     }
-    .expect("the thread is locked in");
+}
+
+fn attempt_on(kind: ThreadKind, what: &str) {
+    lock(kind).expect("the thread is locked in");
     if what == ABORT {
         std::process::abort();
     }
@@ -174,11 +179,7 @@ fn sweep(kind_name: &str) -> ExitCode {
         .copied()
         .filter(|&number| {
             attempts::signal_of_fork(|| {
-                let locked = match kind {
-                    ThreadKind::Control => sandbox::lock_control_thread(),
-                    ThreadKind::Worker => sandbox::lock_worker_thread(),
-                };
-                if locked.is_ok() {
+                if lock(kind).is_ok() {
                     attempts::call(number, [0; 6]);
                 }
             }) != Some(libc::SIGSYS)
