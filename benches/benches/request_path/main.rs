@@ -51,6 +51,7 @@ fn spec(encrypted: bool) -> DiskSpec {
         Xts {
             unit: DataUnit::B4096,
             key,
+            rekey: None,
         }
     });
     DiskSpec {

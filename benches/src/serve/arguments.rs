@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use bulkhead_crypto::DataUnit;
+use bulkhead_protocol::RekeyId;
 use clap::Parser;
 
 use super::spec::BlkSpec;
@@ -51,6 +52,17 @@ pub struct Arguments {
     /// Key of every disk: 64 raw bytes, data key then tweak key
     #[arg(long, value_name = "FILE", requires = "xts")]
     pub key_file: Option<PathBuf>,
+
+    /// Re-key every disk while it is served, from the key in this file to that of --key-file. How far it is
+    /// stands in the disk's file: the disk is two MiB smaller than that, and the next start with the same
+    /// options goes on
+    #[arg(long, value_name = "FILE", requires_all = ["key_file", "rekey_id"],
+          conflicts_with_all = ["reference", "read_only"])]
+    pub rekey_from: Option<PathBuf>,
+
+    /// Which re-key that is: a UUID, another one for each
+    #[arg(long, value_name = "UUID", requires = "rekey_from")]
+    pub rekey_id: Option<RekeyId>,
 
     /// Queues of each disk
     #[arg(long, value_name = "N", default_value_t = 1,
@@ -225,6 +237,28 @@ mod tests {
             let error = parse(&format!("--socket a --blk null:1GiB {option}"))
                 .expect_err("encryption was not asked for");
             assert!(error.to_string().contains("--xts"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_re_key_needs_both_keys_and_its_id() {
+        let line = "--socket a --blk file:d --xts";
+        let id = "--rekey-id 0b5f6d1e-9d4c-4d0a-8f5e-2f6a1c3b7e90";
+        let all = format!("{line} --key-file b --rekey-from a {id}");
+        let arguments = parse(&all).expect("parses");
+        assert_eq!(arguments.rekey_from, Some("a".into()));
+        assert!(arguments.rekey_id.is_some());
+        let cases = [
+            (format!("{line} --key-file b --rekey-from a"), "--rekey-id"),
+            (format!("{line} --rekey-from a {id}"), "--key-file"),
+            (format!("{line} --key-file b {id}"), "--rekey-from"),
+            (format!("{all} --reference"), "--reference"),
+            (format!("{all} --read-only"), "--read-only"),
+            (all.replace("0b5f", "0B5F"), "a UUID like"),
+        ];
+        for (line, expected) in cases {
+            let error = parse(&line).expect_err(&line).to_string();
+            assert!(error.contains(expected), "{line}: {error}");
         }
     }
 

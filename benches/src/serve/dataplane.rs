@@ -5,8 +5,8 @@ use std::io;
 use std::sync::Arc;
 
 use bulkhead_crypto::xts::{KEY_BYTES, KeyError};
-use bulkhead_crypto::{SecretArena, XtsKey};
-use bulkhead_dataplane::blk::{BlkDevice, Cipher, Geometry};
+use bulkhead_crypto::{DataUnit, SecretArena, SecretMemory, XtsKey};
+use bulkhead_dataplane::blk::{BlkDevice, Cipher, Ciphers, Geometry, Rekey};
 use bulkhead_dataplane::sandbox::{self, SandboxError};
 use bulkhead_dataplane::serve::{self, Served};
 use bulkhead_dataplane::server::ServerConfig;
@@ -16,6 +16,7 @@ use bulkhead_dataplane::storage::{
 use bulkhead_dataplane::worker::WorkerConfig;
 
 use super::devices::{Backing, Device, DiskSpec, Xts};
+use super::rekey::RekeyError;
 
 /// Bytes of a sector, always (virtio 1.2, 5.2).
 const SECTOR_BYTES: u64 = 512;
@@ -29,6 +30,9 @@ pub enum ServeError {
     /// Memory for keys or for a disk.
     #[error("no memory for {0}: {1}")]
     Memory(&'static str, #[source] io::Error),
+    /// A re-key.
+    #[error(transparent)]
+    Rekey(#[from] RekeyError),
     /// A file.
     #[error(transparent)]
     Storage(#[from] StorageError),
@@ -66,7 +70,7 @@ impl ServeError {
 /// See [`ServeError`].
 pub fn run(devices: Vec<Device>, cpus: &[usize], ready: impl FnOnce()) -> Result<(), ServeError> {
     let arena =
-        SecretArena::new(devices.len().max(1)).map_err(|e| ServeError::Memory("keys", e))?;
+        SecretArena::new((devices.len() * 2).max(1)).map_err(|e| ServeError::Memory("keys", e))?;
     let served: Result<Vec<_>, _> = devices.into_iter().map(|d| prepare(d, &arena)).collect();
     let served = served?;
     let config = ServerConfig {
@@ -113,10 +117,15 @@ pub fn block_device(
         queues: disk.queues,
         discard: disk.discard,
     };
-    let capacity_sectors = disk.backing.bytes() / SECTOR_BYTES;
+    let capacity_sectors = disk.bytes()? / SECTOR_BYTES;
     let storage = storage(disk.backing, &geometry)?;
-    let cipher = disk.xts.map(|xts| expand(&xts, arena)).transpose()?;
-    Ok(BlkDevice::new(geometry, capacity_sectors, storage, cipher))
+    let ciphers = disk.xts.map(|xts| ciphers(&xts, arena)).transpose()?;
+    Ok(BlkDevice::with_ciphers(
+        geometry,
+        capacity_sectors,
+        storage,
+        ciphers,
+    ))
 }
 
 fn storage(backing: Backing, geometry: &Geometry) -> Result<StorageSpec, ServeError> {
@@ -146,11 +155,31 @@ fn storage(backing: Backing, geometry: &Geometry) -> Result<StorageSpec, ServeEr
     })
 }
 
-fn expand(xts: &Xts, arena: &Arc<SecretArena>) -> Result<Cipher, ServeError> {
+fn ciphers(xts: &Xts, arena: &Arc<SecretArena>) -> Result<Ciphers, ServeError> {
+    let cipher = expand(&xts.key, xts.unit, arena)?;
+    let Some(rekey) = &xts.rekey else {
+        return Ok(Ciphers::single(cipher));
+    };
+    let previous = expand(&rekey.previous, xts.unit, arena)?;
+    Ok(Ciphers {
+        cipher: Arc::new(cipher),
+        volume: Some(rekey.volume),
+        rekey: Some(Rekey {
+            id: rekey.id,
+            previous: Arc::new(previous),
+        }),
+    })
+}
+
+fn expand(
+    key: &SecretMemory,
+    unit: DataUnit,
+    arena: &Arc<SecretArena>,
+) -> Result<Cipher, ServeError> {
     let short = || ServeError::Memory("a key", io::ErrorKind::InvalidData.into());
-    let key: &[u8; KEY_BYTES] = xts.key.as_bytes().try_into().map_err(|_| short())?;
+    let key: &[u8; KEY_BYTES] = key.as_bytes().try_into().map_err(|_| short())?;
     Ok(Cipher {
         key: XtsKey::new(arena, key)?,
-        unit: xts.unit,
+        unit,
     })
 }

@@ -11,9 +11,11 @@ use std::time::Duration;
 use bulkhead_crypto::xts::KEY_BYTES;
 use bulkhead_crypto::{DataUnit, SecretMemory};
 use bulkhead_dataplane::storage::error::Fault;
+use bulkhead_protocol::{RekeyId, VolumeId};
 
 use super::arguments::{ArgumentError, Arguments};
 use super::file;
+use super::rekey::{self, RekeyError};
 use super::socket::{self, SocketError};
 use super::spec::BlkSpec;
 
@@ -45,6 +47,19 @@ pub struct DiskSpec {
     pub discard: bool,
     /// What GET_ID answers, zero-padded.
     pub serial: [u8; 20],
+}
+
+impl DiskSpec {
+    /// Size of the disk in bytes: with a re-key less than its backing has.
+    ///
+    /// # Errors
+    /// [`RekeyError::NoRoom`].
+    pub fn bytes(&self) -> Result<u64, RekeyError> {
+        match self.xts {
+            Some(Xts { rekey: Some(_), .. }) => rekey::volume_bytes(self.backing.bytes()),
+            _ => Ok(self.backing.bytes()),
+        }
+    }
 }
 
 /// Where blocks live.
@@ -113,6 +128,19 @@ pub struct Xts {
     pub unit: DataUnit,
     /// [`KEY_BYTES`] bytes, data key then tweak key.
     pub key: SecretMemory,
+    /// Another key that is being replaced.
+    pub rekey: Option<RekeySpec>,
+}
+
+/// A re-key that is under way, or begins.
+#[derive(Debug)]
+pub struct RekeySpec {
+    /// Whose record it is.
+    pub volume: VolumeId,
+    /// Which one.
+    pub id: RekeyId,
+    /// The key that everything was under before, as long as the other.
+    pub previous: SecretMemory,
 }
 
 /// Why devices can't be served.
@@ -159,6 +187,14 @@ pub enum DeviceError {
          `head -c {KEY_BYTES} /dev/urandom`"
     )]
     KeyLength(PathBuf),
+    /// No re-key.
+    #[error("{disk:?} can't be re-keyed: {source}")]
+    Rekey {
+        /// Which disk.
+        disk: BlkSpec,
+        /// Why.
+        source: RekeyError,
+    },
     /// No key.
     #[error("can't make a key in secret memory: {0}")]
     Secret(io::Error),
@@ -171,13 +207,14 @@ pub enum DeviceError {
 pub fn open(arguments: &Arguments) -> Result<Vec<Device>, DeviceError> {
     let block_bytes = arguments.logical_block_bytes()?;
     let mut parts = Vec::new();
-    for (socket, spec) in arguments.pairs()? {
+    for (index, (socket, spec)) in arguments.pairs()?.into_iter().enumerate() {
         let backing = backing(&spec, arguments.read_only, block_bytes)?;
-        let xts = arguments.encryption().map(|unit| {
-            let key = key(arguments.key_file.as_deref())?;
-            Ok::<_, DeviceError>(Xts { unit, key })
-        });
-        parts.push((socket, backing, xts.transpose()?));
+        let xts = xts(arguments, &serial(index))?;
+        if let Some((xts, re_key)) = xts.as_ref().and_then(|x| Some((x, x.rekey.as_ref()?))) {
+            rekey::prepare(&backing, re_key.volume, re_key.id, xts.unit.bytes())
+                .map_err(|source| DeviceError::Rekey { disk: spec, source })?;
+        }
+        parts.push((socket, backing, xts));
     }
     let mut devices: Vec<Device> = Vec::new();
     for (index, (socket, backing, xts)) in parts.into_iter().enumerate() {
@@ -203,6 +240,26 @@ pub fn open(arguments: &Arguments) -> Result<Vec<Device>, DeviceError> {
         });
     }
     Ok(devices)
+}
+
+/// The keys of a disk.
+fn xts(arguments: &Arguments, serial: &[u8; 20]) -> Result<Option<Xts>, DeviceError> {
+    let Some(unit) = arguments.encryption() else {
+        return Ok(None);
+    };
+    let rekey = match (&arguments.rekey_from, arguments.rekey_id) {
+        (Some(from), Some(id)) => Some(RekeySpec {
+            volume: rekey::volume_id(serial),
+            id,
+            previous: key(Some(from))?,
+        }),
+        _ => None,
+    };
+    Ok(Some(Xts {
+        unit,
+        key: key(arguments.key_file.as_deref())?,
+        rekey,
+    }))
 }
 
 /// Removes the sockets of devices that won't be served.

@@ -8,6 +8,7 @@
 //! | [`spec`] | what a disk is made of |
 //! | [`devices`] | from there to opened files, keys in secret memory and listeners |
 //! | [`file`] | a disk's file |
+//! | [`rekey`] | a disk's re-key without a key service |
 //! | [`cpus`] | CPUs to serve on |
 //! | [`socket`] | a listener at a path: stale sockets replaced, live ones refused |
 //! | [`dataplane`] | serving with Bulkhead's data plane |
@@ -20,5 +21,6 @@ pub mod dataplane;
 pub mod devices;
 pub mod file;
 pub mod reference;
+pub mod rekey;
 pub mod socket;
 pub mod spec;

@@ -288,6 +288,7 @@ mod tests {
             xts: encrypted.then_some(Xts {
                 unit: DataUnit::B4096,
                 key,
+                rekey: None,
             }),
             logical_block_bytes: 4096,
             queues: 1,
