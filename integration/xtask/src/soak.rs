@@ -9,8 +9,9 @@ use crate::workspace;
 
 /// Suites, each with what asks it for its full numbers. (500 times the rounds of the storage tests are
 /// a million crash images.)
-const SUITES: [(&str, &str, (&str, &str)); 2] = [
+const SUITES: [(&str, &str, (&str, &str)); 3] = [
     ("bulkhead-integration", "endurance", ("BULKHEAD_SOAK", "1")),
+    ("bulkhead-integration", "rekey", ("BULKHEAD_SOAK", "1")),
     ("bulkhead-dataplane", "storage", ("BULKHEAD_ROUNDS", "500")),
 ];
 
