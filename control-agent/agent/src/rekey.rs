@@ -62,14 +62,28 @@ pub(crate) fn check_files(
     Ok(())
 }
 
-/// The record of this volume; none if its file has none of it.
-fn record(directories: &VolumeDirectories, volume: &Volume) -> Result<Option<Record>, String> {
+/// What stands in the place of the record.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    /// The file ends before it.
+    NotThere,
+    /// Nothing: a data plane has erased it, or nobody ever wrote one.
+    Empty,
+    /// The record of another volume: the file is a copy, say.
+    Foreign,
+    /// One of this volume.
+    Ours(Record),
+}
+
+fn record(directories: &VolumeDirectories, volume: &Volume) -> Result<Place, String> {
     let at = |error: &dyn std::fmt::Display| format!("volume {}: {error}", volume.name);
     let file = directories.open_volume(volume).map_err(|e| at(&e))?;
     match file.rekey_record(volume) {
-        Ok(Found::Record(record)) if record.volume == volume.id => Ok(Some(record)),
-        Ok(Found::Record(_) | Found::Nothing) => Ok(None),
-        Ok(Found::Damaged) => Err(at(&format!(
+        Ok(None) => Ok(Place::NotThere),
+        Ok(Some(Found::Nothing)) => Ok(Place::Empty),
+        Ok(Some(Found::Record(record))) if record.volume == volume.id => Ok(Place::Ours(record)),
+        Ok(Some(Found::Record(_))) => Ok(Place::Foreign),
+        Ok(Some(Found::Damaged)) => Err(at(&format!(
             "the re-key record behind the end of {} is damaged: which part is under which key \
              stands nowhere else; restore it from a backup",
             volume.path
@@ -81,14 +95,14 @@ fn record(directories: &VolumeDirectories, volume: &Volume) -> Result<Option<Rec
     }
 }
 
-fn check_prepared(volume: &Volume, to: RekeyId, record: Option<Record>) -> Result<(), String> {
-    let problem = match record {
-        Some(record) if record.rekey == to => return Ok(()),
-        Some(record) => format!(
+fn check_prepared(volume: &Volume, to: RekeyId, place: Place) -> Result<(), String> {
+    let problem = match place {
+        Place::Ours(record) if record.rekey == to => return Ok(()),
+        Place::Ours(record) => format!(
             "its file is prepared for another re-key, {}, and not",
             record.rekey
         ),
-        None => "its file is not prepared".to_owned(),
+        Place::NotThere | Place::Empty | Place::Foreign => "its file is not prepared".to_owned(),
     };
     Err(format!(
         "volume {}: {problem} for the re-key {to}: run `bulkhead volume rekey --prepare --volume` \
@@ -97,9 +111,12 @@ fn check_prepared(volume: &Volume, to: RekeyId, record: Option<Record>) -> Resul
     ))
 }
 
-fn check_done(volume: &Volume, from: RekeyId, record: Option<Record>) -> Result<(), String> {
-    let how_far = match record {
-        Some(record) if record.rekey == from => match record.stage {
+fn check_done(volume: &Volume, from: RekeyId, place: Place) -> Result<(), String> {
+    let how_far = match place {
+        // The record was there when the re-key came into force. Nobody erases it but a data plane that
+        // drops the previous key of a re-key that is done: another host was first.
+        Place::Empty => return Ok(()),
+        Place::Ours(record) if record.rekey == from => match record.stage {
             Stage::Done { .. } => return Ok(()),
             Stage::Running { frontier_bytes, .. } => {
                 let percent =
@@ -108,7 +125,9 @@ fn check_done(volume: &Volume, from: RekeyId, record: Option<Record>) -> Result<
             }
             Stage::Prepared => "it has not begun".to_owned(),
         },
-        _ => "its file has no record of it".to_owned(),
+        Place::NotThere | Place::Foreign | Place::Ours(_) => {
+            "its file has no record of it".to_owned()
+        }
     };
     Err(format!(
         "volume {}: its re-key {from} is not done, {how_far}, and the previous key is needed until it \

@@ -158,6 +158,11 @@ fn a_previous_key_is_dropped_when_nothing_is_under_it() {
     assert_eq!(disk.check(old(), forced), Ok(()));
     disk.record(ONE, Stage::Done { check: [2; 16] });
     assert_eq!(disk.check(old(), volume(None)), Ok(()));
+    // Erased: another host has dropped the previous key already.
+    let copies = layout(SIZE).expect("a layout").copies;
+    let erased = disk.file.write_all_at(&[0; 8192], copies[0]);
+    erased.expect("write");
+    assert_eq!(disk.check(old(), volume(None)), Ok(()));
     // The record of another re-key says nothing of this one.
     disk.record(TWO, Stage::Done { check: [2; 16] });
     disk.refuses(old(), volume(None), "has no record of it");

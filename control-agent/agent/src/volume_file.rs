@@ -105,20 +105,19 @@ impl VolumeFile {
         self.identity
     }
 
-    /// What the file says of a re-key, behind the volume's end.
+    /// What the file says of a re-key, behind the volume's end; none if it ends before that place.
     ///
     /// # Errors
     /// What reading fails with.
-    pub(crate) fn rekey_record(&self, volume: &Volume) -> io::Result<Found> {
+    pub(crate) fn rekey_record(&self, volume: &Volume) -> io::Result<Option<Found>> {
         let Some(layout) = rekey::layout(volume.size_bytes) else {
-            return Ok(Found::Nothing);
+            return Ok(None);
         };
         let [first, _] = layout.copies;
         let mut copies = [0; COPIES * RECORD_BYTES];
         match self.file.read_exact_at(&mut copies, first) {
-            // It ends before that: nobody prepared it.
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(Found::Nothing),
-            read => read.map(|()| rekey::find(&copies)),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+            read => read.map(|()| Some(rekey::find(&copies))),
         }
     }
 
