@@ -123,6 +123,10 @@ pub struct BlkDevice {
     lacks: AtomicU8,
     /// A flush failed: what was written before may be lost, and no later flush can say otherwise.
     flush_failed: AtomicBool,
+    /// Length of its storage when it was looked at last: the rekeyer can't ask the kernel.
+    storage_bytes: AtomicU64,
+    /// The record of a re-key that is over is being erased, behind the end that it has now.
+    erasing: AtomicBool,
 }
 
 impl BlkDevice {
@@ -156,6 +160,7 @@ impl BlkDevice {
             total_bytes: capacity_sectors * SECTOR_BYTES,
             state: RekeyState::Waiting,
         });
+        let storage_bytes = AtomicU64::new(storage.bytes().unwrap_or(0));
         Arc::new(Self {
             geometry,
             storage,
@@ -173,6 +178,8 @@ impl BlkDevice {
             flushes_done: AtomicU64::new(0),
             lacks: AtomicU8::new(0),
             flush_failed: AtomicBool::new(false),
+            storage_bytes,
+            erasing: AtomicBool::new(false),
         })
     }
 
@@ -213,6 +220,25 @@ impl BlkDevice {
         lock(&self.progress).clone()
     }
 
+    /// Whether the record of a re-key is being erased: meanwhile the device does not grow over it.
+    pub(crate) fn set_erasing(&self, erasing: bool) {
+        self.erasing.store(erasing, Ordering::Release);
+    }
+
+    /// Looks at the length of its storage, for [`BlkDevice::storage_bytes`]. On the control thread, which may
+    /// ask the kernel.
+    pub(crate) fn measure_storage(&self) {
+        match self.storage.bytes() {
+            Ok(bytes) => self.storage_bytes.store(bytes, Ordering::Release),
+            Err(error) => tracing::warn!("the length of a volume's storage can't be told: {error}"),
+        }
+    }
+
+    /// The length of its storage in bytes, as it was measured last.
+    pub(crate) fn storage_bytes(&self) -> u64 {
+        self.storage_bytes.load(Ordering::Acquire)
+    }
+
     pub(crate) fn set_rekey_progress(&self, progress: Option<RekeyProgress>) {
         *lock(&self.progress) = progress;
     }
@@ -242,10 +268,8 @@ impl BlkDevice {
             .checked_mul(SECTOR_BYTES)
             .filter(|bytes| i64::try_from(*bytes).is_ok() && bytes.is_multiple_of(block))
             .ok_or(ResizeError::Size(capacity_sectors))?;
-        if self
-            .ciphers()
-            .is_some_and(|ciphers| ciphers.rekey.is_some())
-        {
+        let rekeyed = |ciphers: Ciphers| ciphers.rekey.is_some();
+        if self.ciphers().is_some_and(rekeyed) || self.erasing.load(Ordering::Acquire) {
             return Err(ResizeError::Rekeyed);
         }
         let has_bytes = self.storage.bytes()?;

@@ -55,8 +55,8 @@ pub(super) fn check(grant: &VolumeGrant) -> Result<(), String> {
     if !(1..=MAX_QUEUES).contains(&grant.queues) {
         return Err(format!("{} queues: it has 1 to {MAX_QUEUES}", grant.queues));
     }
-    if grant.rekey.is_some() {
-        return Err("it is to be re-keyed, which this data plane can't do".to_owned());
+    if grant.rekey.is_some() && (grant.data_unit_bytes.is_none() || grant.read_only) {
+        return Err("a re-key of a volume that is plain or only read".to_owned());
     }
     let printable = grant.serial.bytes().all(|c| (b' '..=b'~').contains(&c));
     if grant.serial.len() > SERIAL_BYTES || !printable {

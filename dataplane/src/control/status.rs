@@ -3,10 +3,10 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use bulkhead_protocol::VolumeId;
-use bulkhead_protocol::control::VolumeStatus;
+use bulkhead_protocol::control::{RekeyProgress, RekeyState, VolumeStatus};
 
 use super::volumes::{Volume, Volumes};
-use crate::blk::SECTOR_BYTES;
+use crate::blk::{BlkDevice, SECTOR_BYTES};
 use crate::server::Server;
 
 /// Most characters of a fault: the entries of [`super::MAX_VOLUMES`] volumes fit one message.
@@ -48,7 +48,7 @@ fn one(id: VolumeId, volume: &Volume, server: &Server) -> VolumeStatus {
     status.retired_queues = now.retired_queues;
     status.holds_volume = now.holds_volume;
     status.waits_for_volume = now.waits_for_volume;
-    status.rekey = device.rekey_progress();
+    status.rekey = rekey(device);
     status.capacity_bytes = device.capacity_sectors() * SECTOR_BYTES;
     status.requests_ok = device.metrics.requests_ok.get();
     status.requests_failed = device.metrics.requests_failed.get();
@@ -59,6 +59,20 @@ fn one(id: VolumeId, volume: &Volume, server: &Server) -> VolumeStatus {
         .then(|| "a flush failed: what was written before it may be lost".to_owned());
     // Only so much fits, and it may be a driver's doing.
     let text = flush.or(now.fault);
+    let stopped = matches!(&status.rekey, Some(p) if matches!(p.state, RekeyState::Failed { .. }));
+    // Why a re-key stopped takes its room.
+    let text = text.filter(|_| !stopped);
     status.fault = text.map(|text| text.chars().take(MAX_FAULT_CHARS).collect());
     status
+}
+
+/// How far the re-key is; why it stopped, cut to what fits.
+fn rekey(device: &BlkDevice) -> Option<RekeyProgress> {
+    let mut progress = device.rekey_progress()?;
+    if let RekeyState::Failed { reason } = &mut progress.state {
+        *reason = reason.chars().take(MAX_FAULT_CHARS).collect();
+        // It may have waited for a longer file.
+        device.measure_storage();
+    }
+    Some(progress)
 }

@@ -150,13 +150,31 @@ impl Volume {
         let now = device.ciphers().ok_or("it is not encrypted")?;
         let ciphers = match (new.grant.rekey, new.keys.key, new.keys.previous) {
             (Some(rekey), Some(key), Some(previous)) => begun(&now, rekey, key, &previous)?,
-            (None, Some(key), None) => over(&now, device, &key)?,
+            (None, Some(key), None) => over(&now, &key)?,
             _ => return Err("its keys are not those of a re-key".to_owned()),
         };
         server.set_ciphers(*id, &ciphers)?;
         tracing::info!(volume = %new.grant.volume, rekey = ?new.grant.rekey, "other keys for the volume");
         self.held.grant = new.grant;
         Ok(())
+    }
+
+    /// Whether everything is under the key, where a grant no longer has the re-key and the previous key of the
+    /// one in force. Of a volume that is not served nobody knows here: its record is looked at when it is
+    /// taken.
+    fn may_drop_previous(&self, new: &VolumeGrant) -> Result<(), String> {
+        let old = self.held.grant.rekey;
+        let Some((_, device)) = self.served().filter(|_| old.is_some() && new.rekey != old) else {
+            return Ok(());
+        };
+        match device.rekey_progress() {
+            Some(progress) if progress.state == RekeyState::Done => Ok(()),
+            progress => Err(format!(
+                "its re-key is at {} %: keep the previous key in the bundle until `bulkhead \
+                 status` says that it is done",
+                progress.map_or(0, |progress| progress.percent())
+            )),
+        }
     }
 
     /// Whether its key is in memory, expanded.
@@ -253,6 +271,9 @@ impl Volumes {
                 Ok(()) => answers.granted(keyd, id),
                 Err(reason) => answers.grant_refused(keyd, id, reason),
             };
+        }
+        if let Err(reason) = volume.may_drop_previous(&new.grant) {
+            return answers.grant_refused(keyd, id, reason);
         }
         if only_rekeys(&volume.held.grant, &new.grant) && volume.served().is_some() {
             return match volume.rekey(server, *new) {
@@ -423,19 +444,9 @@ fn begun(now: &Ciphers, id: RekeyId, key: XtsKey, previous: &XtsKey) -> Result<C
 }
 
 /// The keys of a volume whose re-key is over.
-fn over(now: &Ciphers, device: &BlkDevice, key: &XtsKey) -> Result<Ciphers, String> {
+fn over(now: &Ciphers, key: &XtsKey) -> Result<Ciphers, String> {
     if !now.cipher.key.is_same(key) {
         return Err("its re-key is over, and its key is another than the new one".to_owned());
-    }
-    match device.rekey_progress() {
-        Some(progress) if progress.state == RekeyState::Done => {}
-        progress => {
-            return Err(format!(
-                "its re-key is at {} %: keep the previous key in the bundle until `bulkhead \
-                 status` says that it is done",
-                progress.map_or(0, |progress| progress.percent())
-            ));
-        }
     }
     Ok(Ciphers {
         rekey: None,

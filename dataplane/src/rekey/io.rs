@@ -126,7 +126,17 @@ impl Io {
     /// Makes everything that was written to a device stable, in its turn among the device's flushes: a lost
     /// write is told of once, to whichever flush ends first.
     pub(super) fn flush(&mut self, device: &BlkDevice, storage: &dyn Storage) -> Result<(), Errno> {
+        let before = device.flushes_begun();
         while !device.take_flush_turn() {
+            // Guests that flush all the time leave no moment between their flushes; one that began since is for
+            // what was written before, too.
+            if device.flushed_since(before) {
+                return if device.flush_failed() {
+                    Err(Errno(libc::EIO))
+                } else {
+                    Ok(())
+                };
+            }
             self.ring.wait(Some(SHORT));
         }
         let result = if device.flush_failed() {

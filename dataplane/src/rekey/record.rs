@@ -3,6 +3,8 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use std::ops::Range;
+
 use bulkhead_crypto::key_check;
 use bulkhead_protocol::rekey::{
     COPIES, Found, KeyCheck, Layout, RECORD_BYTES, Record, Stage, Zone, find, journal_digest,
@@ -30,6 +32,19 @@ pub(super) enum State {
     Single,
     /// It is, and this is how far it is. There is no interrupted zone.
     Rekeyed(Layout, Record),
+    /// It is, and can't go on; the rest of it can be served.
+    Stuck(Stuck),
+}
+
+/// A re-key that can't go on until the volume is taken anew.
+#[derive(Debug)]
+pub(super) struct Stuck {
+    /// What lies below is under the key, the rest under the previous key.
+    pub(super) frontier_bytes: u64,
+    /// Bytes of which nobody knows what they hold.
+    pub(super) fails: Option<Range<u64>>,
+    /// For the operator.
+    pub(super) reason: String,
 }
 
 impl Volume<'_> {
@@ -53,12 +68,12 @@ impl Volume<'_> {
             return Ok(State::Single);
         };
         match (&ciphers.rekey, found) {
+            (Some(_), _) if self.device.storage_bytes() < layout.end => Err(self.no_room()),
             (None, found) => judge_single(volume, &ciphers.cipher, &found).map(|()| State::Single),
             (Some(rekey), Found::Record(record))
                 if record.volume == volume && record.rekey == rekey.id =>
             {
-                let record = self.resume(io, &layout, record, &ciphers.cipher, &rekey.previous)?;
-                Ok(State::Rekeyed(layout, record))
+                self.resume(io, &layout, record, &ciphers.cipher, &rekey.previous)
             }
             (Some(rekey), found) => Err(not_prepared(&rekey.id, &found)),
         }
@@ -66,9 +81,9 @@ impl Volume<'_> {
 
     /// The record as it is, without any judgement; none where there is no room for one.
     pub(super) fn found(&self, io: &mut Io) -> Result<Option<(Layout, Found)>, String> {
-        let has = self.device.storage.bytes();
-        let has = has.map_err(|e| format!("the length of its file can't be told: {e}"))?;
-        let Some(layout) = layout(self.bytes()).filter(|layout| layout.end <= has) else {
+        let has = self.device.storage_bytes();
+        let fits = |layout: &Layout| layout.copies[0] + PLACE_BYTES as u64 <= has;
+        let Some(layout) = layout(self.bytes()).filter(fits) else {
             return Ok(None);
         };
         let [at, _] = layout.copies;
@@ -102,7 +117,7 @@ impl Volume<'_> {
         record: Record,
         key: &Cipher,
         previous: &Cipher,
-    ) -> Result<Record, String> {
+    ) -> Result<State, String> {
         if record.size_bytes != self.bytes() || record.data_unit_bytes != key.unit.bytes() {
             return Err(format!(
                 "the record of its re-key is of {} bytes in data units of {}, the volume of {} in \
@@ -123,8 +138,15 @@ impl Volume<'_> {
                     previous_check: before,
                     check: ours,
                 });
-                self.put(io, layout, &begun, Vec::new()).map_err(begins)?;
-                Ok(begun)
+                Ok(match self.put(io, layout, &begun, Vec::new()) {
+                    Ok(_) => State::Rekeyed(*layout, begun),
+                    // Whether it was written or not: everything is under the previous key.
+                    Err(errno) => State::Stuck(Stuck {
+                        frontier_bytes: 0,
+                        fails: None,
+                        reason: format!("the record of its re-key can't be written: {errno}"),
+                    }),
+                })
             }
             Stage::Running {
                 check,
@@ -136,8 +158,18 @@ impl Volume<'_> {
                 frontier_bytes,
                 zone: Some(zone),
                 ..
-            } => self.finish_zone(io, layout, &record, frontier_bytes, &zone),
-            Stage::Running { .. } | Stage::Done { .. } => Ok(record),
+            } => {
+                let finished = self.finish_zone(io, layout, &record, frontier_bytes, &zone);
+                Ok(match finished {
+                    Ok(record) => State::Rekeyed(*layout, record),
+                    Err(reason) => State::Stuck(Stuck {
+                        frontier_bytes,
+                        fails: Some(frontier_bytes..frontier_bytes + zone.bytes),
+                        reason,
+                    }),
+                })
+            }
+            Stage::Running { .. } | Stage::Done { .. } => Ok(State::Rekeyed(*layout, record)),
         }
     }
 
@@ -311,8 +343,4 @@ fn other_keys(rekey: &RekeyId) -> String {
         "its re-key {rekey} was begun with other keys than the bundle has: apply the bundle with \
          which it began"
     )
-}
-
-fn begins(errno: Errno) -> String {
-    format!("the record of its re-key can't be written, so that it does not begin: {errno}")
 }

@@ -118,6 +118,7 @@ fn job(io: &mut Io, device: &Arc<BlkDevice>) -> Result<Job, String> {
         previous: ciphers.rekey.expect("a re-key").previous,
         layout,
         record,
+        busy: 0,
     })
 }
 

@@ -13,14 +13,12 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 use super::ToRekeyer;
 use super::io::Io;
-use super::record::{State, Volume};
-use super::zone::{Job, Step};
+use super::record::{State, Stuck, Volume};
+use super::zone::{Job, Step, tell};
 use crate::blk::{BlkDevice, SECTOR_BYTES};
-use crate::worker::message::{DeviceId, FromWorker};
+use crate::worker::message::{DeviceId, FromWorker, ZoneChange};
 use crate::worker::{Mailbox, ReplySender};
 
-/// How long to rest after a step in which a guest's request stayed in the zone.
-const AFTER_BUSY: Duration = Duration::from_millis(100);
 /// When a re-key is tried again that could not begin on a volume in use.
 const AGAIN: Duration = Duration::from_secs(5);
 
@@ -101,6 +99,7 @@ impl Thread {
             ToRekeyer::Erase { id, device } => {
                 self.let_go(id);
                 self.erase(&device);
+                device.set_erasing(false);
             }
             ToRekeyer::Forget { id } => {
                 self.let_go(id);
@@ -137,6 +136,11 @@ impl Thread {
         let state = volume.take(&mut self.io, &ciphers);
         let (layout, record, rekey) = match (state, ciphers.rekey) {
             (Ok(State::Rekeyed(layout, record)), Some(rekey)) => (layout, record, rekey),
+            (Ok(State::Stuck(stuck)), _) => {
+                storage.close(&mut self.io.ring);
+                self.serve_stuck(id, &device, &stuck);
+                return Ok(());
+            }
             (result, _) => {
                 storage.close(&mut self.io.ring);
                 if let Err(reason) = &result {
@@ -153,6 +157,7 @@ impl Thread {
             previous: rekey.previous,
             layout,
             record,
+            busy: 0,
         };
         let done = job.done_bytes();
         // Before anybody hears that the volume is ready: the workers' queues are started after.
@@ -167,6 +172,24 @@ impl Thread {
         self.jobs.push(job);
         self.due = Instant::now();
         Ok(())
+    }
+
+    /// A volume that is served as it is, but for a zone of which nobody knows what it holds.
+    fn serve_stuck(&self, id: DeviceId, device: &BlkDevice, stuck: &Stuck) {
+        let frontier_bytes = stuck.frontier_bytes;
+        tell(&self.workers, id, || ZoneChange::Unlock { frontier_bytes });
+        if let Some(zone) = &stuck.fails {
+            tell(&self.workers, id, || ZoneChange::Fail {
+                zone: zone.clone(),
+            });
+        }
+        tracing::error!(
+            at = frontier_bytes,
+            "the re-key does not go on: {}",
+            stuck.reason
+        );
+        note(device, frontier_bytes, RekeyState::Waiting);
+        note_failure(device, &stuck.reason);
     }
 
     /// A volume in use has got a re-key. Until it can begin, everything is under the previous key, as before.
@@ -254,7 +277,11 @@ impl Thread {
                 note_failure(&job.device, reason);
             }
         }
-        let rest = if step == Step::Busy { AFTER_BUSY } else { took };
+        let rest = if step == Step::Busy {
+            job.rest_after_busy()
+        } else {
+            took
+        };
         self.due = Instant::now() + rest;
         if matches!(step, Step::Moved | Step::Busy) {
             self.jobs.push(job);

@@ -23,8 +23,11 @@ use crate::storage::Storage;
 use crate::worker::Mailbox;
 use crate::worker::message::{DeviceId, ToWorker, ZoneChange};
 
-/// How long requests are waited for that are in flight in a zone, while others are kept off it.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// How long requests are waited for that are in flight in a zone, while others are kept off it: at first, and at
+/// most, after twice as long each time that it was not enough. Meanwhile other volumes wait for the rekeyer,
+/// whatever this one's guest does to have its requests last.
+const PATIENCE: Duration = Duration::from_millis(50);
+const MOST_PATIENCE: Duration = Duration::from_millis(800);
 
 /// A volume that is re-keyed.
 #[derive(Debug)]
@@ -36,6 +39,8 @@ pub(super) struct Job {
     pub(super) previous: Arc<Cipher>,
     pub(super) layout: Layout,
     pub(super) record: Record,
+    /// How often in a row the zone did not get clear.
+    pub(super) busy: u32,
 }
 
 /// Where a step has led.
@@ -78,8 +83,10 @@ impl Job {
         let zone = from..to;
         if !self.lock(&zone, workers) {
             self.unlock(from, workers);
+            self.busy = self.busy.saturating_add(1);
             return Step::Busy;
         }
+        self.busy = 0;
         match self.re_encrypt(io, &zone) {
             Ok(()) => {
                 self.unlock(to, workers);
@@ -90,7 +97,7 @@ impl Job {
                 Step::Stopped(reason)
             }
             Err(Failure::Open(reason)) => {
-                self.tell(workers, || ZoneChange::Fail { zone: zone.clone() });
+                tell(workers, self.id, || ZoneChange::Fail { zone: zone.clone() });
                 Step::Stopped(format!(
                     "{reason}; requests for these {} bytes fail until the guest's disk is started \
                      anew or the volume attached again",
@@ -117,27 +124,28 @@ impl Job {
     /// Keeps requests off a zone; false if some that had begun have not ended in time.
     fn lock(&self, zone: &Range<u64>, workers: &[Mailbox]) -> bool {
         let (held, is_clear) = crossbeam_channel::bounded::<()>(0);
-        self.tell(workers, || ZoneChange::Lock {
+        tell(workers, self.id, || ZoneChange::Lock {
             zone: zone.clone(),
             ticket: Ticket {
                 _held: held.clone(),
             },
         });
         drop(held);
-        is_clear.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Disconnected)
+        is_clear.recv_timeout(self.patience()) == Err(RecvTimeoutError::Disconnected)
+    }
+
+    fn patience(&self) -> Duration {
+        let doubled = PATIENCE.saturating_mul(1 << self.busy.min(8));
+        doubled.min(MOST_PATIENCE)
+    }
+
+    /// How long to leave a zone alone that did not get clear: most of the time, nobody waits for it.
+    pub(super) fn rest_after_busy(&self) -> Duration {
+        self.patience().saturating_mul(4)
     }
 
     pub(super) fn unlock(&self, frontier_bytes: u64, workers: &[Mailbox]) {
-        self.tell(workers, || ZoneChange::Unlock { frontier_bytes });
-    }
-
-    fn tell(&self, workers: &[Mailbox], change: impl Fn() -> ZoneChange) {
-        for worker in workers {
-            worker.send(ToWorker::Zone {
-                id: self.id,
-                change: change(),
-            });
-        }
+        tell(workers, self.id, || ZoneChange::Unlock { frontier_bytes });
     }
 
     fn re_encrypt(&mut self, io: &mut Io, zone: &Range<u64>) -> Result<(), Failure> {
@@ -145,6 +153,11 @@ impl Job {
             let from = zone.start;
             move |errno: Errno| format!("{what} at byte {from} failed: {errno}")
         };
+        if self.device.flush_failed() {
+            // No flush can be believed any more, and nothing has to be lost for that.
+            let reason = "a flush of the volume failed: detach it and attach it again";
+            return Err(Failure::Untouched(reason.to_owned()));
+        }
         let bytes = zone.end - zone.start;
         let pieces = io.read(&*self.storage, zone.start, bytes);
         let mut pieces = pieces.map_err(|e| Failure::Untouched(at("reading")(e)))?;
@@ -160,11 +173,11 @@ impl Job {
             .record
             .next(at_frontier(&self.record.stage, zone.start, open));
         let put = self.volume().put(io, &self.layout, &opened, pieces);
-        // Whether it was written or not: the next record is a later one, in the other place.
-        self.record = opened;
         let pieces = match put {
             Ok(pieces) => pieces,
             Err(errno) => {
+                // The record without a zone goes to the same place: the other one is the only one that is sure
+                // to be whole.
                 let reason = at("writing the journal for the zone")(errno);
                 return Err(match self.close(io, zone.start) {
                     Ok(()) => Failure::Untouched(reason),
@@ -172,6 +185,7 @@ impl Job {
                 });
             }
         };
+        self.record = opened;
         let (lots, written) = io.write(&*self.storage, vec![(zone.start, pieces)]);
         lots.into_iter().for_each(|pieces| io.give(pieces));
         written
@@ -189,6 +203,14 @@ impl Job {
         self.volume().put(io, &self.layout, &closed, Vec::new())?;
         self.record = closed;
         Ok(())
+    }
+}
+
+/// Tells all workers of a device.
+pub(super) fn tell(workers: &[Mailbox], id: DeviceId, change: impl Fn() -> ZoneChange) {
+    for worker in workers {
+        let change = change();
+        worker.send(ToWorker::Zone { id, change });
     }
 }
 

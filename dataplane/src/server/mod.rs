@@ -24,10 +24,11 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bulkhead_protocol::control::{RekeyProgress, RekeyState};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Registry, Token};
 
-use crate::blk::{BlkDevice, Ciphers};
+use crate::blk::{BlkDevice, Ciphers, SECTOR_BYTES};
 use crate::rekey::{Rekeyer, ToRekeyer};
 use crate::worker::message::{DeviceId, FromWorker, QueueId, ToWorker, ZoneChange};
 use crate::worker::{Replies, WorkerConfig, WorkerHandle, start};
@@ -237,17 +238,28 @@ impl Server {
     pub fn set_ciphers(&mut self, id: DeviceId, ciphers: &Ciphers) -> Result<(), String> {
         let state = self.devices.get(&id).ok_or("the device is not attached")?;
         let device = state.shared();
-        device.set_ciphers(ciphers.clone());
+        // Workers first: what the rekeyer tells them of the new keys comes after the keys.
         for worker in &self.workers {
             worker.send(ToWorker::Zone {
                 id,
                 change: ZoneChange::Ciphers(ciphers.clone()),
             });
         }
+        device.set_ciphers(ciphers.clone());
+        // What was known of an earlier re-key says nothing about this one.
+        device.set_rekey_progress(ciphers.rekey.as_ref().map(|_| RekeyProgress {
+            done_bytes: 0,
+            total_bytes: device.capacity_sectors() * SECTOR_BYTES,
+            state: RekeyState::Waiting,
+        }));
+        device.measure_storage();
         match (&ciphers.rekey, state.has_volume()) {
             (Some(_), true) => self.rekeyer.send(ToRekeyer::Begin { id, device }),
             (Some(_), false) => self.rekeyer.send(ToRekeyer::Look { device }),
-            (None, true) => self.rekeyer.send(ToRekeyer::Erase { id, device }),
+            (None, true) => {
+                device.set_erasing(true);
+                self.rekeyer.send(ToRekeyer::Erase { id, device });
+            }
             // The record says that it is done, which harms nobody.
             (None, false) => {}
         }

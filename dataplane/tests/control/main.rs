@@ -4,6 +4,7 @@
 mod files;
 mod harness;
 mod memory;
+mod rekey;
 
 use std::io::Read;
 use std::os::fd::AsFd;

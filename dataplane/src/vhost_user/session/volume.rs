@@ -107,8 +107,8 @@ impl Session {
         let device = &self.facts.device;
         let may_have_record = |ciphers: crate::blk::Ciphers| {
             let bytes = device.capacity_sectors() * SECTOR_BYTES;
-            ciphers.volume.is_some()
-                && (ciphers.rekey.is_some() || device.storage.bytes().is_ok_and(|has| has > bytes))
+            device.measure_storage();
+            ciphers.volume.is_some() && (ciphers.rekey.is_some() || device.storage_bytes() > bytes)
         };
         if device.ciphers().is_some_and(may_have_record) {
             self.hold = Hold::Preparing;

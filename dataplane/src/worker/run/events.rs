@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use super::{CALL, ERROR, KICK, Worker};
 use crate::virtqueue::RingError;
 use crate::worker::message::QueueId;
-use crate::worker::queue::{Call, Kick};
+use crate::worker::queue::{Call, Kick, Queue};
 use crate::worker::ring::{EntryId, Event, FixedFile};
 
 /// How a queue goes to sleep.
@@ -176,7 +176,9 @@ impl Worker {
 
     /// Has a queue's driver kick, and waits for it in the ring.
     pub(super) fn arm(&mut self, number: u32) -> Armed {
-        let Some(queue) = self.queue(number).filter(|queue| queue.is_served()) else {
+        // What waits in a clogged one is taken when its zone ends, which a message says.
+        let takes = |queue: &&mut Queue| queue.is_served() && !queue.local.is_clogged();
+        let Some(queue) = self.queue(number).filter(takes) else {
             return Armed::Idle;
         };
         match queue.ring.arm() {

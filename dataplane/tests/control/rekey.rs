@@ -1,0 +1,144 @@
+//! Grants that begin or end a re-key, for a data plane that is locked in: what is refused, and what the status
+//! says of it.
+
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use bulkhead_crypto::{SecretArena, XtsKey, key_check};
+use bulkhead_protocol::RekeyId;
+use bulkhead_protocol::control::{RekeyProgress, RekeyState};
+use bulkhead_protocol::keys::{DataplaneToKeyd, VolumeGrant};
+use bulkhead_protocol::rekey::{Record, Stage, layout, prepared};
+
+use super::grant_refused;
+use super::harness::{Host, VOLUME_BYTES, features, grant, key, key_page, volume};
+
+const FIRST: RekeyId = RekeyId([0xa1; 16]);
+const SECOND: RekeyId = RekeyId([0xb2; 16]);
+
+/// Key number 2 takes the place of key number 1.
+fn with(rekey: RekeyId, epoch: u64) -> VolumeGrant {
+    VolumeGrant {
+        rekey: Some(rekey),
+        epoch,
+        ..grant(1)
+    }
+}
+
+/// Grants volume 1 with keys of these numbers.
+fn granted(host: &Host, grant: &VolumeGrant, keys: &[u8]) -> DataplaneToKeyd {
+    let pages: Vec<_> = keys.iter().map(|n| key_page(&key(*n)).into_fd()).collect();
+    let pages: Vec<_> = pages.iter().map(AsFd::as_fd).collect();
+    host.grant(grant, &pages)
+}
+
+fn accepted() -> DataplaneToKeyd {
+    DataplaneToKeyd::Granted { volume: volume(1) }
+}
+
+/// Volume 1 with a record behind it.
+fn file_with(host: &Host, record: &[u8]) -> std::fs::File {
+    let layout = layout(VOLUME_BYTES).expect("layout");
+    let file = host.file_of(1, layout.end);
+    file.write_all_at(record, layout.copies[0]).expect("record");
+    file
+}
+
+/// A record that says that everything is under key number `n`.
+fn done(rekey: RekeyId, n: u8) -> Vec<u8> {
+    let arena = SecretArena::new(1).expect("arena");
+    let key = XtsKey::new(&arena, &key(n)).expect("key");
+    let check = key_check(&key, &rekey.0).expect("one unit");
+    let record = Record {
+        volume: volume(1),
+        rekey,
+        size_bytes: VOLUME_BYTES,
+        data_unit_bytes: 4096,
+        sequence: 8,
+        stage: Stage::Done { check },
+    };
+    record.encode().to_vec()
+}
+
+fn wait_for(host: &mut Host, done_bytes: u64, state: &RekeyState) {
+    let expected = Some(RekeyProgress {
+        done_bytes,
+        total_bytes: VOLUME_BYTES,
+        state: state.clone(),
+    });
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        let status = host.status_of(1).expect("granted");
+        if status.rekey == expected {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{:?}", status.rekey);
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn a_re_key_begins_on_a_served_volume_and_its_previous_key_stays() {
+    let mut host = Host::start();
+    let record = prepared(volume(1), FIRST, VOLUME_BYTES, 4096);
+    let file = file_with(&host, &record);
+    host.granted(1);
+    host.listen(1);
+    assert_eq!(host.attach_on(1, 1, &file), Ok(()));
+    let mut frontend = host.frontend(1);
+    assert!(features(&mut frontend).is_some());
+    // Its previous key has to be the one in use.
+    let answer = granted(&host, &with(FIRST, 2), &[2, 3]);
+    grant_refused(answer, "previous key");
+    grant_refused(granted(&host, &with(FIRST, 2), &[2, 2]), "");
+    assert_eq!(host.status_of(1).expect("granted").rekey, None);
+    assert_eq!(granted(&host, &with(FIRST, 2), &[2, 1]), accepted());
+    wait_for(&mut host, 0, &RekeyState::Waiting);
+    assert!(features(&mut frontend).is_some(), "the connection stays");
+    // Nothing is under the new key yet: neither it alone, nor a next re-key, nor another size.
+    let alone = VolumeGrant {
+        epoch: 3,
+        ..grant(1)
+    };
+    grant_refused(granted(&host, &alone, &[2]), "0 %");
+    let and_more = VolumeGrant {
+        serial: "another".to_owned(),
+        ..alone.clone()
+    };
+    grant_refused(granted(&host, &and_more, &[2]), "0 %");
+    grant_refused(granted(&host, &with(SECOND, 3), &[3, 2]), "0 %");
+    let grown = VolumeGrant {
+        size_bytes: 2 * VOLUME_BYTES,
+        ..with(FIRST, 3)
+    };
+    grant_refused(granted(&host, &grown, &[2, 1]), "re-key");
+    assert!(features(&mut frontend).is_some(), "the connection stays");
+    wait_for(&mut host, 0, &RekeyState::Waiting);
+    assert!(host.is_alive());
+}
+
+#[test]
+fn a_re_key_that_is_done_ends_without_a_detach_and_another_can_begin() {
+    let mut host = Host::start();
+    let file = file_with(&host, &done(FIRST, 2));
+    assert_eq!(granted(&host, &with(FIRST, 1), &[2, 1]), accepted());
+    host.listen(1);
+    assert_eq!(host.attach_on(1, 1, &file), Ok(()));
+    let mut frontend = host.frontend(1);
+    assert!(features(&mut frontend).is_some());
+    wait_for(&mut host, VOLUME_BYTES, &RekeyState::Done);
+    let alone = VolumeGrant {
+        epoch: 2,
+        ..grant(1)
+    };
+    grant_refused(granted(&host, &alone, &[1]), "");
+    assert_eq!(granted(&host, &alone, &[2]), accepted());
+    assert_eq!(host.status_of(1).expect("granted").rekey, None);
+    assert!(features(&mut frontend).is_some(), "the connection stays");
+    // The next begins at nothing, whatever was known of the last.
+    assert_eq!(granted(&host, &with(SECOND, 3), &[3, 2]), accepted());
+    grant_refused(granted(&host, &alone, &[3]), "0 %");
+    assert!(features(&mut frontend).is_some(), "the connection stays");
+    assert!(host.is_alive());
+}
