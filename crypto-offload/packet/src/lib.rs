@@ -24,8 +24,11 @@
 //! batch either.
 //!
 //! Key schedules lie in secret memory ([`bulkhead_crypto::secret`]), AWS-LC's too, as its AEAD
-//! contexts may lie where the caller likes. Registers are spilled to the stack and AWS-LC copies
-//! the key of its hash there for each packet, so that part of the stack is wiped after each batch.
+//! contexts may lie where the caller likes. While a batch is at work there is something on the stack
+//! all the same: AWS-LC copies the key of its hash there for each packet, and our kernel spills
+//! sums and the masks of tags, from which that key could be computed (its round keys and powers it
+//! does not). That part of the stack is wiped after each batch. A process that uses AWS-LC here
+//! and wants the rest, too, locks its workers' stacks and leaves them out of core dumps.
 
 pub mod kernel;
 pub mod key;
