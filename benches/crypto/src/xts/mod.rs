@@ -3,8 +3,12 @@
 //!
 //! `shape` has the shapes. The libraries take one data unit a call, so that their figures don't depend on how many units our calls have.
 //!
-//! UNSAFETY: [`XtsKey`]'s raw calls encrypt in place; they are given one exclusive slice.
-#![expect(unsafe_code, reason = "encryption in place goes by raw address")]
+//! UNSAFETY: [`XtsKey`]'s raw calls encrypt in place; they are given one exclusive slice. Aligned pages are
+//! seen as the bytes that they consist of.
+#![expect(
+    unsafe_code,
+    reason = "encryption in place goes by raw address; aligned buffers"
+)]
 
 pub(crate) mod shape;
 
@@ -82,37 +86,60 @@ impl Ours {
     }
 }
 
-/// A side's own buffers, so that none finds another's in the cache.
+/// Where pages begin, as guests' and staging buffers do.
+const PAGE_BYTES: usize = 4096;
+
+/// A page's worth of bytes, where pages begin.
+#[derive(Clone)]
+#[repr(C, align(4096))]
+struct Page([u8; PAGE_BYTES]);
+
+/// A side's own buffers, so that none finds another's in the cache. Where a page begins: a buffer that straddles
+/// cache lines costs whoever uses it, and would make the cases differ by chance.
 struct Room {
-    source: Vec<u8>,
-    destination: Vec<u8>,
+    source: Vec<Page>,
+    destination: Vec<Page>,
 }
 
 impl Room {
     fn new(shape: Shape) -> Self {
-        let pattern = (0..shape.buffer_bytes).map(|i| u8::try_from(i % 251).unwrap_or_default());
+        let pattern = std::array::from_fn(|i| u8::try_from(i % 251).unwrap_or_default());
+        let pages = shape.buffer_bytes.div_ceil(PAGE_BYTES);
         Self {
-            source: pattern.collect(),
-            destination: vec![0; shape.buffer_bytes],
+            source: vec![Page(pattern); pages],
+            destination: vec![Page([0; PAGE_BYTES]); pages],
         }
     }
 
     fn buffers(&mut self, shape: Shape) -> Buffers<'_> {
+        let source = bytes(&mut self.source, shape);
         if shape.in_place {
-            Buffers::InPlace(black_box(&mut self.source))
-        } else {
-            Buffers::Between(black_box(&self.source), black_box(&mut self.destination))
+            return Buffers::InPlace(black_box(source));
         }
+        let destination = bytes(&mut self.destination, shape);
+        Buffers::Between(black_box(source), black_box(destination))
     }
 
     /// What a run left.
-    fn result(&self, shape: Shape) -> &[u8] {
-        if shape.in_place {
-            &self.source
-        } else {
-            &self.destination
-        }
+    fn result(&mut self, shape: Shape) -> &[u8] {
+        bytes(
+            if shape.in_place {
+                &mut self.source
+            } else {
+                &mut self.destination
+            },
+            shape,
+        )
     }
+}
+
+/// The bytes of a buffer of the shape.
+fn bytes(pages: &mut [Page], shape: Shape) -> &mut [u8] {
+    let room = pages.len() * PAGE_BYTES;
+    let at = pages.as_mut_ptr().cast::<u8>();
+    // SAFETY: pages are bytes without gaps, exclusively borrowed, `room` of them.
+    let all = unsafe { std::slice::from_raw_parts_mut(at, room) };
+    &mut all[..shape.buffer_bytes]
 }
 
 /// Measures all shapes under the kernel that volumes use, then all kernels in two shapes.
