@@ -16,7 +16,7 @@ mod step;
 use bulkhead_crypto::xts::Kernel;
 use bulkhead_crypto::{DataUnit, SecretArena, XtsKey};
 
-use step::{Compare, Work, differs};
+use step::{Compare, Work, differs, forbidden};
 
 /// Secrets: what the key's and the data's bytes are, from their index on.
 const SECRETS: [fn(usize) -> u8; 3] = [
@@ -64,6 +64,9 @@ fn expand(work: &Work, kernel: Kernel) -> XtsKey {
 #[test]
 fn keys_and_data_change_neither_the_way_nor_an_address() {
     const NAME: &str = "keys_and_data_change_neither_the_way_nor_an_address";
+    if forbidden(NAME) {
+        return;
+    }
     for kernel in Kernel::ALL {
         if !Kernel::available().contains(&kernel) {
             println!("skipped: {NAME}: {kernel}: this CPU (or build) has no such kernel");
@@ -106,6 +109,9 @@ fn expand_any(work: &Work, kernel: Kernel) -> XtsKey {
 
 #[test]
 fn a_table_lookup_and_a_branch_are_found() {
+    if forbidden("a_table_lookup_and_a_branch_are_found") {
+        return;
+    }
     let mut work = Work::new(None);
     type Plant = (fn(&mut Work), Compare);
     let plants: [Plant; 3] = [

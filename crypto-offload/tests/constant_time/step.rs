@@ -72,6 +72,29 @@ extern "C" fn the_end() {
     std::hint::black_box(());
 }
 
+/// Whether a child may not be traced here, which is then said.
+pub fn forbidden(test: &str) -> bool {
+    // SAFETY: the child asks to be traced, and ends.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let none = ptr::null_mut::<u8>();
+        // SAFETY: as above.
+        unsafe {
+            libc::_exit(c_int::from(
+                libc::ptrace(libc::PTRACE_TRACEME, 0, none, none) != 0,
+            ))
+        };
+    }
+    let mut status = 0;
+    // SAFETY: a child of ours.
+    let rc = unsafe { libc::waitpid(child, &raw mut status, 0) };
+    let forbidden = rc != child || !libc::WIFEXITED(status) || libc::WEXITSTATUS(status) != 0;
+    if forbidden {
+        println!("skipped: {test}: no process may trace another here");
+    }
+    forbidden
+}
+
 /// Runs `function` for each secret, and says what first differs between two runs.
 pub fn differs(
     work: &mut Work,
