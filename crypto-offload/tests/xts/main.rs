@@ -5,6 +5,8 @@ mod guarded;
 mod oracle;
 mod random;
 mod refusals;
+#[cfg(target_arch = "x86_64")]
+mod residue;
 mod vectors;
 
 use bulkhead_crypto::xts::Kernel;

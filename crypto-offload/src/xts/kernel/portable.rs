@@ -94,9 +94,13 @@ unsafe fn bases(
     let to = unsafe { std::slice::from_raw_parts_mut(to, units * groups) };
     let mut number = first;
     for unit in to.chunks_exact_mut(groups) {
-        let mut block = Block::from(number.to_le_bytes());
-        schedule.tweak.encrypt_block(&mut block);
-        let mut tweak = u128::from_le_bytes(block.0);
+        let Some(Base(base)) = unit.first_mut() else {
+            break;
+        };
+        // In place, so that no copy stays behind.
+        *base = number.to_le_bytes();
+        schedule.tweak.encrypt_block((&mut *base).into());
+        let mut tweak = u128::from_le_bytes(*base);
         for base in unit {
             base.0 = tweak.to_le_bytes();
             tweak = times_x32(tweak);
