@@ -188,10 +188,10 @@ pub enum DeviceError {
     )]
     KeyLength(PathBuf),
     /// No re-key.
-    #[error("{disk:?} can't be re-keyed: {source}")]
+    #[error("the disk at {socket} can't be re-keyed: {source}")]
     Rekey {
-        /// Which disk.
-        disk: BlkSpec,
+        /// Its socket.
+        socket: PathBuf,
         /// Why.
         source: RekeyError,
     },
@@ -211,8 +211,12 @@ pub fn open(arguments: &Arguments) -> Result<Vec<Device>, DeviceError> {
         let backing = backing(&spec, arguments.read_only, block_bytes)?;
         let xts = xts(arguments, &serial(index))?;
         if let Some((xts, re_key)) = xts.as_ref().and_then(|x| Some((x, x.rekey.as_ref()?))) {
-            rekey::prepare(&backing, re_key.volume, re_key.id, xts.unit.bytes())
-                .map_err(|source| DeviceError::Rekey { disk: spec, source })?;
+            rekey::prepare(&backing, re_key.volume, re_key.id, xts.unit.bytes()).map_err(
+                |source| {
+                    let socket = socket.clone();
+                    DeviceError::Rekey { socket, source }
+                },
+            )?;
         }
         parts.push((socket, backing, xts));
     }
@@ -362,6 +366,7 @@ mod tests {
         write("odd", &[0x5a; 8191]);
         write("sectors", &[0x5a; 4096 + 512]);
         write("key", &(0..64).collect::<Vec<u8>>());
+        write("other", &(100..164).collect::<Vec<u8>>());
         write("short-key", &[1; 63]);
         write("long-key", &[1; 65]);
         dir
@@ -444,12 +449,35 @@ mod tests {
                 "--blk null:1MiB --xts --key-file @/missing",
                 "can't be read",
             ),
+            (REKEYED, "its record lies in a file"),
+            (&REKEYED.replace("null:8MiB", "file:@/disk"), "two more MiB"),
+            (&REKEYED.replace("@/other", "@/missing"), "can't be read"),
         ];
         for (line, expected) in cases {
             let error = open(&arguments(&dir, &format!("--socket @/a {line}"))).expect_err(line);
             assert!(error.to_string().contains(expected), "{line}: {error}");
             assert!(!dir.path().join("a").exists(), "{line}");
         }
+    }
+
+    const REKEYED: &str = "--blk null:8MiB --xts --key-file @/key --rekey-from @/other \
+                           --rekey-id 0b5f6d1e-9d4c-4d0a-8f5e-2f6a1c3b7e90";
+
+    #[test]
+    fn a_disk_that_is_re_keyed_is_smaller_than_its_file() {
+        let dir = folder();
+        let file = File::create_new(dir.path().join("large")).expect("file");
+        file.set_len(8 << 20).expect("length");
+        let line = REKEYED.replace("null:8MiB", "delay=1:file:@/large");
+        let devices = open(&arguments(&dir, &format!("--socket @/a {line}"))).expect("opens");
+        let disk = &devices[0].disk;
+        assert_eq!(disk.bytes().expect("room"), 6 << 20);
+        let xts = disk.xts.as_ref().expect("encrypted");
+        let rekey = xts.rekey.as_ref().expect("re-keyed");
+        assert_ne!(rekey.previous.as_bytes(), xts.key.as_bytes());
+        let mut magic = [0; 16];
+        file.read_exact_at(&mut magic, 6 << 20).expect("read");
+        assert_eq!(&magic, b"bulkhead rekey 1");
     }
 
     #[test]
