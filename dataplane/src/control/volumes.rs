@@ -161,19 +161,30 @@ impl Volume {
 
     /// Whether everything is under the key, where a grant no longer has the re-key and the previous key of the
     /// one in force. Of a volume that is not served nobody knows here: its record is looked at when it is
-    /// taken.
-    fn may_drop_previous(&self, new: &VolumeGrant) -> Result<(), String> {
+    /// taken. Of one that another host may hold only what was is known: where a re-key was under way, the host
+    /// that has it may be done, and a record that says otherwise keeps the volume from being served.
+    fn may_drop_previous(&self, server: &Server, new: &VolumeGrant) -> Result<(), String> {
         let old = self.held.grant.rekey;
-        let Some((_, device)) = self.served().filter(|_| old.is_some() && new.rekey != old) else {
+        let ends = old.is_some() && new.rekey != old;
+        let Some((id, device)) = self.served().filter(|_| ends) else {
             return Ok(());
         };
-        match device.rekey_progress() {
+        let progress = device.rekey_progress();
+        let held = server.status(id).holds_volume;
+        match progress {
             Some(progress) if progress.state == RekeyState::Done => Ok(()),
-            progress => Err(format!(
-                "its re-key is at {} %: keep the previous key in the bundle until `bulkhead \
-                 status` says that it is done",
-                progress.map_or(0, |progress| progress.percent())
-            )),
+            Some(progress) if !held && progress.done_bytes > 0 => Ok(()),
+            progress => {
+                if !held {
+                    // The grant comes again; by then it is known what the file says now.
+                    server.look_at_rekey(id);
+                }
+                Err(format!(
+                    "its re-key is at {} %: keep the previous key in the bundle until `bulkhead \
+                     status` says that it is done",
+                    progress.map_or(0, |progress| progress.percent())
+                ))
+            }
         }
     }
 
@@ -272,7 +283,7 @@ impl Volumes {
                 Err(reason) => answers.grant_refused(keyd, id, reason),
             };
         }
-        if let Err(reason) = volume.may_drop_previous(&new.grant) {
+        if let Err(reason) = volume.may_drop_previous(server, &new.grant) {
             return answers.grant_refused(keyd, id, reason);
         }
         if only_rekeys(&volume.held.grant, &new.grant) && volume.served().is_some() {

@@ -266,6 +266,15 @@ impl Server {
         Ok(())
     }
 
+    /// Has it found out how far the re-key of a device is that another host may have gone on with.
+    pub fn look_at_rekey(&self, id: DeviceId) {
+        if let Some(state) = self.devices.get(&id) {
+            self.rekeyer.send(ToRekeyer::Look {
+                device: state.shared(),
+            });
+        }
+    }
+
     /// Whether new frontends are kept out from now on.
     pub fn refuse_new(&mut self, id: DeviceId, refuse: bool) {
         if let Some(device) = self.devices.get_mut(&id) {

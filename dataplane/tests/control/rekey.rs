@@ -142,3 +142,28 @@ fn a_re_key_that_is_done_ends_without_a_detach_and_another_can_begin() {
     assert!(features(&mut frontend).is_some(), "the connection stays");
     assert!(host.is_alive());
 }
+
+#[test]
+fn what_another_host_has_done_is_found_out_when_it_matters() {
+    let mut host = Host::start();
+    let file = file_with(&host, &prepared(volume(1), FIRST, VOLUME_BYTES, 4096));
+    assert_eq!(granted(&host, &with(FIRST, 1), &[2, 1]), accepted());
+    host.listen(1);
+    assert_eq!(host.attach_on(1, 1, &file), Ok(()));
+    wait_for(&mut host, 0, &RekeyState::Waiting);
+    let alone = VolumeGrant {
+        epoch: 2,
+        ..grant(1)
+    };
+    grant_refused(granted(&host, &alone, &[2]), "0 %");
+    // The host that holds the volume has it done.
+    let at = layout(VOLUME_BYTES).expect("layout").copies[0];
+    file.write_all_at(&done(FIRST, 2), at).expect("record");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while granted(&host, &alone, &[2]) != accepted() {
+        assert!(Instant::now() < deadline, "it never looks");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert_eq!(host.status_of(1).expect("granted").rekey, None);
+    assert!(host.is_alive());
+}

@@ -9,6 +9,7 @@ mod guests;
 mod isolation;
 mod migration;
 mod refusals;
+mod rekey;
 mod rekey_dmcrypt;
 mod shred;
 mod support;
@@ -43,6 +44,7 @@ fn main() {
         dmcrypt::TESTS,
         dmcrypt_kernels::TESTS,
         refusals::TESTS,
+        rekey::TESTS,
         rekey_dmcrypt::TESTS,
         isolation::TESTS,
         shred::TESTS,
