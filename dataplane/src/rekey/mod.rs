@@ -45,6 +45,13 @@ pub struct Ticket {
     _held: Sender<()>,
 }
 
+impl Ticket {
+    /// One that its owner's receiver sees the end of.
+    pub(crate) fn new(held: Sender<()>) -> Self {
+        Self { _held: held }
+    }
+}
+
 /// From the control thread to the rekeyer.
 #[derive(Debug)]
 pub enum ToRekeyer {

@@ -1,6 +1,8 @@
 //! A re-key with the power cut wherever it may be, with faults at every step, with records that belong to
 //! something else: whatever happened, each data unit is readable under the key that the record says.
 
+mod stuck;
+
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;

@@ -126,9 +126,7 @@ impl Job {
         let (held, is_clear) = crossbeam_channel::bounded::<()>(0);
         tell(workers, self.id, || ZoneChange::Lock {
             zone: zone.clone(),
-            ticket: Ticket {
-                _held: held.clone(),
-            },
+            ticket: Ticket::new(held.clone()),
         });
         drop(held);
         is_clear.recv_timeout(self.patience()) == Err(RecvTimeoutError::Disconnected)

@@ -1,5 +1,7 @@
 //! What waits: for room in a storage, for staging, for a flush. With storages that do as a test says.
 
+mod zone;
+
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
