@@ -17,6 +17,7 @@ mod attach;
 mod grant;
 mod link;
 mod peer;
+mod rekey;
 mod status;
 mod volumes;
 

@@ -13,15 +13,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
-use bulkhead_crypto::XtsKey;
-use bulkhead_protocol::control::RekeyState;
 use bulkhead_protocol::keys::VolumeGrant;
-use bulkhead_protocol::{RekeyId, SocketName, VolumeId};
+use bulkhead_protocol::{SocketName, VolumeId};
 
 use super::answer::{Agent, Answers, Keyd};
 use super::attach::Begun;
 use super::grant::{GrantedKeys, capacity_sectors, is_same, only_grew, only_rekeys};
-use crate::blk::{BlkDevice, Cipher, Ciphers, Rekey};
+use crate::blk::{BlkDevice, Cipher, Ciphers};
 use crate::server::{Event, Server};
 use crate::storage::FileSpec;
 use crate::worker::message::DeviceId;
@@ -139,53 +137,6 @@ impl Volume {
         tracing::info!(volume = %new.grant.volume, bytes = new.grant.size_bytes, "volume grew");
         self.held.grant = new.grant.clone();
         Ok(())
-    }
-
-    /// Gives the served volume the keys of a grant that differs by a re-key alone: it begins, or is over. The
-    /// frontend stays. On an error all is as before.
-    fn rekey(&mut self, server: &mut Server, new: Held) -> Result<(), String> {
-        let Serving::Yes(id, device) = &self.serving else {
-            return Err("it is not served".to_owned());
-        };
-        let now = device.ciphers().ok_or("it is not encrypted")?;
-        let ciphers = match (new.grant.rekey, new.keys.key, new.keys.previous) {
-            (Some(rekey), Some(key), Some(previous)) => begun(&now, rekey, key, &previous)?,
-            (None, Some(key), None) => over(&now, &key)?,
-            _ => return Err("its keys are not those of a re-key".to_owned()),
-        };
-        server.set_ciphers(*id, &ciphers)?;
-        tracing::info!(volume = %new.grant.volume, rekey = ?new.grant.rekey, "other keys for the volume");
-        self.held.grant = new.grant;
-        Ok(())
-    }
-
-    /// Whether everything is under the key, where a grant no longer has the re-key and the previous key of the
-    /// one in force. Of a volume that is not served nobody knows here: its record is looked at when it is
-    /// taken. Of one that another host may hold only what was is known: where a re-key was under way, the host
-    /// that has it may be done, and a record that says otherwise keeps the volume from being served.
-    fn may_drop_previous(&self, server: &Server, new: &VolumeGrant) -> Result<(), String> {
-        let old = self.held.grant.rekey;
-        let ends = old.is_some() && new.rekey != old;
-        let Some((id, device)) = self.served().filter(|_| ends) else {
-            return Ok(());
-        };
-        let progress = device.rekey_progress();
-        let held = server.status(id).holds_volume;
-        match progress {
-            Some(progress) if progress.state == RekeyState::Done => Ok(()),
-            Some(progress) if !held && progress.done_bytes > 0 => Ok(()),
-            progress => {
-                if !held {
-                    // The grant comes again; by then it is known what the file says now.
-                    server.look_at_rekey(id);
-                }
-                Err(format!(
-                    "its re-key is at {} %: keep the previous key in the bundle until `bulkhead \
-                     status` says that it is done",
-                    progress.map_or(0, |progress| progress.percent())
-                ))
-            }
-        }
     }
 
     /// Whether its key is in memory, expanded.
@@ -432,37 +383,6 @@ impl Volumes {
             }
         }
     }
-}
-
-/// The keys of a volume whose re-key begins: everything is under what was its key until now.
-fn begun(now: &Ciphers, id: RekeyId, key: XtsKey, previous: &XtsKey) -> Result<Ciphers, String> {
-    if !now.cipher.key.is_same(previous) {
-        return Err(
-            "the previous key of its re-key is not the one in use: with another key what is stored \
-             could not be read; make the re-key from the volume's newest stanza"
-                .to_owned(),
-        );
-    }
-    let unit = now.cipher.unit;
-    Ok(Ciphers {
-        cipher: Arc::new(Cipher { key, unit }),
-        volume: now.volume,
-        rekey: Some(Rekey {
-            id,
-            previous: Arc::clone(&now.cipher),
-        }),
-    })
-}
-
-/// The keys of a volume whose re-key is over.
-fn over(now: &Ciphers, key: &XtsKey) -> Result<Ciphers, String> {
-    if !now.cipher.key.is_same(key) {
-        return Err("its re-key is over, and its key is another than the new one".to_owned());
-    }
-    Ok(Ciphers {
-        rekey: None,
-        ..now.clone()
-    })
 }
 
 /// The keys of a device that nobody else has any more.

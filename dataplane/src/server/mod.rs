@@ -266,6 +266,12 @@ impl Server {
         Ok(())
     }
 
+    /// Whether a device's volume is this host's: held, or being taken or let go of.
+    #[must_use]
+    pub fn has_volume(&self, id: DeviceId) -> bool {
+        self.devices.get(&id).is_some_and(Device::has_volume)
+    }
+
     /// Has it found out how far the re-key of a device is that another host may have gone on with.
     pub fn look_at_rekey(&self, id: DeviceId) {
         if let Some(state) = self.devices.get(&id) {
