@@ -145,7 +145,7 @@ fn what_comes_for_a_failed_zone_fails_until_its_end() {
     let mut rig = Rig::new(Limits::NONE);
     let _owner = rig.lock(ZONE);
     let waited = rig.begin(write(8192), 512);
-    let zeroes = rig.begin_ranges(Operation::WriteZeroes, &[8192..8704]);
+    let zeroes = rig.begin_ranges(Operation::WriteZeroes, std::slice::from_ref(&(8192..8704)));
     rig.fail(ZONE);
     rig.go_on();
     let later = rig.begin(read(12288), 512);
@@ -170,11 +170,14 @@ fn zeroes_and_discards_keep_off_it_with_all_of_their_ranges() {
     let _owner = rig.lock(ZONE);
     let waits = [
         rig.begin_ranges(Operation::WriteZeroes, &[0..512, 8192..8704]),
-        rig.begin_ranges(Operation::Discard, &[16384 - 512..20480]),
+        rig.begin_ranges(
+            Operation::Discard,
+            std::slice::from_ref(&(16384 - 512..20480)),
+        ),
         // It has the zone between its ranges, and waits without need.
         rig.begin_ranges(Operation::Discard, &[0..512, 20480..20992]),
     ];
-    let goes = rig.begin_ranges(Operation::Discard, &[4096..8192]);
+    let goes = rig.begin_ranges(Operation::Discard, std::slice::from_ref(&(4096..8192)));
     rig.go_on();
     assert_eq!(rig.begun(), [4096]);
     assert_eq!(rig.statuses(&[goes]), [Status::Ok]);
