@@ -145,6 +145,11 @@ impl Thread {
                 storage.close(&mut self.io.ring);
                 if let Err(reason) = &result {
                     note_failure(&device, reason);
+                } else {
+                    // A zone that failed here was finished by the host that had the volume since.
+                    tell(&self.workers, id, || ZoneChange::Unlock {
+                        frontier_bytes: 0,
+                    });
                 }
                 return result.map(drop);
             }

@@ -5,5 +5,6 @@ mod framing;
 mod messages;
 mod negotiation;
 mod queues;
+mod record;
 mod rig;
 mod shared;
