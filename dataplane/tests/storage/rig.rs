@@ -152,7 +152,6 @@ impl Rig {
         storage: StorageSpec,
         shape: Shape,
     ) -> Self {
-        let (memory, fd) = anonymous(SPAN * u64::from(shape.queues)).expect("memory");
         let geometry = Geometry {
             logical_block_bytes: shape.unit.unwrap_or(512),
             read_only: false,
@@ -164,13 +163,25 @@ impl Rig {
             key: key(),
             unit: DataUnit::new(unit).expect("unit"),
         });
+        let device = BlkDevice::new(geometry, SECTORS, storage, cipher);
+        Self::of(workers, replies, device, shape)
+    }
+
+    /// These workers with this device.
+    pub fn of(
+        workers: Vec<WorkerHandle>,
+        replies: Replies,
+        device: Arc<BlkDevice>,
+        shape: Shape,
+    ) -> Self {
+        let (memory, fd) = anonymous(SPAN * u64::from(shape.queues)).expect("memory");
         let mut rig = Self {
             workers,
             replies,
             memory: Some(Arc::new(memory)),
             guest: fd.into(),
             queues: Vec::new(),
-            device: BlkDevice::new(geometry, SECTORS, storage, cipher),
+            device,
         };
         rig.attach(shape);
         rig
@@ -225,7 +236,8 @@ impl Rig {
         &self.workers[usize::from(queue) % self.workers.len()]
     }
 
-    fn reply(&self) -> FromWorker {
+    /// What a worker, or the rekeyer, says next.
+    pub fn reply(&self) -> FromWorker {
         let deadline = Instant::now() + PATIENCE;
         loop {
             if let Some(message) = self.replies.next() {
