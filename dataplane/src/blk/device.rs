@@ -127,6 +127,8 @@ pub struct BlkDevice {
     storage_bytes: AtomicU64,
     /// The record of a re-key that is over is being erased, behind the end that it has now.
     erasing: AtomicBool,
+    /// The record of the re-key that it has was there when it was looked for.
+    record_seen: AtomicBool,
 }
 
 impl BlkDevice {
@@ -180,6 +182,7 @@ impl BlkDevice {
             flush_failed: AtomicBool::new(false),
             storage_bytes,
             erasing: AtomicBool::new(false),
+            record_seen: AtomicBool::new(false),
         })
     }
 
@@ -198,6 +201,7 @@ impl BlkDevice {
 
     /// Other keys for the same bytes: each worker is told by itself.
     pub(crate) fn set_ciphers(&self, ciphers: Ciphers) {
+        self.record_seen.store(false, Ordering::Release);
         let progress = ciphers.rekey.as_ref().map(|_| RekeyProgress {
             done_bytes: 0,
             total_bytes: self.capacity_sectors() * SECTOR_BYTES,
@@ -223,6 +227,16 @@ impl BlkDevice {
     /// Whether the record of a re-key is being erased: meanwhile the device does not grow over it.
     pub(crate) fn set_erasing(&self, erasing: bool) {
         self.erasing.store(erasing, Ordering::Release);
+    }
+
+    /// Whether the record of its re-key was there once.
+    pub(crate) fn record_was_seen(&self) -> bool {
+        self.record_seen.load(Ordering::Acquire)
+    }
+
+    /// It is.
+    pub(crate) fn note_record_seen(&self) {
+        self.record_seen.store(true, Ordering::Release);
     }
 
     /// Looks at the length of its storage, for [`BlkDevice::storage_bytes`]. On the control thread, which may

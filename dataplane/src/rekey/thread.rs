@@ -225,12 +225,16 @@ impl Thread {
         };
         let found = volume.found(&mut self.io);
         storage.close(&mut self.io.ring);
-        let Ok(Some((_, Found::Record(record)))) = found else {
-            return;
+        let record = match found {
+            Ok(Some((_, Found::Record(record)))) if record.rekey == rekey.id => record,
+            // It was there, and is erased when its re-key is done and over alone.
+            Ok(Some((_, Found::Nothing))) if device.record_was_seen() => {
+                let bytes = device.capacity_sectors() * SECTOR_BYTES;
+                return note(device, bytes, RekeyState::Done);
+            }
+            _ => return,
         };
-        if record.rekey != rekey.id {
-            return;
-        }
+        device.note_record_seen();
         match record.stage {
             Stage::Prepared => {}
             Stage::Running { frontier_bytes, .. } => {

@@ -9,7 +9,7 @@ use bulkhead_crypto::{SecretArena, XtsKey, key_check};
 use bulkhead_protocol::RekeyId;
 use bulkhead_protocol::control::{RekeyProgress, RekeyState};
 use bulkhead_protocol::keys::{DataplaneToKeyd, VolumeGrant};
-use bulkhead_protocol::rekey::{Record, Stage, layout, prepared};
+use bulkhead_protocol::rekey::{KeyCheck, Record, Stage, layout, prepared};
 
 use super::grant_refused;
 use super::harness::{Host, VOLUME_BYTES, features, grant, key, key_page, volume};
@@ -39,29 +39,64 @@ fn accepted() -> DataplaneToKeyd {
 
 /// Volume 1 with a record behind it.
 fn file_with(host: &Host, record: &[u8]) -> std::fs::File {
+    file_of(host, 1, record)
+}
+
+fn file_of(host: &Host, n: u8, record: &[u8]) -> std::fs::File {
     let layout = layout(VOLUME_BYTES).expect("layout");
-    let file = host.file_of(1, layout.end);
+    let file = host.file_of(n, layout.end);
     file.write_all_at(record, layout.copies[0]).expect("record");
     file
 }
 
-/// A record that says that everything is under key number `n`.
-fn done(rekey: RekeyId, n: u8) -> Vec<u8> {
+fn check(rekey: RekeyId, n: u8) -> KeyCheck {
     let arena = SecretArena::new(1).expect("arena");
     let key = XtsKey::new(&arena, &key(n)).expect("key");
-    let check = key_check(&key, &rekey.0).expect("one unit");
+    key_check(&key, &rekey.0).expect("one unit")
+}
+
+/// A record that says that everything is under key number `n`.
+fn done(rekey: RekeyId, n: u8) -> Vec<u8> {
+    record(
+        1,
+        rekey,
+        Stage::Done {
+            check: check(rekey, n),
+        },
+    )
+}
+
+/// One of volume 2 that says that a data unit is under key number `n`, and the rest under `previous`.
+fn running(rekey: RekeyId, n: u8, previous: u8) -> Vec<u8> {
+    record(
+        2,
+        rekey,
+        Stage::Running {
+            frontier_bytes: 4096,
+            zone: None,
+            previous_check: check(rekey, previous),
+            check: check(rekey, n),
+        },
+    )
+}
+
+fn record(n: u8, rekey: RekeyId, stage: Stage) -> Vec<u8> {
     let record = Record {
-        volume: volume(1),
+        volume: volume(n),
         rekey,
         size_bytes: VOLUME_BYTES,
         data_unit_bytes: 4096,
         sequence: 8,
-        stage: Stage::Done { check },
+        stage,
     };
     record.encode().to_vec()
 }
 
 fn wait_for(host: &mut Host, done_bytes: u64, state: &RekeyState) {
+    wait_for_of(host, 1, done_bytes, state);
+}
+
+fn wait_for_of(host: &mut Host, n: u8, done_bytes: u64, state: &RekeyState) {
     let expected = Some(RekeyProgress {
         done_bytes,
         total_bytes: VOLUME_BYTES,
@@ -69,7 +104,7 @@ fn wait_for(host: &mut Host, done_bytes: u64, state: &RekeyState) {
     });
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
-        let status = host.status_of(1).expect("granted");
+        let status = host.status_of(n).expect("granted");
         if status.rekey == expected {
             return;
         }
@@ -145,12 +180,31 @@ fn a_re_key_that_is_done_ends_without_a_detach_and_another_can_begin() {
 
 #[test]
 fn what_another_host_has_done_is_found_out_when_it_matters() {
+    let at = layout(VOLUME_BYTES).expect("layout").copies[0];
+    // Done; or done, over, and the record erased.
+    for left in [done(FIRST, 2), vec![0; 2 * 4096]] {
+        finished_elsewhere(&left, at);
+    }
+}
+
+/// A host that never held the volume drops the previous key once the one that did has left this behind it.
+fn finished_elsewhere(left: &[u8], at: u64) {
     let mut host = Host::start();
     let file = file_with(&host, &prepared(volume(1), FIRST, VOLUME_BYTES, 4096));
     assert_eq!(granted(&host, &with(FIRST, 1), &[2, 1]), accepted());
     host.listen(1);
     assert_eq!(host.attach_on(1, 1, &file), Ok(()));
-    wait_for(&mut host, 0, &RekeyState::Waiting);
+    // Volumes are looked at in turn: once the second's record was seen, the first's was, too.
+    let second = VolumeGrant {
+        rekey: Some(SECOND),
+        ..grant(2)
+    };
+    let marker = file_of(&host, 2, &running(SECOND, 4, 3));
+    let answer = granted(&host, &second, &[4, 3]);
+    assert_eq!(answer, DataplaneToKeyd::Granted { volume: volume(2) });
+    host.listen(2);
+    assert_eq!(host.attach_on(2, 2, &marker), Ok(()));
+    wait_for_of(&mut host, 2, 4096, &RekeyState::Waiting);
     let alone = VolumeGrant {
         epoch: 2,
         ..grant(1)
@@ -158,10 +212,9 @@ fn what_another_host_has_done_is_found_out_when_it_matters() {
     grant_refused(granted(&host, &alone, &[2]), "0 %");
     // The host that holds the volume has it done. It has the file open by itself: the data plane's own is
     // for direct I/O only, and so is this one, which it was made from.
-    let at = layout(VOLUME_BYTES).expect("layout").copies[0];
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     let other = std::fs::File::options().write(true).open(path);
-    let written = other.expect("open").write_all_at(&done(FIRST, 2), at);
+    let written = other.expect("open").write_all_at(left, at);
     written.expect("record");
     let deadline = Instant::now() + Duration::from_secs(20);
     while granted(&host, &alone, &[2]) != accepted() {
