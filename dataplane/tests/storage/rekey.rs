@@ -124,6 +124,19 @@ fn end(rig: &mut Rig, model: &[u8], asked: &Asked) {
     assert!(read == expected, "{} bytes at {}", asked.bytes, asked.at);
 }
 
+fn take(rig: &Rig, rekeyer: &Rekeyer) {
+    let device = Arc::clone(&rig.device);
+    rekeyer.send(ToRekeyer::Take { id: ID, device });
+    let ready = rig.reply();
+    let is_ready = matches!(ready, FromWorker::VolumeReady { result: Ok(()), .. });
+    assert!(is_ready, "{ready:?}");
+}
+
+fn let_go(rig: &Rig, rekeyer: &Rekeyer) {
+    rekeyer.send(ToRekeyer::LetGo { id: ID });
+    assert!(matches!(rig.reply(), FromWorker::VolumeReleased { .. }));
+}
+
 fn under_load(seed: u64) {
     let mut random = Random(seed);
     let mut model = vec![0; usize::try_from(BYTES).expect("small")];
@@ -140,18 +153,17 @@ fn under_load(seed: u64) {
         ..Shape::PLAIN
     };
     let mut rig = Rig::of(workers, replies, device(storage), shape);
-    let device = Arc::clone(&rig.device);
-    rekeyer.send(ToRekeyer::Take { id: ID, device });
-    let ready = rig.reply();
-    assert!(
-        matches!(ready, FromWorker::VolumeReady { result: Ok(()), .. }),
-        "{ready:?}"
-    );
+    take(&rig, &rekeyer);
     let (began, mut requests) = (Instant::now(), 0);
     while rig.device.rekey_progress().expect("a re-key").state != RekeyState::Done {
         let asked = [0, 1].map(|queue| ask(&mut rig, &mut random, &mut model, queue));
         asked.iter().for_each(|asked| end(&mut rig, &model, asked));
         requests += 2;
+        // As a guest that is paused, or goes to another host and comes back.
+        if random.below(64) == 0 {
+            let_go(&rig, &rekeyer);
+            take(&rig, &rekeyer);
+        }
         assert!(began.elapsed() < 6 * PATIENCE, "it does not end");
     }
     assert!(requests > 20, "guests go on: {requests} requests");
@@ -165,8 +177,7 @@ fn under_load(seed: u64) {
             "block {block}"
         );
     }
-    rekeyer.send(ToRekeyer::LetGo { id: ID });
-    assert!(matches!(rig.reply(), FromWorker::VolumeReleased { .. }));
+    let_go(&rig, &rekeyer);
     rekeyer.end();
     rig.end();
     // The new key alone opens all of it.
