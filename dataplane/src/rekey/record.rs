@@ -69,7 +69,11 @@ impl Volume<'_> {
         };
         match (&ciphers.rekey, found) {
             (Some(_), _) if self.device.storage_bytes() < layout.end => Err(self.no_room()),
-            (None, found) => judge_single(volume, &ciphers.cipher, &found).map(|()| State::Single),
+            (None, found) => {
+                judge_single(volume, &ciphers.cipher, &found)?;
+                self.tidy(io, volume, &found);
+                Ok(State::Single)
+            }
             (Some(rekey), Found::Record(record))
                 if record.volume == volume && record.rekey == rekey.id =>
             {
@@ -236,6 +240,18 @@ impl Volume<'_> {
                 io.give(journal);
                 Err(errno)
             }
+        }
+    }
+
+    /// Erases the record of a re-key that was done, and over while nobody held the volume. What stays is true,
+    /// but the next re-key can't be prepared over it.
+    fn tidy(&self, io: &mut Io, volume: VolumeId, found: &Found) {
+        let is_done = |record: &Record| matches!(record.stage, Stage::Done { .. });
+        if matches!(found, Found::Record(record) if is_done(record))
+            && !self.device.geometry.read_only
+            && let Err(reason) = self.erase(io, volume)
+        {
+            tracing::warn!("{reason}");
         }
     }
 
