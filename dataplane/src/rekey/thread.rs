@@ -47,7 +47,7 @@ impl Thread {
     ) -> std::io::Result<Self> {
         let io = Io::new()?;
         if lock_in {
-            crate::sandbox::lock_rekeyer_thread().map_err(std::io::Error::other)?;
+            crate::sandbox::lock_worker_thread().map_err(std::io::Error::other)?;
         }
         Ok(Self {
             io,

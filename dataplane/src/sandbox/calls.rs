@@ -24,8 +24,8 @@ const BLKGETSIZE64: u64 = 0x8008_1272;
 /// `BLKIOMIN`, `BLKIOOPT`, `BLKALIGNOFF` and `BLKPBSZGET`: `_IO(0x12, 120)` and those behind it.
 const BLOCK_DEVICE_TOPOLOGY: [u64; 4] = [0x1278, 0x1279, 0x127a, 0x127b];
 
-/// All kinds, whatever the arguments.
-const ALL: [c_long; 17] = [
+/// Both kinds, whatever the arguments.
+const BOTH: [c_long; 17] = [
     libc::SYS_write, // the log; eventfds: wake-ups of workers, calls of drivers
     libc::SYS_close, // descriptors of frontends; a volume's file, by whoever drops it last
     // Allocator: the heap, large blocks and their growth.
@@ -72,13 +72,20 @@ const CONTROL: [c_long; 12] = [
 /// # Errors
 /// A rule that seccompiler does not take.
 pub fn allowed(kind: ThreadKind) -> Result<Calls, BackendError> {
-    let mut calls: Calls = ALL.iter().map(|&call| (call, Vec::new())).collect();
+    let mut calls: Calls = BOTH.iter().map(|&call| (call, Vec::new())).collect();
     calls.extend(restricted()?);
     match kind {
-        ThreadKind::Worker => calls.extend(ring()?),
-        ThreadKind::Rekeyer => {
-            calls.extend(ring()?);
-            calls.extend(length()?);
+        ThreadKind::Worker => {
+            calls.insert(libc::SYS_io_uring_enter, Vec::new());
+            // Volumes and kicks come and go; a ring's restrictions say the same.
+            calls.insert(
+                libc::SYS_io_uring_register,
+                vec![one_of(1, REGISTER_FILES_UPDATE)?],
+            );
+            // The SIGBUS handler and the allocator; no file.
+            let anonymous = masked(3, libc::MAP_ANONYMOUS, libc::MAP_ANONYMOUS)?;
+            let map = SeccompRule::new(vec![not_executable()?, anonymous])?;
+            calls.insert(libc::SYS_mmap, vec![map]);
         }
         ThreadKind::Control => {
             calls.extend(CONTROL.iter().map(|&call| (call, Vec::new())));
@@ -88,32 +95,7 @@ pub fn allowed(kind: ThreadKind) -> Result<Calls, BackendError> {
     Ok(calls)
 }
 
-/// A thread with a ring.
-fn ring() -> Result<Calls, BackendError> {
-    // The SIGBUS handler and the allocator; no file.
-    let anonymous = masked(3, libc::MAP_ANONYMOUS, libc::MAP_ANONYMOUS)?;
-    let map = SeccompRule::new(vec![not_executable()?, anonymous])?;
-    Ok(BTreeMap::from([
-        (libc::SYS_io_uring_enter, Vec::new()),
-        // Volumes and kicks come and go; a ring's restrictions say the same.
-        (
-            libc::SYS_io_uring_register,
-            vec![one_of(1, REGISTER_FILES_UPDATE)?],
-        ),
-        (libc::SYS_mmap, vec![map]),
-    ]))
-}
-
-/// How long a volume's file or device is: whether a record has room behind it.
-fn length() -> Result<Calls, BackendError> {
-    Ok(BTreeMap::from([
-        (libc::SYS_fstat, Vec::new()),
-        (libc::SYS_newfstatat, vec![by_descriptor(3)?]),
-        (libc::SYS_ioctl, vec![one_of(1, BLKGETSIZE64)?]),
-    ]))
-}
-
-/// All kinds, with some arguments only.
+/// Both kinds, with some arguments only.
 fn restricted() -> Result<Calls, BackendError> {
     Ok(BTreeMap::from([
         // The allocator makes more of an arena usable. Never executable.
@@ -176,6 +158,7 @@ fn ioctl() -> Result<Vec<SeccompRule>, BackendError> {
 
 /// The control thread alone, with some arguments only.
 fn restricted_control() -> Result<Calls, BackendError> {
+    let by_descriptor = |flags: u8| masked(flags, libc::AT_EMPTY_PATH, libc::AT_EMPTY_PATH);
     Ok(BTreeMap::from([
         // Guest memory, key pages, the allocator. Never executable.
         (
@@ -207,8 +190,14 @@ fn restricted_control() -> Result<Calls, BackendError> {
         ),
         (libc::SYS_ioctl, ioctl()?),
         // fstat, as some C libraries make it, and the alignment of a volume.
-        (libc::SYS_newfstatat, vec![by_descriptor(3)?]),
-        (libc::SYS_statx, vec![by_descriptor(2)?]),
+        (
+            libc::SYS_newfstatat,
+            vec![SeccompRule::new(vec![by_descriptor(3)?])?],
+        ),
+        (
+            libc::SYS_statx,
+            vec![SeccompRule::new(vec![by_descriptor(2)?])?],
+        ),
     ]))
 }
 
@@ -224,12 +213,6 @@ fn equals(argument: u8, value: u64) -> Result<SeccompCondition, BackendError> {
 fn masked(argument: u8, mask: i32, value: i32) -> Result<SeccompCondition, BackendError> {
     let operator = SeccompCmpOp::MaskedEq(number(mask));
     SeccompCondition::new(argument, SeccompCmpArgLen::Qword, operator, number(value))
-}
-
-/// Of a descriptor and no path: which argument has the flags.
-fn by_descriptor(flags: u8) -> Result<SeccompRule, BackendError> {
-    let condition = masked(flags, libc::AT_EMPTY_PATH, libc::AT_EMPTY_PATH)?;
-    SeccompRule::new(vec![condition])
 }
 
 /// The protection of mmap and mprotect, argument 2 of both.

@@ -13,7 +13,7 @@
 //!
 //! [`lock_process`] runs first, while there is one thread. It leaves CAP_IPC_LOCK, if the process has
 //! it, so that workers can still make rings whose memory does not count as locked; each thread drops it
-//! with [`lock_worker_thread`], [`lock_rekeyer_thread`] or [`lock_control_thread`], when it has made what it needs.
+//! with [`lock_worker_thread`] or [`lock_control_thread`], when it has made what it needs.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 pub mod calls;
@@ -59,8 +59,6 @@ pub enum ThreadKind {
     Control,
     /// A thread that owns a ring and queues.
     Worker,
-    /// The thread that gives volumes other keys: it owns a ring, too.
-    Rekeyer,
 }
 
 /// Locks in what the process has as a whole, and everything that its threads inherit. To be called
@@ -82,14 +80,6 @@ pub fn lock_process() -> Result<(), SandboxError> {
 /// [`SandboxError`] names the step.
 pub fn lock_worker_thread() -> Result<(), SandboxError> {
     lock_thread(ThreadKind::Worker)
-}
-
-/// Locks the rekeyer's thread in, after it has made its ring. Nothing lifts it again.
-///
-/// # Errors
-/// [`SandboxError`] names the step.
-pub fn lock_rekeyer_thread() -> Result<(), SandboxError> {
-    lock_thread(ThreadKind::Rekeyer)
 }
 
 /// Locks the control thread in, after it has made its event loop and started the workers. Nothing

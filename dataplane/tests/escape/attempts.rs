@@ -8,13 +8,12 @@ use bulkhead_dataplane::sandbox::ThreadKind;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
 
-/// Which threads an attempt concerns: a call that the others make with such arguments is no
+/// Which threads an attempt concerns: a call that the other kind makes with such arguments is no
 /// escape there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Only {
-    All,
-    /// All but the control thread.
-    Rings,
+    Both,
+    Worker,
 }
 
 /// A system call that must be deadly.
@@ -28,23 +27,23 @@ pub struct Attempt {
 
 impl Attempt {
     pub fn concerns(&self, kind: ThreadKind) -> bool {
-        self.only == Only::All || kind != ThreadKind::Control
+        self.only == Only::Both || kind == ThreadKind::Worker
     }
 }
 
-const fn all(name: &'static str, number: i64, arguments: [i64; 6]) -> Attempt {
+const fn both(name: &'static str, number: i64, arguments: [i64; 6]) -> Attempt {
     Attempt {
         name,
         number,
         arguments,
-        only: Only::All,
+        only: Only::Both,
     }
 }
 
-const fn rings(name: &'static str, number: i64, arguments: [i64; 6]) -> Attempt {
+const fn worker(name: &'static str, number: i64, arguments: [i64; 6]) -> Attempt {
     Attempt {
-        only: Only::Rings,
-        ..all(name, number, arguments)
+        only: Only::Worker,
+        ..both(name, number, arguments)
     }
 }
 
@@ -57,138 +56,138 @@ const UNIX: [i64; 6] = [libc::AF_UNIX as i64, libc::SOCK_STREAM as i64, 0, 0, 0,
 
 /// All of them. The first four are what the product promises by name.
 pub const ATTEMPTS: &[Attempt] = &[
-    all("open", libc::SYS_open, NONE),
-    all("socket", libc::SYS_socket, INET),
-    all("connect", libc::SYS_connect, NONE),
-    all("execve", libc::SYS_execve, NONE),
+    both("open", libc::SYS_open, NONE),
+    both("socket", libc::SYS_socket, INET),
+    both("connect", libc::SYS_connect, NONE),
+    both("execve", libc::SYS_execve, NONE),
     // Files.
-    all("openat", libc::SYS_openat, [AT_CWD, 0, 0, 0, 0, 0]),
-    all("openat2", libc::SYS_openat2, [AT_CWD, 0, 0, 24, 0, 0]),
-    all("creat", libc::SYS_creat, NONE),
-    all("open_by_handle_at", libc::SYS_open_by_handle_at, NONE),
-    all("unlink", libc::SYS_unlink, NONE),
-    all(
+    both("openat", libc::SYS_openat, [AT_CWD, 0, 0, 0, 0, 0]),
+    both("openat2", libc::SYS_openat2, [AT_CWD, 0, 0, 24, 0, 0]),
+    both("creat", libc::SYS_creat, NONE),
+    both("open_by_handle_at", libc::SYS_open_by_handle_at, NONE),
+    both("unlink", libc::SYS_unlink, NONE),
+    both(
         "stat_by_path",
         libc::SYS_newfstatat,
         [AT_CWD, 0, 0, 0, 0, 0],
     ),
-    all("statx_by_path", libc::SYS_statx, [AT_CWD, 0, 0, 0, 0, 0]),
-    rings("truncate", libc::SYS_ftruncate, [3, 0, 0, 0, 0, 0]),
-    all("memfd_create", libc::SYS_memfd_create, NONE),
+    both("statx_by_path", libc::SYS_statx, [AT_CWD, 0, 0, 0, 0, 0]),
+    worker("truncate", libc::SYS_ftruncate, [3, 0, 0, 0, 0, 0]),
+    both("memfd_create", libc::SYS_memfd_create, NONE),
     // Sockets.
-    all("socket_unix", libc::SYS_socket, UNIX),
-    all("socketpair", libc::SYS_socketpair, UNIX),
-    all("bind", libc::SYS_bind, NONE),
-    all("listen", libc::SYS_listen, NONE),
-    all("setsockopt", libc::SYS_setsockopt, NONE),
-    all("send_to_address", libc::SYS_sendto, [3, 0, 0, 0, 4096, 16]),
+    both("socket_unix", libc::SYS_socket, UNIX),
+    both("socketpair", libc::SYS_socketpair, UNIX),
+    both("bind", libc::SYS_bind, NONE),
+    both("listen", libc::SYS_listen, NONE),
+    both("setsockopt", libc::SYS_setsockopt, NONE),
+    both("send_to_address", libc::SYS_sendto, [3, 0, 0, 0, 4096, 16]),
     // Programs and processes.
-    all("execveat", libc::SYS_execveat, NONE),
-    all("fork", libc::SYS_fork, NONE),
-    all("vfork", libc::SYS_vfork, NONE),
-    all("clone", libc::SYS_clone, NONE),
-    all("clone3", libc::SYS_clone3, NONE),
-    all("kill", libc::SYS_kill, [1, 0, 0, 0, 0, 0]),
-    all(
+    both("execveat", libc::SYS_execveat, NONE),
+    both("fork", libc::SYS_fork, NONE),
+    both("vfork", libc::SYS_vfork, NONE),
+    both("clone", libc::SYS_clone, NONE),
+    both("clone3", libc::SYS_clone3, NONE),
+    both("kill", libc::SYS_kill, [1, 0, 0, 0, 0, 0]),
+    both(
         "tgkill_other_process",
         libc::SYS_tgkill,
         [1, 1, libc::SIGABRT as i64, 0, 0, 0],
     ),
-    all("pidfd_send_signal", libc::SYS_pidfd_send_signal, NONE),
+    both("pidfd_send_signal", libc::SYS_pidfd_send_signal, NONE),
     // Other processes' memory and descriptors.
-    all("ptrace", libc::SYS_ptrace, NONE),
-    all("process_vm_readv", libc::SYS_process_vm_readv, NONE),
-    all("process_vm_writev", libc::SYS_process_vm_writev, NONE),
-    all("pidfd_open", libc::SYS_pidfd_open, NONE),
-    all("pidfd_getfd", libc::SYS_pidfd_getfd, NONE),
-    all("userfaultfd", libc::SYS_userfaultfd, NONE),
+    both("ptrace", libc::SYS_ptrace, NONE),
+    both("process_vm_readv", libc::SYS_process_vm_readv, NONE),
+    both("process_vm_writev", libc::SYS_process_vm_writev, NONE),
+    both("pidfd_open", libc::SYS_pidfd_open, NONE),
+    both("pidfd_getfd", libc::SYS_pidfd_getfd, NONE),
+    both("userfaultfd", libc::SYS_userfaultfd, NONE),
     // Rings: no other, and no change of one.
-    all(
+    both(
         "io_uring_setup",
         libc::SYS_io_uring_setup,
         [8, 0, 0, 0, 0, 0],
     ),
     // IORING_REGISTER_RESTRICTIONS (11), IORING_REGISTER_BUFFERS (0).
-    all(
+    both(
         "io_uring_restrictions",
         libc::SYS_io_uring_register,
         [3, 11, 0, 0, 0, 0],
     ),
-    all(
+    both(
         "io_uring_buffers",
         libc::SYS_io_uring_register,
         [3, 0, 0, 0, 0, 0],
     ),
     // Code.
-    all(
+    both(
         "mmap_executable",
         libc::SYS_mmap,
         [0, 4096, EXECUTABLE, PRIVATE, -1, 0],
     ),
-    all(
+    both(
         "mprotect_executable",
         libc::SYS_mprotect,
         [0, 4096, EXECUTABLE, 0, 0, 0],
     ),
-    all(
+    both(
         "pkey_mprotect",
         libc::SYS_pkey_mprotect,
         [0, 4096, EXECUTABLE, 0, 0, 0],
     ),
-    all("shmat", libc::SYS_shmat, NONE),
-    all("remap_file_pages", libc::SYS_remap_file_pages, NONE),
-    all(
+    both("shmat", libc::SYS_shmat, NONE),
+    both("remap_file_pages", libc::SYS_remap_file_pages, NONE),
+    both(
         "personality",
         libc::SYS_personality,
         [0x0040_0000, 0, 0, 0, 0, 0],
     ),
     // The kernel.
-    all("bpf", libc::SYS_bpf, NONE),
-    all("perf_event_open", libc::SYS_perf_event_open, NONE),
-    all("mount", libc::SYS_mount, NONE),
-    all("unshare", libc::SYS_unshare, NONE),
-    all("setns", libc::SYS_setns, NONE),
-    all("chroot", libc::SYS_chroot, NONE),
-    all("init_module", libc::SYS_init_module, NONE),
-    all("keyctl", libc::SYS_keyctl, NONE),
-    all("prctl", libc::SYS_prctl, NONE),
-    all("seccomp", libc::SYS_seccomp, NONE),
-    all("setuid", libc::SYS_setuid, NONE),
-    all("capset", libc::SYS_capset, NONE),
-    all("setrlimit", libc::SYS_setrlimit, NONE),
-    all("prlimit", libc::SYS_prlimit64, NONE),
-    all(
+    both("bpf", libc::SYS_bpf, NONE),
+    both("perf_event_open", libc::SYS_perf_event_open, NONE),
+    both("mount", libc::SYS_mount, NONE),
+    both("unshare", libc::SYS_unshare, NONE),
+    both("setns", libc::SYS_setns, NONE),
+    both("chroot", libc::SYS_chroot, NONE),
+    both("init_module", libc::SYS_init_module, NONE),
+    both("keyctl", libc::SYS_keyctl, NONE),
+    both("prctl", libc::SYS_prctl, NONE),
+    both("seccomp", libc::SYS_seccomp, NONE),
+    both("setuid", libc::SYS_setuid, NONE),
+    both("capset", libc::SYS_capset, NONE),
+    both("setrlimit", libc::SYS_setrlimit, NONE),
+    both("prlimit", libc::SYS_prlimit64, NONE),
+    both(
         "fcntl_owner",
         libc::SYS_fcntl,
         [0, libc::F_SETOWN as i64, 1, 0, 0, 0],
     ),
-    all(
+    both(
         "ioctl_terminal",
         libc::SYS_ioctl,
         [0, libc::TIOCSTI as i64, 0, 0, 0, 0],
     ),
-    all(
+    both(
         "madvise_hwpoison",
         libc::SYS_madvise,
         [0, 4096, 100, 0, 0, 0],
     ),
-    all(
+    both(
         "sigaction_sigsys",
         libc::SYS_rt_sigaction,
         [31, 0, 0, 8, 0, 0],
     ),
     // What only the control thread does.
-    rings(
+    worker(
         "mmap_file",
         libc::SYS_mmap,
         [0, 4096, 1, libc::MAP_SHARED as i64, 3, 0],
     ),
-    rings("recvmsg", libc::SYS_recvmsg, NONE),
-    rings("sendmsg", libc::SYS_sendmsg, NONE),
-    rings("accept4", libc::SYS_accept4, NONE),
-    rings("read", libc::SYS_read, NONE),
-    rings("pread", libc::SYS_pread64, NONE),
-    rings("epoll_ctl", libc::SYS_epoll_ctl, NONE),
+    worker("recvmsg", libc::SYS_recvmsg, NONE),
+    worker("sendmsg", libc::SYS_sendmsg, NONE),
+    worker("accept4", libc::SYS_accept4, NONE),
+    worker("read", libc::SYS_read, NONE),
+    worker("pread", libc::SYS_pread64, NONE),
+    worker("epoll_ctl", libc::SYS_epoll_ctl, NONE),
 ];
 
 /// Makes a system call.

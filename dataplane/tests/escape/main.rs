@@ -8,7 +8,7 @@ mod attempts;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitCode};
 
-use bulkhead_dataplane::sandbox::{self, SandboxError, ThreadKind, calls};
+use bulkhead_dataplane::sandbox::{self, ThreadKind, calls};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use attempts::ATTEMPTS;
@@ -28,10 +28,9 @@ const X32: i64 = 0x4000_0000;
 /// do nothing anywhere else).
 const NEVER_FILTERED: [i64; 2] = [335, 336];
 
-const KINDS: [(&str, ThreadKind); 3] = [
+const KINDS: [(&str, ThreadKind); 2] = [
     ("control", ThreadKind::Control),
     ("worker", ThreadKind::Worker),
-    ("rekeyer", ThreadKind::Rekeyer),
 ];
 
 fn main() -> ExitCode {
@@ -122,7 +121,7 @@ fn as_child(name: &str) -> ExitCode {
     match kind {
         ThreadKind::Control => attempt_on(kind, &what),
         // As the product does: on a thread that the locked-in process has started.
-        ThreadKind::Worker | ThreadKind::Rekeyer => {
+        ThreadKind::Worker => {
             let thread = std::thread::spawn(move || attempt_on(kind, &what));
             let _ = thread.join();
         }
@@ -135,16 +134,12 @@ fn kind_of(name: &str) -> ThreadKind {
     found.expect("a kind of thread").1
 }
 
-fn lock(kind: ThreadKind) -> Result<(), SandboxError> {
+fn attempt_on(kind: ThreadKind, what: &str) {
     match kind {
         ThreadKind::Control => sandbox::lock_control_thread(),
         ThreadKind::Worker => sandbox::lock_worker_thread(),
-        ThreadKind::Rekeyer => sandbox::lock_rekeyer_thread(),
     }
-}
-
-fn attempt_on(kind: ThreadKind, what: &str) {
-    lock(kind).expect("the thread is locked in");
+    .expect("the thread is locked in");
     if what == ABORT {
         std::process::abort();
     }
@@ -179,7 +174,11 @@ fn sweep(kind_name: &str) -> ExitCode {
         .copied()
         .filter(|&number| {
             attempts::signal_of_fork(|| {
-                if lock(kind).is_ok() {
+                let locked = match kind {
+                    ThreadKind::Control => sandbox::lock_control_thread(),
+                    ThreadKind::Worker => sandbox::lock_worker_thread(),
+                };
+                if locked.is_ok() {
                     attempts::call(number, [0; 6]);
                 }
             }) != Some(libc::SIGSYS)
