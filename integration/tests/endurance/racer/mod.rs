@@ -127,7 +127,9 @@ fn race(arena: &mut Arena, random: &mut Random, rounds: u64, disk: Disk) -> Outc
         "{} requests, {} answered, {} restarts, {flips} flips",
         race.offered, race.answered, race.restarts
     );
-    if race.answered < race.offered / 20 || flips < race.offered {
+    // How many get through whole depends on how the machine shares its cores out among device, driver and
+    // mutators: from 3 to 99 of a hundred were seen. Without any, nothing was tried.
+    if race.answered < race.offered / 200 || flips < race.offered {
         return Err(format!("it was no race: {did}").into());
     }
     Ok(did)
