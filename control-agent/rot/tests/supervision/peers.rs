@@ -182,12 +182,13 @@ fn garbage() {
         keyd.order(Order::SayBytes(vec![0xff; 40]));
     }
     host.wait_for_log("further complaints about it are not logged");
-    keyd.order(Order::SayWithDescriptor(ToRot::Hello));
     let rot_descriptors = || {
         let entries = std::fs::read_dir(format!("/proc/{}/fd", host.pid())).expect("proc");
         entries.count()
     };
+    // Before the first is sent: rot has each for a moment.
     let before = rot_descriptors();
+    keyd.order(Order::SayWithDescriptor(ToRot::Hello));
     for _ in 0..5 {
         agent.order(Order::SayWithDescriptor(ToRot::Hello));
     }
