@@ -77,10 +77,37 @@ impl Volume<'_> {
             (Some(rekey), Found::Record(record))
                 if record.volume == volume && record.rekey == rekey.id =>
             {
-                self.resume(io, &layout, record, &ciphers.cipher, &rekey.previous)
+                let state = self.resume(io, &layout, record, &ciphers.cipher, &rekey.previous)?;
+                self.device.note_record_seen();
+                Ok(state)
+            }
+            // It was there, and is erased when its re-key is done and over alone: by the host that had the
+            // volume since.
+            (Some(rekey), Found::Nothing) if self.device.record_was_seen() => {
+                let record = self.done_elsewhere(volume, rekey.id, &ciphers.cipher)?;
+                Ok(State::Rekeyed(layout, record))
             }
             (Some(rekey), found) => Err(not_prepared(&rekey.id, &found)),
         }
+    }
+
+    /// What the record would say had it not been erased. It is never written.
+    fn done_elsewhere(
+        &self,
+        volume: VolumeId,
+        rekey: RekeyId,
+        key: &Cipher,
+    ) -> Result<Record, String> {
+        Ok(Record {
+            volume,
+            rekey,
+            size_bytes: self.bytes(),
+            data_unit_bytes: key.unit.bytes(),
+            sequence: 0,
+            stage: Stage::Done {
+                check: check(key, &rekey)?,
+            },
+        })
     }
 
     /// The record as it is, without any judgement; none where there is no room for one.
@@ -276,6 +303,16 @@ impl Volume<'_> {
     }
 }
 
+/// Whether a record was written with this key, as far as it tells.
+pub(super) fn is_with(record: &Record, key: &Cipher) -> bool {
+    match record.stage {
+        Stage::Prepared => true,
+        Stage::Running { check: with, .. } | Stage::Done { check: with } => {
+            check(key, &record.rekey) == Ok(with)
+        }
+    }
+}
+
 /// The stage of a running re-key with another frontier and zone; other stages stay.
 pub(super) fn at_frontier(stage: &Stage, frontier_bytes: u64, zone: Option<Zone>) -> Stage {
     match *stage {
@@ -343,11 +380,12 @@ fn not_prepared(rekey: &RekeyId, found: &Found) -> String {
     match found {
         Found::Damaged => damaged(),
         Found::Nothing => format!(
-            "re-key {rekey} is not prepared: run `bulkhead volume rekey --prepare` with the \
-             volume's file"
+            "re-key {rekey} has no record: if another host has finished it, apply the bundle without \
+             the previous key (preparing it anew would destroy the volume); if it never began, run \
+             `bulkhead volume rekey --prepare` with the volume's file"
         ),
         Found::Record(other) => format!(
-            "re-key {rekey} is not prepared, behind the volume is the record of re-key {} of \
+            "re-key {rekey} has no record, behind the volume is that of re-key {} of \
              volume {}: run `bulkhead volume rekey --prepare` with the volume's file",
             other.rekey, other.volume
         ),

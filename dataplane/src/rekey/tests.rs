@@ -47,7 +47,7 @@ fn plain() -> Vec<u8> {
 }
 
 /// A volume under key 1, with the record of a re-key behind it that has not begun.
-fn image() -> Vec<u8> {
+pub(super) fn image() -> Vec<u8> {
     let mut image = vec![0; usize::try_from(end()).expect("small")];
     let (volume, _) = image.split_at_mut(plain().len());
     cipher(1)
@@ -78,15 +78,25 @@ fn device(storage: StorageSpec, ciphers: Ciphers) -> Arc<BlkDevice> {
     BlkDevice::with_ciphers(geometry, BYTES / 512, storage, Some(ciphers))
 }
 
-fn rekeyed() -> Ciphers {
+pub(super) fn rekeyed() -> Ciphers {
+    rekeyed_as(REKEY.0[0])
+}
+
+/// The same keys for a re-key with another id.
+pub(super) fn rekeyed_as(id: u8) -> Ciphers {
     Ciphers {
         cipher: cipher(2),
         volume: Some(VOLUME),
         rekey: Some(Rekey {
-            id: REKEY,
+            id: RekeyId([id; 16]),
             previous: cipher(1),
         }),
     }
+}
+
+/// A device on an image.
+pub(super) fn device_on(image: &[u8], ciphers: Ciphers) -> Arc<BlkDevice> {
+    device(StorageSpec::Volatile(cache(image)), ciphers)
 }
 
 fn single(byte: u8) -> Ciphers {
@@ -121,6 +131,7 @@ fn job(io: &mut Io, device: &Arc<BlkDevice>) -> Result<Job, String> {
         layout,
         record,
         busy: 0,
+        due: std::time::Instant::now(),
     })
 }
 
@@ -259,7 +270,7 @@ fn keys_and_records_have_to_belong_together() {
         }),
         ..rekeyed()
     };
-    refused(&mut io, other_id, "is not prepared");
+    refused(&mut io, other_id, "has no record");
     let mut begun = job(&mut io, &on(rekeyed())).expect("prepared");
     assert_eq!(begun.step(&mut io, &[]), Step::Moved);
     refused(&mut io, single(2), "previous key");
@@ -287,11 +298,24 @@ fn keys_and_records_have_to_belong_together() {
             }
         ))
     ));
+    let elsewhere = on(rekeyed());
+    assert!(take(&mut io, &elsewhere).is_ok());
     // Over, with nobody there to say so to: whoever takes the volume next erases the record, which says nothing
     // about the key of a later volume any more.
     assert!(matches!(take(&mut io, &on(single(2))), Ok(State::Single)));
     assert!(matches!(take(&mut io, &on(single(1))), Ok(State::Single)));
-    refused(&mut io, rekeyed(), "is not prepared");
+    // A host that saw it knows what that means; one that did not must not have it prepared anew.
+    assert!(matches!(
+        take(&mut io, &elsewhere),
+        Ok(State::Rekeyed(
+            _,
+            Record {
+                stage: Stage::Done { .. },
+                ..
+            }
+        ))
+    ));
+    refused(&mut io, rekeyed(), "would destroy the volume");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError};
 
 use super::ToRekeyer;
 use super::io::Io;
-use super::record::{State, Stuck, Volume};
+use super::record::{State, Stuck, Volume, is_with};
 use super::zone::{Job, Step, tell};
 use crate::blk::{BlkDevice, SECTOR_BYTES};
 use crate::worker::message::{DeviceId, FromWorker, ZoneChange};
@@ -29,12 +29,12 @@ pub(super) struct Thread {
     workers: Vec<Mailbox>,
     replies: ReplySender,
     receiver: Receiver<ToRekeyer>,
-    /// Volumes that are held and re-keyed; the first is next.
+    /// Volumes that are held and re-keyed; of those that are due the first is next.
     jobs: Vec<Job>,
-    /// Volumes in use whose re-key could not begin.
-    stuck: Vec<(DeviceId, Arc<BlkDevice>)>,
-    /// When there is something to do again.
-    due: Instant,
+    /// Volumes in use whose re-key could not begin, and when it is tried again.
+    stuck: Vec<(DeviceId, Arc<BlkDevice>, Instant)>,
+    /// Until then it rests, for the guests' sake.
+    rests_until: Instant,
 }
 
 impl Thread {
@@ -56,20 +56,22 @@ impl Thread {
             receiver,
             jobs: Vec::new(),
             stuck: Vec::new(),
-            due: Instant::now(),
+            rests_until: Instant::now(),
         })
     }
 
     /// Works until [`ToRekeyer::End`].
     pub(super) fn run(mut self) {
         loop {
-            let message = if self.jobs.is_empty() && self.stuck.is_empty() {
-                self.receiver
+            let message = match self.due() {
+                None => self
+                    .receiver
                     .recv()
-                    .map_err(|_| RecvTimeoutError::Disconnected)
-            } else {
-                let left = self.due.saturating_duration_since(Instant::now());
-                self.receiver.recv_timeout(left)
+                    .map_err(|_| RecvTimeoutError::Disconnected),
+                Some(due) => {
+                    let left = due.saturating_duration_since(Instant::now());
+                    self.receiver.recv_timeout(left)
+                }
             };
             match message {
                 Ok(ToRekeyer::End) | Err(RecvTimeoutError::Disconnected) => return,
@@ -77,6 +79,12 @@ impl Thread {
                 Err(RecvTimeoutError::Timeout) => self.work(),
             }
         }
+    }
+
+    /// When there is something to do again; none: when somebody asks.
+    fn due(&self) -> Option<Instant> {
+        let jobs = self.jobs.iter().map(|job| job.due.max(self.rests_until));
+        jobs.chain(self.stuck.iter().map(|(.., due)| *due)).min()
     }
 
     fn take_message(&mut self, message: ToRekeyer) {
@@ -114,7 +122,7 @@ impl Thread {
 
     /// Works on a volume no longer. Of what it was doing, nothing is left half done between two steps.
     fn let_go(&mut self, id: DeviceId) {
-        self.stuck.retain(|(stuck, _)| *stuck != id);
+        self.stuck.retain(|(stuck, ..)| *stuck != id);
         while let Some(at) = self.jobs.iter().position(|job| job.id == id) {
             let job = self.jobs.swap_remove(at);
             job.storage.close(&mut self.io.ring);
@@ -163,6 +171,7 @@ impl Thread {
             layout,
             record,
             busy: 0,
+            due: Instant::now(),
         };
         let done = job.done_bytes();
         // Before anybody hears that the volume is ready: the workers' queues are started after.
@@ -175,7 +184,6 @@ impl Thread {
         tracing::info!(id = %job.record.rekey, at = done, of = job.record.size_bytes, "re-keying goes on");
         note(&job.device, done, RekeyState::Running);
         self.jobs.push(job);
-        self.due = Instant::now();
         Ok(())
     }
 
@@ -199,21 +207,24 @@ impl Thread {
 
     /// A volume in use has got a re-key. Until it can begin, everything is under the previous key, as before.
     fn begin(&mut self, id: DeviceId, device: Arc<BlkDevice>) {
-        match self.take(id, Arc::clone(&device)) {
-            Ok(()) => {}
-            Err(reason) => {
-                if self.stuck.is_empty() {
-                    tracing::warn!("a re-key can't begin, and is tried again: {reason}");
-                }
-                self.stuck.push((id, device));
-                self.due = Instant::now() + AGAIN;
+        let before = device.rekey_progress().map(|progress| progress.state);
+        if let Err(reason) = self.take(id, Arc::clone(&device)) {
+            let again = RekeyState::Failed {
+                reason: reason.clone(),
+            };
+            if before != Some(again) {
+                tracing::warn!("a re-key can't begin, and is tried again: {reason}");
             }
+            self.stuck.push((id, device, Instant::now() + AGAIN));
         }
     }
 
     /// How far the re-key of a volume is that nobody here holds.
     fn look(&mut self, device: &BlkDevice) {
-        let Some(rekey) = device.ciphers().and_then(|ciphers| ciphers.rekey) else {
+        let Some(ciphers) = device.ciphers() else {
+            return;
+        };
+        let Some(rekey) = &ciphers.rekey else {
             return;
         };
         let Ok(storage) = device.storage.open(&mut self.io.ring) else {
@@ -226,7 +237,13 @@ impl Thread {
         let found = volume.found(&mut self.io);
         storage.close(&mut self.io.ring);
         let record = match found {
-            Ok(Some((_, Found::Record(record)))) if record.rekey == rekey.id => record,
+            Ok(Some((_, Found::Record(record))))
+                if Some(record.volume) == ciphers.volume
+                    && record.rekey == rekey.id
+                    && is_with(&record, &ciphers.cipher) =>
+            {
+                record
+            }
             // It was there, and is erased when its re-key is done and over alone.
             Ok(Some((_, Found::Nothing))) if device.record_was_seen() => {
                 let bytes = device.capacity_sectors() * SECTOR_BYTES;
@@ -263,13 +280,17 @@ impl Thread {
     }
 
     fn work(&mut self) {
-        for (id, device) in std::mem::take(&mut self.stuck) {
+        let now = Instant::now();
+        let is_due = |due: &Instant| *due <= now;
+        while let Some(at) = self.stuck.iter().position(|(.., due)| is_due(due)) {
+            let (id, device, _) = self.stuck.swap_remove(at);
             self.begin(id, device);
         }
-        if self.jobs.is_empty() {
+        let next = self.jobs.iter().position(|job| is_due(&job.due));
+        let Some(next) = next.filter(|_| is_due(&self.rests_until)) else {
             return;
-        }
-        let mut job = self.jobs.remove(0);
+        };
+        let mut job = self.jobs.remove(next);
         let begun = Instant::now();
         let step = job.step(&mut self.io, &self.workers);
         let took = begun.elapsed();
@@ -286,12 +307,13 @@ impl Thread {
                 note_failure(&job.device, reason);
             }
         }
-        let rest = if step == Step::Busy {
-            job.rest_after_busy()
+        let now = Instant::now();
+        if step == Step::Busy {
+            // Nothing was done that others would have to rest for.
+            job.due = now + job.rest_after_busy();
         } else {
-            took
-        };
-        self.due = Instant::now() + rest;
+            self.rests_until = now + took;
+        }
         if matches!(step, Step::Moved | Step::Busy) {
             self.jobs.push(job);
         } else {
@@ -318,5 +340,48 @@ fn note_failure(device: &BlkDevice, reason: &str) {
     {
         let reason = reason.to_owned();
         note(device, done_bytes, RekeyState::Failed { reason });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{device_on, image, rekeyed, rekeyed_as};
+    use super::*;
+    use crate::worker::start;
+
+    fn thread() -> Thread {
+        let (_, replies) = start(&[]).expect("no workers");
+        let (_, receiver) = crossbeam_channel::unbounded();
+        Thread::prepare(Vec::new(), replies.sender(), receiver, false).expect("ring")
+    }
+
+    /// A guest whose requests stay in a zone, and a volume that is not prepared, keep nobody else waiting.
+    #[test]
+    fn a_volume_that_waits_lets_the_others_go_on() {
+        let mut thread = thread();
+        let (one, two) = (
+            device_on(&image(), rekeyed()),
+            device_on(&image(), rekeyed()),
+        );
+        let unprepared = device_on(&image(), rekeyed_as(8));
+        for (id, device) in [(1, &one), (2, &two), (3, &unprepared)] {
+            thread.begin(DeviceId(id), Arc::clone(device));
+        }
+        assert_eq!((thread.jobs.len(), thread.stuck.len()), (2, 1));
+        let later = Instant::now() + Duration::from_secs(3600);
+        thread.jobs[0].due = later;
+        let tried_again = thread.stuck[0].2;
+        let is_done = |device: &BlkDevice| {
+            device.rekey_progress().expect("a re-key").state == RekeyState::Done
+        };
+        while !is_done(&two) {
+            let due = thread.due().expect("a volume is left");
+            assert!(due < tried_again, "the second is always next");
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            thread.work();
+        }
+        assert!(!is_done(&one) && thread.jobs.len() == 1);
+        assert_eq!(thread.stuck[0].2, tried_again, "not before its time");
+        assert_eq!(thread.due(), Some(tried_again));
     }
 }

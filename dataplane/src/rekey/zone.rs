@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulkhead_protocol::rekey::{Layout, Record, Stage, ZONE_BYTES, Zone};
 use crossbeam_channel::RecvTimeoutError;
@@ -41,6 +41,8 @@ pub(super) struct Job {
     pub(super) record: Record,
     /// How often in a row the zone did not get clear.
     pub(super) busy: u32,
+    /// Its next zone is not begun before: its guest has one in use, and others go on meanwhile.
+    pub(super) due: Instant,
 }
 
 /// Where a step has led.
