@@ -11,6 +11,7 @@ use bulkhead_protocol::control::{RekeyProgress, RekeyState};
 use super::cipher::{Cipher, Ciphers};
 use super::config_space::feature;
 use super::metrics::Metrics;
+use crate::log_limit::LogLimit;
 use crate::storage::StorageSpec;
 
 /// Bytes of a sector, always (virtio 1.2, 5.2).
@@ -156,12 +157,9 @@ impl BlkDevice {
         storage: StorageSpec,
         ciphers: Option<Ciphers>,
     ) -> Arc<Self> {
-        let progress = ciphers.as_ref().and_then(|ciphers| ciphers.rekey.as_ref());
-        let progress = progress.map(|_| RekeyProgress {
-            done_bytes: 0,
-            total_bytes: capacity_sectors * SECTOR_BYTES,
-            state: RekeyState::Waiting,
-        });
+        let progress = ciphers
+            .as_ref()
+            .and_then(|ciphers| unknown_progress(ciphers, capacity_sectors));
         let storage_bytes = AtomicU64::new(storage.bytes().unwrap_or(0));
         Arc::new(Self {
             geometry,
@@ -202,12 +200,8 @@ impl BlkDevice {
     /// Other keys for the same bytes: each worker is told by itself.
     pub(crate) fn set_ciphers(&self, ciphers: Ciphers) {
         self.record_seen.store(false, Ordering::Release);
-        let progress = ciphers.rekey.as_ref().map(|_| RekeyProgress {
-            done_bytes: 0,
-            total_bytes: self.capacity_sectors() * SECTOR_BYTES,
-            state: RekeyState::Waiting,
-        });
-        self.set_rekey_progress(progress);
+        // What was known of an earlier re-key says nothing about this one.
+        self.set_rekey_progress(unknown_progress(&ciphers, self.capacity_sectors()));
         *lock(&self.ciphers) = Some(ciphers);
     }
 
@@ -244,7 +238,13 @@ impl BlkDevice {
     pub(crate) fn measure_storage(&self) {
         match self.storage.bytes() {
             Ok(bytes) => self.storage_bytes.store(bytes, Ordering::Release),
-            Err(error) => tracing::warn!("the length of a volume's storage can't be told: {error}"),
+            Err(error) => {
+                // A frontend can have it measured again and again.
+                static LIMIT: LogLimit = LogLimit::new();
+                if LIMIT.allows() {
+                    tracing::warn!("the length of a volume's storage can't be told: {error}");
+                }
+            }
         }
     }
 
@@ -406,6 +406,15 @@ impl BlkDevice {
     pub fn latch_flush_failure(&self) {
         self.flush_failed.store(true, Ordering::Release);
     }
+}
+
+/// How far a re-key is whose record was not looked at yet.
+fn unknown_progress(ciphers: &Ciphers, capacity_sectors: u64) -> Option<RekeyProgress> {
+    ciphers.rekey.as_ref().map(|_| RekeyProgress {
+        done_bytes: 0,
+        total_bytes: capacity_sectors * SECTOR_BYTES,
+        state: RekeyState::Waiting,
+    })
 }
 
 /// None of these locks is on the way of a request, or held for more than a copy.

@@ -24,11 +24,10 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bulkhead_protocol::control::{RekeyProgress, RekeyState};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Registry, Token};
 
-use crate::blk::{BlkDevice, Ciphers, SECTOR_BYTES};
+use crate::blk::{BlkDevice, Ciphers};
 use crate::rekey::{Rekeyer, ToRekeyer};
 use crate::worker::message::{DeviceId, FromWorker, QueueId, ToWorker, ZoneChange};
 use crate::worker::{Replies, WorkerConfig, WorkerHandle, start};
@@ -149,7 +148,13 @@ impl Server {
         let (workers, replies) = start(&config.workers)?;
         let mailboxes = workers.iter().map(WorkerHandle::mailbox).collect();
         let lock_in = config.workers.iter().any(|worker| worker.lock_in);
-        let rekeyer = Rekeyer::start(mailboxes, replies.sender(), lock_in)?;
+        let rekeyer = match Rekeyer::start(mailboxes, replies.sender(), lock_in) {
+            Ok(rekeyer) => rekeyer,
+            Err(error) => {
+                workers.into_iter().for_each(WorkerHandle::end);
+                return Err(error);
+            }
+        };
         poll.registry().register(
             &mut SourceFd(&replies.as_fd().as_raw_fd()),
             REPLIES,
@@ -246,12 +251,6 @@ impl Server {
             });
         }
         device.set_ciphers(ciphers.clone());
-        // What was known of an earlier re-key says nothing about this one.
-        device.set_rekey_progress(ciphers.rekey.as_ref().map(|_| RekeyProgress {
-            done_bytes: 0,
-            total_bytes: device.capacity_sectors() * SECTOR_BYTES,
-            state: RekeyState::Waiting,
-        }));
         device.measure_storage();
         match (&ciphers.rekey, state.has_volume()) {
             (Some(_), true) => self.rekeyer.send(ToRekeyer::Begin { id, device }),
