@@ -295,6 +295,30 @@ fn a_key_that_was_destroyed_does_not_come_back_from_a_backup() {
 }
 
 #[test]
+fn a_state_of_before_a_shred_is_not_taken_beside_the_key_of_after_it() {
+    let world = World::new();
+    let path = world.dir.path().join("accepted");
+    let before = fs::read(&path).expect("state");
+    let (mut custody, mut vault) = world.start();
+    accept(&mut custody, &mut vault, &world.shredding).expect("accepted");
+    drop((custody, vault));
+    let after = fs::read(&path).expect("state");
+    let refused = || {
+        let file = StateFile::open(world.dir.path()).expect("state");
+        let named = file.state().and_then(State::host_key);
+        let error = host_key::load(file.directory(), named).expect_err("refused");
+        assert!(error.to_string().contains("whole directory"), "{error}");
+    };
+    fs::write(&path, before).expect("write");
+    refused();
+    fs::remove_file(&path).expect("remove");
+    refused();
+    fs::write(&path, after).expect("write");
+    let (_, vault) = world.start();
+    assert!(world.serves(&vault, 1) && !world.serves(&vault, 0));
+}
+
+#[test]
 fn a_next_key_that_never_came_into_force_is_destroyed_at_the_start() {
     let world = World::new();
     for (name, bytes) in [

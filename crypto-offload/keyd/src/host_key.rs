@@ -55,6 +55,17 @@ pub enum HostKeyError {
         /// Fingerprint that the state names, in hex.
         expected: String,
     },
+    /// The state is of before a shred, and the host's key of after it.
+    #[error(
+        "{path} is there, which keyd makes when it shreds a volume, and the state beside it does not know \
+         of any shred: it is older, or lost, and would take shredded volumes again and lose the others' \
+         keys. Restore the whole directory from a backup of after the shred, or set the host up \
+         anew in an empty one"
+    )]
+    OldState {
+        /// The file that the state does not know of.
+        path: PathBuf,
+    },
     /// Without it the remaining volumes have no key.
     #[error(
         "{path} is missing, damaged or of another key of the host: it holds the volume keys that \
@@ -77,7 +88,13 @@ pub(crate) fn load(
     named: Option<Fingerprint>,
 ) -> Result<(RecipientKey, Resealed), HostKeyError> {
     let Some(named) = named else {
-        // The key that the host was made with; new files, if there are any, never counted.
+        // The key that the host was made with; new files, if there are any, never counted. A store with
+        // its final name did: only what follows on a shred that the state names gives it that.
+        let path = directory.path(RESEALED);
+        match path.symlink_metadata() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            _ => return Err(HostKeyError::OldState { path }),
+        }
         let key = RecipientKey::load(&directory.path(KEY))?;
         let fingerprint = key.public().fingerprint();
         return Ok((key, Resealed::new(fingerprint)));

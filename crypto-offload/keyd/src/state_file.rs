@@ -33,7 +33,8 @@ pub enum StateError {
     /// The file is not what keyd wrote.
     #[error(
         "{path} is damaged ({problem}): keyd does not start without its epoch floor. Restore the \
-         file from a backup; without it every old bundle that has not expired would be taken again"
+         whole directory from a backup, one of after the last shred (its files belong together); \
+         without it every old bundle that has not expired would be taken again"
     )]
     Damaged {
         /// Which.
