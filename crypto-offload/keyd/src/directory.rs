@@ -61,11 +61,6 @@ impl Directory {
         self.path.join(name)
     }
 
-    /// Whether something has this name.
-    pub(crate) fn has(&self, name: &str) -> bool {
-        fs::symlink_metadata(self.path(name)).is_ok()
-    }
-
     /// A file's bytes; none if there is no such file.
     ///
     /// # Errors
@@ -128,10 +123,10 @@ impl Directory {
     /// # Errors
     /// What the kernel says; the file may then be overwritten in part.
     pub(crate) fn overwrite(&self, name: &str) -> io::Result<()> {
-        if !self.has(name) {
-            return Ok(());
-        }
-        let mut file = self.open_to_write(name, false)?;
+        let mut file = match self.open_to_write(name, false) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            opened => opened?,
+        };
         let length = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
         let zeroes = vec![0; length];
         let (half, rest) = zeroes.split_at(length / 2);
@@ -204,9 +199,18 @@ mod tests {
         // A second name for the same file still shows what lies there.
         fs::hard_link(dir.path().join("secret"), dir.path().join("link")).expect("link");
         directory.destroy("secret").expect("destroy");
-        assert!(!directory.has("secret"));
+        assert!(!dir.path().join("secret").exists());
         assert_eq!(fs::read(dir.path().join("link")).expect("read"), [0; 9]);
         directory.destroy("secret").expect("nothing to do");
+    }
+
+    #[test]
+    fn what_cannot_be_looked_up_does_not_count_as_gone() {
+        let dir = tempfile::tempdir().expect("dir");
+        let directory = Directory::open(dir.path()).expect("open");
+        let name = "n".repeat(256);
+        assert!(directory.overwrite(&name).is_err());
+        assert!(directory.destroy(&name).is_err());
     }
 
     #[test]
