@@ -9,7 +9,7 @@ use bulkhead_crypto::secret::SecretMemory;
 use bulkhead_protocol::keys::XTS_KEY_BYTES;
 use subtle::ConstantTimeEq as _;
 
-use crate::vault::Vault;
+use crate::vault::{NoKey, Vault};
 
 /// Why a bundle's keys are not taken.
 #[derive(Debug, thiserror::Error)]
@@ -26,8 +26,8 @@ pub(crate) enum SharedKey {
     Memory(#[from] io::Error),
 }
 
-/// Refuses a bundle in which a key, or a previous key, is that of two volumes. What does not open says
-/// nothing here: it is not granted either.
+/// Refuses a bundle in which a key, or a previous key, is that of two volumes. What does not open
+/// says nothing here: it is not granted either.
 ///
 /// # Errors
 /// See [`SharedKey`]; it names the volumes, and nothing of the key.
@@ -43,7 +43,12 @@ pub(crate) fn check_unshared(vault: &Vault, bundle: &HostBundle) -> Result<(), S
     let mut places = memory.as_mut_bytes().chunks_exact_mut(XTS_KEY_BYTES);
     let mut owners: Vec<&Volume> = Vec::with_capacity(most);
     for volume in encrypted {
-        for page in vault.unseal(volume).unwrap_or_default() {
+        let pages = match vault.unseal(volume) {
+            // It may open a moment later, and then nobody has compared it.
+            Err(NoKey::Memory(error)) => return Err(SharedKey::Memory(error)),
+            opened => opened.unwrap_or_default(),
+        };
+        for page in pages {
             if let Some(place) = places.next() {
                 place.copy_from_slice(page.as_bytes());
                 owners.push(volume);
