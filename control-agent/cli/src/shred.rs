@@ -2,10 +2,11 @@
 //! end of the sealed copies that the operator has here. A host carries the order out when it
 //! applies a bundle with it, and `bulkhead status` shows the proof.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use bulkhead_bundle::{RECOVERY_RECIPIENT, Volume};
 use bulkhead_files::text::to_hex;
@@ -23,8 +24,15 @@ not reached from here, and up to you:
   every other copy of this stanza and of the envelopes that name the volume, backups too: together
   with the recovery key they open it as long as they exist. Destroy the copies, or the recovery key
   (and with it the recovery of every other volume)
+  hosts that the volume was sealed to before and is no longer: old envelopes open there until they
+  shred it, too
   what file systems and disks keep of overwritten bytes: snapshots, copy-on-write, flash
   keys that were taken out with `volume recover`, and bytes that were taken out with `volume export`";
+
+/// What a bundle with the order does to volumes that it leaves out.
+const NAMES_THE_OTHERS: &str = "\
+that bundle has to name every volume that the host is still to serve: one that it leaves out can't be
+opened there any more, until `bulkhead volume reseal` has sealed it anew with the recovery key";
 
 /// `volume shred`
 pub(crate) fn shred(arguments: &VolumeShred) -> Result<(), Failure> {
@@ -41,22 +49,20 @@ pub(crate) fn shred(arguments: &VolumeShred) -> Result<(), Failure> {
     }
     let image = arguments.file.as_deref().map(lock_image).transpose()?;
     print_order(&volume);
-    let copies: Vec<&PathBuf> = [&arguments.volume]
-        .into_iter()
-        .chain(&arguments.copies)
-        .collect();
+    // The stanza last: with it, what is left after a failure can be named again.
+    let copies = arguments.copies.iter().chain([&arguments.volume]);
     println!();
     if arguments.yes {
-        for path in copies {
-            destroy(path).map_err(|e| Failure::at(path, format!("may still be there: {e}")))?;
-            println!("destroyed    {}", path.display());
-        }
         if let (Some(file), Some(path)) = (&image, &arguments.file) {
             discard(file, path)?;
             println!("discarded    {}", path.display());
         }
+        for path in copies {
+            destroy(path).map_err(|e| Failure::at(path, format!("may still be there: {e}")))?;
+            println!("destroyed    {}", path.display());
+        }
     } else {
-        for path in copies.into_iter().chain(&arguments.file) {
+        for path in arguments.file.iter().chain(copies) {
             println!("would end    {}", path.display());
         }
         println!(
@@ -68,23 +74,28 @@ pub(crate) fn shred(arguments: &VolumeShred) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The lines for the bundles, and for whom.
+/// The lines for the bundles, and for whom: during a re-key for those of the previous key, too.
 fn print_order(volume: &Volume) {
     println!("volume       {}", volume.name);
     println!("id           {}", volume.id);
-    for entry in &volume.sealed_keys {
-        println!(
-            "sealed to    {}  {}",
-            entry.recipient,
-            to_hex(&entry.fingerprint)
-        );
+    let previous = volume.rekey.iter().flat_map(|rekey| &rekey.previous_keys);
+    let recipients: BTreeSet<(&str, &[u8])> = volume
+        .sealed_keys
+        .iter()
+        .chain(previous)
+        .map(|entry| (entry.recipient.as_str(), entry.fingerprint.as_slice()))
+        .collect();
+    for (recipient, fingerprint) in &recipients {
+        println!("sealed to    {recipient}  {}", to_hex(fingerprint));
     }
     println!("\nin the next bundle of each of these hosts, in the place of the volume:");
-    let hosts = volume.sealed_keys.iter();
-    for host in hosts.filter(|entry| entry.recipient != RECOVERY_RECIPIENT) {
-        println!("# {}", host.recipient);
+    let mut hosts: Vec<&str> = recipients.iter().map(|recipient| recipient.0).collect();
+    hosts.dedup();
+    for host in hosts.into_iter().filter(|name| *name != RECOVERY_RECIPIENT) {
+        println!("# {host}");
         println!("shred = [\"{}\"]", volume.id);
     }
+    println!("{NAMES_THE_OTHERS}");
 }
 
 /// A copy is destroyed only if it is one, and nothing that is still needed goes with it.

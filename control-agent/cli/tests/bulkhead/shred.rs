@@ -40,6 +40,7 @@ fn without_yes_it_prints_the_order_and_destroys_nothing() {
         "nothing is destroyed yet",
         "together\n  with the recovery key",
         "flash",
+        "name every volume that the host is still to serve",
     ] {
         assert!(printed.contains(part), "{part:?}: {printed}");
     }
@@ -86,6 +87,38 @@ fn with_yes_the_copies_are_overwritten_and_gone() {
         assert!(!bytes.is_empty() && bytes.iter().all(|byte| *byte == 0));
     }
     assert!(folder.exists("other.toml") && folder.exists("other.img"));
+}
+
+#[test]
+fn what_fails_leaves_the_stanza_to_go_on_with() {
+    let folder = with_volumes();
+    // It is shown as what it points to, and not overwritten through a link.
+    std::os::unix::fs::symlink("bundle.cose", folder.path("link.cose")).expect("link");
+    let line = "volume shred --volume disk.toml --copy link.cose --file disk.img --yes";
+    folder.refused(line, &["link.cose: may still be there"]);
+    assert!(folder.exists("bundle.cose") && folder.exists("disk.toml"));
+    folder.ok("volume shred --volume disk.toml --copy bundle.cose --yes");
+    assert!(!folder.exists("bundle.cose") && !folder.exists("disk.toml"));
+}
+
+#[test]
+fn during_a_rekey_the_recipients_of_both_keys_are_told_once() {
+    let folder = with_volumes();
+    let before = folder.ok("volume shred --volume disk.toml");
+    folder.ok("recovery new --out later.key");
+    folder.ok(
+        "volume rekey --volume disk.toml --host state/host.pub --recovery later.key.pub \
+         --out disk-2.toml",
+    );
+    let printed = folder.ok("volume shred --volume disk-2.toml");
+    let recipients = |text: &str| -> Vec<String> {
+        let lines = text.lines().filter(|line| line.starts_with("sealed to "));
+        lines.map(str::to_owned).collect()
+    };
+    let (one, both) = (recipients(&before), recipients(&printed));
+    assert_eq!((one.len(), both.len()), (2, 3), "{printed}");
+    assert!(one.iter().all(|line| both.contains(line)), "{printed}");
+    assert_eq!(printed.matches("\nshred = ").count(), 1, "{printed}");
 }
 
 #[test]
