@@ -1,11 +1,12 @@
 //! AES-256-XTS on the `aes` crate: constant-time software where it finds no instructions for AES.
 //!
 //! Bytes go through a group's room on the stack: each source byte is read once, and nothing but finished output
-//! is written to the destination.
+//! is written to the destination. What the compiler spills meanwhile (round keys, blocks, tweaks) is wiped after
+//! each step.
 //!
 //! UNSAFETY: the schedule is a Rust value in raw secret memory: it is written before it is referenced and
 //! never dropped (it owns nothing; its slot is wiped). Data is only touched by the copies of
-//! [`crate::xts::raw`].
+//! [`crate::raw`].
 
 use aes::cipher::{BlockCipherDecrypt, BlockCipherEncrypt, KeyInit};
 use aes::{Aes256, Aes256Enc, Block};
@@ -17,15 +18,25 @@ use crate::secret::SLOT_BYTES;
 use crate::xts::types::{BLOCK_BYTES, DataUnit, KEY_BYTES};
 
 pub(super) const FUNCTIONS: Functions = Functions {
-    expand,
-    bases,
+    expand: |key, schedule| {
+        // SAFETY: passed on to the caller.
+        unsafe { write_schedule(key, schedule.cast()) };
+        raw::wipe_left::<STACK_BYTES>();
+    },
+    bases: |schedule, unit, first, units, to| {
+        // SAFETY: passed on to the caller.
+        let written = unsafe { bases(schedule, unit, first, units, to) };
+        raw::wipe_left::<STACK_BYTES>();
+        written
+    },
     encrypt: |schedule, bases, groups, src, dst| {
         // SAFETY: passed on to the caller.
         unsafe {
             crypt(schedule, bases, groups, src, dst, |s, d| {
                 s.data.encrypt_blocks(d)
             })
-        }
+        };
+        raw::wipe_left::<STACK_BYTES>();
     },
     decrypt: |schedule, bases, groups, src, dst| {
         // SAFETY: passed on to the caller.
@@ -33,9 +44,13 @@ pub(super) const FUNCTIONS: Functions = Functions {
             crypt(schedule, bases, groups, src, dst, |s, d| {
                 s.data.decrypt_blocks(d)
             })
-        }
+        };
+        raw::wipe_left::<STACK_BYTES>();
     },
 };
+
+/// How deep the `aes` crate's frames go, in debug builds too.
+const STACK_BYTES: usize = 16 * 1024;
 
 /// Cipher blocks of a group.
 const GROUP_BLOCKS: usize = GROUP_BYTES / BLOCK_BYTES;
@@ -48,18 +63,11 @@ struct Schedule {
 
 const _: () = assert!(size_of::<Schedule>() <= SLOT_BYTES && align_of::<Schedule>() <= 64);
 
-/// See [`Functions::expand`].
-unsafe fn expand(key: &[u8; KEY_BYTES], schedule: *mut u8) {
-    // SAFETY: room enough (asserted above), ours alone.
-    unsafe { write_schedule(key, schedule.cast()) };
-    scrub_stack();
-}
-
-/// Builds the schedule in place. Not inlined, so that what it leaves in its stack frame lies
-/// where [`scrub_stack`] wipes.
+/// Builds the schedule in place. Not inlined, like the other steps, so that its frame lies where
+/// [`raw::wipe_left`] wipes.
 ///
 /// # Safety
-/// As [`Functions::expand`].
+/// As [`Functions::expand`]: there is room enough (asserted above), ours alone.
 #[inline(never)]
 unsafe fn write_schedule(key: &[u8; KEY_BYTES], schedule: *mut Schedule) {
     let (halves, _) = key.as_chunks::<{ KEY_BYTES / 2 }>();
@@ -71,15 +79,8 @@ unsafe fn write_schedule(key: &[u8; KEY_BYTES], schedule: *mut Schedule) {
     }
 }
 
-/// Overwrites the part of the stack that key expansion used.
-#[inline(never)]
-fn scrub_stack() {
-    let mut frame = [0u8; 16 * 1024];
-    // SAFETY: the frame is ours.
-    unsafe { raw::wipe(frame.as_mut_ptr(), frame.len()) };
-}
-
 /// See [`Functions::bases`].
+#[inline(never)]
 unsafe fn bases(
     schedule: *const u8,
     unit: DataUnit,
@@ -112,6 +113,7 @@ unsafe fn bases(
 
 /// # Safety
 /// As [`super::Crypt`].
+#[inline(never)]
 unsafe fn crypt(
     schedule: *const u8,
     bases: *mut Base,
