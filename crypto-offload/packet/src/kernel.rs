@@ -86,14 +86,6 @@ pub(crate) struct Functions {
     pub open: unsafe fn(slot: NonNull<u8>, salt: [u8; 4], packets: &mut [OpenPacket<'_>]),
 }
 
-/// Overwrites the stack below the caller, as far as the frames of what it called last: round keys and
-/// powers of the hash key may have been spilled there.
-#[inline(never)]
-pub(crate) fn wipe_stack<const BYTES: usize>() {
-    // Somebody might look at the zeroes, so that they must be there.
-    std::hint::black_box(&mut [0u8; BYTES]);
-}
-
 /// The nonce of a packet: the tunnel's salt, then its number.
 pub(crate) fn nonce(salt: [u8; 4], sequence: u64) -> [u8; 12] {
     let mut nonce = [0; 12];
@@ -102,7 +94,7 @@ pub(crate) fn nonce(salt: [u8; 4], sequence: u64) -> [u8; 12] {
     nonce
 }
 
-/// Looking at what kernels leave on the stack.
+/// Looking at what kernels leave in registers and on the stack.
 #[cfg(all(test, target_arch = "x86_64"))]
 pub(crate) mod residue {
     #![expect(unsafe_code, reason = "the stack below the caller is nobody's")]
@@ -113,22 +105,43 @@ pub(crate) mod residue {
 
     const DEPTH: usize = 16 << 10;
 
-    /// The stack below the caller.
+    /// Vector registers in bytes, those that only AVX-512 has included.
+    const REGISTERS: usize = 32 * 64;
+
+    /// The vector registers, on a CPU with AVX-512, and the stack below the caller.
     #[inline(never)]
-    pub(crate) fn stack(copy: &mut Vec<u8>) {
-        copy.resize(DEPTH, 0);
-        // SAFETY: a test's stack goes far deeper; what lies there is only read.
+    pub(crate) fn left(copy: &mut Vec<u8>) {
+        macro_rules! each {
+            ($($register:literal)*) => {
+                concat!($("vmovdqu64 [rdi + 64 * ", $register, "], zmm", $register, "\n",)*)
+            };
+        }
+        let wide = u64::from(is_x86_feature_detected!("avx512f"));
+        // SAFETY: there is room; a test's stack goes far deeper; what lies there is only read.
         unsafe {
             std::arch::asm!(
+                "test {wide}, {wide}",
+                "jz 2f",
+                each!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15),
+                each!(16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31),
+                "2:",
+                "add rdi, {registers}",
                 "lea rsi, [rsp - {depth}]",
                 "rep movsb",
+                wide = in(reg) wide,
+                registers = const REGISTERS,
                 depth = const DEPTH,
                 inout("rcx") DEPTH => _,
                 inout("rdi") copy.as_mut_ptr() => _,
                 out("rsi") _,
-                options(nostack, preserves_flags),
+                options(nostack),
             );
         }
+    }
+
+    /// Room for what is left. (Made beforehand, because that uses registers.)
+    pub(crate) fn room() -> Vec<u8> {
+        vec![0; REGISTERS + DEPTH]
     }
 
     /// Whether 16 bytes of the schedule in this slot, or any of the tags, stand in the copy.

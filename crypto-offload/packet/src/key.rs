@@ -133,17 +133,17 @@ mod tests {
     /// Packets without data: their tags are what masks tags, which nobody else may know.
     #[cfg(target_arch = "x86_64")]
     #[test]
-    fn nothing_secret_is_left_on_the_stack() {
+    fn nothing_secret_is_left_behind() {
         use crate::kernel::residue;
 
         for kernel in Kernel::available() {
             let arena = SecretArena::new(1).expect("arena");
             let key = PacketKey::with_kernel(&arena, b"not to be seen on any stack ever", kernel);
             let key = key.expect("key");
-            let mut stack = Vec::new();
-            residue::stack(&mut stack);
+            let mut left = residue::room();
+            residue::left(&mut left);
             assert!(
-                !residue::holds(&stack, key.slot.pointer(), &[]),
+                !residue::holds(&left, key.slot.pointer(), &[]),
                 "{kernel}: expansion"
             );
             let mut tags = vec![[0; 16]; 20];
@@ -155,10 +155,10 @@ mod tests {
                 packet.number(number);
             }
             assert!(key.seal([1; 4], &mut batch));
-            residue::stack(&mut stack);
+            residue::left(&mut left);
             drop(batch);
             assert!(
-                !residue::holds(&stack, key.slot.pointer(), &tags),
+                !residue::holds(&left, key.slot.pointer(), &tags),
                 "{kernel}: sealing"
             );
             let mut sealed = tags.clone();
@@ -167,10 +167,10 @@ mod tests {
                 .map(|(number, tag)| OpenPacket::in_place(number, &[], tag).expect("packet"))
                 .collect();
             key.open([1; 4], &mut batch);
-            residue::stack(&mut stack);
+            residue::left(&mut left);
             assert!(batch.iter_mut().all(|packet| packet.plaintext().is_ok()));
             assert!(
-                !residue::holds(&stack, key.slot.pointer(), &tags),
+                !residue::holds(&left, key.slot.pointer(), &tags),
                 "{kernel}: opening"
             );
         }

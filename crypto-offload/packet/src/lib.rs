@@ -27,7 +27,7 @@
 //! contexts may lie where the caller likes. While a batch is at work there is something on the stack
 //! all the same: AWS-LC copies the key of its hash there for each packet, and our kernel spills
 //! sums and the masks of tags, from which that key could be computed (its round keys and powers it
-//! does not). That part of the stack is wiped after each batch. A process that uses AWS-LC here
+//! does not). That part of the stack is wiped after each batch, and the vector registers with it. A process that uses AWS-LC here
 //! and wants the rest, too, locks its workers' stacks and leaves them out of core dumps.
 
 pub mod kernel;

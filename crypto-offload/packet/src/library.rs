@@ -14,7 +14,7 @@ use aws_lc_sys::{
 use bulkhead_crypto::raw;
 use bulkhead_crypto::secret::SLOT_BYTES;
 
-use crate::kernel::{Functions, nonce, wipe_stack};
+use crate::kernel::{Functions, nonce};
 use crate::key::KEY_BYTES;
 use crate::packet::{Job, OpenPacket, Ranges, SealPacket, TAG_BYTES};
 
@@ -46,7 +46,7 @@ unsafe fn expand(slot: NonNull<u8>, key: &[u8; KEY_BYTES]) -> bool {
             ptr::null_mut(),
         ) == 1
     };
-    wipe_stack::<STACK_BYTES>();
+    raw::wipe_left::<STACK_BYTES>();
     expanded
 }
 
@@ -59,7 +59,7 @@ unsafe fn seal(slot: NonNull<u8>, salt: [u8; 4], packets: &mut [SealPacket<'_>])
         // SAFETY: passed on.
         unsafe { seal_one(slot.cast().as_ptr(), salt, packet.ranges()) }
     });
-    wipe_stack::<STACK_BYTES>();
+    raw::wipe_left::<STACK_BYTES>();
     all
 }
 
@@ -108,7 +108,7 @@ unsafe fn open(slot: NonNull<u8>, salt: [u8; 4], packets: &mut [OpenPacket<'_>])
             packet.refuse();
         }
     }
-    wipe_stack::<STACK_BYTES>();
+    raw::wipe_left::<STACK_BYTES>();
 }
 
 /// # Safety
@@ -140,15 +140,15 @@ mod tests {
     use super::*;
     use crate::kernel::residue;
 
-    /// Why the stack is wiped, and that the look at it sees what is there.
+    /// Why registers and stack are wiped, and that the look at it sees what is there.
     #[test]
-    fn aws_lc_leaves_the_hash_key_on_the_stack() {
+    fn aws_lc_leaves_the_hash_key_behind() {
         let arena = SecretArena::new(1).expect("arena");
         let slot = arena.take().expect("slot");
         let mut buffer = vec![0; 100];
         let mut packet = SealPacket::in_place(&[], &mut buffer).expect("packet");
         packet.number(1);
-        let mut stack = Vec::new();
+        let mut left = residue::room();
         // SAFETY: the slot is ours and zeroed; then it is filled.
         unsafe {
             assert!(expand(slot.pointer(), &[3; KEY_BYTES]));
@@ -158,10 +158,10 @@ mod tests {
                 packet.ranges()
             ));
         }
-        residue::stack(&mut stack);
-        assert!(residue::holds(&stack, slot.pointer(), &[]));
-        wipe_stack::<STACK_BYTES>();
-        residue::stack(&mut stack);
-        assert!(!residue::holds(&stack, slot.pointer(), &[]));
+        residue::left(&mut left);
+        assert!(residue::holds(&left, slot.pointer(), &[]));
+        raw::wipe_left::<STACK_BYTES>();
+        residue::left(&mut left);
+        assert!(!residue::holds(&left, slot.pointer(), &[]));
     }
 }

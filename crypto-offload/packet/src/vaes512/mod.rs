@@ -29,8 +29,8 @@ use std::arch::x86_64::*;
 use std::mem::transmute;
 use std::ptr::NonNull;
 
-use bulkhead_crypto::round_keys;
 use bulkhead_crypto::secret::SLOT_BYTES;
+use bulkhead_crypto::{raw, round_keys};
 
 use crate::kernel::Functions;
 use crate::key::KEY_BYTES;
@@ -73,14 +73,14 @@ static FUNCTIONS: Functions = Functions {
     expand: |slot, key| {
         // SAFETY: passed on to the caller; the CPU was asked for what the kernel needs.
         unsafe { expand(slot, key) };
-        crate::kernel::wipe_stack::<4096>();
+        raw::wipe_left::<4096>();
         true
     },
     seal: |slot, salt, packets| {
         // SAFETY: as above.
         unsafe {
             seal(slot, salt, packets);
-            wipe_stack();
+            wipe_left();
         }
         true
     },
@@ -88,16 +88,17 @@ static FUNCTIONS: Functions = Functions {
         // SAFETY: as above.
         unsafe {
             open(slot, salt, packets);
-            wipe_stack();
+            wipe_left();
         }
     },
 };
 
-/// Overwrites the kernel's frame when it is done.
+/// Overwrites the kernel's frame and registers when it is done.
 #[target_feature(enable = "avx512f")]
 #[inline(never)]
-fn wipe_stack() {
+fn wipe_left() {
     std::hint::black_box(&mut [_mm512_setzero_si512(); STACK_VECTORS]);
+    raw::wipe_registers();
 }
 
 /// Expands `key` into the slot.
