@@ -121,7 +121,8 @@ impl<'a> SealPacket<'a> {
     /// Plaintext in memory that others may change meanwhile, ciphertext and tag into a buffer that
     /// is [`TAG_BYTES`] longer. Each byte is read once: several segments are copied to the output
     /// now, a single one is read when the packet is sealed. Whatever the others do, the tag is that
-    /// of the ciphertext.
+    /// of the ciphertext. Until the packet is sealed, the output may hold plaintext: one that never is, or whose
+    /// batch was refused, is not to be sent.
     ///
     /// # Errors
     /// [`LengthError`] if the output has another length, or something is too long.

@@ -14,7 +14,7 @@ pub const SEAL_LIMIT_BLOCKS: u64 = 1 << 36;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SealError {
     /// The batch does not fit in what the key may still seal, or in the numbers there are. It was
-    /// not touched.
+    /// not touched: its packets are not sealed, and their outputs may hold plaintext.
     #[error(
         "the key may seal {left_blocks} more blocks of 16 bytes, the batch has {batch_blocks}, \
          its first number would be {sequence}: agree on a new key with the peer"

@@ -27,11 +27,6 @@ pub struct XtsKey {
     slot: Slot,
 }
 
-// SAFETY: the slot is owned by this value alone, and its bytes never change after construction.
-unsafe impl Send for XtsKey {}
-// SAFETY: as above: `&self` only reads.
-unsafe impl Sync for XtsKey {}
-
 impl std::fmt::Debug for XtsKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("XtsKey")
