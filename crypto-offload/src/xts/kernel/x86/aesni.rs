@@ -37,17 +37,6 @@ macro_rules! round {
     };
 }
 
-/// All rounds but the last.
-macro_rules! rounds {
-    ($op:literal) => {
-        concat!(
-            round!($op 16), round!($op 32), round!($op 48), round!($op 64), round!($op 80),
-            round!($op 96), round!($op 112), round!($op 128), round!($op 144), round!($op 160),
-            round!($op 176), round!($op 192), round!($op 208),
-        )
-    };
-}
-
 /// Data with tweak and first round key added, the tweak put aside, and the next one made.
 macro_rules! whiten {
     ($($data:literal $at:literal,)*) => {
@@ -109,7 +98,7 @@ macro_rules! groups {
                     "mov {batch:e}, 4",
                     "3:",
                     whiten!(0 0, 1 16, 2 32, 3 48, 4 64, 5 80, 6 96, 7 112,),
-                    rounds!($round),
+                    inner_rounds!(round $round),
                     last_round!($last: 0 0, 1 16, 2 32, 3 48, 4 64, 5 80, 6 96, 7 112,),
                     "add {src}, 128",
                     "add {dst}, 128",
@@ -195,7 +184,7 @@ unsafe fn encrypt_numbers(keys: *const u8, at: *mut Base) {
             "movdqu xmm14, [{keys}]",
             each!("movdqu xmm" ", [{at} + " "]": 0 0, 1 16, 2 32, 3 48, 4 64, 5 80, 6 96, 7 112,),
             round!(@each "pxor": 0 1 2 3 4 5 6 7),
-            rounds!("aesenc"),
+            inner_rounds!(round "aesenc"),
             round!("aesenclast" 224),
             "movdqu [{at}], xmm0",
             "movdqu [{at} + 16], xmm1",

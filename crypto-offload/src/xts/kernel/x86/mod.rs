@@ -7,6 +7,17 @@
     reason = "assembly on raw memory; instructions that not every CPU has"
 )]
 
+/// All rounds but the last, by a macro that takes an instruction and where the round's key lies.
+macro_rules! inner_rounds {
+    ($round:ident $op:literal) => {
+        concat!(
+            $round!($op 16), $round!($op 32), $round!($op 48), $round!($op 64), $round!($op 80),
+            $round!($op 96), $round!($op 112), $round!($op 128), $round!($op 144), $round!($op 160),
+            $round!($op 176), $round!($op 192), $round!($op 208),
+        )
+    };
+}
+
 mod aesni;
 mod expand;
 mod vaes256;

@@ -59,17 +59,6 @@ macro_rules! round {
     };
 }
 
-/// All rounds but the last.
-macro_rules! rounds {
-    ($op:literal) => {
-        concat!(
-            round!($op 16), round!($op 32), round!($op 48), round!($op 64), round!($op 80),
-            round!($op 96), round!($op 112), round!($op 128), round!($op 144), round!($op 160),
-            round!($op 176), round!($op 192), round!($op 208),
-        )
-    };
-}
-
 /// Tweaks of one of the first four vectors, from the base in ymm0 and its halves swapped in ymm1.
 macro_rules! first_tweaks {
     ($($to:literal $up:literal $down:literal,)*) => {
@@ -142,7 +131,7 @@ macro_rules! groups {
                     "mov {batch:e}, 2",
                     "3:",
                     whiten!(0 8 0, 1 9 32, 2 10 64, 3 11 96, 4 8 128, 5 9 160, 6 10 192, 7 11 224,),
-                    rounds!($round),
+                    inner_rounds!(round $round),
                     last_round!($last: 0 0, 1 32, 2 64, 3 96, 4 128, 5 160, 6 192, 7 224,),
                     "add {src}, 256",
                     "add {dst}, 256",

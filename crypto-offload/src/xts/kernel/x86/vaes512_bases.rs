@@ -130,12 +130,33 @@ macro_rules! times_x32 {
     };
 }
 
+/// The tweaks behind the one in the first register, each to where it belongs.
+macro_rules! following {
+    ($($at:literal)*) => {
+        concat!($(times_x32!("xmm", 0), "vmovdqu64 [{to} + ", $at, "], xmm0\n",)*)
+    };
+}
+
 /// Zeroes whole registers, and leaves the CPU as code without AVX likes it.
 macro_rules! wipe {
     ($($register:literal)*) => {
         concat!(
             $("vpxord xmm", $register, ", xmm", $register, ", xmm", $register, "\n",)*
             "vzeroupper\n",
+        )
+    };
+}
+
+/// `asm!` that uses registers 0 to 15 (of which the wiping touches all) and 29 to 31.
+macro_rules! registers {
+    ($($body:tt)*) => {
+        asm!(
+            $($body)*
+            out("zmm0") _, out("zmm1") _, out("zmm2") _, out("zmm3") _, out("zmm4") _,
+            out("zmm5") _, out("zmm6") _, out("zmm7") _, out("zmm8") _, out("zmm9") _,
+            out("zmm10") _, out("zmm11") _, out("zmm12") _, out("zmm13") _, out("zmm14") _,
+            out("zmm15") _, out("zmm29") _, out("zmm30") _, out("zmm31") _,
+            options(nostack),
         )
     };
 }
@@ -155,7 +176,7 @@ unsafe fn four_small(keys: *const u8, first: u128, to: *mut Base) -> usize {
     let (low, high) = halves(first);
     // SAFETY: the keys of a schedule are read, room for four is written.
     unsafe {
-        asm!(
+        registers!(
             numbers!(),
             rounds!("zmm", "vbroadcasti32x4": 0),
             "vmovdqu64 [{to}], zmm0",
@@ -165,12 +186,6 @@ unsafe fn four_small(keys: *const u8, first: u128, to: *mut Base) -> usize {
             high = in(reg) high,
             steps = in(reg) &raw const STEPS,
             to = in(reg) to,
-            out("zmm0") _, out("zmm31") _,
-            out("zmm1") _, out("zmm2") _, out("zmm3") _, out("zmm4") _, out("zmm5") _,
-            out("zmm6") _, out("zmm7") _, out("zmm8") _, out("zmm9") _, out("zmm10") _,
-            out("zmm11") _, out("zmm12") _, out("zmm13") _, out("zmm14") _, out("zmm15") _,
-            out("zmm29") _, out("zmm30") _,
-            options(nostack),
         );
     }
     4
@@ -183,7 +198,7 @@ unsafe fn small(keys: *const u8, first: u128, sixteens: usize, to: *mut Base) ->
     let (low, high) = halves(first);
     // SAFETY: the keys of a schedule are read, room for `sixteens` times sixteen is written.
     unsafe {
-        asm!(
+        registers!(
             numbers!(),
             "vmovdqa64 zmm30, [{steps} + 64]",
             "vmovdqa64 zmm4, zmm0",
@@ -208,11 +223,6 @@ unsafe fn small(keys: *const u8, first: u128, sixteens: usize, to: *mut Base) ->
             steps = in(reg) &raw const STEPS,
             sixteens = inout(reg) sixteens => _,
             to = inout(reg) to => _,
-            out("zmm0") _, out("zmm1") _, out("zmm2") _, out("zmm3") _, out("zmm4") _,
-            out("zmm5") _, out("zmm6") _, out("zmm7") _, out("zmm8") _, out("zmm9") _,
-            out("zmm10") _, out("zmm11") _, out("zmm12") _, out("zmm13") _, out("zmm14") _,
-            out("zmm15") _, out("zmm29") _, out("zmm30") _, out("zmm31") _,
-            options(nostack),
         );
     }
     sixteens * 16
@@ -225,37 +235,19 @@ unsafe fn one_large(keys: *const u8, number: u128, to: *mut Base) {
     let (low, high) = halves(number);
     // SAFETY: the keys of a schedule are read, room for the eight of a unit is written.
     unsafe {
-        asm!(
+        registers!(
             "vmovq xmm0, {low}",
             "vpinsrq xmm0, xmm0, {high}, 1",
             "vmovq xmm30, {reduction}",
             rounds!("xmm", "vmovdqu64": 0),
-            "vmovdqu64 [{to} + 0], xmm0",
-            times_x32!("xmm", 0),
-            "vmovdqu64 [{to} + 16], xmm0",
-            times_x32!("xmm", 0),
-            "vmovdqu64 [{to} + 32], xmm0",
-            times_x32!("xmm", 0),
-            "vmovdqu64 [{to} + 48], xmm0",
-            times_x32!("xmm", 0),
-            "vmovdqu64 [{to} + 64], xmm0",
-            times_x32!("xmm", 0),
-            "vmovdqu64 [{to} + 80], xmm0",
-            times_x32!("xmm", 0),
-            "vmovdqu64 [{to} + 96], xmm0",
-            times_x32!("xmm", 0),
-            "vmovdqu64 [{to} + 112], xmm0",
+            "vmovdqu64 [{to}], xmm0",
+            following!(16 32 48 64 80 96 112),
             wipe!(0 29 31),
             keys = in(reg) keys,
             low = in(reg) low,
             high = in(reg) high,
             reduction = in(reg) REDUCTION,
             to = in(reg) to,
-            out("zmm0") _, out("zmm1") _, out("zmm2") _, out("zmm3") _, out("zmm4") _,
-            out("zmm5") _, out("zmm6") _, out("zmm7") _, out("zmm8") _, out("zmm9") _,
-            out("zmm10") _, out("zmm11") _, out("zmm12") _, out("zmm13") _, out("zmm14") _,
-            out("zmm15") _, out("zmm29") _, out("zmm30") _, out("zmm31") _,
-            options(nostack),
         );
     }
 }
@@ -267,7 +259,7 @@ unsafe fn large(keys: *const u8, first: u128, fours: usize, to: *mut Base) -> us
     let (low, high) = halves(first);
     // SAFETY: the keys of a schedule are read, room for `fours` times 32 is written.
     unsafe {
-        asm!(
+        registers!(
             numbers!(),
             "vmovdqa64 zmm1, zmm0",
             "vpbroadcastq zmm30, {reduction}",
@@ -297,11 +289,6 @@ unsafe fn large(keys: *const u8, first: u128, fours: usize, to: *mut Base) -> us
             fours = inout(reg) fours => _,
             group = out(reg) _,
             to = inout(reg) to => _,
-            out("zmm0") _, out("zmm1") _, out("zmm2") _, out("zmm3") _, out("zmm4") _,
-            out("zmm5") _, out("zmm6") _, out("zmm7") _, out("zmm8") _, out("zmm9") _,
-            out("zmm10") _, out("zmm11") _, out("zmm12") _, out("zmm13") _, out("zmm14") _,
-            out("zmm15") _, out("zmm29") _, out("zmm30") _, out("zmm31") _,
-            options(nostack),
         );
     }
     fours * 32
