@@ -30,7 +30,7 @@ impl Kernel {
         all
     }
 
-    /// The one that [`PacketKey::new`] takes: the fastest that this CPU can run.
+    /// The one that [`PacketKey::new`](crate::PacketKey::new) takes: the fastest that this CPU can run.
     #[must_use]
     pub fn chosen() -> Self {
         let fastest = Self::ALL

@@ -8,7 +8,7 @@
 //! | [`packet`] | where a packet's bytes lie: in place, between buffers, or in guest memory |
 //! | [`sealer`] | the numbers of sealed packets, and how much one key may seal |
 //! | [`opener`] | opening: a packet that doesn't authenticate fails alone and leaves nothing |
-//! | [`self_test`] | a kernel takes no key before it has shown that it works |
+//! | [`mod@self_test`] | a kernel takes no key before it has shown that it works |
 //!
 //! A packet is sealed under a 96-bit nonce: the tunnel's 32-bit salt, then the packet's 64-bit
 //! sequence number, big-endian (RFC 4106 section 4; the deterministic construction of
