@@ -52,7 +52,7 @@ pub struct Span<'a> {
 }
 
 /// From guest memory to our side, encrypted where there is a cipher. False, with nothing or a
-/// part of it done, where the ranges don't fit: a mistake of the caller.
+/// part of it done, where the ranges don't fit or are no whole data units: a mistake of the caller.
 #[inline]
 #[must_use]
 pub fn store(span: Span<'_>, cipher: Option<&Cipher>, to: Place<'_>) -> bool {
@@ -80,7 +80,9 @@ pub fn zeroes(chunk: &mut Chunk, bytes: u64, offset_bytes: u64, cipher: Option<&
     let Some(cipher) = cipher else {
         return true;
     };
-    let first = offset_bytes / u64::from(cipher.unit.bytes());
+    let Some(first) = unit_at(offset_bytes, cipher) else {
+        return false;
+    };
     let at = chunk.at().as_ptr();
     // SAFETY: the chunk has that many bytes, which nobody else uses; source and destination are the same.
     let done = unsafe {
@@ -100,7 +102,9 @@ pub fn rekey(chunk: &mut Chunk, bytes: u32, offset_bytes: u64, from: &Cipher, to
     if bytes > chunk.bytes() || !bytes.is_multiple_of(unit) || from.unit != to.unit {
         return false;
     }
-    let first = offset_bytes / u64::from(unit);
+    let Some(first) = unit_at(offset_bytes, from) else {
+        return false;
+    };
     let step = REKEYED_BYTES.next_multiple_of(unit);
     (0..bytes).step_by(step as usize).all(|done| {
         let (len, number) = (step.min(bytes - done), first + u64::from(done / unit));
@@ -134,32 +138,82 @@ pub fn load(span: Span<'_>, cipher: Option<&Cipher>, from: Place<'_>) -> bool {
 }
 
 fn encrypt(span: Span<'_>, cipher: &Cipher, to: NonNull<u8>) -> bool {
-    let Some(runs) = span.buffer.runs(span.at, span.bytes) else {
+    let runs = span.buffer.runs(span.at, span.bytes);
+    let (Some(runs), Some(first)) = (runs, unit_at(span.offset_bytes, cipher)) else {
         return false;
     };
-    let to = std::iter::once((to, span.bytes));
+    let (first, to) = (u128::from(first), std::iter::once((to, span.bytes)));
     // SAFETY: the runs are guest memory that the buffer holds; `to` has span.bytes, which nobody else uses.
-    let done = unsafe {
-        let first = first_unit(&span, cipher);
-        cipher.key.encrypt_segments(cipher.unit, first, runs, to)
-    };
+    let done = unsafe { cipher.key.encrypt_segments(cipher.unit, first, runs, to) };
     done.is_ok()
 }
 
 fn decrypt(span: Span<'_>, cipher: &Cipher, from: NonNull<u8>) -> bool {
-    let Some(runs) = span.buffer.runs(span.at, span.bytes) else {
+    let runs = span.buffer.runs(span.at, span.bytes);
+    let (Some(runs), Some(first)) = (runs, unit_at(span.offset_bytes, cipher)) else {
         return false;
     };
-    let from = std::iter::once((from, span.bytes));
+    let (first, from) = (u128::from(first), std::iter::once((from, span.bytes)));
     // SAFETY: as in `encrypt`, the other way.
-    let done = unsafe {
-        let first = first_unit(&span, cipher);
-        cipher.key.decrypt_segments(cipher.unit, first, from, runs)
-    };
+    let done = unsafe { cipher.key.decrypt_segments(cipher.unit, first, from, runs) };
     done.is_ok()
 }
 
-/// Number of the data unit that a span starts with.
-fn first_unit(span: &Span<'_>, cipher: &Cipher) -> u128 {
-    u128::from(span.offset_bytes / u64::from(cipher.unit.bytes()))
+/// Number of the data unit that begins at this byte of the device; none where none does, whose bytes another
+/// unit's tweak would ruin.
+#[inline]
+fn unit_at(offset_bytes: u64, cipher: &Cipher) -> Option<u64> {
+    let unit = u64::from(cipher.unit.bytes());
+    offset_bytes
+        .is_multiple_of(unit)
+        .then_some(offset_bytes / unit)
+}
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_crypto::{DataUnit, SecretArena, XtsKey};
+
+    use super::*;
+    use crate::worker::staging::Staging;
+
+    /// More than is plaintext at a time.
+    const BYTES: u32 = REKEYED_BYTES + 4096;
+
+    #[test]
+    fn a_chunk_gets_another_key_in_whole_data_units_alone() {
+        let arena = SecretArena::new(2).expect("arena");
+        let cipher = |first: u8| {
+            let mut key = [7; 64];
+            key[0] = first;
+            let key = XtsKey::new(&arena, &key).expect("key");
+            let unit = DataUnit::B4096;
+            Cipher { key, unit }
+        };
+        let (one, two) = (cipher(1), cipher(2));
+        let zeroes_under = |cipher: &Cipher, first: u64| {
+            let mut bytes = vec![0; BYTES as usize];
+            let zero = bytes.clone();
+            let done = cipher.key.encrypt(cipher.unit, first, &zero, &mut bytes);
+            done.expect("whole units");
+            bytes
+        };
+        let mut staging = Staging::new().expect("staging");
+        let mut chunk = staging.take(u64::from(BYTES)).expect("a chunk");
+        let holds = |chunk: &Chunk, expected: &[u8]| {
+            let mut bytes = vec![0; BYTES as usize];
+            assert!(chunk.copy_out(&mut bytes));
+            bytes == expected
+        };
+
+        assert!(zeroes(&mut chunk, u64::from(BYTES), 8192, Some(&one)));
+        assert!(holds(&chunk, &zeroes_under(&one, 2)));
+        assert!(!zeroes(&mut chunk, u64::from(BYTES), 512, Some(&one)));
+        assert!(zeroes(&mut chunk, u64::from(BYTES), 8192, Some(&one)));
+        for (bytes, offset_bytes) in [(BYTES, 8192 + 512), (512, 8192), (u32::MAX, 8192)] {
+            assert!(!rekey(&mut chunk, bytes, offset_bytes, &one, &two));
+        }
+        assert!(holds(&chunk, &zeroes_under(&one, 2)), "refused untouched");
+        assert!(rekey(&mut chunk, BYTES, 8192, &one, &two));
+        assert!(holds(&chunk, &zeroes_under(&two, 2)));
+    }
 }
