@@ -62,27 +62,13 @@ pub(crate) fn check_files(
     Ok(())
 }
 
-/// What stands in the place of the record.
-#[derive(Debug, Clone, Copy)]
-enum Place {
-    /// The file ends before it.
-    NotThere,
-    /// Nothing: a data plane has erased it, or nobody ever wrote one.
-    Empty,
-    /// The record of another volume: the file is a copy, say.
-    Foreign,
-    /// One of this volume.
-    Ours(Record),
-}
-
-fn record(directories: &VolumeDirectories, volume: &Volume) -> Result<Place, String> {
+/// The record of a re-key of this volume. That of another volume is none: the file is a copy, say.
+fn record(directories: &VolumeDirectories, volume: &Volume) -> Result<Option<Record>, String> {
     let at = |error: &dyn std::fmt::Display| format!("volume {}: {error}", volume.name);
     let file = directories.open_volume(volume).map_err(|e| at(&e))?;
     match file.rekey_record(volume) {
-        Ok(None) => Ok(Place::NotThere),
-        Ok(Some(Found::Nothing)) => Ok(Place::Empty),
-        Ok(Some(Found::Record(record))) if record.volume == volume.id => Ok(Place::Ours(record)),
-        Ok(Some(Found::Record(_))) => Ok(Place::Foreign),
+        Ok(None | Some(Found::Nothing)) => Ok(None),
+        Ok(Some(Found::Record(record))) => Ok(Some(record).filter(|r| r.volume == volume.id)),
         Ok(Some(Found::Damaged)) => Err(at(&format!(
             "the re-key record behind the end of {} is damaged: which part is under which key \
              stands nowhere else; restore it from a backup",
@@ -95,14 +81,14 @@ fn record(directories: &VolumeDirectories, volume: &Volume) -> Result<Place, Str
     }
 }
 
-fn check_prepared(volume: &Volume, to: RekeyId, place: Place) -> Result<(), String> {
-    let problem = match place {
-        Place::Ours(record) if record.rekey == to => return Ok(()),
-        Place::Ours(record) => format!(
+fn check_prepared(volume: &Volume, to: RekeyId, record: Option<Record>) -> Result<(), String> {
+    let problem = match record {
+        Some(record) if record.rekey == to => return Ok(()),
+        Some(record) => format!(
             "its file is prepared for another re-key, {}, and not",
             record.rekey
         ),
-        Place::NotThere | Place::Empty | Place::Foreign => "its file is not prepared".to_owned(),
+        None => "its file is not prepared".to_owned(),
     };
     Err(format!(
         "volume {}: {problem} for the re-key {to}: run `bulkhead volume rekey --prepare --volume` \
@@ -111,13 +97,11 @@ fn check_prepared(volume: &Volume, to: RekeyId, place: Place) -> Result<(), Stri
     ))
 }
 
-fn check_done(volume: &Volume, from: RekeyId, place: Place) -> Result<(), String> {
-    let how_far = match place {
-        // The record was there when the re-key came into force. Nobody erases it but a data plane that
-        // drops the previous key of a re-key that is done: another host was first.
-        Place::Empty => return Ok(()),
-        Place::Ours(record) if record.rekey == from => match record.stage {
-            Stage::Done { .. } => return Ok(()),
+fn check_done(volume: &Volume, from: RekeyId, record: Option<Record>) -> Result<(), String> {
+    let how_far = match record {
+        Some(record) if record.rekey == from => match record.stage {
+            // Another host may have been first.
+            Stage::Done { .. } | Stage::Over { .. } => return Ok(()),
             Stage::Running { frontier_bytes, .. } => {
                 let percent =
                     u128::from(frontier_bytes) * 100 / u128::from(record.size_bytes.max(1));
@@ -125,9 +109,7 @@ fn check_done(volume: &Volume, from: RekeyId, place: Place) -> Result<(), String
             }
             Stage::Prepared => "it has not begun".to_owned(),
         },
-        Place::NotThere | Place::Foreign | Place::Ours(_) => {
-            "its file has no record of it".to_owned()
-        }
+        _ => "its file has no record of it".to_owned(),
     };
     Err(format!(
         "volume {}: its re-key {from} is not done, {how_far}, and the previous key is needed until it \

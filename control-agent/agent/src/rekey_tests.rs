@@ -125,6 +125,7 @@ fn a_rekey_begins_only_from_a_file_that_is_prepared_for_it() {
             Stage::Prepared,
             running(512),
             Stage::Done { check: [2; 16] },
+            Stage::Over { check: [2; 16] },
         ] {
             disk.record(ONE, stage);
             assert_eq!(disk.check(old.clone(), volume(Some(ONE))), Ok(()));
@@ -156,13 +157,17 @@ fn a_previous_key_is_dropped_when_nothing_is_under_it() {
         ..volume(None)
     };
     assert_eq!(disk.check(old(), forced), Ok(()));
-    disk.record(ONE, Stage::Done { check: [2; 16] });
-    assert_eq!(disk.check(old(), volume(None)), Ok(()));
-    // Erased: another host has dropped the previous key already.
+    // Over: another host has dropped the previous key already.
+    let check = [2; 16];
+    for stage in [Stage::Done { check }, Stage::Over { check }] {
+        disk.record(ONE, stage);
+        assert_eq!(disk.check(old(), volume(None)), Ok(()));
+    }
+    // Gone, and nobody can tell.
     let copies = layout(SIZE).expect("a layout").copies;
     let erased = disk.file.write_all_at(&[0; 8192], copies[0]);
     erased.expect("write");
-    assert_eq!(disk.check(old(), volume(None)), Ok(()));
+    disk.refuses(old(), volume(None), "has no record of it");
     // The record of another re-key says nothing of this one.
     disk.record(TWO, Stage::Done { check: [2; 16] });
     disk.refuses(old(), volume(None), "has no record of it");

@@ -81,7 +81,7 @@ pub(crate) fn percent(record: &Record) -> u64 {
     let done = match record.stage {
         Stage::Prepared => 0,
         Stage::Running { frontier_bytes, .. } => frontier_bytes,
-        Stage::Done { .. } => record.size_bytes,
+        Stage::Done { .. } | Stage::Over { .. } => record.size_bytes,
     };
     let percent = u128::from(done) * 100 / u128::from(record.size_bytes.max(1));
     u64::try_from(percent).unwrap_or(100)
@@ -107,6 +107,11 @@ pub(crate) fn parts(file: &File, path: &Path, volume: &Volume) -> Result<Parts, 
         Found::Record(_) | Found::Nothing => return Ok(not_begun),
         Found::Damaged => return Err(damaged(path, volume)),
     };
+    let ours = volume.rekey.as_ref().map(|rekey| rekey.id) == Some(record.rekey);
+    if matches!(record.stage, Stage::Over { .. }) && !ours {
+        // What the volume is under since, and which size it has, it does not know.
+        return Ok(not_begun);
+    }
     let geometry = (record.size_bytes, Some(record.data_unit_bytes));
     if geometry != (volume.size_bytes, volume.data_unit_bytes) {
         return Err(Failure::at(
@@ -120,7 +125,6 @@ pub(crate) fn parts(file: &File, path: &Path, volume: &Volume) -> Result<Parts, 
             value,
         })
     };
-    let ours = volume.rekey.as_ref().map(|rekey| rekey.id) == Some(record.rekey);
     match record.stage {
         Stage::Prepared => Ok(not_begun),
         Stage::Running {
@@ -149,13 +153,17 @@ pub(crate) fn parts(file: &File, path: &Path, volume: &Volume) -> Result<Parts, 
                 percent(&record)
             ),
         )),
-        Stage::Done { check: key } if ours || volume.rekey.is_none() => Ok(Parts {
-            boundary_bytes: volume.size_bytes,
-            check: check(key),
-            ..not_begun
-        }),
+        Stage::Done { check: key } | Stage::Over { check: key }
+            if ours || volume.rekey.is_none() =>
+        {
+            Ok(Parts {
+                boundary_bytes: volume.size_bytes,
+                check: check(key),
+                ..not_begun
+            })
+        }
         // The next re-key, and its key to replace is the one that the last ended with.
-        Stage::Done { check: key } => Ok(Parts {
+        Stage::Done { check: key } | Stage::Over { check: key } => Ok(Parts {
             previous_check: check(key),
             ..not_begun
         }),

@@ -256,11 +256,20 @@ fn may_begin(
         Found::Damaged => return Err(damaged(path, volume)),
         Found::Record(record) => record,
     };
+    let refused = |problem: String| Err(Failure::at(path, problem));
     if (record.volume, record.rekey) == (volume.id, rekey.id) {
+        if matches!(record.stage, Stage::Over { .. }) {
+            return refused(format!(
+                "the re-key {} is over: all of the volume is under its new key, and to begin again \
+                 would destroy it: apply a bundle without it (`bulkhead volume rekey --finish`). (If \
+                 the volume was restored from a backup since, make another re-key for it.)",
+                rekey.id
+            ));
+        }
         return Ok(false);
     }
-    let refused = |problem: String| Err(Failure::at(path, problem));
     match record.stage {
+        Stage::Over { .. } if record.volume == volume.id => Ok(true),
         Stage::Running { .. } => refused(format!(
             "its re-key {} stopped at {} %, and must be done first: apply the bundle that has it{}",
             record.rekey,
@@ -273,7 +282,7 @@ fn may_begin(
             record.rekey
         )),
         // Of no use any more, unless a data plane is about to begin with it.
-        Stage::Prepared | Stage::Done { .. } => match file.try_lock() {
+        Stage::Prepared | Stage::Done { .. } | Stage::Over { .. } => match file.try_lock() {
             Ok(()) => Ok(true),
             Err(TryLockError::WouldBlock) => refused(format!(
                 "is prepared for the re-key {}, and in use: apply the bundle that has that, or stop \

@@ -106,6 +106,20 @@ pub enum Stage {
         /// Of the key.
         check: KeyCheck,
     },
+    /// It was done, and its previous key is dropped: the record says no more than that this re-key never
+    /// begins again. What the volume is under now may be the key of a later one.
+    Over {
+        /// Of the key that it ended with.
+        check: KeyCheck,
+    },
+}
+
+impl Stage {
+    /// Whether nothing of the volume is under the previous key any more.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        matches!(self, Self::Done { .. } | Self::Over { .. })
+    }
 }
 
 /// The record.
@@ -195,6 +209,7 @@ impl Record {
                 (1, frontier_bytes, bytes, journal, previous_check, check)
             }
             Stage::Done { check } => (2, self.size_bytes, 0, NO_DIGEST, NO_CHECK, check),
+            Stage::Over { check } => (3, self.size_bytes, 0, NO_DIGEST, NO_CHECK, check),
         }
     }
 
@@ -261,6 +276,7 @@ fn decode_stage(bytes: &[u8; RECORD_BYTES], size: u64, unit: u32) -> Option<Stag
             })
         }
         2 => Some(Stage::Done { check }),
+        3 => Some(Stage::Over { check }),
         _ => None,
     }
 }

@@ -126,10 +126,8 @@ pub struct BlkDevice {
     flush_failed: AtomicBool,
     /// Length of its storage when it was looked at last: the rekeyer can't ask the kernel.
     storage_bytes: AtomicU64,
-    /// The record of a re-key that is over is being erased, behind the end that it has now.
-    erasing: AtomicBool,
-    /// The record of the re-key that it has was there when it was looked for.
-    record_seen: AtomicBool,
+    /// The record of a re-key that is over is being closed, behind the end that it has now.
+    closing: AtomicBool,
 }
 
 impl BlkDevice {
@@ -179,8 +177,7 @@ impl BlkDevice {
             lacks: AtomicU8::new(0),
             flush_failed: AtomicBool::new(false),
             storage_bytes,
-            erasing: AtomicBool::new(false),
-            record_seen: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
         })
     }
 
@@ -199,7 +196,6 @@ impl BlkDevice {
 
     /// Other keys for the same bytes: each worker is told by itself.
     pub(crate) fn set_ciphers(&self, ciphers: Ciphers) {
-        self.record_seen.store(false, Ordering::Release);
         // What was known of an earlier re-key says nothing about this one.
         self.set_rekey_progress(unknown_progress(&ciphers, self.capacity_sectors()));
         *lock(&self.ciphers) = Some(ciphers);
@@ -218,19 +214,9 @@ impl BlkDevice {
         lock(&self.progress).clone()
     }
 
-    /// Whether the record of a re-key is being erased: meanwhile the device does not grow over it.
-    pub(crate) fn set_erasing(&self, erasing: bool) {
-        self.erasing.store(erasing, Ordering::Release);
-    }
-
-    /// Whether the record of its re-key was there once.
-    pub(crate) fn record_was_seen(&self) -> bool {
-        self.record_seen.load(Ordering::Acquire)
-    }
-
-    /// It is.
-    pub(crate) fn note_record_seen(&self) {
-        self.record_seen.store(true, Ordering::Release);
+    /// Whether the record of a re-key is being closed: meanwhile the device does not grow over it.
+    pub(crate) fn set_closing(&self, closing: bool) {
+        self.closing.store(closing, Ordering::Release);
     }
 
     /// Looks at the length of its storage, for [`BlkDevice::storage_bytes`]. On the control thread, which may
@@ -283,7 +269,7 @@ impl BlkDevice {
             .filter(|bytes| i64::try_from(*bytes).is_ok() && bytes.is_multiple_of(block))
             .ok_or(ResizeError::Size(capacity_sectors))?;
         let rekeyed = |ciphers: Ciphers| ciphers.rekey.is_some();
-        if self.ciphers().is_some_and(rekeyed) || self.erasing.load(Ordering::Acquire) {
+        if self.ciphers().is_some_and(rekeyed) || self.closing.load(Ordering::Acquire) {
             return Err(ResizeError::Rekeyed);
         }
         let has_bytes = self.storage.bytes()?;

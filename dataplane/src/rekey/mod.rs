@@ -82,8 +82,8 @@ pub enum ToRekeyer {
         /// The device.
         device: Arc<BlkDevice>,
     },
-    /// The re-key is done and over: erase its record.
-    Erase {
+    /// The re-key is done and over: close its record.
+    Close {
         /// The device's number.
         id: DeviceId,
         /// The device.

@@ -77,37 +77,10 @@ impl Volume<'_> {
             (Some(rekey), Found::Record(record))
                 if record.volume == volume && record.rekey == rekey.id =>
             {
-                let state = self.resume(io, &layout, record, &ciphers.cipher, &rekey.previous)?;
-                self.device.note_record_seen();
-                Ok(state)
-            }
-            // It was there, and is erased when its re-key is done and over alone: by the host that had the
-            // volume since.
-            (Some(rekey), Found::Nothing) if self.device.record_was_seen() => {
-                let record = self.done_elsewhere(volume, rekey.id, &ciphers.cipher)?;
-                Ok(State::Rekeyed(layout, record))
+                self.resume(io, &layout, record, &ciphers.cipher, &rekey.previous)
             }
             (Some(rekey), found) => Err(not_prepared(&rekey.id, &found)),
         }
-    }
-
-    /// What the record would say had it not been erased. It is never written.
-    fn done_elsewhere(
-        &self,
-        volume: VolumeId,
-        rekey: RekeyId,
-        key: &Cipher,
-    ) -> Result<Record, String> {
-        Ok(Record {
-            volume,
-            rekey,
-            size_bytes: self.bytes(),
-            data_unit_bytes: key.unit.bytes(),
-            sequence: 0,
-            stage: Stage::Done {
-                check: check(key, &rekey)?,
-            },
-        })
     }
 
     /// The record as it is, without any judgement; none where there is no room for one.
@@ -184,7 +157,9 @@ impl Volume<'_> {
                 previous_check,
                 ..
             } if check != ours || previous_check != before => Err(other_keys(&record.rekey)),
-            Stage::Done { check } if check != ours => Err(other_keys(&record.rekey)),
+            Stage::Done { check } | Stage::Over { check } if check != ours => {
+                Err(other_keys(&record.rekey))
+            }
             Stage::Running {
                 frontier_bytes,
                 zone: Some(zone),
@@ -200,7 +175,9 @@ impl Volume<'_> {
                     }),
                 })
             }
-            Stage::Running { .. } | Stage::Done { .. } => Ok(State::Rekeyed(*layout, record)),
+            Stage::Running { .. } | Stage::Done { .. } | Stage::Over { .. } => {
+                Ok(State::Rekeyed(*layout, record))
+            }
         }
     }
 
@@ -270,36 +247,36 @@ impl Volume<'_> {
         }
     }
 
-    /// Erases the record of a re-key that was done, and over while nobody held the volume. What stays is true,
+    /// Closes the record of a re-key that was done, and over while nobody held the volume. What stays is true,
     /// but the next re-key can't be prepared over it.
     fn tidy(&self, io: &mut Io, volume: VolumeId, found: &Found) {
         let is_done = |record: &Record| matches!(record.stage, Stage::Done { .. });
         if matches!(found, Found::Record(record) if is_done(record))
             && !self.device.geometry.read_only
-            && let Err(reason) = self.erase(io, volume)
+            && let Err(reason) = self.close(io, volume)
         {
             tracing::warn!("{reason}");
         }
     }
 
-    /// Zeroes both copies, if they are of this volume's re-key that is done.
-    pub(super) fn erase(&self, io: &mut Io, volume: VolumeId) -> Result<(), String> {
-        let Some((layout, Found::Record(record))) = self.found(io)? else {
+    /// Says in both copies that this volume's re-key is over, if it is done. One after the other: a crash
+    /// leaves one that is whole and says `done` or `over`, and none from before.
+    pub(super) fn close(&self, io: &mut Io, volume: VolumeId) -> Result<(), String> {
+        let Some((layout, Found::Record(mut record))) = self.found(io)? else {
             return Ok(());
         };
-        if record.volume != volume || !matches!(record.stage, Stage::Done { .. }) {
+        let Stage::Done { check } = record.stage else {
+            return Ok(());
+        };
+        if record.volume != volume {
             return Ok(());
         }
-        let failed = |errno: Errno| format!("the record of its re-key can't be erased: {errno}");
-        let mut room = io.pieces(PLACE_BYTES as u64).map_err(failed)?;
-        let zeroed = room.first_mut().is_some_and(|p| p.chunk.zero(p.bytes));
-        debug_assert!(zeroed, "a piece is no longer than its chunk");
-        let [at, _] = layout.copies;
-        let (lots, written) = io.write(self.storage, vec![(at, room)]);
-        lots.into_iter().for_each(|pieces| io.give(pieces));
-        written
-            .and_then(|()| io.flush(self.device, self.storage))
-            .map_err(failed)
+        for _ in 0..COPIES {
+            record = record.next(Stage::Over { check });
+            self.put(io, &layout, &record, Vec::new())
+                .map_err(|errno| format!("the record of its re-key can't be closed: {errno}"))?;
+        }
+        Ok(())
     }
 }
 
@@ -307,9 +284,9 @@ impl Volume<'_> {
 pub(super) fn is_with(record: &Record, key: &Cipher) -> bool {
     match record.stage {
         Stage::Prepared => true,
-        Stage::Running { check: with, .. } | Stage::Done { check: with } => {
-            check(key, &record.rekey) == Ok(with)
-        }
+        Stage::Running { check: with, .. }
+        | Stage::Done { check: with }
+        | Stage::Over { check: with } => check(key, &record.rekey) == Ok(with),
     }
 }
 
@@ -352,7 +329,7 @@ fn check(cipher: &Cipher, rekey: &RekeyId) -> Result<KeyCheck, String> {
 fn judge_single(volume: VolumeId, cipher: &Cipher, found: &Found) -> Result<(), String> {
     match found {
         Found::Record(record) if record.volume == volume => match record.stage {
-            Stage::Prepared => Ok(()),
+            Stage::Prepared | Stage::Over { .. } => Ok(()),
             Stage::Running { frontier_bytes, .. } => Err(format!(
                 "its re-key {} is at byte {frontier_bytes} of {}: what lies behind is under the \
                  previous key; apply a bundle that has that key still (`[volume.rekey]`)",
@@ -380,13 +357,14 @@ fn not_prepared(rekey: &RekeyId, found: &Found) -> String {
     match found {
         Found::Damaged => damaged(),
         Found::Nothing => format!(
-            "re-key {rekey} has no record: if another host has finished it, apply the bundle without \
-             the previous key (preparing it anew would destroy the volume); if it never began, run \
-             `bulkhead volume rekey --prepare` with the volume's file"
+            "re-key {rekey} has no record: if it never began, run `bulkhead volume rekey --prepare` with \
+             the volume's file (if it did, that would destroy the volume: restore the file with what is \
+             behind the volume's end)"
         ),
         Found::Record(other) => format!(
             "re-key {rekey} has no record, behind the volume is that of re-key {} of \
-             volume {}: run `bulkhead volume rekey --prepare` with the volume's file",
+             volume {}: if the other one came first, run `bulkhead volume rekey --prepare` with the \
+             volume's file; if this one did, apply the bundle with the other",
             other.rekey, other.volume
         ),
     }

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use bulkhead_crypto::{DataUnit, SecretArena, XtsKey};
-use bulkhead_protocol::rekey::{Record, Stage, layout, prepared};
+use bulkhead_protocol::rekey::{Found, Record, Stage, find, layout, prepared};
 use bulkhead_protocol::{RekeyId, VolumeId};
 
 use super::io::Io;
@@ -298,24 +298,72 @@ fn keys_and_records_have_to_belong_together() {
             }
         ))
     ));
-    let elsewhere = on(rekeyed());
-    assert!(take(&mut io, &elsewhere).is_ok());
-    // Over, with nobody there to say so to: whoever takes the volume next erases the record, which says nothing
-    // about the key of a later volume any more.
+    // Over, with nobody there to say so to: whoever takes the volume next closes the record, which says nothing
+    // about the key of a later re-key any more.
     assert!(matches!(take(&mut io, &on(single(2))), Ok(State::Single)));
     assert!(matches!(take(&mut io, &on(single(1))), Ok(State::Single)));
-    // A host that saw it knows what that means; one that did not must not have it prepared anew.
+    // A host that was late, and never saw the record, goes on with the key that it ended with.
     assert!(matches!(
-        take(&mut io, &elsewhere),
+        take(&mut io, &on(rekeyed())),
         Ok(State::Rekeyed(
             _,
             Record {
-                stage: Stage::Done { .. },
+                stage: Stage::Over { .. },
                 ..
             }
         ))
     ));
-    refused(&mut io, rekeyed(), "would destroy the volume");
+    let exchanged = Ciphers {
+        cipher: cipher(1),
+        rekey: Some(Rekey {
+            id: REKEY,
+            previous: cipher(2),
+        }),
+        ..rekeyed()
+    };
+    refused(&mut io, exchanged, "other keys");
+}
+
+/// Wherever the power goes while a record is closed, what is left says that everything is under the key.
+#[test]
+fn a_record_that_is_closed_is_done_or_over_at_any_moment() {
+    let mut io = Io::new().expect("ring");
+    let cache = cache(&image());
+    let on = |ciphers| device(StorageSpec::Volatile(Arc::clone(&cache)), ciphers);
+    let mut begun = job(&mut io, &on(rekeyed())).expect("prepared");
+    assert_eq!(run(&mut io, &mut begun), Step::Done);
+    let left: Rc<RefCell<Vec<Vec<u8>>>> = Rc::default();
+    let (images, of) = (Rc::clone(&left), Arc::clone(&cache));
+    // Each of the sectors that are not stable is lost in some of 16 cuts, and not in others.
+    io.watch(move || {
+        for chosen in 0..1u32 << 4 {
+            let mut sector = 0;
+            images.borrow_mut().push(of.cut(|versions| {
+                sector += 1;
+                let kept = chosen.rotate_right(sector % 4) & 1 == 1;
+                if kept { versions - 1 } else { 0 }
+            }));
+        }
+    });
+    assert!(matches!(take(&mut io, &on(single(2))), Ok(State::Single)));
+    io.watch(|| {});
+    let mut images = left.take();
+    assert!(images.len() > 16, "it is closed in steps");
+    images.push(cache.cut(|_| 0));
+    let [first, _] = layout(BYTES).expect("layout").copies;
+    let first = usize::try_from(first).expect("small");
+    let stages: Vec<Stage> = images
+        .iter()
+        .map(|image| {
+            let places = image[first..].first_chunk().expect("both copies");
+            match find(places) {
+                Found::Record(record) if record.stage.is_complete() => record.stage,
+                other => panic!("{other:?}"),
+            }
+        })
+        .collect();
+    assert!(matches!(stages.first(), Some(Stage::Done { .. })));
+    assert!(matches!(stages.last(), Some(Stage::Over { .. })));
 }
 
 #[test]

@@ -104,10 +104,10 @@ impl Thread {
                 self.begin(id, device);
             }
             ToRekeyer::Look { device } => self.look(&device),
-            ToRekeyer::Erase { id, device } => {
+            ToRekeyer::Close { id, device } => {
                 self.let_go(id);
-                self.erase(&device);
-                device.set_erasing(false);
+                self.close(&device);
+                device.set_closing(false);
             }
             ToRekeyer::Forget { id } => {
                 self.let_go(id);
@@ -176,7 +176,7 @@ impl Thread {
         let done = job.done_bytes();
         // Before anybody hears that the volume is ready: the workers' queues are started after.
         job.unlock(done, &self.workers);
-        if matches!(job.record.stage, Stage::Done { .. }) {
+        if job.record.stage.is_complete() {
             job.storage.close(&mut self.io.ring);
             note(&job.device, done, RekeyState::Done);
             return Ok(());
@@ -244,24 +244,20 @@ impl Thread {
             {
                 record
             }
-            // It was there, and is erased when its re-key is done and over alone.
-            Ok(Some((_, Found::Nothing))) if device.record_was_seen() => {
-                let bytes = device.capacity_sectors() * SECTOR_BYTES;
-                return note(device, bytes, RekeyState::Done);
-            }
             _ => return,
         };
-        device.note_record_seen();
         match record.stage {
             Stage::Prepared => {}
             Stage::Running { frontier_bytes, .. } => {
                 note(device, frontier_bytes, RekeyState::Waiting);
             }
-            Stage::Done { .. } => note(device, record.size_bytes, RekeyState::Done),
+            Stage::Done { .. } | Stage::Over { .. } => {
+                note(device, record.size_bytes, RekeyState::Done);
+            }
         }
     }
 
-    fn erase(&mut self, device: &BlkDevice) {
+    fn close(&mut self, device: &BlkDevice) {
         let Some(volume) = device.ciphers().and_then(|ciphers| ciphers.volume) else {
             return;
         };
@@ -273,7 +269,7 @@ impl Thread {
             storage: &*storage,
         };
         // What stays says that the re-key is done, which is true.
-        if let Err(reason) = place.erase(&mut self.io, volume) {
+        if let Err(reason) = place.close(&mut self.io, volume) {
             tracing::warn!("{reason}");
         }
         storage.close(&mut self.io.ring);

@@ -71,7 +71,7 @@ impl Job {
         match self.record.stage {
             Stage::Prepared => 0,
             Stage::Running { frontier_bytes, .. } => frontier_bytes,
-            Stage::Done { .. } => self.record.size_bytes,
+            Stage::Done { .. } | Stage::Over { .. } => self.record.size_bytes,
         }
     }
 

@@ -256,8 +256,8 @@ impl Server {
             (Some(_), true) => self.rekeyer.send(ToRekeyer::Begin { id, device }),
             (Some(_), false) => self.rekeyer.send(ToRekeyer::Look { device }),
             (None, true) => {
-                device.set_erasing(true);
-                self.rekeyer.send(ToRekeyer::Erase { id, device });
+                device.set_closing(true);
+                self.rekeyer.send(ToRekeyer::Close { id, device });
             }
             // The record says that it is done, which harms nobody.
             (None, false) => {}

@@ -60,17 +60,14 @@ impl Image {
             Some(record) => match record.stage {
                 Stage::Prepared => 0,
                 Stage::Running { frontier_bytes, .. } => frontier_bytes,
-                Stage::Done { .. } => record.size_bytes,
+                Stage::Done { .. } | Stage::Over { .. } => record.size_bytes,
             },
         }
     }
 
     /// Whether everything is under the new key.
     pub fn is_done(&self) -> bool {
-        matches!(
-            self.record.map(|record| record.stage),
-            Some(Stage::Done { .. })
-        )
+        self.record.is_some_and(|record| record.stage.is_complete())
     }
 }
 
@@ -128,7 +125,7 @@ impl Volume<'_> {
                     }
                 }
             }
-            Some(Stage::Done { check }) => {
+            Some(Stage::Done { check } | Stage::Over { check }) => {
                 self.is_under(&key, rekey, check)?;
                 frontier = stored.len();
             }
@@ -162,7 +159,7 @@ impl Volume<'_> {
             return Ok(Some(record));
         }
         let of_before = Some(record.rekey) == rekey.before;
-        if of_before && matches!(record.stage, Stage::Done { .. }) {
+        if of_before && record.stage.is_complete() {
             return Ok(None);
         }
         Err(format!("the record is of another re-key: {record:?}").into())

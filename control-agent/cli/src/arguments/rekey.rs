@@ -51,7 +51,7 @@ pub(crate) struct VolumeRekey {
     /// The volume's file or block device, to be prepared for the re-key; it may be in use
     #[arg(long, value_name = "FILE", conflicts_with = "finish")]
     pub(crate) file: Option<PathBuf>,
-    /// Only prepare --file for the re-key that the stanza has
+    /// Only prepare --file for the re-key that the stanza has; refused once that is over
     #[arg(long, requires = "file", conflicts_with = "finish")]
     pub(crate) prepare: bool,
     /// Drop the previous key, once `bulkhead status` says that the re-key is done

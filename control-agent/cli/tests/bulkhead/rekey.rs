@@ -106,6 +106,15 @@ fn a_record_that_is_needed_is_not_overwritten() {
         check: half.check(&half.key),
     });
     folder.refused(&other, &["is done and not finished", "--finish"]);
+    // Over: never again for this one, and at once for the next.
+    let over = Stage::Over {
+        check: half.check(&half.key),
+    };
+    half.record(over);
+    folder.refused(PREPARE, &["v.img: the re-key ", "is over", "would destroy"]);
+    assert!(matches!(found(folder), Found::Record(record) if record.stage == over));
+    folder.ok(&other);
+    half.record(half.running(2 * MIB, None));
     let copies = places().copies[0];
     let magic = file(folder).write_all_at(&[0; 4000], copies + 64);
     magic.expect("write");

@@ -21,6 +21,7 @@ fn stages() -> impl Strategy<Value = Stage> {
             check,
         }),
         any::<KeyCheck>().prop_map(|check| Stage::Done { check }),
+        any::<KeyCheck>().prop_map(|check| Stage::Over { check }),
     ]
 }
 
