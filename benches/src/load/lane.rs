@@ -214,7 +214,8 @@ impl<'m, R: Ring> Lane<'m, R> {
         over && self.in_flight() == 0
     }
 
-    /// Takes what was answered, sends what may be sent; how many were answered.
+    /// Takes what was answered, of a device that keeps up no more than a round of all requests (other
+    /// queues and the clock are waiting), sends what may be sent; how many were answered.
     ///
     /// # Errors
     /// [`QueueError`].
@@ -222,7 +223,10 @@ impl<'m, R: Ring> Lane<'m, R> {
     pub fn step(&mut self) -> Result<u64, QueueError> {
         let mut unpublished = 0;
         let mut answered = 0;
-        while let Some(used) = self.ring.poll()? {
+        let most = self.flights.len() as u64;
+        while answered < most
+            && let Some(used) = self.ring.poll()?
+        {
             answered += 1;
             self.finish(used)?;
             unpublished += u32::from(self.send());

@@ -15,11 +15,16 @@ struct Told {
     offered: Vec<(u16, Kind)>,
     published: u32,
     used: VecDeque<Used>,
+    /// Each request is used as soon as it is offered.
+    at_once: bool,
 }
 
 impl Ring for Told {
     fn offer(&mut self, _: &Requests<'_>, slot: u16, kind: Kind) {
         self.offered.push((slot, kind));
+        if self.at_once {
+            self.used.push_back(Used { slot, len: 1 });
+        }
     }
 
     fn publish(&mut self) -> bool {
@@ -85,6 +90,20 @@ fn an_answered_request_is_followed_by_the_next() {
         lane.stop_counting();
         let counts = lane.measured();
         assert_eq!((counts.answered, counts.reads), (3, 3));
+    });
+}
+
+#[test]
+fn a_device_that_keeps_up_does_not_hold_a_step_up() {
+    with("read", |mut lane, status| {
+        lane.ring.at_once = true;
+        for slot in 0..4 {
+            status(slot, 0);
+            lane.ring.used.push_back(Used { slot, len: 1 });
+        }
+        // Statuses are as they were made ready again: the fifth answer would be an error.
+        assert_eq!(lane.step(), Ok(4));
+        assert_eq!(lane.ring.used.len(), 4);
     });
 }
 
