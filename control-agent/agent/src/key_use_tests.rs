@@ -1,10 +1,10 @@
 //! The totals over restarts, re-keys and limits.
 
-use bulkhead_bundle::{Rekey, SocketSpec};
-use bulkhead_protocol::DiscardPolicy;
+use bulkhead_bundle::Rekey;
 use proptest::prelude::*;
 
 use super::*;
+use crate::examples;
 
 const ID: VolumeId = VolumeId([1; 16]);
 const FIRST: Process = Process {
@@ -18,40 +18,15 @@ const SECOND: Process = Process {
 
 fn bundle(rekey: Option<u8>) -> HostBundle {
     let volume = |number: u8, data_unit_bytes| Volume {
-        id: VolumeId([number; 16]),
-        name: format!("disk{number}"),
-        path: String::new(),
         size_bytes: 1000,
         data_unit_bytes,
-        logical_block_bytes: 512,
-        read_only: false,
-        serial: String::new(),
-        discard: DiscardPolicy::Ignore,
-        queues: 1,
-        socket: SocketSpec {
-            name: format!("vm{number}").parse().expect("name"),
-            uid: 0,
-            gid: 0,
-            mode: 0o600,
-        },
-        allowed_uid: 0,
-        force_removal: false,
-        sealed_keys: Vec::new(),
         rekey: rekey.map(|id| Rekey {
             id: RekeyId([id; 16]),
             previous_keys: Vec::new(),
         }),
+        ..examples::volume(number)
     };
-    HostBundle {
-        host: "host-a".to_owned(),
-        epoch: 1,
-        supersedes: Vec::new(),
-        not_before: 0,
-        expires: 1,
-        volumes: vec![volume(1, Some(512)), volume(2, None)],
-        force_remove: Vec::new(),
-        shred: Vec::new(),
-    }
+    examples::bundle(vec![volume(1, Some(512)), volume(2, None)])
 }
 
 fn said(written_bytes: u64) -> Vec<VolumeStatus> {

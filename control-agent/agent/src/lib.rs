@@ -20,6 +20,8 @@ mod clients;
 mod commit;
 mod converge;
 pub mod event_loop;
+#[cfg(test)]
+mod examples;
 mod from_rot;
 mod key_use;
 mod link;

@@ -8,44 +8,7 @@ use bulkhead_protocol::DiscardPolicy;
 use proptest::prelude::*;
 
 use super::*;
-
-fn volume(number: u8) -> Volume {
-    Volume {
-        id: VolumeId([number; 16]),
-        name: format!("disk{number}"),
-        path: format!("disk{number}.img"),
-        size_bytes: 1 << 20,
-        data_unit_bytes: Some(512),
-        logical_block_bytes: 512,
-        read_only: false,
-        serial: String::new(),
-        discard: DiscardPolicy::Ignore,
-        queues: 1,
-        socket: SocketSpec {
-            name: format!("vm{number}").parse().expect("name"),
-            uid: 1,
-            gid: 1,
-            mode: 0o600,
-        },
-        allowed_uid: 1,
-        force_removal: false,
-        sealed_keys: Vec::new(),
-        rekey: None,
-    }
-}
-
-fn bundle(volumes: Vec<Volume>) -> HostBundle {
-    HostBundle {
-        host: "host-a".to_owned(),
-        epoch: 1,
-        supersedes: Vec::new(),
-        not_before: 0,
-        expires: 1,
-        volumes,
-        force_remove: Vec::new(),
-        shred: Vec::new(),
-    }
-}
+use crate::examples::{bundle, volume};
 
 fn plan(old: &[Volume], new: &[Volume]) -> Plan {
     Plan::between(Some(&bundle(old.to_vec())), &bundle(new.to_vec()))

@@ -3,12 +3,13 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
-use bulkhead_bundle::{Rekey, SocketSpec};
+use bulkhead_bundle::Rekey;
+use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::rekey::{layout, prepared};
-use bulkhead_protocol::{DiscardPolicy, VolumeId};
 use tempfile::TempDir;
 
 use super::*;
+use crate::examples;
 
 const SIZE: u64 = 1 << 20;
 const ONE: RekeyId = RekeyId([0xc1; 16]);
@@ -16,43 +17,18 @@ const TWO: RekeyId = RekeyId([0xc2; 16]);
 
 fn volume(rekey: Option<RekeyId>) -> Volume {
     Volume {
-        id: VolumeId([1; 16]),
         name: "disk".to_owned(),
         path: "disk.img".to_owned(),
-        size_bytes: SIZE,
-        data_unit_bytes: Some(512),
-        logical_block_bytes: 512,
-        read_only: false,
-        serial: String::new(),
-        discard: DiscardPolicy::Ignore,
-        queues: 1,
-        socket: SocketSpec {
-            name: "vm".parse().expect("name"),
-            uid: 0,
-            gid: 0,
-            mode: 0o600,
-        },
-        allowed_uid: 0,
-        force_removal: false,
-        sealed_keys: Vec::new(),
         rekey: rekey.map(|id| Rekey {
             id,
             previous_keys: Vec::new(),
         }),
+        ..examples::volume(1)
     }
 }
 
 fn bundle(volume: Volume) -> HostBundle {
-    HostBundle {
-        host: "host-a".to_owned(),
-        epoch: 1,
-        supersedes: Vec::new(),
-        not_before: 0,
-        expires: 1,
-        volumes: vec![volume],
-        force_remove: Vec::new(),
-        shred: Vec::new(),
-    }
+    examples::bundle(vec![volume])
 }
 
 struct Disk {

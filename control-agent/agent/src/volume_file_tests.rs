@@ -4,34 +4,16 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 
-use bulkhead_bundle::SocketSpec;
-use bulkhead_protocol::{DiscardPolicy, VolumeId};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use super::*;
+use crate::examples;
 
 fn volume(path: &str, size_bytes: u64) -> Volume {
     Volume {
-        id: VolumeId([1; 16]),
-        name: "disk".to_owned(),
         path: path.to_owned(),
         size_bytes,
-        data_unit_bytes: None,
-        logical_block_bytes: 512,
-        read_only: false,
-        serial: String::new(),
-        discard: DiscardPolicy::Ignore,
-        queues: 1,
-        socket: SocketSpec {
-            name: "vm".parse().expect("name"),
-            uid: 0,
-            gid: 0,
-            mode: 0o600,
-        },
-        allowed_uid: 0,
-        force_removal: false,
-        sealed_keys: Vec::new(),
-        rekey: None,
+        ..examples::volume(1)
     }
 }
 
