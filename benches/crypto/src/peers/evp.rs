@@ -34,6 +34,62 @@ pub(super) trait Interface {
     ) -> c_int;
 }
 
+/// A type that is the [`Interface`] of the C functions in a module.
+macro_rules! interface {
+    ($library:ident, $c:ident, $context:ty) => {
+        struct $library;
+
+        impl $crate::peers::evp::Interface for $library {
+            type Context = $context;
+
+            unsafe fn new() -> *mut Self::Context {
+                // SAFETY: passed on.
+                unsafe { $c::EVP_CIPHER_CTX_new() }
+            }
+
+            unsafe fn free(context: *mut Self::Context) {
+                // SAFETY: passed on.
+                unsafe { $c::EVP_CIPHER_CTX_free(context) }
+            }
+
+            unsafe fn set_key(
+                context: *mut Self::Context,
+                key: *const u8,
+                encrypt: c_int,
+            ) -> c_int {
+                let cipher = $c::EVP_aes_256_xts;
+                // SAFETY: passed on.
+                unsafe {
+                    $c::EVP_CipherInit_ex(context, cipher(), null_mut(), key, null(), encrypt)
+                }
+            }
+
+            unsafe fn set_tweak(
+                context: *mut Self::Context,
+                tweak: *const u8,
+                encrypt: c_int,
+            ) -> c_int {
+                // SAFETY: passed on.
+                unsafe {
+                    $c::EVP_CipherInit_ex(context, null(), null_mut(), null(), tweak, encrypt)
+                }
+            }
+
+            unsafe fn update(
+                context: *mut Self::Context,
+                to: *mut u8,
+                written: *mut c_int,
+                from: *const u8,
+                len: c_int,
+            ) -> c_int {
+                // SAFETY: passed on.
+                unsafe { $c::EVP_CipherUpdate(context, to, written, from, len) }
+            }
+        }
+    };
+}
+pub(super) use interface;
+
 /// A context with a key.
 pub(super) struct Evp<I: Interface> {
     context: *mut I::Context,

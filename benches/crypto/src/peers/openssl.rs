@@ -9,7 +9,7 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr::{null, null_mut};
 
 use super::Library;
-use super::evp::{Evp, Interface};
+use super::evp::{Evp, interface};
 
 pub(super) const LIBRARY: Library = Library {
     name: "OpenSSL",
@@ -56,40 +56,4 @@ fn version() -> String {
     text.to_string_lossy().into_owned()
 }
 
-struct OpenSsl;
-
-impl Interface for OpenSsl {
-    type Context = c::EvpCipherCtx;
-
-    unsafe fn new() -> *mut Self::Context {
-        // SAFETY: passed on.
-        unsafe { c::EVP_CIPHER_CTX_new() }
-    }
-
-    unsafe fn free(context: *mut Self::Context) {
-        // SAFETY: passed on.
-        unsafe { c::EVP_CIPHER_CTX_free(context) }
-    }
-
-    unsafe fn set_key(context: *mut Self::Context, key: *const u8, encrypt: c_int) -> c_int {
-        let cipher = c::EVP_aes_256_xts;
-        // SAFETY: passed on.
-        unsafe { c::EVP_CipherInit_ex(context, cipher(), null_mut(), key, null(), encrypt) }
-    }
-
-    unsafe fn set_tweak(context: *mut Self::Context, tweak: *const u8, encrypt: c_int) -> c_int {
-        // SAFETY: passed on.
-        unsafe { c::EVP_CipherInit_ex(context, null(), null_mut(), null(), tweak, encrypt) }
-    }
-
-    unsafe fn update(
-        context: *mut Self::Context,
-        to: *mut u8,
-        written: *mut c_int,
-        from: *const u8,
-        len: c_int,
-    ) -> c_int {
-        // SAFETY: passed on.
-        unsafe { c::EVP_CipherUpdate(context, to, written, from, len) }
-    }
-}
+interface!(OpenSsl, c, c::EvpCipherCtx);
