@@ -131,7 +131,7 @@ impl Store {
         let mut store = Self {
             floor: read_floor(&directory)?,
             unfinished: read_unfinished(&directory)?,
-            key_use: read_key_use(&directory)?,
+            key_use: read_key_use(&directory),
             directory,
         };
         let candidate = store.take_candidate(host, trust)?;
@@ -387,17 +387,22 @@ fn read_unfinished(directory: &StateDirectory) -> Result<Unfinished, StoreError>
     Ok(found.unwrap_or_default())
 }
 
-/// A counter is no reason not to start: a damaged one begins anew.
-fn read_key_use(directory: &StateDirectory) -> Result<KeyUse, StoreError> {
-    let Some(bytes) = read(directory, KEY_USE, MAX_TEXT_BYTES)? else {
-        return Ok(KeyUse::default());
+/// A counter is no reason not to start: one that is damaged, or can't be read, begins anew.
+fn read_key_use(directory: &StateDirectory) -> KeyUse {
+    let problem = match directory.read(KEY_USE, MAX_TEXT_BYTES) {
+        Ok(None) => return KeyUse::default(),
+        Ok(Some(bytes)) => {
+            let text = std::str::from_utf8(&bytes).ok();
+            if let Some(found) = text.and_then(KeyUse::from_text) {
+                return found;
+            }
+            "its text is not what the agent writes".to_owned()
+        }
+        Err(error) => error.to_string(),
     };
-    let found = std::str::from_utf8(&bytes).ok().and_then(KeyUse::from_text);
-    Ok(found.unwrap_or_else(|| {
-        tracing::warn!(
-            "{} is damaged: what was encrypted under each volume's key is counted from zero",
-            directory.path_of(KEY_USE).display()
-        );
-        KeyUse::default()
-    }))
+    tracing::warn!(
+        "{} is damaged ({problem}): what was encrypted under each volume's key is counted from zero",
+        directory.path_of(KEY_USE).display()
+    );
+    KeyUse::default()
 }

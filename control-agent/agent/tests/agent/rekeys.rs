@@ -1,7 +1,7 @@
 //! A volume whose key takes the place of another: what is refused by the record in its file, and that
 //! nobody is detached.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
 use bulkhead_protocol::RekeyId;
@@ -127,4 +127,20 @@ fn what_is_encrypted_under_a_key_is_counted_over_restarts() {
     record(&world, Stage::Prepared);
     world.apply_fully(&bundle(2, vec![rekeyed(1), volume(2)]));
     assert_eq!(shown(&mut world)[0], Some(SIZE_BYTES));
+}
+
+#[test]
+fn a_count_that_is_damaged_or_can_not_be_read_keeps_no_agent_from_starting() {
+    let mut world = World::new();
+    world.apply_fully(&bundle(1, vec![encrypted(1)]));
+    let file = world.path("state/key-use");
+    for damage in ["", "bulkhead agent key use v1\ndata", &"x".repeat(1 << 21)] {
+        fs::write(&file, damage).expect("damage");
+        world.start();
+        world.settle(1);
+    }
+    fs::remove_file(&file).expect("remove");
+    fs::create_dir(&file).expect("directory");
+    world.start();
+    assert_eq!(world.settle(1).epoch_floor, 1);
 }
