@@ -1,4 +1,4 @@
-//! The names of things that processes agree on: volume ids, socket names, and the
+//! The names of things that processes agree on: volume ids, socket and group names, and the
 //! policies that travel with them. A value of these types is well-formed.
 
 use std::fmt;
@@ -137,72 +137,94 @@ uuid_id!(
     "re-key id"
 );
 
-/// Name of a vhost-user socket: the listener is `<run dir>/vhost/<name>.sock`.
-///
-/// 1 to 64 characters of `a-z 0-9 . _ -`, the first a letter or digit, so that it is
-/// one path component that can't climb, and fits `sockaddr_un`.
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SocketName(String);
+/// A name of 1 to 64 characters of `a-z 0-9 . _ -`, the first a letter or digit; it travels as text.
+macro_rules! plain_name {
+    ($(#[$doc:meta])* $name:ident, $what:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub struct $name(String);
 
-impl SocketName {
-    /// Longest name in bytes.
-    pub const MAX_BYTES: usize = 64;
+        impl $name {
+            /// Longest name in bytes.
+            pub const MAX_BYTES: usize = 64;
 
-    /// The name as text.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Display for SocketName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl fmt::Debug for SocketName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "SocketName({})", self.0)
-    }
-}
-
-impl FromStr for SocketName {
-    type Err = InvalidName;
-
-    fn from_str(text: &str) -> Result<Self, InvalidName> {
-        let first_ok = text.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit());
-        let all_ok = text
-            .chars()
-            .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '_' | '-'));
-        if !first_ok || !all_ok || text.len() > Self::MAX_BYTES {
-            return Err(InvalidName::new(
-                "socket name",
-                text,
-                "1 to 64 characters of a-z 0-9 . _ -, the first a letter or digit",
-            ));
+            /// The name as text.
+            #[must_use]
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
         }
-        Ok(Self(text.to_owned()))
-    }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!(stringify!($name), "({})"), self.0)
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = InvalidName;
+
+            fn from_str(text: &str) -> Result<Self, InvalidName> {
+                parse_name($what, text, Self::MAX_BYTES).map(Self)
+            }
+        }
+
+        impl<C> Encode<C> for $name {
+            fn encode<W: Write>(
+                &self,
+                e: &mut Encoder<W>,
+                _: &mut C,
+            ) -> Result<(), encode::Error<W::Error>> {
+                e.str(&self.0)?.ok()
+            }
+        }
+
+        impl<'b, C> Decode<'b, C> for $name {
+            fn decode(d: &mut Decoder<'b>, _: &mut C) -> Result<Self, decode::Error> {
+                d.str()?
+                    .parse()
+                    .map_err(|e: InvalidName| decode::Error::message(e.to_string()))
+            }
+        }
+    };
 }
 
-impl<C> Encode<C> for SocketName {
-    fn encode<W: Write>(
-        &self,
-        e: &mut Encoder<W>,
-        _: &mut C,
-    ) -> Result<(), encode::Error<W::Error>> {
-        e.str(&self.0)?.ok()
+fn parse_name(what: &'static str, text: &str, most_bytes: usize) -> Result<String, InvalidName> {
+    let first_ok = text.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit());
+    let all_ok = text
+        .chars()
+        .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '_' | '-'));
+    if !first_ok || !all_ok || text.len() > most_bytes {
+        return Err(InvalidName::new(
+            what,
+            text,
+            "1 to 64 characters of a-z 0-9 . _ -, the first a letter or digit",
+        ));
     }
+    Ok(text.to_owned())
 }
 
-impl<'b, C> Decode<'b, C> for SocketName {
-    fn decode(d: &mut Decoder<'b>, _: &mut C) -> Result<Self, decode::Error> {
-        d.str()?
-            .parse()
-            .map_err(|e: InvalidName| decode::Error::message(e.to_string()))
-    }
-}
+plain_name!(
+    /// Name of a vhost-user socket: the listener is `<run dir>/vhost/<name>.sock`.
+    ///
+    /// 1 to 64 characters of `a-z 0-9 . _ -`, the first a letter or digit, so that it is
+    /// one path component that can't climb, and fits `sockaddr_un`.
+    SocketName,
+    "socket name"
+);
+
+plain_name!(
+    /// Name of a group of volumes that share limits: 1 to 64 characters of `a-z 0-9 . _ -`, the
+    /// first a letter or digit.
+    GroupName,
+    "group name"
+);
 
 /// What a volume does with DISCARD. Discarding tells the storage which blocks are free;
 /// under encryption that leaks the free map, so the bundle says which is wanted.
@@ -247,9 +269,11 @@ mod tests {
         for good in ["a", "vm-7.disk_0", "0"] {
             assert!(good.parse::<SocketName>().is_ok(), "{good}");
         }
+        assert!("tenant-a".parse::<GroupName>().is_ok());
         let long = "a".repeat(65);
         for bad in ["", ".", "..", "a/b", "A", "-a", "a b", "a\0", long.as_str()] {
             assert!(bad.parse::<SocketName>().is_err(), "{bad:?}");
+            assert!(bad.parse::<GroupName>().is_err(), "{bad:?}");
         }
     }
 }

@@ -8,6 +8,7 @@
 use minicbor::{Decode, Encode};
 
 use crate::identity::{DiscardPolicy, RekeyId, SocketName, VolumeId};
+use crate::limits::{GroupGrant, Limits};
 
 /// Length of an AES-256-XTS key: data key, then tweak key.
 pub const XTS_KEY_BYTES: usize = 64;
@@ -176,9 +177,21 @@ pub struct VolumeGrant {
     /// served. Only for an encrypted volume that may be written.
     #[n(11)]
     pub rekey: Option<RekeyId>,
+    /// How much it may do.
+    #[n(12)]
+    #[cbor(skip_if = "Limits::is_none")]
+    pub limits: Limits,
+    /// The group that it shares limits with, beside its own; every grant of a group says the same
+    /// about it.
+    #[n(13)]
+    pub group: Option<GroupGrant>,
 }
 
 /// From keyd to the data plane.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly every message is a grant, and one is in hand at a time"
+)]
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum KeydToDataplane {
     /// A volume may be served. Descriptors: for an encrypted volume its key, one page of secret
@@ -192,7 +205,9 @@ pub enum KeydToDataplane {
     /// ([`VolumeGrant::rekey`]: none to some, or some to none) leaves the served volume and its
     /// frontend where they are, too: with a re-key, the key in use becomes the previous one (the page
     /// has to hold that key); without one, the previous key is dropped, refused while anything is
-    /// still encrypted with it. Any other replaces the one held, and a volume served under the old
+    /// still encrypted with it. Other limits or another group ([`VolumeGrant::limits`],
+    /// [`VolumeGrant::group`]) take effect at once in each of these cases, and if they are all that
+    /// differs the served volume stays where it is. Any other replaces the one held, and a volume served under the old
     /// one is detached first.
     #[n(0)]
     Grant {

@@ -29,9 +29,10 @@ pub mod control;
 pub mod envelope;
 pub mod identity;
 pub mod keys;
+pub mod limits;
 pub mod process;
 pub mod rekey;
 pub mod rot;
 
 pub use channel::{Channel, ChannelError, Received};
-pub use identity::{DiscardPolicy, InvalidName, RekeyId, SocketName, VolumeId};
+pub use identity::{DiscardPolicy, GroupName, InvalidName, RekeyId, SocketName, VolumeId};

@@ -8,6 +8,7 @@ use std::io;
 use bulkhead_bundle::{HostBundle, SealedKeyEntry, Volume, text};
 use bulkhead_crypto::secret::SecretMemory;
 use bulkhead_protocol::keys::{VolumeGrant, XTS_KEY_BYTES};
+use bulkhead_protocol::limits::Limits;
 use bulkhead_sealing::{
     KeyError, RecipientKey, SealError, SealedKey, UnsealError, VolumeContext, seal, unseal,
 };
@@ -292,6 +293,8 @@ pub(crate) fn grant_of(volume: &Volume, epoch: u64) -> VolumeGrant {
         discard: volume.discard,
         epoch,
         rekey: volume.rekey.as_ref().map(|rekey| rekey.id),
+        limits: Limits::default(),
+        group: None,
     }
 }
 

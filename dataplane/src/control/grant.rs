@@ -172,6 +172,7 @@ pub(super) fn capacity_sectors(grant: &VolumeGrant) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use bulkhead_protocol::limits::Limits;
     use bulkhead_protocol::{RekeyId, VolumeId};
 
     use super::*;
@@ -192,6 +193,8 @@ mod tests {
             discard: DiscardPolicy::Ignore,
             epoch: 3,
             rekey: None,
+            limits: Limits::default(),
+            group: None,
         }
     }
 

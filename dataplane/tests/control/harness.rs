@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use bulkhead_crypto::SecretMemory;
 use bulkhead_protocol::control::{AgentToDataplane, DataplaneToAgent, VolumeStatus};
 use bulkhead_protocol::keys::{DataplaneToKeyd, KeydToDataplane, VolumeGrant};
+use bulkhead_protocol::limits::Limits;
 use bulkhead_protocol::process::{ROT_ENV, ROT_FD};
 use bulkhead_protocol::rot::{FromRot, Measurement, Role, ToRot};
 use bulkhead_protocol::{Channel, DiscardPolicy, SocketName, VolumeId};
@@ -60,6 +61,8 @@ pub fn grant(n: u8) -> VolumeGrant {
         discard: DiscardPolicy::Ignore,
         epoch: 1,
         rekey: None,
+        limits: Limits::default(),
+        group: None,
     }
 }
 

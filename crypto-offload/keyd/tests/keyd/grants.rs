@@ -1,6 +1,7 @@
 //! What an accepted bundle grants, and what it revokes.
 
 use bulkhead_protocol::keys::{DataplaneToKeyd, KeydToDataplane, VolumeGrant};
+use bulkhead_protocol::limits::Limits;
 use bulkhead_sealing::RecipientKey;
 
 use crate::bundles::{HOST, bundle, encrypted, id, now, plain, random_key, sealed, signed};
@@ -25,6 +26,8 @@ fn a_grant_says_what_the_bundle_says_and_brings_the_key() {
         discard: volume.discard,
         epoch: 7,
         rekey: None,
+        limits: Limits::default(),
+        group: None,
     });
     let keys = [Some(first), None, Some(second)];
     for ((delivered, grant), key) in got.iter().zip(expected).zip(keys) {
