@@ -24,6 +24,7 @@
 //! | [`blk`] | virtio-blk: device, configuration space, requests, pipeline |
 //! | [`control`] | what rot, keyd and the agent say becomes what is served |
 //! | [`storage`] | where blocks live |
+//! | [`qos`] | how much a volume, and a group of volumes, may do in a second |
 //! | [`rekey`] | another key for a volume, zone by zone, while it is served |
 //! | [`sandbox`] | how the process and its threads lock themselves in |
 //! | [`worker`] | a thread on a core: its queues, its ring, polling |
@@ -34,6 +35,7 @@ pub mod control;
 pub mod fds;
 pub mod log_limit;
 pub mod memory;
+pub mod qos;
 pub mod rekey;
 pub mod sandbox;
 pub mod serve;

@@ -12,6 +12,7 @@ use super::cipher::{Cipher, Ciphers};
 use super::config_space::feature;
 use super::metrics::Metrics;
 use crate::log_limit::LogLimit;
+use crate::qos::Qos;
 use crate::storage::StorageSpec;
 
 /// Bytes of a sector, always (virtio 1.2, 5.2).
@@ -105,6 +106,7 @@ pub struct BlkDevice {
     progress: Mutex<Option<RekeyProgress>>,
     /// Counters, written by the workers.
     pub metrics: Metrics,
+    qos: Qos,
     /// Grows only.
     capacity_sectors: AtomicU64,
     /// The driver's cache mode: completed writes may be volatile until a flush.
@@ -166,6 +168,7 @@ impl BlkDevice {
             ciphers: Mutex::new(ciphers),
             progress: Mutex::new(progress),
             metrics: Metrics::default(),
+            qos: Qos::default(),
             capacity_sectors: AtomicU64::new(capacity_sectors),
             writeback: AtomicBool::new(true),
             writeback_chosen: AtomicBool::new(false),
@@ -179,6 +182,13 @@ impl BlkDevice {
             storage_bytes,
             closing: AtomicBool::new(false),
         })
+    }
+
+    /// How much of it may be used in a second.
+    #[must_use]
+    #[inline]
+    pub fn qos(&self) -> &Qos {
+        &self.qos
     }
 
     /// Whether its blocks are encrypted.
