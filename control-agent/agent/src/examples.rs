@@ -1,6 +1,7 @@
 //! A volume and a bundle for this crate's own tests, which change of them what matters.
 
 use bulkhead_bundle::{HostBundle, SocketSpec, Volume};
+use bulkhead_protocol::limits::Limits;
 use bulkhead_protocol::{DiscardPolicy, VolumeId};
 
 /// An encrypted volume of 1 MiB; each number is another, with a file and a listener of its own.
@@ -26,6 +27,8 @@ pub(crate) fn volume(number: u8) -> Volume {
         force_removal: false,
         sealed_keys: Vec::new(),
         rekey: None,
+        limits: Limits::default(),
+        group: None,
     }
 }
 
@@ -40,5 +43,7 @@ pub(crate) fn bundle(volumes: Vec<Volume>) -> HostBundle {
         volumes,
         force_remove: Vec::new(),
         shred: Vec::new(),
+        groups: Vec::new(),
+        workers: None,
     }
 }

@@ -43,15 +43,36 @@ struct Shape {
 }
 
 const BUNDLE: Shape = Shape {
-    keys: 8,
-    children: &[(5, "volumes", &VOLUME)],
+    keys: 10,
+    children: &[
+        (5, "volumes", &VOLUME),
+        (8, "groups", &GROUP),
+        (9, "workers", &WORKERS),
+    ],
+};
+const GROUP: Shape = Shape {
+    keys: 2,
+    children: &[(1, "limits", &LIMITS)],
+};
+const LIMITS: Shape = Shape {
+    keys: 2,
+    children: &[(0, "requests", &RATE), (1, "bytes", &RATE)],
+};
+const RATE: Shape = Shape {
+    keys: 2,
+    children: &[],
+};
+const WORKERS: Shape = Shape {
+    keys: 2,
+    children: &[],
 };
 const VOLUME: Shape = Shape {
-    keys: 15,
+    keys: 17,
     children: &[
         (10, "socket", &SOCKET),
         (13, "sealed_keys", &SEALED),
         (14, "rekey", &REKEY),
+        (15, "limits", &LIMITS),
     ],
 };
 const REKEY: Shape = Shape {

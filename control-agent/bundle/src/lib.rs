@@ -26,7 +26,7 @@ pub use bulkhead_files::{private_file, reader, text};
 
 pub use operator::{Fingerprint, KeyError, OperatorKey, OperatorPublicKey};
 pub use reader::SourceError;
-pub use schema::{HostBundle, Rekey, SealedKeyEntry, SocketSpec, Volume};
+pub use schema::{Group, HostBundle, Rekey, SealedKeyEntry, SocketSpec, Volume};
 pub use sign::{SignError, sign};
 pub use trust::TrustRoot;
 pub use validate::{ValidationError, validate};

@@ -3,7 +3,9 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use bulkhead_protocol::keys::EnvelopeDigest;
-use bulkhead_protocol::{DiscardPolicy, RekeyId, SocketName, VolumeId};
+use bulkhead_protocol::limits::Limits;
+use bulkhead_protocol::workers::Workers;
+use bulkhead_protocol::{DiscardPolicy, GroupName, RekeyId, SocketName, VolumeId};
 use minicbor::{Decode, Encode};
 
 /// Everything one host is to serve.
@@ -38,6 +40,26 @@ pub struct HostBundle {
     #[n(7)]
     #[cbor(skip_if = "Vec::is_empty")]
     pub shred: Vec<VolumeId>,
+    /// The groups that volumes can be in; without any it is encoded as before there were groups.
+    #[n(8)]
+    #[cbor(skip_if = "Vec::is_empty")]
+    pub groups: Vec<Group>,
+    /// The worker threads of the host's data plane; none: as many as the host itself says.
+    #[n(9)]
+    pub workers: Option<Workers>,
+}
+
+/// Volumes that share limits, beside those that each of them has.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Group {
+    /// Its name, which volumes give as theirs.
+    #[n(0)]
+    pub name: GroupName,
+    /// What its volumes may do together.
+    #[n(1)]
+    #[cbor(skip_if = "Limits::is_none")]
+    pub limits: Limits,
 }
 
 /// One volume.
@@ -91,6 +113,13 @@ pub struct Volume {
     /// was signed before there were re-keys has none, and is encoded as it was.
     #[n(14)]
     pub rekey: Option<Rekey>,
+    /// How much it may do. Without limits it is encoded as before there were any.
+    #[n(15)]
+    #[cbor(skip_if = "Limits::is_none")]
+    pub limits: Limits,
+    /// The group whose limits hold for it, too; one of the bundle's.
+    #[n(16)]
+    pub group: Option<GroupName>,
 }
 
 /// A re-key: the volume's key takes the place of another, the previous key, while it is served.
@@ -155,6 +184,13 @@ impl HostBundle {
     #[must_use]
     pub fn volume(&self, id: VolumeId) -> Option<&Volume> {
         self.volumes.iter().find(|volume| volume.id == id)
+    }
+
+    /// The group that a volume is in.
+    #[must_use]
+    pub fn group_of(&self, volume: &Volume) -> Option<&Group> {
+        let name = volume.group.as_ref()?;
+        self.groups.iter().find(|group| group.name == *name)
     }
 }
 

@@ -12,20 +12,31 @@ use bulkhead_protocol::keys::EnvelopeDigest;
 use bulkhead_protocol::{DiscardPolicy, SocketName, VolumeId};
 use minicbor::bytes::ByteArray;
 use toml::de::DeValue;
-use toml::value::{Datetime, Offset};
 
 use crate::reader::{Document, SourceError, Table};
-use crate::schema::{HostBundle, SocketSpec, Volume};
+use crate::schema::{Group, HostBundle, SocketSpec, Volume};
 use crate::text;
-use crate::validate::{ValidationError, validate};
+use crate::validate::{Part, ValidationError, validate};
 
 mod keys;
+mod limits;
+mod time;
 
-/// Where a volume's fields stand.
+/// Where the fields of a volume or a group stand.
 struct Place {
     file: String,
     lines: HashMap<String, usize>,
     path: String,
+}
+
+impl Place {
+    fn of(file: &str, table: &Table<'_, '_>, path: String) -> Self {
+        Self {
+            file: file.to_owned(),
+            lines: table.lines(),
+            path,
+        }
+    }
 }
 
 /// Reads a bundle's source and the files it includes, and validates what they say together.
@@ -42,7 +53,7 @@ pub fn load(path: &Path) -> Result<HostBundle, SourceError> {
     let parsed = document.parse()?;
     let root = Table::root(document, &parsed);
     let mut volumes = Vec::new();
-    let mut places = Vec::new();
+    let (mut places, mut group_places) = (Vec::new(), Vec::new());
     read_volumes(&root, &file, &mut volumes, &mut places)?;
     let directory = path.parent().unwrap_or(Path::new(""));
     for name in root.strings("include")? {
@@ -57,14 +68,27 @@ pub fn load(path: &Path) -> Result<HostBundle, SourceError> {
         host: root.string("host")?.to_owned(),
         epoch: root.integer("epoch", u64::MAX)?,
         supersedes: digests(&root)?,
-        not_before: time(&root, "not_before")?,
-        expires: time(&root, "expires")?,
+        not_before: time::time(&root, "not_before")?,
+        expires: time::time(&root, "expires")?,
         volumes,
         force_remove: parsed_list::<VolumeId>(&root, "force_remove")?,
         shred: parsed_list::<VolumeId>(&root, "shred")?,
+        groups: read_groups(&root, &file, &mut group_places)?,
+        workers: limits::workers(&root)?,
     };
     root.finish()?;
-    validate(&bundle).map_err(|error| located(&root, &places, &error))?;
+    validate(&bundle).map_err(|error| {
+        let (part, place) = match &error.part {
+            Part::Bundle => return root.error(error.field, error.problem),
+            Part::Workers => ("workers", None),
+            Part::Volume(index, _) => ("volume", places.get(*index)),
+            Part::Group(index, _) => ("group", group_places.get(*index)),
+        };
+        match place {
+            Some(place) => located(place, &error),
+            None => root.error(part, error.to_string()),
+        }
+    })?;
     Ok(bundle)
 }
 
@@ -113,30 +137,32 @@ fn read_volumes(
 ) -> Result<(), SourceError> {
     for (index, table) in root.tables("volume")?.iter().enumerate() {
         volumes.push(read_volume(table)?);
-        places.push(Place {
-            file: file.to_owned(),
-            lines: table.lines(),
-            path: format!("volume[{index}]."),
-        });
+        places.push(Place::of(file, table, format!("volume[{index}].")));
     }
     Ok(())
 }
 
+fn read_groups(
+    root: &Table<'_, '_>,
+    file: &str,
+    places: &mut Vec<Place>,
+) -> Result<Vec<Group>, SourceError> {
+    let mut groups = Vec::new();
+    for (index, table) in root.tables("group")?.iter().enumerate() {
+        groups.push(limits::group(table)?);
+        places.push(Place::of(file, table, format!("group[{index}].")));
+    }
+    Ok(groups)
+}
+
 /// A validation error with the line of the field it is about.
-fn located(root: &Table<'_, '_>, places: &[Place], error: &ValidationError) -> SourceError {
-    let place = match &error.volume {
-        None => return root.error(error.field, error.problem.clone()),
-        Some((index, _)) => places.get(*index),
-    };
-    let Some((place, (_, name))) = place.zip(error.volume.as_ref()) else {
-        return root.error("volume", error.to_string());
-    };
+fn located(place: &Place, error: &ValidationError) -> SourceError {
     let line = place.lines.get(error.field).or(place.lines.get(""));
     SourceError {
         file: place.file.clone(),
         line: line.copied(),
         field: format!("{}{}", place.path, error.field),
-        problem: format!("volume {name:?}: {}", error.problem),
+        problem: format!("{}{}", error.part.prefix(), error.problem),
     }
 }
 
@@ -163,6 +189,8 @@ fn read_volume(table: &Table<'_, '_>) -> Result<Volume, SourceError> {
         force_removal: table.boolean("force_removal", false)?,
         sealed_keys: keys::entries(table, "sealed_key")?,
         rekey: keys::rekey(table)?,
+        limits: limits::limits(table)?,
+        group: limits::group_name(table)?,
     };
     socket.finish()?;
     table.finish()?;
@@ -301,47 +329,6 @@ fn mode(socket: &Table<'_, '_>) -> Result<u32, SourceError> {
     }
 }
 
-fn time(table: &Table<'_, '_>, field: &'static str) -> Result<u64, SourceError> {
-    match table.value(field) {
-        None => Err(table.error(field, "is missing")),
-        Some(DeValue::Integer(_)) => table.integer(field, u64::MAX),
-        Some(DeValue::Datetime(time)) => unix_seconds(time).ok_or_else(|| {
-            table.error(
-                field,
-                "must be a time with its offset, like 2026-01-31T12:00:00Z, not before 1970",
-            )
-        }),
-        Some(_) => Err(table.error(
-            field,
-            "must be a time like 2026-01-31T12:00:00Z, or a number of Unix seconds",
-        )),
-    }
-}
-
-/// Seconds since 1970 of a time with date and offset; a fraction is dropped.
-fn unix_seconds(time: &Datetime) -> Option<u64> {
-    let (date, clock) = (time.date?, time.time?);
-    let offset_minutes = match time.offset? {
-        Offset::Z => 0,
-        Offset::Custom { minutes } => i64::from(minutes),
-    };
-    let (year, month, day) = (
-        i64::from(date.year),
-        i64::from(date.month),
-        i64::from(date.day),
-    );
-    // Days since 1970-01-01 in the proleptic Gregorian calendar, with years from March.
-    let shifted = if month > 2 { year } else { year - 1 };
-    let month_from_march = (month + 9) % 12;
-    let day_of_year = (153 * month_from_march + 2) / 5 + day - 1;
-    let leap_days = shifted.div_euclid(4) - shifted.div_euclid(100) + shifted.div_euclid(400);
-    let days = shifted * 365 + leap_days + day_of_year - 719_468;
-    let seconds = i64::from(clock.hour) * 3600
-        + i64::from(clock.minute) * 60
-        + i64::from(clock.second.unwrap_or(0));
-    u64::try_from(days * 86_400 + seconds - offset_minutes * 60).ok()
-}
-
 /// A volume as the stanza that [`load`] reads.
 #[must_use]
 pub fn volume_to_toml(volume: &Volume) -> String {
@@ -376,6 +363,7 @@ pub fn volume_to_toml(volume: &Volume) -> String {
         volume.allowed_uid,
         volume.force_removal,
     );
+    limits::write(&mut out, volume);
     keys::write(&mut out, volume);
     out
 }

@@ -1,5 +1,6 @@
 //! The bundle's tests: a signed example, and what they share.
 
+mod limits;
 mod refusals;
 mod rekey;
 mod roundtrip;
@@ -7,6 +8,7 @@ mod source_errors;
 
 use std::sync::LazyLock;
 
+use bulkhead_protocol::limits::Limits;
 use bulkhead_protocol::{DiscardPolicy, RekeyId, VolumeId};
 
 use crate::{
@@ -63,6 +65,8 @@ fn encrypted(number: u8) -> Volume {
         force_removal: false,
         sealed_keys: vec![sealed("host-a"), sealed("recovery")],
         rekey: None,
+        limits: Limits::default(),
+        group: None,
     }
 }
 
@@ -90,6 +94,8 @@ fn bundle() -> HostBundle {
         volumes: vec![encrypted(1), encrypted(2)],
         force_remove: vec![VolumeId([9; 16])],
         shred: Vec::new(),
+        groups: Vec::new(),
+        workers: None,
     }
 }
 

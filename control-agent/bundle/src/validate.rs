@@ -13,6 +13,7 @@ use crate::RECOVERY_RECIPIENT;
 use crate::schema::{HostBundle, Volume};
 
 mod keys;
+mod limits;
 
 /// Longest path in bytes.
 pub const MAX_PATH_BYTES: usize = 1024;
@@ -23,11 +24,36 @@ pub const MAX_QUEUES: u16 = 64;
 /// Longest fingerprint, encapsulated key or ciphertext in a sealed key, in bytes.
 pub const MAX_SEALED_BYTES: usize = 4096;
 
+/// A part of a bundle that has fields: a volume or a group by its index in the list and its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Part {
+    /// The bundle itself.
+    Bundle,
+    /// A volume.
+    Volume(usize, String),
+    /// A group of volumes.
+    Group(usize, String),
+    /// The workers.
+    Workers,
+}
+
+impl Part {
+    /// How a sentence about it begins; empty for the bundle.
+    pub(crate) fn prefix(&self) -> String {
+        match self {
+            Self::Bundle => String::new(),
+            Self::Volume(_, name) => format!("volume {name:?}: "),
+            Self::Group(_, name) => format!("group {name:?}: "),
+            Self::Workers => "workers: ".to_owned(),
+        }
+    }
+}
+
 /// One reason why a bundle makes no sense.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ValidationError {
-    /// The volume meant: its index in the list and its name; none for a field of the bundle.
-    pub volume: Option<(usize, String)>,
+    /// What the field belongs to.
+    pub part: Part,
     /// The field meant, as the source has it.
     pub field: &'static str,
     /// What is wrong and what to do.
@@ -38,10 +64,8 @@ impl std::error::Error for ValidationError {}
 
 impl fmt::Display for ValidationError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some((_, name)) = &self.volume {
-            write!(f, "volume {name:?}: ")?;
-        }
-        write!(f, "{}: {}", self.field, self.problem)
+        let prefix = self.part.prefix();
+        write!(f, "{prefix}{}: {}", self.field, self.problem)
     }
 }
 
@@ -53,19 +77,22 @@ type Problem = (&'static str, String);
 /// # Errors
 /// The first [`ValidationError`].
 pub fn validate(bundle: &HostBundle) -> Result<(), ValidationError> {
-    check_bundle(bundle).map_err(|(field, problem)| ValidationError {
-        volume: None,
+    check_bundle(bundle).map_err(|problem| of(Part::Bundle, problem))?;
+    for (index, volume) in bundle.volumes.iter().enumerate() {
+        check_volume(volume, &bundle.host)
+            .map_err(|problem| of(Part::Volume(index, volume.name.clone()), problem))?;
+    }
+    limits::check(bundle)?;
+    check_unique(bundle)
+}
+
+/// A problem with a field of this part.
+fn of(part: Part, (field, problem): Problem) -> ValidationError {
+    ValidationError {
+        part,
         field,
         problem,
-    })?;
-    for (index, volume) in bundle.volumes.iter().enumerate() {
-        check_volume(volume, &bundle.host).map_err(|(field, problem)| ValidationError {
-            volume: Some((index, volume.name.clone())),
-            field,
-            problem,
-        })?;
     }
-    check_unique(bundle)
 }
 
 /// Whether a text can name a host: a name, and not that of the recovery recipient.
@@ -226,16 +253,14 @@ fn unique<'a, K: Eq + Hash>(
     let mut seen: HashMap<K, &Volume> = HashMap::with_capacity(bundle.volumes.len());
     for (index, volume) in bundle.volumes.iter().enumerate() {
         if let Some(other) = seen.insert(key(volume), volume) {
-            return Err(ValidationError {
-                volume: Some((index, volume.name.clone())),
-                field,
-                problem: format!(
-                    "{:?} is also that of volume {:?} ({}): each volume has its own",
-                    show(volume),
-                    other.name,
-                    other.id
-                ),
-            });
+            let problem = format!(
+                "{:?} is also that of volume {:?} ({}): each volume has its own",
+                show(volume),
+                other.name,
+                other.id
+            );
+            let part = Part::Volume(index, volume.name.clone());
+            return Err(of(part, (field, problem)));
         }
     }
     Ok(())

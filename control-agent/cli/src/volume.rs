@@ -11,6 +11,7 @@ use bulkhead_crypto::SecretMemory;
 use bulkhead_files::text::to_hex;
 use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::keys::XTS_KEY_BYTES;
+use bulkhead_protocol::limits::Limits;
 use bulkhead_sealing::{RecipientPublicKey, VolumeContext, seal};
 
 use crate::arguments::VolumeCreate;
@@ -128,6 +129,8 @@ fn describe(arguments: &VolumeCreate) -> Result<Volume, Failure> {
         force_removal: false,
         sealed_keys: Vec::new(),
         rekey: None,
+        limits: Limits::default(),
+        group: None,
     })
 }
 
@@ -222,5 +225,7 @@ pub(crate) fn bundle_of(volumes: Vec<Volume>) -> HostBundle {
         volumes,
         force_remove: Vec::new(),
         shred: Vec::new(),
+        groups: Vec::new(),
+        workers: None,
     }
 }

@@ -33,6 +33,7 @@ pub mod limits;
 pub mod process;
 pub mod rekey;
 pub mod rot;
+pub mod workers;
 
 pub use channel::{Channel, ChannelError, Received};
 pub use identity::{DiscardPolicy, GroupName, InvalidName, RekeyId, SocketName, VolumeId};

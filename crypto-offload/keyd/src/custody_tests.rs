@@ -9,6 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bulkhead_bundle::{OperatorKey, Rekey, SealedKeyEntry, SocketSpec, Volume, sign};
 use bulkhead_crypto::secret::SecretMemory;
 use bulkhead_protocol::envelope::to_memfd;
+use bulkhead_protocol::limits::Limits;
 use bulkhead_protocol::{DiscardPolicy, RekeyId};
 use bulkhead_sealing::{RecipientPublicKey, VolumeContext, seal};
 
@@ -59,6 +60,8 @@ fn volume(id: VolumeId, to: &RecipientPublicKey) -> Volume {
             id: RekeyId([id.0[0]; 16]),
             previous_keys: sealed(keys_of(id)[1]),
         }),
+        limits: Limits::default(),
+        group: None,
     }
 }
 
@@ -158,6 +161,8 @@ fn bundle(epoch: u64, volumes: Vec<Volume>, shred: &[VolumeId]) -> HostBundle {
         volumes,
         force_remove: Vec::new(),
         shred: shred.to_vec(),
+        groups: Vec::new(),
+        workers: None,
     }
 }
 

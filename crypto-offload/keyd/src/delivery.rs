@@ -155,7 +155,7 @@ impl Delivery {
         dataplane: &Dataplane,
         vault: &Vault,
     ) -> Result<Result<(), ChannelError>, NoKey> {
-        let grant = grant_of(volume, self.epoch());
+        let grant = grant_of(&self.bundle, volume);
         let message = KeydToDataplane::Grant { grant };
         let pages = vault.unseal(volume)?;
         let fds: Vec<_> = pages.iter().map(AsFd::as_fd).collect();

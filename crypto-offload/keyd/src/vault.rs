@@ -8,7 +8,7 @@ use std::io;
 use bulkhead_bundle::{HostBundle, SealedKeyEntry, Volume, text};
 use bulkhead_crypto::secret::SecretMemory;
 use bulkhead_protocol::keys::{VolumeGrant, XTS_KEY_BYTES};
-use bulkhead_protocol::limits::Limits;
+use bulkhead_protocol::limits::GroupGrant;
 use bulkhead_sealing::{
     KeyError, RecipientKey, SealError, SealedKey, UnsealError, VolumeContext, seal, unseal,
 };
@@ -278,8 +278,8 @@ fn sealed(entry: &SealedKeyEntry) -> SealedKey {
     }
 }
 
-/// What keyd vouches for about a volume of a bundle with this epoch.
-pub(crate) fn grant_of(volume: &Volume, epoch: u64) -> VolumeGrant {
+/// What keyd vouches for about a volume of a bundle.
+pub(crate) fn grant_of(bundle: &HostBundle, volume: &Volume) -> VolumeGrant {
     VolumeGrant {
         volume: volume.id,
         socket: volume.socket.name.clone(),
@@ -291,16 +291,20 @@ pub(crate) fn grant_of(volume: &Volume, epoch: u64) -> VolumeGrant {
         serial: volume.serial.clone(),
         queues: volume.queues,
         discard: volume.discard,
-        epoch,
+        epoch: bundle.epoch,
         rekey: volume.rekey.as_ref().map(|rekey| rekey.id),
-        limits: Limits::default(),
-        group: None,
+        limits: volume.limits,
+        group: bundle.group_of(volume).map(|group| GroupGrant {
+            name: group.name.clone(),
+            limits: group.limits,
+        }),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use bulkhead_bundle::SocketSpec;
+    use bulkhead_protocol::limits::Limits;
     use bulkhead_protocol::{DiscardPolicy, VolumeId};
     use bulkhead_sealing::RecipientPublicKey;
     use hpke::aead::ChaCha20Poly1305;
@@ -344,6 +348,8 @@ mod tests {
             force_removal: false,
             sealed_keys: vec![key],
             rekey: None,
+            limits: Limits::default(),
+            group: None,
         }
     }
 

@@ -6,6 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bulkhead_bundle::{
     HostBundle, OperatorKey, Rekey, SealedKeyEntry, SocketSpec, TrustRoot, Volume, sign,
 };
+use bulkhead_protocol::limits::Limits;
 use bulkhead_protocol::{DiscardPolicy, RekeyId, VolumeId};
 
 /// alice is trusted, mallory is not.
@@ -58,6 +59,8 @@ pub fn volume(number: u8) -> Volume {
         force_removal: false,
         sealed_keys: Vec::new(),
         rekey: None,
+        limits: Limits::default(),
+        group: None,
     }
 }
 
@@ -97,6 +100,8 @@ pub fn bundle(epoch: u64, volumes: Vec<Volume>) -> HostBundle {
         volumes,
         force_remove: Vec::new(),
         shred: Vec::new(),
+        groups: Vec::new(),
+        workers: None,
     }
 }
 

@@ -4,8 +4,11 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
+use bulkhead_protocol::limits::Rate;
+use bulkhead_protocol::workers::Workers;
+
 use crate::private_file::PrivateFileError;
-use crate::{KeyError, OperatorPublicKey, encoding, inspect, verify};
+use crate::{Group, KeyError, OperatorPublicKey, encoding, inspect, verify};
 
 #[test]
 fn a_signed_bundle_verifies_to_itself() {
@@ -18,6 +21,27 @@ fn a_signed_bundle_verifies_to_itself() {
     let seen = inspect(&envelope).expect("reads");
     assert_eq!(seen.claimed, bundle());
     assert_eq!(seen.claimed_signers.len(), 2);
+}
+
+fn any_rate() -> impl Strategy<Value = Option<Rate>> {
+    let rate = any::<(u64, u64)>().prop_map(|(per_second, burst)| Rate { per_second, burst });
+    proptest::option::of(rate)
+}
+
+fn any_limits() -> impl Strategy<Value = Limits> {
+    (any_rate(), any_rate()).prop_map(|(requests, bytes)| Limits { requests, bytes })
+}
+
+fn any_group() -> impl Strategy<Value = Group> {
+    ("[a-z0-9][a-z0-9._-]{0,63}", any_limits()).prop_map(|(name, limits)| Group {
+        name: name.parse().expect("a name"),
+        limits,
+    })
+}
+
+fn any_workers() -> impl Strategy<Value = Option<Workers>> {
+    let workers = any::<(u16, Vec<u16>)>().prop_map(|(count, cpus)| Workers { count, cpus });
+    proptest::option::of(workers)
 }
 
 fn any_volume() -> impl Strategy<Value = Volume> {
@@ -39,11 +63,13 @@ fn any_volume() -> impl Strategy<Value = Volume> {
         any::<(bool, bool, bool, u16, u32)>(),
         socket,
         (sealed, rekey),
+        (any_limits(), proptest::option::of(any_group())),
     )
         .prop_map(
-            |(id, text, geometry, (read_only, pass, force, queues, uid), socket, keys)| {
+            |(id, text, geometry, (read_only, pass, force, queues, uid), socket, keys, limits)| {
                 let (unit, size) = geometry;
                 let (sealed, rekey) = keys;
+                let (limits, group) = limits;
                 let sealed_keys: Vec<_> = sealed
                     .into_iter()
                     .map(|(recipient, short, long)| SealedKeyEntry {
@@ -81,6 +107,8 @@ fn any_volume() -> impl Strategy<Value = Volume> {
                         previous_keys: sealed_keys.clone(),
                     }),
                     sealed_keys,
+                    limits,
+                    group: group.map(|group| group.name),
                 }
             },
         )
@@ -95,9 +123,11 @@ fn any_bundle() -> impl Strategy<Value = HostBundle> {
         digests,
         vec(any_volume(), 0..4),
         (ids.clone(), ids),
+        (vec(any_group(), 0..3), any_workers()),
     )
         .prop_map(
-            |(host, (epoch, not_before, expires), supersedes, volumes, (force_remove, shred))| {
+            |(host, (epoch, not_before, expires), supersedes, volumes, gone, (groups, workers))| {
+                let (force_remove, shred) = gone;
                 HostBundle {
                     host,
                     epoch,
@@ -107,6 +137,8 @@ fn any_bundle() -> impl Strategy<Value = HostBundle> {
                     volumes,
                     force_remove,
                     shred,
+                    groups,
+                    workers,
                 }
             },
         )

@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bulkhead_bundle::{
     HostBundle, OperatorKey, Rekey, SealedKeyEntry, SocketSpec, TrustRoot, Volume, sign,
 };
+use bulkhead_protocol::limits::Limits;
 use bulkhead_protocol::{DiscardPolicy, RekeyId, VolumeId};
 use bulkhead_sealing::{RecipientKey, RecipientPublicKey, VolumeContext, seal};
 
@@ -76,6 +77,8 @@ pub fn plain(number: u8) -> Volume {
         force_removal: false,
         sealed_keys: Vec::new(),
         rekey: None,
+        limits: Limits::default(),
+        group: None,
     }
 }
 
@@ -126,6 +129,8 @@ pub fn bundle(epoch: u64, volumes: Vec<Volume>) -> HostBundle {
         volumes,
         force_remove: Vec::new(),
         shred: Vec::new(),
+        groups: Vec::new(),
+        workers: None,
     }
 }
 
