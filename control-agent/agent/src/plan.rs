@@ -3,6 +3,10 @@
 use bulkhead_bundle::{HostBundle, SocketSpec, Volume};
 use bulkhead_protocol::{RekeyId, SocketName, VolumeId};
 
+mod limits;
+
+pub use limits::LimitChanges;
+
 /// What kind of change a kept volume id goes through, where it has to be detached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Change {
@@ -60,6 +64,8 @@ pub struct Plan {
     pub growing: Vec<Growing>,
     /// Of the volumes that stay or come back, those whose re-key begins or ends.
     pub rekeying: Vec<Rekeying>,
+    /// Other limits, groups and workers.
+    pub limits: LimitChanges,
     /// Listeners that are new, or get another owner or mode.
     pub bind: Vec<SocketName>,
     /// Listeners that go.
@@ -116,6 +122,7 @@ impl Plan {
         let done = |id: &&VolumeId| old.is_some_and(|old| old.shred.contains(id));
         let ordered = new.shred.iter().filter(|id| !done(id));
         plan.shredded = ordered.copied().collect();
+        plan.limits = LimitChanges::between(old, new, &plan.kept);
         plan
     }
 
@@ -125,6 +132,7 @@ impl Plan {
         self.added.is_empty()
             && self.growing.is_empty()
             && self.rekeying.is_empty()
+            && self.limits.is_empty()
             && self.leaving.is_empty()
             && self.bind.is_empty()
             && self.unbind.is_empty()
@@ -168,11 +176,13 @@ impl Plan {
                 lines.push(self.describe_rekey(rekeying, &volume.name));
             }
         }
+        self.limits.describe(new, &mut lines);
         lines.extend(self.bind.iter().map(|n| format!("listener {n}: bound")));
         lines.extend(self.unbind.iter().map(|n| format!("listener {n}: removed")));
         let changed = |id: &VolumeId| {
             self.growing.iter().any(|growing| growing.id == *id)
                 || self.rekeying.iter().any(|rekeying| rekeying.id == *id)
+                || self.limits.volumes.contains(id)
         };
         match self.kept.iter().filter(|id| !changed(id)).count() {
             0 => {}
@@ -253,6 +263,9 @@ fn change(old: &Volume, new: &Volume) -> Option<Change> {
         name: _,
         force_removal: _,
         sealed_keys: _,
+        // The data plane takes them into the volume it serves.
+        limits: _,
+        group: _,
         rekey,
         path,
         size_bytes,

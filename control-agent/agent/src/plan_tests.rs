@@ -3,8 +3,10 @@
 
 use std::collections::BTreeSet;
 
-use bulkhead_bundle::{Rekey, SealedKeyEntry};
+use bulkhead_bundle::{Group, Rekey, SealedKeyEntry};
 use bulkhead_protocol::DiscardPolicy;
+use bulkhead_protocol::limits::{Limits, Rate};
+use bulkhead_protocol::workers::Workers;
 use proptest::prelude::*;
 
 use super::*;
@@ -89,6 +91,75 @@ fn a_greater_size_detaches_nobody() {
         let plan = plan(&[volume(1)], &[after]);
         assert_eq!(plan.leaving[0].change, Some(change));
         assert!(plan.growing.is_empty() && plan.kept.is_empty(), "{plan:?}");
+    }
+}
+
+#[test]
+fn other_limits_and_another_group_detach_nobody() {
+    let group = |per_second| Group {
+        name: "tenant-a".parse().expect("name"),
+        limits: requests(per_second),
+    };
+    let of = |volumes: Vec<Volume>, groups: Vec<Group>| HostBundle {
+        groups,
+        ..bundle(volumes)
+    };
+    let mut limited = volume(1);
+    limited.limits = requests(500);
+    let mut member = volume(2);
+    member.group = Some(group(1).name);
+    let before = bundle(vec![volume(1), volume(2), volume(3)]);
+    let after = of(vec![limited, member, volume(3)], vec![group(10_000)]);
+    let plan = Plan::between(Some(&before), &after);
+    assert_eq!(plan.limits.volumes, [1, 2].map(|n| VolumeId([n; 16])));
+    assert!(plan.leaving.is_empty() && plan.kept.len() == 3 && !plan.is_empty());
+    let lines = [
+        "volume disk1: limits 500 requests/s (burst 50); its frontend stays",
+        "volume disk2: limits none, group tenant-a; its frontend stays",
+        "group tenant-a: limits 10000 requests/s (burst 1000)",
+        "1 volume goes on undisturbed",
+    ];
+    assert_eq!(plan.describe(&after), lines);
+    // Only the group: no volume of it is touched.
+    let slower = of(after.volumes.clone(), vec![group(10)]);
+    let plan = Plan::between(Some(&after), &slower);
+    assert!(
+        plan.limits.volumes.is_empty() && !plan.is_empty(),
+        "{plan:?}"
+    );
+    assert_eq!(
+        plan.describe(&slower),
+        [
+            "group tenant-a: limits 10 requests/s (burst 1)",
+            "3 volumes go on undisturbed"
+        ]
+    );
+}
+
+#[test]
+fn other_workers_detach_nobody() {
+    let with = |cpus: &[u16]| HostBundle {
+        workers: Workers::new(None, cpus.to_vec()).ok(),
+        ..bundle(vec![volume(1)])
+    };
+    let none = bundle(vec![volume(1)]);
+    for (from, to, line) in [
+        (&none, &with(&[]), "workers: 1"),
+        (&none, &with(&[2]), "workers: 1 on CPU 2"),
+        (&with(&[2]), &with(&[2, 3]), "workers: 2 on CPUs 2-3"),
+        (&with(&[2]), &none, "workers: what the host itself says"),
+    ] {
+        let plan = Plan::between(Some(from), to);
+        assert!(plan.leaving.is_empty() && !plan.is_empty(), "{plan:?}");
+        assert_eq!(plan.describe(to), [line, "1 volume goes on undisturbed"]);
+    }
+    assert!(Plan::between(Some(&with(&[2])), &with(&[2])).is_empty());
+}
+
+fn requests(per_second: u64) -> Limits {
+    Limits {
+        requests: Some(Rate::with_default_burst(per_second)),
+        bytes: None,
     }
 }
 

@@ -127,6 +127,12 @@ fn show_bundle(bundle: &HostBundle) {
     for id in &bundle.shred {
         println!("shred        {id}: its key is destroyed for ever");
     }
+    if let Some(workers) = &bundle.workers {
+        println!("workers      {workers}");
+    }
+    for group in &bundle.groups {
+        println!("group        {}: limits {}", group.name, group.limits);
+    }
 }
 
 fn show_volume(volume: &Volume) {
@@ -163,6 +169,12 @@ fn show_volume(volume: &Volume) {
         volume.socket.mode,
         volume.allowed_uid
     );
+    if !volume.limits.is_none() {
+        println!("  limits     {}", volume.limits);
+    }
+    if let Some(group) = &volume.group {
+        println!("  group      {group}");
+    }
     if volume.force_removal {
         println!("  removal    also while a frontend is connected");
     }

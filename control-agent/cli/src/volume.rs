@@ -1,11 +1,12 @@
 //! Making a volume: a random key, sealed and forgotten, its file, and its stanza for a bundle.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use bulkhead_bundle::validate::check_host_name;
 use bulkhead_bundle::{
-    HostBundle, RECOVERY_RECIPIENT, SealedKeyEntry, SocketSpec, Volume, key_scope, private_file,
-    source, validate,
+    Group, HostBundle, RECOVERY_RECIPIENT, SealedKeyEntry, SocketSpec, Volume, key_scope,
+    private_file, source, validate,
 };
 use bulkhead_crypto::SecretMemory;
 use bulkhead_files::text::to_hex;
@@ -129,8 +130,8 @@ fn describe(arguments: &VolumeCreate) -> Result<Volume, Failure> {
         force_removal: false,
         sealed_keys: Vec::new(),
         rekey: None,
-        limits: Limits::default(),
-        group: None,
+        limits: arguments.limits.limits(),
+        group: arguments.limits.group.clone(),
     })
 }
 
@@ -206,16 +207,25 @@ pub(crate) fn check(volume: &Volume) -> Result<(), Failure> {
         let option = match error.field {
             "sealed_key" => "host".to_owned(),
             "rekey" => "volume".to_owned(),
+            // It says by itself which of them.
+            "limits" => return Failure::new(error.problem),
             field => field.replace('_', "-"),
         };
         Failure::new(format!("--{option}: {}", error.problem))
     })
 }
 
-/// A bundle of nothing but these volumes, to hold them against the rules of bundles.
+/// A bundle of nothing but these volumes and the groups they name, to hold them against the rules of
+/// bundles.
 pub(crate) fn bundle_of(volumes: Vec<Volume>) -> HostBundle {
     let mut recipients = volumes.iter().flat_map(|volume| &volume.sealed_keys);
     let host = recipients.find(|entry| entry.recipient != RECOVERY_RECIPIENT);
+    let groups: BTreeSet<_> = volumes.iter().filter_map(|v| v.group.clone()).collect();
+    let group = |name| Group {
+        name,
+        limits: Limits::default(),
+    };
+    let groups = groups.into_iter().map(group).collect();
     HostBundle {
         host: host.map_or("any-host", |entry| &entry.recipient).to_owned(),
         epoch: 1,
@@ -225,7 +235,7 @@ pub(crate) fn bundle_of(volumes: Vec<Volume>) -> HostBundle {
         volumes,
         force_remove: Vec::new(),
         shred: Vec::new(),
-        groups: Vec::new(),
+        groups,
         workers: None,
     }
 }

@@ -2,6 +2,8 @@
 //! passes them on in its grants, and the data plane keeps to them.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use std::fmt;
+
 use minicbor::{Decode, Encode};
 
 use crate::identity::GroupName;
@@ -131,6 +133,35 @@ impl Limits {
     }
 }
 
+impl fmt::Display for Limits {
+    /// In words, like `10000 requests/s (burst 1000), 100 MiB/s (burst 10 MiB)`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let requests = self
+            .requests
+            .map(|Rate { per_second, burst }| format!("{per_second} requests/s (burst {burst})"));
+        let bytes = self.bytes.map(|Rate { per_second, burst }| {
+            format!("{}/s (burst {})", whole(per_second), whole(burst))
+        });
+        let said: Vec<String> = [requests, bytes].into_iter().flatten().collect();
+        match said.is_empty() {
+            true => f.write_str("none"),
+            false => f.write_str(&said.join(", ")),
+        }
+    }
+}
+
+/// Bytes in the largest unit of which they are a whole number.
+fn whole(bytes: u64) -> String {
+    let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+    let mut fitting = units
+        .iter()
+        .filter(|(shift, _)| bytes.trailing_zeros() >= *shift);
+    match fitting.next().filter(|_| bytes > 0) {
+        Some((shift, unit)) => format!("{} {unit}", bytes >> shift),
+        None => format!("{bytes} B"),
+    }
+}
+
 /// The group of a volume: its members share these limits, each beside its own.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 #[cbor(map)]
@@ -186,6 +217,21 @@ mod tests {
         ] {
             assert_eq!(bad.check().map_err(|e| e.field), Err(field), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn limits_are_told_in_words() {
+        let both = Limits {
+            requests: Some(Rate::with_default_burst(10_000)),
+            bytes: Some(Rate {
+                per_second: 100 << 20,
+                burst: 1000,
+            }),
+        };
+        let words = "10000 requests/s (burst 1000), 100 MiB/s (burst 1000 B)";
+        assert_eq!(both.to_string(), words);
+        assert_eq!(Limits::default().to_string(), "none");
+        assert_eq!([0, 1 << 40, 3 << 10].map(whole), ["0 B", "1 TiB", "3 KiB"]);
     }
 
     #[test]

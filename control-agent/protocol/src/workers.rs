@@ -2,7 +2,7 @@
 //! data plane, and as text.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 
 use minicbor::{Decode, Encode};
 
@@ -80,6 +80,18 @@ impl Workers {
     #[must_use]
     pub fn cpu_of(&self, index: usize) -> Option<u16> {
         self.cpus.get(index).copied()
+    }
+}
+
+impl fmt::Display for Workers {
+    /// In words, like `2 on CPUs 2-3`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { count, cpus } = self;
+        match cpus.len() {
+            0 => write!(f, "{count}"),
+            1 => write!(f, "{count} on CPU {}", format_cpus(cpus)),
+            _ => write!(f, "{count} on CPUs {}", format_cpus(cpus)),
+        }
     }
 }
 
@@ -164,6 +176,9 @@ mod tests {
         let workers = |count, cpus: &[u16]| Workers::new(count, cpus.to_vec());
         assert_eq!(workers(None, &[]), Ok(Workers::default()));
         let two = workers(None, &[3, 5]).expect("good");
+        let one = workers(None, &[4]).expect("good");
+        let words = [Workers::default(), one, two.clone()].map(|w| w.to_string());
+        assert_eq!(words, ["1", "1 on CPU 4", "2 on CPUs 3,5"]);
         assert_eq!(
             (two.count, two.cpu_of(1), two.cpu_of(2)),
             (2, Some(5), None)

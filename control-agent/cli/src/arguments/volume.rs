@@ -7,6 +7,8 @@ use bulkhead_protocol::{DiscardPolicy, SocketName};
 use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
 
+use super::limits::LimitArguments;
+
 /// The data units there are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum DataUnit {
@@ -121,6 +123,8 @@ pub(crate) struct VolumeCreate {
     /// Permissions of the socket file, octal
     #[arg(long, value_name = "MODE", default_value = "0660", value_parser = parse_mode)]
     pub(crate) socket_mode: u32,
+    #[command(flatten)]
+    pub(crate) limits: LimitArguments,
     /// The stanza to write
     #[arg(long, value_name = "FILE")]
     pub(crate) out: PathBuf,

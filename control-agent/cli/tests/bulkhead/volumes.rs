@@ -45,7 +45,8 @@ fn every_option_reaches_the_stanza() {
     folder.ok(&format!(
         "volume create --name v --path /dev/vg/v --size 4096 --data-unit 512 --logical-block 4096 \
          --read-only --serial S1 --discard pass --queues 8 --socket-uid 5 --socket-gid 6 \
-         --socket-mode 0600 --host state-b/host.pub {SEALED} --out v.toml"
+         --socket-mode 0600 --requests 500 --bandwidth 10MiB --bandwidth-burst 64KiB --group tenant-a \
+         --host state-b/host.pub {SEALED} --out v.toml"
     ));
     let volume = stanza(&folder);
     assert_eq!(volume.path, "/dev/vg/v");
@@ -57,8 +58,88 @@ fn every_option_reaches_the_stanza() {
     assert_eq!(volume.queues, 8);
     let socket = &volume.socket;
     assert_eq!((socket.uid, socket.gid, socket.mode), (5, 6, 0o600));
+    let limits = "500 requests/s (burst 50), 10 MiB/s (burst 64 KiB)";
+    assert_eq!(volume.limits.to_string(), limits);
+    assert_eq!(volume.group, "tenant-a".parse().ok());
+    let shown = folder.ok("show v.toml");
+    assert!(
+        shown.contains(&format!("\n  limits     {limits}\n  group      tenant-a\n")),
+        "{shown}"
+    );
     for recipient in ["host-a", "host-b", "recovery"] {
         assert!(volume.sealed_for(recipient).is_some(), "{recipient}");
+    }
+}
+
+#[test]
+fn limits_and_group_stay_whenever_a_stanza_is_written_anew() {
+    let folder = Folder::with_keys();
+    folder.ok(&format!(
+        "volume create --name v --path v.img --size 1MiB --file v.img --requests 500 --group tenant-a \
+         {SEALED} --out v.toml"
+    ));
+    folder.ok(
+        "volume reseal --volume v.toml --recovery recovery.key --host state/host.pub --out r.toml",
+    );
+    folder.ok(
+        "volume rekey --volume v.toml --host state/host.pub --recovery recovery.key.pub \
+         --out k.toml",
+    );
+    folder.ok("volume rekey --finish --volume k.toml --out a.toml");
+    let said = "limits = { requests = 500, requests_burst = 50 }\ngroup = \"tenant-a\"\n";
+    for name in ["v.toml", "r.toml", "k.toml", "a.toml"] {
+        assert!(folder.read(name).contains(said), "{}", folder.read(name));
+    }
+    // The group is the bundle's.
+    folder.write_bundle(&["r.toml"]);
+    folder.refused(
+        "sign --bundle bundle.toml --key alice.key --out b.cose",
+        &[
+            "r.toml:",
+            "volume[0].group",
+            "there is no group \"tenant-a\"",
+        ],
+    );
+    let source = folder.read("bundle.toml");
+    let more = "[workers]\ncount = 2\ncpus = \"2-3\"\n\n[[group]]\nname = \"tenant-a\"\n\
+                limits = { bandwidth = \"1GiB\" }\n";
+    folder.write("bundle.toml", &format!("{source}{more}"));
+    folder.ok("sign --bundle bundle.toml --key alice.key --out b.cose");
+    let shown = folder.ok("show b.cose");
+    for line in [
+        "workers      2 on CPUs 2-3\n",
+        "group        tenant-a: limits 1 GiB/s (burst 107374182 B)\n",
+        "  limits     500 requests/s (burst 50)\n",
+        "  group      tenant-a\n",
+    ] {
+        assert!(shown.contains(line), "{shown}");
+    }
+}
+
+#[test]
+fn limits_out_of_bounds_are_refused_with_their_name() {
+    let folder = Folder::with_keys();
+    for (limits, expected) in [
+        (
+            "--requests 0",
+            "requests: 0 requests a second are not between",
+        ),
+        (
+            "--bandwidth 1KiB",
+            "bandwidth: 1024 bytes a second are not between 65536 and",
+        ),
+        (
+            "--requests 1 --requests-burst 0",
+            "requests_burst: a burst of 0 requests",
+        ),
+    ] {
+        folder.refused(
+            &format!(
+                "volume create --name v --path v.img --size 1MiB {limits} {SEALED} --out v.toml"
+            ),
+            &[expected],
+        );
+        assert!(!folder.exists("v.toml"));
     }
 }
 
