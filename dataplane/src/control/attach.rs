@@ -57,6 +57,7 @@ impl Volumes {
         let file = self.check_file(&grant, file)?;
         let removing = volume.removing;
         let device = self.take_device(&grant, file)?;
+        self.groups.limit(&device, &grant);
         let access = Access {
             allowed_uid: Some(grant.allowed_uid),
         };

@@ -64,7 +64,17 @@ pub(super) fn check(grant: &VolumeGrant) -> Result<(), String> {
             "its serial is not ASCII of at most {SERIAL_BYTES} characters"
         ));
     }
-    Ok(())
+    check_limits(grant)
+}
+
+fn check_limits(grant: &VolumeGrant) -> Result<(), String> {
+    let checked = grant.limits.check();
+    checked.map_err(|e| format!("its limits: {e}"))?;
+    let Some(group) = &grant.group else {
+        return Ok(());
+    };
+    let checked = group.limits.check();
+    checked.map_err(|e| format!("the limits of its group {}: {e}", group.name))
 }
 
 /// What came with a grant, expanded.
@@ -122,16 +132,19 @@ fn expand(arena: &Arc<SecretArena>, page: OwnedFd) -> Result<XtsKey, String> {
     XtsKey::new(arena, key).map_err(|e| e.to_string())
 }
 
-/// Whether a grant says the same as another, the epoch aside.
+/// Whether a grant says the same as another of what is served: the epoch and the limits aside, which a
+/// served volume takes in as it is.
 pub(super) fn is_same(one: &VolumeGrant, other: &VolumeGrant) -> bool {
-    let VolumeGrant { epoch, .. } = *other;
-    VolumeGrant {
-        epoch,
+    let as_other = VolumeGrant {
+        epoch: other.epoch,
+        limits: other.limits,
+        group: other.group.clone(),
         ..one.clone()
-    } == *other
+    };
+    as_other == *other
 }
 
-/// Whether a grant says the same as another but for a greater size, the epoch aside.
+/// Whether a grant says the same as another but for a greater size (as [`is_same`] does).
 pub(super) fn only_grew(from: &VolumeGrant, to: &VolumeGrant) -> bool {
     let VolumeGrant { size_bytes, .. } = *from;
     let as_before = VolumeGrant {
@@ -141,7 +154,7 @@ pub(super) fn only_grew(from: &VolumeGrant, to: &VolumeGrant) -> bool {
     to.size_bytes > size_bytes && is_same(from, &as_before)
 }
 
-/// Whether a grant says the same as another but for a re-key that begins or is over, the epoch aside.
+/// Whether a grant says the same as another but for a re-key that begins or is over (as [`is_same`] does).
 pub(super) fn only_rekeys(from: &VolumeGrant, to: &VolumeGrant) -> bool {
     let as_before = VolumeGrant {
         rekey: from.rekey,
@@ -172,7 +185,7 @@ pub(super) fn capacity_sectors(grant: &VolumeGrant) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use bulkhead_protocol::limits::Limits;
+    use bulkhead_protocol::limits::{GroupGrant, Limits, Rate};
     use bulkhead_protocol::{RekeyId, VolumeId};
 
     use super::*;
@@ -194,14 +207,21 @@ mod tests {
             epoch: 3,
             rekey: None,
             limits: Limits::default(),
-            group: None,
+            group: Some(GroupGrant {
+                name: "tenant-a".parse().expect("a name"),
+                limits: Limits::default(),
+            }),
         }
     }
 
     #[test]
     fn a_grant_that_describes_no_device_is_refused() {
         assert_eq!(check(&grant()), Ok(()));
-        let cases: [(&str, Change); 13] = [
+        const NOTHING: Rate = Rate {
+            per_second: 0,
+            burst: 0,
+        };
+        let cases: [(&str, Change); 15] = [
             ("block", |g| g.logical_block_bytes = 1024),
             ("no block", |g| g.logical_block_bytes = 0),
             ("unit", |g| g.data_unit_bytes = Some(1024)),
@@ -219,6 +239,10 @@ mod tests {
             }),
             ("long serial", |g| g.serial = "x".repeat(21)),
             ("serial", |g| g.serial = "é".to_owned()),
+            ("a rate of nothing", |g| g.limits.requests = Some(NOTHING)),
+            ("a group's rate", |g| {
+                g.group.as_mut().expect("one").limits.bytes = Some(NOTHING)
+            }),
         ];
         for (name, change) in cases {
             let mut bad = grant();
@@ -228,9 +252,10 @@ mod tests {
     }
 
     #[test]
-    fn only_the_epoch_may_differ() {
+    fn only_the_epoch_and_the_limits_may_differ() {
         let mut other = grant();
         other.epoch += 1;
+        (other.limits.requests, other.group) = (Some(Rate::with_default_burst(1)), None);
         assert!(is_same(&grant(), &other));
         other.allowed_uid += 1;
         assert!(!is_same(&grant(), &other));

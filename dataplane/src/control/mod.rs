@@ -3,7 +3,7 @@
 //! | from | what | handled in |
 //! | --- | --- | --- |
 //! | rot | who the others are, listeners, the end | here |
-//! | keyd | grants and their keys, revocations | [`grant`], [`volumes`] |
+//! | keyd | grants with their keys and limits, revocations | [`grant`], [`volumes`], [`limits`] |
 //! | agent | which file, what is it doing, may it go | [`attach`], [`volumes`], [`status`] |
 //!
 //! Every request is answered by exactly one message, once what it asks for is so. Nothing the agent says
@@ -15,6 +15,7 @@
 mod answer;
 mod attach;
 mod grant;
+mod limits;
 mod link;
 mod peer;
 mod rekey;

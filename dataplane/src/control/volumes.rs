@@ -19,6 +19,7 @@ use bulkhead_protocol::{SocketName, VolumeId};
 use super::answer::{Agent, Answers, Keyd};
 use super::attach::Begun;
 use super::grant::{GrantedKeys, capacity_sectors, is_same, only_grew, only_rekeys};
+use super::limits::Groups;
 use crate::blk::{BlkDevice, Cipher, Ciphers};
 use crate::server::{Event, Server};
 use crate::storage::FileSpec;
@@ -150,11 +151,12 @@ impl Volume {
     }
 }
 
-/// All volumes, and the listeners from rot.
+/// All volumes, the groups they are in, and the listeners from rot.
 #[derive(Debug, Default)]
 pub(super) struct Volumes {
     pub(super) table: BTreeMap<VolumeId, Volume>,
     pub(super) listeners: BTreeMap<SocketName, UnixListener>,
+    pub(super) groups: Groups,
 }
 
 impl Volumes {
@@ -189,8 +191,7 @@ impl Volumes {
             Task::Grant(keyd, new) => self.grant(server, keyd, new, answers),
             Task::Revoke(keyd) => {
                 if let Some(Then::Forget(keyd)) = self.detach(server, id, Then::Forget(keyd)) {
-                    self.table.remove(&id);
-                    answers.revoked(keyd, id);
+                    self.forget(keyd, id, answers);
                 }
             }
             Task::Attach(agent, socket, file) => {
@@ -221,27 +222,23 @@ impl Volumes {
             return answers.granted(keyd, id);
         };
         if is_same(&volume.held.grant, &new.grant) {
-            volume.held.grant.epoch = new.grant.epoch;
+            volume.held.grant = new.grant;
             if !volume.has_key() {
                 // It was wiped by a detach. (A key that is held already is wiped here.)
                 volume.held.keys = new.keys;
             }
-            return answers.granted(keyd, id);
+            return self.taken_in(keyd, id, Ok(()), answers);
         }
         if only_grew(&volume.held.grant, &new.grant) && volume.served().is_some() {
-            return match volume.grow(server, &new) {
-                Ok(()) => answers.granted(keyd, id),
-                Err(reason) => answers.grant_refused(keyd, id, reason),
-            };
+            let grown = volume.grow(server, &new);
+            return self.taken_in(keyd, id, grown, answers);
         }
         if let Err(reason) = volume.may_drop_previous(server, &new.grant) {
             return answers.grant_refused(keyd, id, reason);
         }
         if only_rekeys(&volume.held.grant, &new.grant) && volume.served().is_some() {
-            return match volume.rekey(server, *new) {
-                Ok(()) => answers.granted(keyd, id),
-                Err(reason) => answers.grant_refused(keyd, id, reason),
-            };
+            let rekeyed = volume.rekey(server, *new);
+            return self.taken_in(keyd, id, rekeyed, answers);
         }
         tracing::info!(volume = %id, "another grant replaces the one held");
         if let Some(Then::Replace(keyd, new)) = self.detach(server, id, Then::Replace(keyd, new)) {
@@ -249,11 +246,35 @@ impl Volumes {
         }
     }
 
+    /// A grant was taken into the volume as it is, or not.
+    fn taken_in(
+        &mut self,
+        keyd: Keyd,
+        id: VolumeId,
+        result: Result<(), String>,
+        answers: &mut Answers,
+    ) {
+        match result {
+            Ok(()) => {
+                self.limit(id);
+                answers.granted(keyd, id);
+            }
+            Err(reason) => answers.grant_refused(keyd, id, reason),
+        }
+    }
+
     /// Puts a grant in the place of one that is not served.
     fn replace(&mut self, keyd: Keyd, new: Held, answers: &mut Answers) {
         let id = new.grant.volume;
         self.table.insert(id, Volume::new(new));
+        self.forget_groups();
         answers.granted(keyd, id);
+    }
+
+    fn forget(&mut self, keyd: Keyd, id: VolumeId, answers: &mut Answers) {
+        self.table.remove(&id);
+        self.forget_groups();
+        answers.revoked(keyd, id);
     }
 
     /// Begins to take a served volume away; gives `then` back if it is not served.
@@ -368,8 +389,7 @@ impl Volumes {
             }
             Then::Forget(keyd) => {
                 drop(device);
-                self.table.remove(&id);
-                answers.revoked(keyd, id);
+                self.forget(keyd, id, answers);
             }
             Then::Replace(keyd, new) => {
                 drop(device);
