@@ -77,6 +77,9 @@ pub fn allowed(kind: ThreadKind) -> Result<Calls, BackendError> {
     match kind {
         ThreadKind::Worker => {
             calls.insert(libc::SYS_io_uring_enter, Vec::new());
+            // Volumes that lie in memory. By position only: no socket, pipe or eventfd takes these.
+            calls.insert(libc::SYS_preadv, Vec::new());
+            calls.insert(libc::SYS_pwritev, Vec::new());
             // Volumes and kicks come and go; a ring's restrictions say the same.
             calls.insert(
                 libc::SYS_io_uring_register,

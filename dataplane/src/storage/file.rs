@@ -8,9 +8,11 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{FileStat, SFlag, fstat};
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
 
 use super::Topology;
 
@@ -47,7 +49,7 @@ pub enum StorageError {
 /// An opened volume.
 #[derive(Debug)]
 pub struct FileSpec {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     /// Nothing is written to it.
     pub read_only: bool,
     /// Its length in bytes.
@@ -60,6 +62,8 @@ pub struct FileSpec {
     pub memory_align_bytes: u32,
     /// What offsets, and lengths of each segment, must be multiples of.
     pub offset_align_bytes: u32,
+    /// Its bytes are memory: it lies on tmpfs, or is a memfd.
+    pub in_memory: bool,
     /// What it likes best.
     pub topology: Topology,
 }
@@ -86,6 +90,7 @@ impl FileSpec {
             _ => (stat.st_dev, stat.st_ino),
         };
         let direct = prepare(&fd, read_only)?;
+        let file_system = fstatfs(&fd).map_err(failed("fstatfs"))?;
         let topology = match kind {
             SFlag::S_IFBLK => block_device_topology(&fd)?,
             _ => Topology::of_file(u32::try_from(stat.st_blksize).unwrap_or(0)),
@@ -102,15 +107,21 @@ impl FileSpec {
             });
         }
         Ok(Self {
-            fd,
+            fd: Arc::new(fd),
             read_only,
             bytes,
             identity,
             direct,
             memory_align_bytes: memory.max(1),
             offset_align_bytes: offset.max(1),
+            in_memory: file_system.filesystem_type() == TMPFS_MAGIC,
             topology,
         })
+    }
+
+    /// The descriptor, for a worker that makes system calls with it.
+    pub(super) fn shared_fd(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.fd)
     }
 
     /// Its length in bytes, as it is now.

@@ -1,13 +1,14 @@
 //! Where blocks live.
 //!
 //! A [`StorageSpec`] belongs to the device. Each worker that serves the device makes a [`Storage`] from it,
-//! which is its own way to the blocks: [`uring`] for files and block devices, [`ram`] and [`null`] for
-//! measuring, and [`error`], [`delay`] and [`volatile_cache`] for tests. Production makes files only.
+//! which is its own way to the blocks: [`uring`] for files and block devices, [`in_memory`] for files on tmpfs,
+//! [`ram`] and [`null`] for measuring, and [`error`], [`delay`] and [`volatile_cache`] for tests. Production makes files only.
 
 pub mod delay;
 pub mod error;
 mod file;
 mod hold;
+mod in_memory;
 mod null;
 mod ram;
 mod topology;
@@ -32,7 +33,7 @@ use crate::worker::ring::Ring;
 /// What a device's storage is.
 #[derive(Debug)]
 pub enum StorageSpec {
-    /// A file or block device, through io_uring.
+    /// A file or block device, through io_uring; what lies in memory anyway, by system calls.
     File(FileSpec),
     /// Nothing, for measuring: reads leave the buffer as it is, writes are forgotten.
     Null,
@@ -111,6 +112,9 @@ impl StorageSpec {
     /// What the worker's ring refuses the file with.
     pub fn open(&self, ring: &mut Ring) -> io::Result<Box<dyn Storage>> {
         Ok(match self {
+            Self::File(file) if file.in_memory => {
+                Box::new(in_memory::InMemoryStorage::open(file, ring)?)
+            }
             Self::File(file) => Box::new(uring::UringStorage::open(file, ring)?),
             Self::Null => Box::new(null::NullStorage),
             Self::Ram(ram) => Box::new(ram::RamStorage::new(ram)),

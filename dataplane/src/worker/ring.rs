@@ -384,9 +384,10 @@ fn restrictions() -> Vec<Restriction> {
     vec![
         // Volumes and eventfds come and go while the worker runs.
         Restriction::register_op(REGISTER_FILES_UPDATE),
-        // Guest memory, and staging memory where it could not be registered.
+        // Guest memory in several pieces.
         Restriction::sqe_op(opcode::Readv::CODE),
         Restriction::sqe_op(opcode::Writev::CODE),
+        // Guest memory in one piece, eventfds, and staging memory where it could not be registered.
         Restriction::sqe_op(opcode::Read::CODE),
         Restriction::sqe_op(opcode::Write::CODE),
         // Staging memory.

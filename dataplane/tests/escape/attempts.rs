@@ -187,6 +187,10 @@ pub const ATTEMPTS: &[Attempt] = &[
     worker("accept4", libc::SYS_accept4, NONE),
     worker("read", libc::SYS_read, NONE),
     worker("pread", libc::SYS_pread64, NONE),
+    // Without a position they read sockets too.
+    both("readv", libc::SYS_readv, NONE),
+    both("preadv2", libc::SYS_preadv2, NONE),
+    both("pwritev2", libc::SYS_pwritev2, NONE),
     worker("epoll_ctl", libc::SYS_epoll_ctl, NONE),
 ];
 

@@ -6,6 +6,7 @@ use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{opcode, squeue};
 
 use super::{Entry, Event, Job};
+use crate::memory::Piece;
 use crate::storage::{Action, Buffer, Transfer};
 
 /// `RWF_DSYNC`.
@@ -35,26 +36,49 @@ pub(super) fn submission(entry: &mut Entry, registered: bool) -> Option<squeue::
             let bytes = u32::try_from(transfer.bytes).ok()?;
             (bytes <= chunk.bytes()).then(|| from_staging(file, transfer, at, bytes, registered))
         }
-        Buffer::Guest(buffer) => {
-            entry.iovecs.clear();
-            entry
-                .iovecs
-                .extend(buffer.pieces().iter().map(|piece| libc::iovec {
-                    iov_base: piece.host().as_ptr().cast(),
-                    iov_len: piece.bytes() as usize,
-                }));
-            let list = entry.iovecs.as_ptr();
-            let count = u32::try_from(entry.iovecs.len()).ok()?;
-            let offset = transfer.offset_bytes;
-            Some(match transfer.action {
-                Action::Write { durable } => opcode::Writev::new(file, list, count)
-                    .offset(offset)
-                    .rw_flags(write_flags(durable))
-                    .build(),
-                _ => opcode::Readv::new(file, list, count).offset(offset).build(),
-            })
-        }
+        Buffer::Guest(buffer) => match buffer.pieces() {
+            // Most requests: the kernel need not read a list first.
+            [piece] => {
+                let at = piece.host().as_ptr();
+                Some(with_address(file, transfer, at, piece.bytes()))
+            }
+            pieces => with_list(file, transfer, &mut entry.iovecs, pieces),
+        },
     }
+}
+
+fn with_address(file: Fixed, transfer: &Transfer, at: *mut u8, bytes: u32) -> squeue::Entry {
+    let offset = transfer.offset_bytes;
+    match transfer.action {
+        Action::Write { durable } => opcode::Write::new(file, at, bytes)
+            .offset(offset)
+            .rw_flags(write_flags(durable))
+            .build(),
+        _ => opcode::Read::new(file, at, bytes).offset(offset).build(),
+    }
+}
+
+fn with_list(
+    file: Fixed,
+    transfer: &Transfer,
+    iovecs: &mut Vec<libc::iovec>,
+    pieces: &[Piece],
+) -> Option<squeue::Entry> {
+    iovecs.clear();
+    iovecs.extend(pieces.iter().map(|piece| libc::iovec {
+        iov_base: piece.host().as_ptr().cast(),
+        iov_len: piece.bytes() as usize,
+    }));
+    let list = iovecs.as_ptr();
+    let count = u32::try_from(iovecs.len()).ok()?;
+    let offset = transfer.offset_bytes;
+    Some(match transfer.action {
+        Action::Write { durable } => opcode::Writev::new(file, list, count)
+            .offset(offset)
+            .rw_flags(write_flags(durable))
+            .build(),
+        _ => opcode::Readv::new(file, list, count).offset(offset).build(),
+    })
 }
 
 fn write_flags(durable: bool) -> i32 {
@@ -68,20 +92,18 @@ fn from_staging(
     bytes: u32,
     registered: bool,
 ) -> squeue::Entry {
+    if !registered {
+        return with_address(file, transfer, at, bytes);
+    }
     let offset = transfer.offset_bytes;
-    match (transfer.action, registered) {
-        (Action::Write { durable }, true) => opcode::WriteFixed::new(file, at, bytes, 0)
+    match transfer.action {
+        Action::Write { durable } => opcode::WriteFixed::new(file, at, bytes, 0)
             .offset(offset)
             .rw_flags(write_flags(durable))
             .build(),
-        (Action::Write { durable }, false) => opcode::Write::new(file, at, bytes)
-            .offset(offset)
-            .rw_flags(write_flags(durable))
-            .build(),
-        (_, true) => opcode::ReadFixed::new(file, at, bytes, 0)
+        _ => opcode::ReadFixed::new(file, at, bytes, 0)
             .offset(offset)
             .build(),
-        (_, false) => opcode::Read::new(file, at, bytes).offset(offset).build(),
     }
 }
 
