@@ -332,8 +332,8 @@ fn the_serial_and_what_is_not_known() {
     );
     // FLUSH was not negotiated.
     assert_eq!(rig.request(FLUSH, 0, None), (2, 1));
-    assert_eq!(rig.device.metrics.requests_ok.get(), 2);
-    assert_eq!(rig.device.metrics.requests_failed.get(), 3);
+    assert_eq!(rig.device.metrics.totals().requests_ok, 2);
+    assert_eq!(rig.device.metrics.totals().requests_failed, 3);
 }
 
 #[test]

@@ -161,13 +161,14 @@ impl BlkDevice {
             .as_ref()
             .and_then(|ciphers| unknown_progress(ciphers, capacity_sectors));
         let storage_bytes = AtomicU64::new(storage.bytes().unwrap_or(0));
+        let metrics = Metrics::new(geometry.queues);
         Arc::new(Self {
             geometry,
             storage,
             encrypted: ciphers.is_some(),
             ciphers: Mutex::new(ciphers),
             progress: Mutex::new(progress),
-            metrics: Metrics::default(),
+            metrics,
             qos: Qos::default(),
             capacity_sectors: AtomicU64::new(capacity_sectors),
             writeback: AtomicBool::new(true),

@@ -12,4 +12,4 @@ pub mod transform;
 pub use cipher::{Cipher, Ciphers, Rekey};
 pub(crate) use cipher::{Keys, part};
 pub use device::{BlkDevice, Geometry, ResizeError, SECTOR_BYTES};
-pub use metrics::{Counter, Metrics};
+pub use metrics::{Counts, Metrics, QueueMetrics};

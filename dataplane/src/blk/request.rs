@@ -72,7 +72,6 @@ pub struct Range {
 /// Most ranges of one request.
 pub const MAX_RANGES: usize = config_space::MAX_RANGES as usize;
 
-const HEADER_BYTES: usize = 16;
 /// `struct virtio_blk_discard_write_zeroes` (virtio 1.2, 5.2.6).
 const RANGE_BYTES: usize = 16;
 /// Of its flags.
@@ -94,7 +93,7 @@ pub fn parse(
     if !chain.writable.split_last_byte() {
         return Err(RingError::NoStatus);
     }
-    Ok(match chain.readable.take_front::<HEADER_BYTES>() {
+    Ok(match chain.readable.take_words() {
         Some(header) => decide(header, chain, device, features),
         None => Err(Status::IoError),
     })
@@ -110,14 +109,14 @@ pub fn is_durable(device: &BlkDevice, features: u64) -> bool {
 
 #[inline]
 fn decide(
-    header: [u8; HEADER_BYTES],
+    [kind, sector]: [u64; 2],
     chain: &Chain,
     device: &BlkDevice,
     features: u64,
 ) -> Result<Operation, Status> {
-    let [t0, t1, t2, t3, _, _, _, _, s0, s1, s2, s3, s4, s5, s6, s7] = header;
-    let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
-    match u32::from_le_bytes([t0, t1, t2, t3]) {
+    // The upper half of the first word has no meaning (5.2.6).
+    #[expect(clippy::cast_possible_truncation, reason = "the lower half")]
+    match kind as u32 {
         kind::IN if chain.readable.is_empty() => {
             let offset_bytes = range(
                 sector,

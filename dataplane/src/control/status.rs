@@ -50,10 +50,11 @@ fn one(id: VolumeId, volume: &Volume, server: &Server) -> VolumeStatus {
     status.waits_for_volume = now.waits_for_volume;
     status.rekey = rekey(device);
     status.capacity_bytes = device.capacity_sectors() * SECTOR_BYTES;
-    status.requests_ok = device.metrics.requests_ok.get();
-    status.requests_failed = device.metrics.requests_failed.get();
-    status.read_bytes = device.metrics.read_bytes.get();
-    status.written_bytes = device.metrics.written_bytes.get();
+    let counts = device.metrics.totals();
+    status.requests_ok = counts.requests_ok;
+    status.requests_failed = counts.requests_failed;
+    status.read_bytes = counts.read_bytes;
+    status.written_bytes = counts.written_bytes;
     let flush = device
         .flush_failed()
         .then(|| "a flush failed: what was written before it may be lost".to_owned());

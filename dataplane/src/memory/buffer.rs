@@ -10,7 +10,7 @@ use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use super::GuestMemory;
+use super::{GuestMemory, read_words, will_read, will_write};
 
 /// Ranges that the longest chains of well-behaved drivers have.
 pub const USUAL_MOST_PIECES: usize = 256;
@@ -77,6 +77,9 @@ impl GuestBuffer {
     /// Empties it, for ranges of this memory.
     #[inline]
     pub fn reset(&mut self, lease: &Lease) {
+        if self.pieces.capacity() > USUAL_MOST_PIECES {
+            self.shrink();
+        }
         self.pieces.clear();
         self.first = 0;
         self.bytes = 0;
@@ -91,13 +94,36 @@ impl GuestBuffer {
     /// guest could otherwise make every place in a worker that large.
     pub fn release(&mut self) {
         if self.pieces.capacity() > USUAL_MOST_PIECES {
-            self.pieces = Vec::with_capacity(USUAL_MOST_PIECES);
+            self.shrink();
         }
         self.pieces.clear();
         self.first = 0;
         self.bytes = 0;
         self.last = None;
         self.lease = None;
+    }
+
+    /// Gives up room that only a very long chain needed.
+    #[cold]
+    fn shrink(&mut self) {
+        self.pieces = Vec::with_capacity(USUAL_MOST_PIECES);
+    }
+
+    /// Has the CPU fetch the first byte, which is going to be read.
+    #[inline]
+    pub fn announce_first(&self) {
+        if let Some(piece) = self.pieces.first().filter(|piece| piece.bytes > 0) {
+            will_read(piece.host);
+        }
+    }
+
+    /// Has the CPU fetch the last byte, which is going to be written.
+    #[inline]
+    pub fn announce_last(&self) {
+        if let Some(piece) = self.pieces.last().filter(|piece| piece.bytes > 0) {
+            // SAFETY: the piece has at least one byte; this is its last.
+            will_write(unsafe { piece.host.add(piece.bytes as usize - 1) });
+        }
     }
 
     /// Adds a range, which may span adjacent regions. Nothing is added for no bytes.
@@ -129,6 +155,7 @@ impl GuestBuffer {
 
     /// Whether it has no bytes.
     #[must_use]
+    #[inline]
     pub fn is_empty(&self) -> bool {
         self.bytes == 0
     }
@@ -202,8 +229,35 @@ impl GuestBuffer {
         }
     }
 
-    /// Takes `N` bytes off the front and copies them, each byte once; none if it is shorter.
+    /// Takes 16 bytes off the front as two little-endian words, each byte read once; none if it is shorter.
     #[inline]
+    pub fn take_words(&mut self) -> Option<[u64; 2]> {
+        const BYTES: u32 = 16;
+        let first = self.pieces.get_mut(self.first);
+        let Some(piece) = first.filter(|piece| piece.bytes >= BYTES) else {
+            return self.take_scattered_words();
+        };
+        // SAFETY: the piece has these bytes, in memory that the lease holds.
+        let words = unsafe { read_words(piece.host) };
+        // SAFETY: at most the piece's own length further.
+        piece.host = unsafe { piece.host.add(BYTES as usize) };
+        piece.bytes -= BYTES;
+        self.first += usize::from(piece.bytes == 0);
+        self.bytes -= u64::from(BYTES);
+        Some(words)
+    }
+
+    /// As [`GuestBuffer::take_words`], of bytes that may lie in several pieces.
+    #[cold]
+    fn take_scattered_words(&mut self) -> Option<[u64; 2]> {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = self.take_front::<16>()?;
+        Some([
+            u64::from_le_bytes([a, b, c, d, e, f, g, h]),
+            u64::from_le_bytes([i, j, k, l, m, n, o, p]),
+        ])
+    }
+
+    /// Takes `N` bytes off the front and copies them, each byte once; none if it is shorter.
     pub fn take_front<const N: usize>(&mut self) -> Option<[u8; N]> {
         let mut out = [0u8; N];
         if !self.copy_out(0, &mut out) {

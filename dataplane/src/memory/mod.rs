@@ -16,6 +16,7 @@ mod area;
 mod buffer;
 mod dirty;
 mod mapping;
+mod prefetch;
 pub mod sigbus;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -27,6 +28,7 @@ pub use area::SharedArea;
 pub use buffer::{GuestBuffer, Lease, OutsideMemory, Piece, Runs, USUAL_MOST_PIECES};
 pub use dirty::DirtyLog;
 use mapping::Mapping;
+pub(crate) use prefetch::{will_read, will_write};
 
 /// A region as a frontend describes it (vhost-user, "Memory region description").
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,6 +95,25 @@ unsafe impl Sync for GuestMemory {}
 pub(crate) unsafe fn read_once<T: Copy>(at: NonNull<T>) -> T {
     // SAFETY: passed on to the caller.
     unsafe { at.read_volatile() }
+}
+
+/// A word at any address.
+#[derive(Clone, Copy)]
+#[repr(C, packed)]
+struct Word(u64);
+
+/// 16 bytes as two little-endian words, each byte read once, by two loads.
+///
+/// # Safety
+/// `at` comes from a [`GuestMemory::span`] of 16 bytes at least, of memory that is held.
+#[inline]
+pub(crate) unsafe fn read_words(at: NonNull<u8>) -> [u64; 2] {
+    // SAFETY: passed on to the caller; a word needs no alignment.
+    let (low, high) = unsafe {
+        let at = at.cast::<Word>();
+        (read_once(at), read_once(at.add(1)))
+    };
+    [u64::from_le(low.0), u64::from_le(high.0)]
 }
 
 impl GuestMemory {

@@ -9,7 +9,7 @@ use std::ptr::NonNull;
 
 use super::{QueueFeatures, RingError};
 use crate::blk::config_space::SEG_MAX;
-use crate::memory::{GuestBuffer, Lease, read_once};
+use crate::memory::{GuestBuffer, Lease, read_words};
 
 /// The chain continues at `next`.
 pub const NEXT: u16 = 1;
@@ -41,36 +41,30 @@ pub(super) fn longest(size: u16) -> u32 {
     u32::from(size).max(SEG_MAX + 2)
 }
 
-/// Address and length, which both formats have in the same place.
-fn addr_and_len(raw: [u8; 16]) -> (u64, u32) {
-    let [a0, a1, a2, a3, a4, a5, a6, a7, l0, l1, l2, l3, ..] = raw;
-    let addr = u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]);
-    (addr, u32::from_le_bytes([l0, l1, l2, l3]))
-}
-
 impl Descriptor {
-    /// From the bytes of a split queue's table.
-    pub(super) fn of_split(raw: [u8; 16]) -> Self {
-        let (addr, len) = addr_and_len(raw);
-        let [.., f0, f1, n0, n1] = raw;
+    /// From the words of a split queue's table.
+    #[inline]
+    #[expect(clippy::cast_possible_truncation, reason = "fields of a word")]
+    pub(super) fn of_split([addr, rest]: [u64; 2]) -> Self {
         Self {
             addr,
-            len,
-            flags: u16::from_le_bytes([f0, f1]),
-            next: u16::from_le_bytes([n0, n1]),
+            len: rest as u32,
+            flags: (rest >> 32) as u16,
+            next: (rest >> 48) as u16,
         }
     }
 
-    /// From the bytes of a packed ring (2.8.13), whose buffer ID is kept as `next`.
+    /// From the words of a packed ring (2.8.13), whose buffer ID is kept as `next`.
     #[inline]
-    pub(super) fn of_packed(raw: [u8; 16]) -> Self {
-        let (addr, len) = addr_and_len(raw);
-        let [.., i0, i1, f0, f1] = raw;
+    pub(super) fn of_packed([addr, rest]: [u64; 2]) -> Self {
+        let Self {
+            len, flags, next, ..
+        } = Self::of_split([addr, rest]);
         Self {
             addr,
             len,
-            flags: u16::from_le_bytes([f0, f1]),
-            next: u16::from_le_bytes([i0, i1]),
+            flags: next,
+            next: flags,
         }
     }
 
@@ -127,6 +121,13 @@ impl Chain {
         Ok(())
     }
 
+    /// Has the CPU fetch what a request needs first: its header, and the line that its status goes to.
+    #[inline]
+    pub fn announce(&self) {
+        self.writable.announce_last();
+        self.readable.announce_first();
+    }
+
     /// Lets go of the memory.
     pub fn release(&mut self) {
         self.readable.release();
@@ -176,11 +177,11 @@ pub(super) fn table<'a>(
 
 impl Table<'_> {
     /// An entry's bytes, read once; `index` is below the size.
-    fn entry(&self, index: u32) -> [u8; DESCRIPTOR_BYTES as usize] {
+    fn entry(&self, index: u32) -> [u64; 2] {
         debug_assert!(index < self.size);
         // SAFETY: the entry lies inside the span that was looked up; the lease keeps it. Bytes
         // need no alignment.
-        unsafe { read_once(self.entries.add(index as usize)) }
+        unsafe { read_words(self.entries.add(index as usize).cast()) }
     }
 
     /// Follows the chain in the table of a split queue.

@@ -23,7 +23,7 @@ use super::inflight::{PackedRegion, QueueRegion};
 use super::notify::{EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE, passed_packed};
 use super::order::Order;
 use super::{QueueFeatures, RingError};
-use crate::memory::{GuestMemory, Lease, full_fence, read_once, shared_u16, shared_u32};
+use crate::memory::{GuestMemory, Lease, full_fence, read_words, shared_u16, shared_u32};
 use crate::worker::message::RingLayout;
 
 /// Largest queue (2.8).
@@ -109,8 +109,8 @@ pub struct PackedQueue {
     avail: Cursor,
     /// The descriptor that is written as used next.
     used: Cursor,
-    /// Where used descriptors end that the driver sees.
-    published: Cursor,
+    /// Where used descriptors ended when the driver's wish to be called was looked at last.
+    asked: Cursor,
     /// For each buffer ID in flight, how many descriptors of the ring it has; else 0.
     descriptors_of: Box<[u16]>,
     /// Descriptors of the ring that were taken and are not shown as used.
@@ -195,7 +195,7 @@ impl PackedQueue {
             longest: longest(layout.size),
             avail,
             used,
-            published: used,
+            asked: used,
             descriptors_of: vec![0; size].into_boxed_slice(),
             descriptors: 0,
             unpublished: 0,
@@ -349,7 +349,7 @@ impl PackedQueue {
     fn descriptor(&self, index: u16) -> Descriptor {
         debug_assert!(index < self.layout.size);
         // SAFETY: the descriptor lies in the ring, which the lease keeps. Bytes need no alignment.
-        Descriptor::of_packed(unsafe { read_once(self.parts.ring.add(usize::from(index))) })
+        Descriptor::of_packed(unsafe { read_words(self.parts.ring.add(usize::from(index)).cast()) })
     }
 
     /// Gives up a chain that can't be given back: its queue retires, and shows nothing any more.
@@ -430,11 +430,12 @@ impl PackedQueue {
         }
     }
 
-    /// Shows the driver what was used since the last time; whether it wants to be called.
+    /// Shows the driver what was used since the last time. Whether it wants to be called is asked later
+    /// ([`PackedQueue::publish`]): a driver that polls goes on meanwhile.
     #[inline]
-    pub fn publish(&mut self) -> bool {
+    pub fn show(&mut self) {
         let Some((index, flags)) = self.held_back.take() else {
-            return false;
+            return;
         };
         if let Some(region) = &mut self.region {
             region.publishes(self.used);
@@ -446,7 +447,17 @@ impl PackedQueue {
             region.published(self.used);
         }
         self.descriptors -= std::mem::take(&mut self.unpublished);
-        let old = std::mem::replace(&mut self.published, self.used);
+    }
+
+    /// Shows the driver what was used since the last time; whether it wants to be called for anything that
+    /// was shown since this was asked last: no more than is in flight at once, and so once around at most.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        self.show();
+        let old = std::mem::replace(&mut self.asked, self.used);
+        if old == self.used {
+            return false;
+        }
         // The flags are visible before the driver's wish is read (2.8.10).
         full_fence();
         // SAFETY: the area is aligned and in memory that the lease keeps.
@@ -455,7 +466,7 @@ impl PackedQueue {
             EVENT_DISABLE => false,
             EVENT_DESC if self.features.event_idx => {
                 let event = u16::try_from(wish & 0xffff).unwrap_or(0);
-                passed_packed(event, self.published.base(), old.base(), self.layout.size)
+                passed_packed(event, self.used.base(), old.base(), self.layout.size)
             }
             _ => true,
         }

@@ -144,7 +144,14 @@ impl Virtqueue {
         either!(self, queue => queue.push_used(head, len));
     }
 
-    /// Shows the driver what was used since the last time; whether it wants to be called.
+    /// Shows the driver what was used since the last time, within a batch that [`Virtqueue::publish`] ends.
+    #[inline]
+    pub fn show(&mut self) {
+        either!(self, queue => queue.show());
+    }
+
+    /// Shows the driver what was used since the last time; whether it wants to be called for what was shown
+    /// since this was asked last.
     #[inline]
     pub fn publish(&mut self) -> bool {
         either!(self, queue => queue.publish())

@@ -21,11 +21,14 @@ use super::chain::{Chain, Descriptor, INDIRECT, NEXT, longest, table};
 use super::inflight::{QueueRegion, SplitRegion};
 use super::notify::{NO_INTERRUPT, NO_NOTIFY, passed};
 use super::order::Order;
-use crate::memory::{GuestMemory, Lease, full_fence, read_once, shared_u16};
+use crate::memory::{GuestMemory, Lease, full_fence, read_words, shared_u16, will_read};
 use crate::worker::message::RingLayout;
 
 /// Largest queue (2.7).
 const MAX_SIZE: u16 = 32768;
+
+/// Avail entries that are read together at most; a power of two.
+const AHEAD: u16 = 16;
 
 /// An entry of the used ring (2.7.8).
 #[derive(Debug, Clone, Copy)]
@@ -60,10 +63,16 @@ pub struct SplitQueue {
     next_avail: u16,
     /// The avail index as it was read last.
     seen_avail: u16,
+    /// Entries from the next one on, as they were read, each where its index falls.
+    ahead: [u16; AHEAD as usize],
+    /// The index behind them.
+    ahead_end: u16,
     /// The used entry that is written next.
     next_used: u16,
     /// The used index as the driver sees it.
     published: u16,
+    /// The used index when the driver's wish to be called was looked at last.
+    asked: u16,
     /// One bit per head that was taken and not yet used.
     in_flight: Box<[u64]>,
     in_flight_count: u16,
@@ -136,8 +145,11 @@ impl SplitQueue {
             longest: longest(layout.size),
             next_avail,
             seen_avail: next_avail,
+            ahead: [0; AHEAD as usize],
+            ahead_end: next_avail,
             next_used: 0,
             published: 0,
+            asked: 0,
             in_flight: vec![0; words].into_boxed_slice(),
             in_flight_count: 0,
             quiet: false,
@@ -148,6 +160,7 @@ impl SplitQueue {
         // The driver's view of the used ring is the truth about it (a restart goes on there).
         queue.published = queue.used(1).load(Ordering::Relaxed);
         queue.next_used = queue.published;
+        queue.asked = queue.published;
         queue.disarm();
         Ok(queue)
     }
@@ -171,6 +184,7 @@ impl SplitQueue {
         if SplitRegion::was_left_idle(&region, self.layout.size) {
             self.next_avail = self.published;
             self.seen_avail = self.published;
+            self.ahead_end = self.published;
         }
         self.region = Some(SplitRegion::new(region, self.layout.size, self.published));
     }
@@ -243,17 +257,46 @@ impl SplitQueue {
         Ok(given != self.next_avail)
     }
 
+    /// Reads the avail entries that come next, each once, and has the CPU fetch the descriptors that they
+    /// name: the driver's CPU wrote these, and they come together rather than one after the other. Whether
+    /// there is one.
+    ///
+    /// # Errors
+    /// [`RingError::IndexJump`].
+    #[inline]
+    fn look_ahead(&mut self) -> Result<bool, RingError> {
+        if !self.has_work()? {
+            return Ok(false);
+        }
+        let mask = self.layout.size - 1;
+        let count = self.seen_avail.wrapping_sub(self.next_avail).min(AHEAD);
+        for step in 0..count {
+            let index = self.next_avail.wrapping_add(step);
+            let head = self
+                .avail(2 + usize::from(index & mask))
+                .load(Ordering::Relaxed);
+            if let Some(place) = self.ahead.get_mut(usize::from(index % AHEAD)) {
+                *place = head;
+            }
+            // SAFETY: masked to the table's length. (A head that is not below it is refused in its turn.)
+            will_read(unsafe { self.parts.desc.add(usize::from(head & mask)) });
+        }
+        self.ahead_end = self.next_avail.wrapping_add(count);
+        Ok(true)
+    }
+
     /// Takes the next available chain; its head, or none if there is none.
     ///
     /// # Errors
     /// See [`RingError`]: the driver broke the ring, nothing was taken.
     #[inline]
     pub fn pop(&mut self, chain: &mut Chain) -> Result<Option<u16>, RingError> {
-        if !self.has_work()? {
+        if self.next_avail == self.ahead_end && !self.look_ahead()? {
             return Ok(None);
         }
-        let slot = usize::from(self.next_avail & (self.layout.size - 1));
-        let head = self.avail(2 + slot).load(Ordering::Relaxed);
+        let place = self.ahead.get(usize::from(self.next_avail % AHEAD));
+        // There always is one.
+        let head = place.copied().unwrap_or(u16::MAX);
         if head >= self.layout.size {
             return Err(RingError::OutOfTable {
                 index: head,
@@ -290,7 +333,8 @@ impl SplitQueue {
                 return Err(RingError::OutOfTable { index, size });
             }
             // SAFETY: index is below the table's length; the lease keeps the table.
-            let descriptor = unsafe { read_once(self.parts.desc.add(usize::from(index))) };
+            let words = unsafe { read_words(self.parts.desc.add(usize::from(index)).cast()) };
+            let descriptor = Descriptor::of_split(words);
             if descriptor.has(INDIRECT) {
                 return table(&self.lease, &descriptor, self.features, self.longest)?.walk(chain);
             }
@@ -367,19 +411,30 @@ impl SplitQueue {
         }
     }
 
-    /// Shows the driver what was used since the last time; whether it wants to be called.
+    /// Shows the driver what was used since the last time. Whether it wants to be called is asked later
+    /// ([`SplitQueue::publish`]): a driver that polls goes on meanwhile.
     #[inline]
-    pub fn publish(&mut self) -> bool {
+    pub fn show(&mut self) {
         if self.next_used == self.published {
-            return false;
+            return;
         }
-        let old = self.published;
         self.published = self.next_used;
         // Release: the entries and everything that the requests wrote come before the index.
         self.used(1).store(self.published, Ordering::Release);
         self.mark(2, 2);
         if let Some(region) = &mut self.region {
             region.published(self.published);
+        }
+    }
+
+    /// Shows the driver what was used since the last time; whether it wants to be called for anything that
+    /// was shown since this was asked last.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        self.show();
+        let old = std::mem::replace(&mut self.asked, self.published);
+        if old == self.published {
+            return false;
         }
         // The index is visible before the driver's wish is read (2.7.7.1).
         full_fence();

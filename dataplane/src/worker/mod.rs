@@ -1,5 +1,6 @@
 //! Workers: one thread on one core each, which owns its queues and one io_uring.
 
+mod batch;
 pub mod message;
 mod polling;
 mod queue;

@@ -7,6 +7,7 @@ use std::rc::Rc;
 
 use super::message::{QueueId, QueueStart};
 use super::ring::{EntryId, FixedFile};
+use crate::blk::Counts;
 use crate::blk::pipeline::{Local, Outcome};
 use crate::blk::request::Status;
 use crate::virtqueue::{QueueFeatures, RingError, Virtqueue};
@@ -29,15 +30,6 @@ pub struct Call {
     pub signal: Option<(EntryId, u32)>,
     /// Another signal is to follow: more was published since.
     pub again: bool,
-}
-
-/// Requests that ended since the last publish.
-#[derive(Debug, Default)]
-struct Tally {
-    ok: u64,
-    failed: u64,
-    read_bytes: u64,
-    written_bytes: u64,
 }
 
 /// A queue.
@@ -63,7 +55,8 @@ pub struct Queue {
     pub error: Option<OwnedFd>,
     /// Negotiated features.
     pub features: u64,
-    tally: Tally,
+    /// What ended and is not shown yet.
+    tally: Counts,
 }
 
 impl Queue {
@@ -89,7 +82,7 @@ impl Queue {
             call: None,
             error: start.error,
             features: start.features,
-            tally: Tally::default(),
+            tally: Counts::default(),
         })
     }
 
@@ -104,9 +97,9 @@ impl Queue {
     #[inline]
     pub fn ended(&mut self, head: u16, outcome: Outcome) {
         if outcome.status == Status::Ok {
-            self.tally.ok += 1;
+            self.tally.requests_ok += 1;
         } else {
-            self.tally.failed += 1;
+            self.tally.requests_failed += 1;
         }
         self.tally.read_bytes += u64::from(outcome.read_bytes);
         self.tally.written_bytes += u64::from(outcome.stored_bytes);
@@ -114,18 +107,28 @@ impl Queue {
         self.ring.push_used(head, outcome.written.saturating_add(1));
     }
 
+    /// Shows the driver what ended, within a batch that [`Queue::publish`] ends; not if its memory went away.
+    #[inline]
+    pub fn show(&mut self) {
+        if !self.ring.is_lost() {
+            self.count();
+            self.ring.show();
+        }
+    }
+
     /// Shows the driver what ended; whether it wants to be called. A retired queue shows nothing.
     #[inline]
     pub fn publish(&mut self) -> bool {
-        let tally = std::mem::take(&mut self.tally);
-        if tally.ok | tally.failed == 0 {
-            return false;
-        }
-        let metrics = &self.local.device.metrics;
-        metrics.requests_ok.add(tally.ok);
-        metrics.requests_failed.add(tally.failed);
-        metrics.read_bytes.add(tally.read_bytes);
-        metrics.written_bytes.add(tally.written_bytes);
+        self.count();
         !self.retired && self.ring.publish()
+    }
+
+    /// Counts what ended.
+    #[inline]
+    fn count(&mut self) {
+        let tally = std::mem::take(&mut self.tally);
+        if let Some(metrics) = self.local.device.metrics.queue(self.id.index) {
+            metrics.add(tally);
+        }
     }
 }

@@ -7,6 +7,7 @@
 
 mod events;
 mod flush;
+mod serve;
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
@@ -17,20 +18,18 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender};
 use nix::sys::eventfd::EventFd;
 
+use super::batch::Batch;
 use super::message::{DeviceId, FromWorker, QueueId, QueueStart, ToWorker, ZoneChange};
 use super::polling::{Next, Polling};
 use super::queue::Queue;
 use super::ring::{Completion, Event, FixedFile};
 use crate::blk::BlkDevice;
-use crate::blk::pipeline::{Begun, Local, Outcome, Pipeline, Start, TOKEN_BITS};
-use crate::blk::request::{is_durable, parse};
-use crate::virtqueue::{Chain, RingError};
+use crate::blk::pipeline::{Local, Outcome, Pipeline, TOKEN_BITS};
+use crate::virtqueue::RingError;
 use events::Armed;
 use flush::Flushes;
+use serve::serve;
 
-/// Requests taken from a queue before the next queue has its turn, and what was used is published:
-/// small enough that a fast driver refills the ring while the rest is served.
-const REQUESTS_PER_TURN: usize = 16;
 /// How long a queue without a kick, and a request that no completion will wake, may wait for its worker.
 const SHORT_SLEEP: Duration = Duration::from_micros(100);
 
@@ -61,8 +60,8 @@ pub struct Worker {
     numbers: HashMap<QueueId, u32>,
     /// Numbers of queues with something to publish.
     touched: Vec<u32>,
-    /// Where a chain is put together.
-    chain: Chain,
+    /// Where requests are taken to.
+    batch: Batch,
     polling: Polling,
     /// Serial of the last wait for a kick, and of the last call.
     serial: u32,
@@ -109,7 +108,7 @@ impl Worker {
             queues: Vec::new(),
             numbers: HashMap::new(),
             touched: Vec::new(),
-            chain: Chain::with_capacity(128),
+            batch: Batch::default(),
             polling: Polling::default(),
             serial: 0,
             called: false,
@@ -165,6 +164,8 @@ impl Worker {
                     if let Some(Err(error)) = set {
                         self.retire(number, error);
                     }
+                    // Requests that ended at once hold on to the memory before.
+                    self.batch.release();
                 }
                 self.reply(FromWorker::MemorySet { queue });
             }
@@ -307,8 +308,8 @@ impl Worker {
             return;
         };
         self.numbers.remove(&queue.id);
-        // It may hold on to the guest memory of a request that ended at once.
-        self.chain.release();
+        // It may hold on to the guest memory of requests that ended at once.
+        self.batch.release();
         self.reply(FromWorker::Stopped {
             queue: queue.id,
             base: Some(queue.ring.base()),
@@ -344,7 +345,7 @@ impl Worker {
                 continue;
             };
             let number = u32::try_from(number).unwrap_or(u32::MAX);
-            let (taken, broken) = serve(queue, number, &mut self.pipeline, &mut self.chain);
+            let (taken, broken) = serve(queue, number, &mut self.pipeline, &mut self.batch);
             busy |= taken > 0;
             if let Some(error) = broken {
                 self.retire(number, error);
@@ -481,52 +482,4 @@ fn note(
     if touched.last() != Some(&number) && !touched.contains(&number) {
         touched.push(number);
     }
-}
-
-/// Takes some requests from a queue: how many, and how its driver broke it, if it did.
-#[inline]
-fn serve(
-    queue: &mut Queue,
-    number: u32,
-    pipeline: &mut Pipeline,
-    chain: &mut Chain,
-) -> (usize, Option<RingError>) {
-    queue.ring.disarm();
-    for taken in 0..REQUESTS_PER_TURN {
-        if !pipeline.has_room() || queue.local.is_clogged() {
-            return (taken, None);
-        }
-        let head = match queue.ring.pop(chain) {
-            Ok(Some(head)) => head,
-            Ok(None) => return (taken, None),
-            Err(error) => return (taken, Some(error)),
-        };
-        let parsed = match parse(chain, &queue.local.device, queue.features) {
-            Ok(parsed) => parsed,
-            Err(error) => {
-                queue.ring.abandon(head);
-                return (taken, Some(error));
-            }
-        };
-        let operation = match parsed {
-            Ok(operation) => operation,
-            Err(status) => {
-                chain.writable.write_only_last_byte(status as u8);
-                queue.ended(head, Outcome::failed(status));
-                continue;
-            }
-        };
-        let start = Start {
-            queue: number,
-            head,
-            operation,
-            local: &queue.local,
-            durable: is_durable(&queue.local.device, queue.features),
-        };
-        if let Begun::Done(outcome) = pipeline.begin(start, chain) {
-            chain.writable.write_last_byte(outcome.status as u8);
-            queue.ended(head, outcome);
-        }
-    }
-    (REQUESTS_PER_TURN, None)
 }

@@ -11,8 +11,7 @@ use crate::blk::transform::{Place, Span, load, store};
 use crate::virtqueue::Chain;
 
 impl Pipeline {
-    /// Between guest memory and that of the device, encrypted or decrypted in the same pass; nothing at
-    /// all for a plain device without blocks.
+    /// Between guest memory and that of the device, encrypted or decrypted in the same pass.
     #[inline]
     pub(super) fn at_once(&self, start: Start<'_>, chain: &Chain) -> Outcome {
         let local = start.local;
@@ -21,9 +20,6 @@ impl Pipeline {
         // Such a device is never re-keyed: there is one key for all bytes.
         let keys = local.keys.borrow();
         let (cipher, _) = part(keys.as_ref(), 0, total);
-        if matches!(local.memory, Memory::Nowhere) && cipher.is_none() {
-            return Outcome::ok(start.operation, total);
-        }
         let Some(chunk) = &self.scratch else {
             return Outcome::failed(Status::IoError);
         };

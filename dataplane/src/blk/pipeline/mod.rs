@@ -92,11 +92,11 @@ impl Pipeline {
         }
     }
 
-    /// Whether another request can be begun.
+    /// How many more requests can be begun.
     #[must_use]
     #[inline]
-    pub fn has_room(&self) -> bool {
-        !self.free.is_empty()
+    pub fn room(&self) -> usize {
+        self.free.len()
     }
 
     /// Begins a request. Its chain is taken (and an empty one left) if it is under way afterwards.
@@ -106,6 +106,10 @@ impl Pipeline {
         match start.operation {
             Operation::Read { .. } | Operation::Write { .. } => match local.memory {
                 Memory::No => self.begin_transfer(start, chain),
+                Memory::Nowhere if !local.device.is_encrypted() => {
+                    let bytes = data(start.operation, chain).bytes();
+                    Begun::Done(Outcome::ok(start.operation, bytes))
+                }
                 Memory::Nowhere | Memory::Ram(_) => Begun::Done(self.at_once(start, chain)),
             },
             Operation::GetId => Begun::Done(identify(&local.device, chain)),
@@ -166,7 +170,7 @@ impl Pipeline {
         }
     }
 
-    /// Moves a chain into a flight; none if there is no room ([`Pipeline::has_room`]).
+    /// Moves a chain into a flight; none if there is no room ([`Pipeline::room`]).
     #[inline]
     fn take_off(&mut self, start: Start<'_>, chain: &mut Chain, bytes: u64) -> Option<u32> {
         let index = self.free.pop()?;

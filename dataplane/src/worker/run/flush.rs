@@ -38,7 +38,7 @@ impl Worker {
 
     /// Begins what is due, as far as there is room.
     pub(super) fn begin_flushes(&mut self) {
-        while self.pipeline.has_room() {
+        while self.pipeline.room() > 0 {
             let Some(queue) = self.flushes.due.pop() else {
                 return;
             };
