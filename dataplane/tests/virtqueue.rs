@@ -368,3 +368,54 @@ fn places_and_sizes_that_can_not_be_are_refused() {
         );
     }
 }
+
+/// Entries that are read ahead are used as they were read: what the driver writes there afterwards is for the
+/// next time around.
+#[test]
+fn an_avail_entry_is_read_once() {
+    let pair = Pair::new();
+    for place in 0..SIZE {
+        let desc = Desc {
+            addr: 0x2000,
+            len: 1,
+            flags: 2,
+            next: 0,
+        };
+        put(&pair, DESC, &[(place, desc)]);
+    }
+    pair.write(AVAIL + 4, &[3, 0, 5, 0]);
+    pair.write(AVAIL + 2, &2u16.to_le_bytes());
+    let mut queue = pair.queue(INDIRECT);
+    let mut chain = Chain::default();
+    assert_eq!(queue.pop(&mut chain), Ok(Some(3)));
+    pair.write(AVAIL + 6, &[7, 0, 9, 0]);
+    pair.write(AVAIL + 2, &3u16.to_le_bytes());
+    assert_eq!(queue.pop(&mut chain), Ok(Some(5)));
+    assert_eq!(queue.pop(&mut chain), Ok(Some(9)));
+    assert_eq!(queue.pop(&mut chain), Ok(None));
+}
+
+/// A head outside the table breaks the ring in its turn, not when it is read ahead.
+#[test]
+fn what_comes_before_a_head_that_can_not_be_is_taken() {
+    let pair = Pair::new();
+    let desc = Desc {
+        addr: 0x2000,
+        len: 1,
+        flags: 2,
+        next: 0,
+    };
+    put(&pair, DESC, &[(3, desc)]);
+    pair.write(AVAIL + 4, &[3, 0, 0xff, 0xff]);
+    pair.write(AVAIL + 2, &2u16.to_le_bytes());
+    let mut queue = pair.queue(INDIRECT);
+    let mut chain = Chain::default();
+    assert_eq!(queue.pop(&mut chain), Ok(Some(3)));
+    let outside = RingError::OutOfTable {
+        index: 0xffff,
+        size: u32::from(SIZE),
+    };
+    for _ in 0..2 {
+        assert_eq!(queue.pop(&mut chain), Err(outside));
+    }
+}

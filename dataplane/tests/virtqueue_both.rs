@@ -27,6 +27,7 @@ struct Rig {
     guest: File,
     log: File,
     packed: bool,
+    event_idx: bool,
     offered: u16,
 }
 
@@ -45,6 +46,7 @@ impl Rig {
             guest: fd.into(),
             log: area.into(),
             packed: features.packed,
+            event_idx: features.event_idx,
             offered: 0,
         }
     }
@@ -72,6 +74,32 @@ impl Rig {
     fn take(&mut self) -> u16 {
         let taken = self.queue.pop(&mut Chain::default()).expect("good");
         taken.expect("there is one")
+    }
+
+    /// The driver's wish: a call when the first request is used.
+    fn wants_call_for_first(&self) {
+        let write = |at: u64, bytes: &[u8]| self.guest.write_all_at(bytes, at).expect("write");
+        if self.packed {
+            let flags: u16 = if self.event_idx { 2 } else { 0 };
+            write(LAYOUT.avail, &0x8000u16.to_le_bytes());
+            write(LAYOUT.avail + 2, &flags.to_le_bytes());
+        } else {
+            write(LAYOUT.avail + 4 + 2 * u64::from(SIZE), &0u16.to_le_bytes());
+        }
+    }
+
+    /// Requests that the driver sees as used, of as many descriptors in the ring's first turn.
+    fn shown(&self) -> u16 {
+        let half = |at: u64| {
+            let mut bytes = [0; 2];
+            self.guest.read_exact_at(&mut bytes, at).expect("read");
+            u16::from_le_bytes(bytes)
+        };
+        if !self.packed {
+            return half(LAYOUT.used + 2);
+        }
+        let used = |place: &u16| half(LAYOUT.desc + 16 * u64::from(*place) + 14) & 0x8080 == 0x8080;
+        (0..SIZE).take_while(used).count().try_into().expect("few")
     }
 
     /// Marked pages; the log is empty afterwards.
@@ -175,4 +203,30 @@ fn a_split_queue_goes_on_at_sixteen_bits_only() {
     let queue = |base| Virtqueue::new(&memory, LAYOUT, base, QueueFeatures::default());
     assert_eq!(queue(0xffff).expect("a queue").base(), 0xffff);
     assert!(matches!(queue(0x1_0000), Err(RingError::Base { .. })));
+}
+
+/// Within a batch the driver sees what ended, and is called at the end for the whole of it.
+#[test]
+fn what_is_shown_early_counts_for_the_call_at_the_end() {
+    both(|features| {
+        let mut rig = Rig::new(features);
+        // The driver wants to be called for the first request.
+        rig.wants_call_for_first();
+        for head in [3, 1, 2] {
+            rig.offer(head);
+        }
+        let heads = [rig.take(), rig.take(), rig.take()];
+        assert_eq!(rig.shown(), 0);
+        rig.queue.push_used(heads[0], 1);
+        assert_eq!(rig.shown(), 0, "not before it is shown");
+        rig.queue.push_used(heads[1], 1);
+        rig.queue.show();
+        assert_eq!(rig.shown(), 2);
+        rig.queue.show();
+        rig.queue.push_used(heads[2], 1);
+        assert_eq!(rig.shown(), 2);
+        assert!(rig.queue.publish(), "{features:?}: it wants to be called");
+        assert_eq!(rig.shown(), 3);
+        assert!(!rig.queue.publish(), "nothing is new");
+    });
 }

@@ -417,6 +417,28 @@ fn a_broken_ring_retires_and_says_so() {
     assert!(matches!(rig.reply(), FromWorker::Stopped { .. }));
 }
 
+/// Whatever requests that ended at once have left in the worker's batch.
+#[test]
+fn memory_that_was_replaced_is_let_go_of() {
+    let mut rig = Rig::new(StorageSpec::Null, None, 0);
+    for _ in 0..3 {
+        assert_eq!(rig.request(OUT, 0, Some((DATA, 512))), (0, 1));
+    }
+    let (memory, fd) = anonymous(MEMORY_BYTES).expect("memory");
+    // What the rings hold goes over, as it would if only another region had changed.
+    let rings = rig.read(0, 0x4000);
+    let before = Arc::downgrade(&rig.memory);
+    (rig.memory, rig.guest) = (Arc::new(memory), fd.into());
+    rig.write(0, &rings);
+    rig.send(ToWorker::SetMemory {
+        queue: QUEUE,
+        memory: Arc::clone(&rig.memory),
+    });
+    assert!(matches!(rig.reply(), FromWorker::MemorySet { .. }));
+    assert_eq!(before.strong_count(), 0);
+    assert_eq!(rig.request(OUT, 0, Some((DATA, 512))), (0, 1));
+}
+
 #[test]
 fn memory_that_is_cut_off_retires_the_queue() {
     let mut rig = Rig::new(StorageSpec::Null, None, 0);
