@@ -354,7 +354,9 @@ impl Agent {
         if let Answer::Volumes(volumes) = &answer {
             self.count_key_use(volumes);
         }
-        if self.sample_question.take_if(is_it).is_some() {
+        if let Answer::Storage(volume, status) = &answer {
+            self.tell_of_storage(*volume, status);
+        } else if self.sample_question.take_if(is_it).is_some() {
             self.keep_key_use();
         } else if self.question.take_if(is_it).is_some() {
             self.job_outcome(now, peer, Outcome::Answer(answer));

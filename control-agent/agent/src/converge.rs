@@ -301,6 +301,12 @@ impl Agent {
                 Ok(())
             }
             (Step::Detach(id), Answer::Done) => self.detached(*id),
+            (Step::Detach(id), Answer::GivenUp(requests)) => {
+                // Nothing is served, which is what was asked for. An attach is refused until they have ended,
+                // and tried again.
+                tracing::warn!(volume = %id, requests, "detached, with requests still with the kernel");
+                self.detached(*id)
+            }
             (Step::Attach(id), Answer::Done) => {
                 self.known.attached.get_or_insert_default().insert(*id);
                 Ok(())

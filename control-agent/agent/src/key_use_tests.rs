@@ -46,6 +46,7 @@ fn said(written_bytes: u64) -> Vec<VolumeStatus> {
         holds_volume: true,
         waits_for_volume: false,
         rekey: None,
+        storage: None,
     };
     vec![status(1), status(2)]
 }

@@ -2,8 +2,9 @@
 
 use std::os::fd::OwnedFd;
 
+use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::admin::{AdminReply, AdminRequest, ProcessStatus};
-use bulkhead_protocol::control::{AgentToDataplane, DataplaneToAgent, VolumeStatus};
+use bulkhead_protocol::control::{AgentToDataplane, DataplaneToAgent, StorageStatus, VolumeStatus};
 use bulkhead_protocol::keys::{AgentToKeyd, HostKeys, KeydToAgent, MAX_SHREDS, Undelivered};
 use bulkhead_protocol::rot::ToRot;
 
@@ -52,6 +53,10 @@ pub enum Answer {
     },
     /// What the volumes are doing.
     Volumes(Vec<VolumeStatus>),
+    /// The data plane serves a volume no more, although so many of its requests have not ended.
+    GivenUp(u32),
+    /// The storage of a volume does worse than before, or better. Nobody asked.
+    Storage(VolumeId, StorageStatus),
 }
 
 /// Something that happened.
@@ -133,5 +138,11 @@ pub fn from_dataplane(message: DataplaneToAgent) -> (u64, Answer) {
             request_id,
             volumes,
         } => (request_id, Answer::Volumes(volumes)),
+        // No question has this number.
+        DataplaneToAgent::Storage { volume, status } => (0, Answer::Storage(volume, status)),
+        DataplaneToAgent::GivenUp {
+            request_id,
+            requests,
+        } => (request_id, Answer::GivenUp(requests)),
     }
 }

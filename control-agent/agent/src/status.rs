@@ -1,14 +1,27 @@
 //! What the agent tells an operator about the host.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::admin::{HostStatus, VolumeEntry};
-use bulkhead_protocol::control::{RekeyState, VolumeStatus};
+use bulkhead_protocol::control::{RekeyState, StorageState, StorageStatus, VolumeStatus};
 use bulkhead_protocol::rot::Role;
 
 use crate::agent::Agent;
 use crate::text::{first_lines, plain};
 
 impl Agent {
+    /// The storage of a volume does worse than before, or better: a line for whoever reads the log.
+    pub(crate) fn tell_of_storage(&self, volume: VolumeId, status: &StorageStatus) {
+        let accepted = self.known.accepted.as_ref();
+        let named = accepted.and_then(|stored| stored.bundle.volume(volume));
+        let name = named.map_or("", |volume| &volume.name);
+        if status.state == StorageState::Fine {
+            tracing::info!(%volume, name, "storage {status}");
+        } else {
+            tracing::warn!(%volume, name, "storage {status}");
+        }
+    }
+
     /// The status, with what the data plane said just now; none if it did not.
     pub(crate) fn status(&self, said: Option<Vec<VolumeStatus>>) -> HostStatus {
         let mut said = said.unwrap_or_default();

@@ -4,7 +4,9 @@ use std::fmt::Write as _;
 
 use bulkhead_files::text::to_hex;
 use bulkhead_protocol::admin::{HostStatus, ProcessStatus, VolumeEntry};
-use bulkhead_protocol::control::{RekeyProgress, RekeyState, VolumeStatus};
+use bulkhead_protocol::control::{
+    Latency, RekeyProgress, RekeyState, StorageState, StorageStatus, VolumeStatus,
+};
 
 use crate::host_keys;
 use crate::json::Json;
@@ -95,6 +97,10 @@ fn volumes(volumes: &[VolumeEntry]) -> String {
         if let Some(fault) = entry.state.as_ref().and_then(|state| state.fault.as_ref()) {
             let _ = writeln!(out, "  {}: {}", printable(&entry.name), printable(fault));
         }
+        let storage = entry.state.as_ref().and_then(|state| state.storage);
+        if let Some(storage) = storage.filter(|storage| storage.state != StorageState::Fine) {
+            let _ = writeln!(out, "  {}: storage {storage}", printable(&entry.name));
+        }
         let rekey = entry.state.as_ref().and_then(|state| state.rekey.as_ref());
         if let Some(RekeyState::Failed { reason }) = rekey.map(|rekey| &rekey.state) {
             let _ = writeln!(
@@ -147,9 +153,23 @@ fn state_word(state: Option<&VolumeStatus>) -> &'static str {
     match state {
         None => "unknown",
         Some(state) if state.fault.is_some() => "failed",
+        Some(VolumeStatus {
+            storage: Some(storage),
+            ..
+        }) if storage.state != StorageState::Fine => storage_word(storage.state),
         Some(state) if !state.attached => "detached",
         Some(state) if state.connected => "connected",
         Some(_) => "waiting",
+    }
+}
+
+/// How a storage does, in one word.
+fn storage_word(state: StorageState) -> &'static str {
+    match state {
+        StorageState::Fine => "fine",
+        StorageState::Slow => "slow",
+        StorageState::Hung => "hung",
+        StorageState::GivenUp => "given-up",
     }
 }
 
@@ -237,6 +257,28 @@ fn state_json(state: &VolumeStatus) -> Json {
         ("written_bytes", Json::Number(state.written_bytes)),
         ("fault", Json::or_null(state.fault.as_ref(), Json::text)),
         ("rekey", Json::or_null(state.rekey.as_ref(), rekey_json)),
+        (
+            "storage",
+            Json::or_null(state.storage.as_ref(), storage_json),
+        ),
+    ])
+}
+
+fn storage_json(storage: &StorageStatus) -> Json {
+    let latency = |latency: &Latency| {
+        Json::Object(vec![
+            ("median_us", Json::Number(latency.median_us)),
+            ("p99_us", Json::Number(latency.p99_us)),
+            ("p999_us", Json::Number(latency.p999_us)),
+        ])
+    };
+    Json::Object(vec![
+        ("state", Json::text(storage_word(storage.state))),
+        ("old_requests", Json::Number(storage.old_requests.into())),
+        ("oldest_ms", Json::Number(storage.oldest_ms)),
+        ("slow_after_ms", Json::Number(storage.slow_after_ms)),
+        ("slow_total", Json::Number(storage.slow_total)),
+        ("latency", Json::or_null(storage.latency.as_ref(), latency)),
     ])
 }
 

@@ -96,6 +96,29 @@ pub enum DataplaneToAgent {
         #[n(1)]
         volumes: Vec<VolumeStatus>,
     },
+    /// The storage of a volume does worse than before, or better again. Answers nothing: it comes unasked, once
+    /// for each change.
+    #[n(3)]
+    Storage {
+        /// Which volume.
+        #[n(0)]
+        volume: VolumeId,
+        /// How its storage does now.
+        #[n(1)]
+        status: StorageStatus,
+    },
+    /// Answer to [`AgentToDataplane::Detach`], where the storage does not answer: nothing is served any more,
+    /// the connection is closed and the key wiped, but some requests are still with the kernel. Until they have
+    /// ended, the volume and its file can't be attached again, or old writes could overwrite new ones.
+    #[n(4)]
+    GivenUp {
+        /// Of the request.
+        #[n(0)]
+        request_id: u64,
+        /// Requests that are still with the kernel.
+        #[n(1)]
+        requests: u32,
+    },
 }
 
 /// What one volume is doing.
@@ -147,6 +170,147 @@ pub struct VolumeStatus {
     /// How far its re-key is; none without one in the grant.
     #[n(14)]
     pub rekey: Option<RekeyProgress>,
+    /// How its storage does; none while it is not attached and nothing of it is left.
+    #[n(15)]
+    pub storage: Option<StorageStatus>,
+}
+
+/// How the storage of a volume does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct StorageStatus {
+    /// In a word.
+    #[n(0)]
+    pub state: StorageState,
+    /// Requests under way for longer than `slow_after_ms`; once it was given up, all that are left.
+    #[n(1)]
+    pub old_requests: u32,
+    /// Age of the oldest of them in milliseconds.
+    #[n(2)]
+    pub oldest_ms: u64,
+    /// What is too long, in milliseconds.
+    #[n(3)]
+    pub slow_after_ms: u64,
+    /// Requests that took longer than that since the volume was attached, those under way included.
+    #[n(4)]
+    pub slow_total: u64,
+    /// How long stored requests took since it was attached; none before one ended.
+    #[n(5)]
+    pub latency: Option<Latency>,
+}
+
+/// What the storage of a volume is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub enum StorageState {
+    /// It answers in time.
+    #[n(0)]
+    Fine,
+    /// Some requests are under way for too long.
+    #[n(1)]
+    Slow,
+    /// Some requests are under way for so long that they may never end.
+    #[n(2)]
+    Hung,
+    /// The volume was detached without waiting for its storage: requests are still with the kernel, and it
+    /// can't be attached again before they have ended.
+    #[n(3)]
+    GivenUp,
+}
+
+/// How long requests took, in microseconds, each rounded up to a power of two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct Latency {
+    /// Half of them took no longer.
+    #[n(0)]
+    pub median_us: u64,
+    /// 99 of 100 took no longer.
+    #[n(1)]
+    pub p99_us: u64,
+    /// 999 of 1,000 took no longer.
+    #[n(2)]
+    pub p999_us: u64,
+}
+
+impl std::fmt::Display for StorageStatus {
+    /// As in `slow: 12 requests older than 1 s, oldest 14 s`.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (requests, word) = (self.old_requests, plural(self.old_requests));
+        let (limit, oldest) = (Seconds(self.slow_after_ms), Seconds(self.oldest_ms));
+        match self.state {
+            StorageState::Fine => f.write_str("answers in time"),
+            StorageState::Slow => {
+                write!(
+                    f,
+                    "slow: {requests} {word} older than {limit}, oldest {oldest}"
+                )
+            }
+            StorageState::Hung => {
+                write!(
+                    f,
+                    "hung: {requests} {word} older than {limit}, oldest {oldest}"
+                )
+            }
+            StorageState::GivenUp => write!(
+                f,
+                "given up: {requests} {word} still with the kernel, oldest {oldest}; can be attached again \
+                 when they have ended"
+            ),
+        }
+    }
+}
+
+fn plural(requests: u32) -> &'static str {
+    if requests == 1 { "request" } else { "requests" }
+}
+
+/// Milliseconds, for people.
+struct Seconds(u64);
+
+impl std::fmt::Display for Seconds {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match (self.0 / 1000, self.0 % 1000) {
+            (seconds @ 10.., _) | (seconds, 0) => write!(f, "{seconds} s"),
+            (seconds, rest) => write!(f, "{seconds}.{} s", rest / 100),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_storage_in_words() {
+        let slow = StorageStatus {
+            state: StorageState::Slow,
+            old_requests: 12,
+            oldest_ms: 14_321,
+            slow_after_ms: 1000,
+            slow_total: 40,
+            latency: None,
+        };
+        assert_eq!(
+            slow.to_string(),
+            "slow: 12 requests older than 1 s, oldest 14 s"
+        );
+        let one = StorageStatus {
+            state: StorageState::Hung,
+            old_requests: 1,
+            oldest_ms: 1_250,
+            ..slow
+        };
+        assert_eq!(
+            one.to_string(),
+            "hung: 1 request older than 1 s, oldest 1.2 s"
+        );
+        let left = StorageStatus {
+            state: StorageState::GivenUp,
+            ..slow
+        };
+        assert!(
+            left.to_string()
+                .starts_with("given up: 12 requests still with the kernel")
+        );
+    }
 }
 
 /// How far the re-key of a volume is.

@@ -10,6 +10,7 @@ use bulkhead_protocol::control::{RekeyProgress, RekeyState};
 
 use super::cipher::{Cipher, Ciphers};
 use super::config_space::feature;
+use super::health::Health;
 use super::metrics::Metrics;
 use crate::log_limit::LogLimit;
 use crate::qos::Qos;
@@ -107,6 +108,8 @@ pub struct BlkDevice {
     /// Counters, written by the workers.
     pub metrics: Metrics,
     qos: Qos,
+    /// Whether its storage answers in time, as the workers see it.
+    pub health: Health,
     /// Grows only.
     capacity_sectors: AtomicU64,
     /// The driver's cache mode: completed writes may be volatile until a flush.
@@ -170,6 +173,7 @@ impl BlkDevice {
             progress: Mutex::new(progress),
             metrics,
             qos: Qos::default(),
+            health: Health::new(),
             capacity_sectors: AtomicU64::new(capacity_sectors),
             writeback: AtomicBool::new(true),
             writeback_chosen: AtomicBool::new(false),

@@ -4,6 +4,7 @@
 mod cipher;
 pub mod config_space;
 mod device;
+mod health;
 mod metrics;
 pub mod pipeline;
 pub mod request;
@@ -12,4 +13,5 @@ pub mod transform;
 pub use cipher::{Cipher, Ciphers, Rekey};
 pub(crate) use cipher::{Keys, part};
 pub use device::{BlkDevice, Geometry, ResizeError, SECTOR_BYTES};
+pub use health::{Health, LATENCY_BUCKETS, Latency, Level, Patience, Summary};
 pub use metrics::{Counts, Metrics, QueueMetrics};

@@ -35,6 +35,7 @@ use bulkhead_protocol::{Channel, Received};
 use mio::{Registry, Token};
 
 use crate::server::{Event, MANAGER_TOKENS, Manager, Server};
+use crate::worker::message::DeviceId;
 use answer::{Agent, Answers, Keyd};
 use link::{Link, Read};
 use peer::Peer;
@@ -306,6 +307,16 @@ impl Control {
         }
     }
 
+    /// The agent hears of a storage that does worse than before, or better; if it is not there, it asks later.
+    fn tell_of_storage(&mut self, device: DeviceId) {
+        let Some((volume, status)) = self.volumes.storage_of(device) else {
+            return;
+        };
+        if let Some(link) = &mut self.agent.link {
+            link.send(DataplaneToAgent::Storage { volume, status });
+        }
+    }
+
     /// Sends answers to those who asked, if they are still there.
     fn send(&mut self, answers: Answers) {
         for (keyd, message) in answers.to_keyd {
@@ -339,6 +350,9 @@ impl Manager for Control {
 
     fn event(&mut self, server: &mut Server, event: Event) {
         let mut answers = Answers::default();
+        if let Event::Health { id, .. } = event {
+            return self.tell_of_storage(id);
+        }
         self.volumes.event(server, event, &mut answers);
         self.send(answers);
     }

@@ -3,11 +3,16 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use bulkhead_protocol::VolumeId;
-use bulkhead_protocol::control::{RekeyProgress, RekeyState, VolumeStatus};
+use std::time::Duration;
+
+use bulkhead_protocol::control::{
+    Latency, RekeyProgress, RekeyState, StorageState, StorageStatus, VolumeStatus,
+};
 
 use super::volumes::{Volume, Volumes};
-use crate::blk::{BlkDevice, SECTOR_BYTES};
+use crate::blk::{BlkDevice, Level, SECTOR_BYTES};
 use crate::server::Server;
+use crate::worker::message::DeviceId;
 
 /// Most characters of a fault: the entries of [`super::MAX_VOLUMES`] volumes fit one message.
 const MAX_FAULT_CHARS: usize = 100;
@@ -18,6 +23,19 @@ pub(super) fn of(volumes: &Volumes, server: &Server) -> Vec<VolumeStatus> {
     entries
         .map(|(id, volume)| one(*id, volume, server))
         .collect()
+}
+
+impl Volumes {
+    /// Whose a device is, and how its storage does.
+    pub(super) fn storage_of(&self, device: DeviceId) -> Option<(VolumeId, StorageStatus)> {
+        let of = |volume: &Volume| {
+            let (id, device_of) = volume.serving.device()?;
+            (id == device).then(|| storage(device_of))
+        };
+        self.table
+            .iter()
+            .find_map(|(id, volume)| Some((*id, of(volume)?)))
+    }
 }
 
 fn one(id: VolumeId, volume: &Volume, server: &Server) -> VolumeStatus {
@@ -37,6 +55,7 @@ fn one(id: VolumeId, volume: &Volume, server: &Server) -> VolumeStatus {
         holds_volume: false,
         waits_for_volume: false,
         rekey: None,
+        storage: None,
     };
     let Some((device_id, device)) = volume.served() else {
         return status;
@@ -49,6 +68,7 @@ fn one(id: VolumeId, volume: &Volume, server: &Server) -> VolumeStatus {
     status.holds_volume = now.holds_volume;
     status.waits_for_volume = now.waits_for_volume;
     status.rekey = rekey(device);
+    status.storage = Some(storage(device));
     status.capacity_bytes = device.capacity_sectors() * SECTOR_BYTES;
     let counts = device.metrics.totals();
     status.requests_ok = counts.requests_ok;
@@ -65,6 +85,34 @@ fn one(id: VolumeId, volume: &Volume, server: &Server) -> VolumeStatus {
     let text = text.filter(|_| !stopped);
     status.fault = text.map(|text| text.chars().take(MAX_FAULT_CHARS).collect());
     status
+}
+
+/// How the storage of an attached device does.
+fn storage(device: &BlkDevice) -> StorageStatus {
+    let health = &device.health;
+    let (summary, patience) = (health.summary(), health.patience());
+    let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    let at_most = |per_mille| health.latency.per_mille_us(per_mille);
+    let latency = match (at_most(500), at_most(990), at_most(999)) {
+        (Some(median_us), Some(p99_us), Some(p999_us)) => Some(Latency {
+            median_us,
+            p99_us,
+            p999_us,
+        }),
+        _ => None,
+    };
+    StorageStatus {
+        state: match summary.level {
+            Level::Fine => StorageState::Fine,
+            Level::Slow => StorageState::Slow,
+            Level::Hung => StorageState::Hung,
+        },
+        old_requests: summary.old,
+        oldest_ms: ms(summary.oldest),
+        slow_after_ms: ms(patience.slow),
+        slow_total: health.ended_slow.get() + u64::from(summary.old),
+        latency,
+    }
 }
 
 /// How far the re-key is; why it stopped, cut to what fits.

@@ -344,7 +344,7 @@ impl Volumes {
         let (device, result) = match event {
             Event::Attached { id, result } => (id, Some(result)),
             Event::Detached { id } => (id, None),
-            Event::Connected { .. } | Event::Disconnected { .. } => return,
+            Event::Connected { .. } | Event::Disconnected { .. } | Event::Health { .. } => return,
         };
         let has = |v: &Volume| v.serving.device().is_some_and(|(id, _)| id == device);
         let Some((id, volume)) = self.table.iter_mut().find(|(_, volume)| has(volume)) else {

@@ -7,15 +7,17 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
+use std::time::Instant;
 
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 
+use super::alarm::{Alarm, InWords};
 use super::connection::{Connection, Driven, ToWorkers};
 use super::{Access, DeviceStatus, Event};
-use crate::blk::{BlkDevice, ResizeError, config_space};
+use crate::blk::{BlkDevice, Level, ResizeError, config_space};
 use crate::log_limit::LogLimit;
 use crate::vhost_user::Facts;
 use crate::worker::message::{DeviceId, FromWorker};
@@ -57,6 +59,8 @@ pub(super) struct Device {
     look_again: bool,
     /// The last frontend could not be accepted: to be tried again soon, since nothing will say when.
     accept_failed: bool,
+    /// What people were told of its storage.
+    alarm: Alarm,
     /// Lines about frontends that come and go, and about what they did wrong.
     comings: LogLimit,
     warnings: LogLimit,
@@ -102,6 +106,7 @@ impl Device {
             detach_due: false,
             look_again: false,
             accept_failed: false,
+            alarm: Alarm::default(),
             comings: LogLimit::new(),
             warnings: LogLimit::new(),
         })
@@ -142,7 +147,9 @@ impl Device {
     /// volume is somebody else's, or a frontend has not been told of a change.
     pub(super) fn wants_retry(&self) -> bool {
         let session = self.connection.as_ref().map(|c| &c.session);
-        self.accept_failed || session.is_some_and(|s| s.waits_for_volume() || s.backend_is_due())
+        self.accept_failed
+            || self.alarm.is_raised()
+            || session.is_some_and(|s| s.waits_for_volume() || s.backend_is_due())
     }
 
     /// Tries again.
@@ -230,6 +237,7 @@ impl Device {
         events: &mut Vec<Event>,
     ) -> bool {
         let id = self.facts.id;
+        self.look_at_health(events);
         if self.connection.as_ref().is_some_and(Connection::is_closed) {
             self.drop_connection(registry);
             events.push(Event::Disconnected { id });
@@ -262,6 +270,27 @@ impl Device {
             }
             _ => false,
         }
+    }
+
+    /// Tells people, and the manager, where the storage does worse than before, or better for a while.
+    fn look_at_health(&mut self, events: &mut Vec<Event>) {
+        let health = &self.facts.device.health;
+        let summary = health.summary();
+        if !self.alarm.take(Instant::now(), summary.level) {
+            return;
+        }
+        let (id, level) = (self.facts.id, self.alarm.level());
+        let words = InWords {
+            level,
+            summary,
+            patience: health.patience(),
+        };
+        if level == Level::Fine {
+            tracing::info!("{}: {words}", self.label);
+        } else {
+            tracing::warn!("{}: {words}", self.label);
+        }
+        events.push(Event::Health { id, level, summary });
     }
 
     /// Takes the next frontend off the backlog; true if one was there.

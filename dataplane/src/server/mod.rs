@@ -13,6 +13,7 @@
 //! `ioctl` (FIONBIO, BLKGETSIZE64), `memfd_create`, `ftruncate`, `flock`, `mmap`, `munmap`, `close`.
 #![forbid(unsafe_code)]
 
+mod alarm;
 mod connection;
 mod device;
 
@@ -27,7 +28,7 @@ use std::time::{Duration, Instant};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Registry, Token};
 
-use crate::blk::{BlkDevice, Ciphers};
+use crate::blk::{BlkDevice, Ciphers, Level, Summary};
 use crate::rekey::{Rekeyer, ToRekeyer};
 use crate::worker::message::{DeviceId, FromWorker, QueueId, ToWorker, ZoneChange};
 use crate::worker::{Replies, WorkerConfig, WorkerHandle, start};
@@ -90,6 +91,15 @@ pub enum Event {
     Detached {
         /// Which.
         id: DeviceId,
+    },
+    /// Its storage does worse than before, or better for a while.
+    Health {
+        /// Whose.
+        id: DeviceId,
+        /// How it does.
+        level: Level,
+        /// What is under way for too long.
+        summary: Summary,
     },
     /// A frontend connected.
     Connected {
@@ -454,7 +464,9 @@ impl Server {
 
 fn device_of(message: &FromWorker) -> DeviceId {
     match message {
-        FromWorker::Attached { id, .. } | FromWorker::Detached { id, .. } => *id,
+        FromWorker::Attached { id, .. }
+        | FromWorker::Detached { id, .. }
+        | FromWorker::Health { id } => *id,
         FromWorker::Started { queue }
         | FromWorker::StartFailed { queue, .. }
         | FromWorker::Stopped { queue, .. }

@@ -19,7 +19,7 @@ pub struct DelaySpec {
     pub inner: StorageSpec,
     /// No transfer waits for longer than that.
     most: Duration,
-    /// None begins while this is set.
+    /// None begins while this is set: it hangs.
     stopped: AtomicBool,
 }
 

@@ -256,6 +256,12 @@ pub enum FromWorker {
         /// Which.
         queue: QueueId,
     },
+    /// The device's storage does better or worse than it did: what is under way for too long stands in its
+    /// [`Health`](crate::blk::Health). Comes unasked.
+    Health {
+        /// Which device.
+        id: DeviceId,
+    },
     /// The driver broke the ring, or guest memory went away: the queue takes no more requests
     /// until it is stopped and started again. Comes unasked.
     Retired {

@@ -24,6 +24,7 @@ use super::polling::{Next, Polling};
 use super::queue::Queue;
 use super::ring::{Completion, Event, FixedFile};
 use crate::blk::BlkDevice;
+use crate::blk::pipeline::ageing::LOOK_EVERY;
 use crate::blk::pipeline::{Local, Outcome, Pipeline, TOKEN_BITS};
 use crate::virtqueue::RingError;
 use events::Armed;
@@ -121,10 +122,15 @@ impl Worker {
     /// Serves until [`ToWorker::End`], then until nothing is in flight.
     pub fn run(mut self) {
         loop {
+            self.pipeline.turn();
             let mut busy = self.take_messages();
             busy |= self.serve_queues();
             self.pipeline.ring.turn();
+            self.pipeline.turn();
             busy |= self.take_completions();
+            if self.pipeline.is_look_due() {
+                self.look_at_ages();
+            }
             if busy {
                 self.polling.busy();
             } else if self.ending && self.numbers.is_empty() && self.flushes.is_empty() {
@@ -240,6 +246,7 @@ impl Worker {
 
     fn detach(&mut self, id: DeviceId) {
         if let Some(local) = self.devices.remove(&id) {
+            self.pipeline.forget(self.index, &local);
             local.close(&mut self.pipeline.ring);
         }
         self.reply(FromWorker::Detached {
@@ -434,6 +441,22 @@ impl Worker {
         false
     }
 
+    /// Says which devices do better or worse than before: the control thread tells people.
+    #[cold]
+    fn look_at_ages(&mut self) {
+        let (devices, replies) = (&self.devices, &self.replies);
+        let mut any = false;
+        self.pipeline.look_at_ages(self.index, |local| {
+            let known = devices.iter().find(|(_, of)| Rc::ptr_eq(of, local));
+            if let Some((id, _)) = known {
+                any |= replies.send(FromWorker::Health { id: *id }).is_ok();
+            }
+        });
+        if any {
+            let _ = self.reply_event.write(1);
+        }
+    }
+
     /// Arms every kick and sleeps until one comes, a transfer ends or a message is there.
     fn sleep(&mut self) {
         let mut unkicked = false;
@@ -456,7 +479,17 @@ impl Worker {
         if self.receiver.is_empty() && self.wake_is_awaited {
             let since = Instant::now();
             let briefly = unkicked || self.pipeline.has_waiting();
-            self.pipeline.ring.wait(briefly.then_some(SHORT_SLEEP));
+            let timeout = match briefly {
+                true => Some(SHORT_SLEEP),
+                // What is under way grows old while nothing happens.
+                false => self.pipeline.watches().then_some(LOOK_EVERY),
+            };
+            self.pipeline.tell_of_ended();
+            self.pipeline.ring.wait(timeout);
+            self.pipeline.woke();
+            if self.pipeline.is_look_due() {
+                self.look_at_ages();
+            }
             self.polling.slept(since.elapsed());
         }
         for queue in self.queues.iter_mut().flatten() {

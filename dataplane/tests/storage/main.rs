@@ -5,6 +5,7 @@
 mod crash;
 mod faults;
 mod flush;
+mod hung;
 mod rekey;
 mod rig;
 mod zeroes;

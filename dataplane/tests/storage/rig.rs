@@ -1,5 +1,6 @@
 //! A device on one or more workers and a driver of its queues that keeps several requests in flight.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -72,6 +73,8 @@ pub struct Rig {
     guest: File,
     queues: Vec<Queue>,
     pub device: Arc<BlkDevice>,
+    /// How often workers have said that the storage does better or worse.
+    health_said: Cell<u32>,
 }
 
 struct Queue {
@@ -142,7 +145,7 @@ impl Rig {
 
     /// The same workers with another device.
     pub fn again(self, storage: StorageSpec, shape: Shape) -> Self {
-        let (workers, replies) = self.take_away();
+        let (workers, replies, _) = self.take_away();
         Self::on(workers, replies, storage, shape)
     }
 
@@ -182,6 +185,7 @@ impl Rig {
             guest: fd.into(),
             queues: Vec::new(),
             device,
+            health_said: Cell::new(0),
         };
         rig.attach(shape);
         rig
@@ -240,8 +244,10 @@ impl Rig {
     pub fn reply(&self) -> FromWorker {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            if let Some(message) = self.replies.next() {
-                return message;
+            match self.replies.next() {
+                Some(FromWorker::Health { .. }) => self.health_said.update(|n| n + 1),
+                Some(message) => return message,
+                None => {}
             }
             assert!(Instant::now() < deadline, "a worker does not answer");
             std::thread::sleep(Duration::from_micros(50));
@@ -375,14 +381,16 @@ impl Rig {
         (status, bytes)
     }
 
-    /// Takes the device away and ends the workers.
-    pub fn end(self) {
-        let (workers, _replies) = self.take_away();
+    /// Takes the device away and ends the workers; how often they have said that the storage does better or
+    /// worse.
+    pub fn end(self) -> u32 {
+        let (workers, _replies, said) = self.take_away();
         workers.into_iter().for_each(WorkerHandle::end);
+        said
     }
 
     /// Stops the queues and takes the device away; then nothing may hold guest memory or the device.
-    fn take_away(mut self) -> (Vec<WorkerHandle>, Replies) {
+    fn take_away(mut self) -> (Vec<WorkerHandle>, Replies, u32) {
         for index in 0..self.queues.len() {
             let index = u16::try_from(index).expect("few");
             let queue = queue_id(index);
@@ -402,6 +410,6 @@ impl Rig {
             1,
             "a worker keeps the device"
         );
-        (self.workers, self.replies)
+        (self.workers, self.replies, self.health_said.get())
     }
 }

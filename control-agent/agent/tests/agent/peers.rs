@@ -355,6 +355,7 @@ impl Peers {
             capacity_bytes: 0,
             holds_volume: false,
             waits_for_volume: false,
+            storage: None,
             rekey: self.rekey_fault.clone().map(|reason| RekeyProgress {
                 done_bytes: 1,
                 total_bytes: 3,

@@ -9,7 +9,9 @@ use std::os::unix::process::CommandExt;
 use std::thread::{self, JoinHandle};
 
 use bulkhead_protocol::admin::{AdminReply, AdminRequest, HostStatus, ProcessStatus, VolumeEntry};
-use bulkhead_protocol::control::{RekeyProgress, RekeyState, VolumeStatus};
+use bulkhead_protocol::control::{
+    Latency, RekeyProgress, RekeyState, StorageState, StorageStatus, VolumeStatus,
+};
 use bulkhead_protocol::keys::{HostKeys, Shred, ShredState};
 use bulkhead_protocol::rot::Role;
 use bulkhead_protocol::{Channel, VolumeId, envelope};
@@ -237,6 +239,18 @@ fn status() -> HostStatus {
             total_bytes: 64 << 20,
             state: RekeyState::Running,
         }),
+        storage: Some(StorageStatus {
+            state: StorageState::Fine,
+            old_requests: 0,
+            oldest_ms: 0,
+            slow_after_ms: 1000,
+            slow_total: 2,
+            latency: Some(Latency {
+                median_us: 64,
+                p99_us: 256,
+                p999_us: 1024,
+            }),
+        }),
     };
     let failed = VolumeStatus {
         volume: VolumeId([2; 16]),
@@ -249,6 +263,14 @@ fn status() -> HostStatus {
             state: RekeyState::Failed {
                 reason: "at byte 7:\nno".to_owned(),
             },
+        }),
+        storage: Some(StorageStatus {
+            state: StorageState::Hung,
+            old_requests: 12,
+            oldest_ms: 14_321,
+            slow_after_ms: 1000,
+            slow_total: 40,
+            latency: None,
         }),
         ..serving.clone()
     };
@@ -349,6 +371,7 @@ fn status_is_a_table() {
          \x20 disk2  failed     waits  64 MiB  held  -          50 % stopped  4 (1 retired)  12  3       8 KiB  1 MiB    /run/bulkhead/vhost/vm2.sock\n\
          \x20 disk3  unknown    ?      ?       ?     ?          ?             ?              ?   ?       ?      ?        /run/bulkhead/vhost/vm3.sock\n\
          \x20 disk2: the file \"shrank\"\\n\n\
+         \x20 disk2: storage hung: 12 requests older than 1 s, oldest 14 s\n\
          \x20 disk2: its re-key stopped: at byte 7:\\nno\n\n\
          pending: failed, and tried again\n  attach disk3: no such file\n",
         digest = "ab".repeat(48)
@@ -388,11 +411,13 @@ fn status_is_json_for_programs() {
             VolumeId([number; 16])
         )
     };
-    let state = |fault: &str, holds: bool, waits: bool, rekey: &str| {
+    let state = |fault: &str, holds: bool, waits: bool, rekey: &str, storage: &str| {
         format!(
-            r#"{{"attached":true,"connected":true,"capacity_bytes":67108864,"holds_volume":{holds},"waits_for_volume":{waits},"encrypted":true,"running_queues":4,"retired_queues":1,"requests_ok":12,"requests_failed":3,"read_bytes":8192,"written_bytes":1048576,"fault":{fault},"rekey":{rekey}}}"#
+            r#"{{"attached":true,"connected":true,"capacity_bytes":67108864,"holds_volume":{holds},"waits_for_volume":{waits},"encrypted":true,"running_queues":4,"retired_queues":1,"requests_ok":12,"requests_failed":3,"read_bytes":8192,"written_bytes":1048576,"fault":{fault},"rekey":{rekey},"storage":{storage}}}"#
         )
     };
+    let fine = r#"{"state":"fine","old_requests":0,"oldest_ms":0,"slow_after_ms":1000,"slow_total":2,"latency":{"median_us":64,"p99_us":256,"p999_us":1024}}"#;
+    let hung = r#"{"state":"hung","old_requests":12,"oldest_ms":14321,"slow_after_ms":1000,"slow_total":40,"latency":null}"#;
     let running =
         r#"{"state":"running","done_bytes":25165824,"total_bytes":67108864,"reason":null}"#;
     let failed =
@@ -401,10 +426,10 @@ fn status_is_json_for_programs() {
         r#"{{"host":"host-a","epoch":7,"epoch_floor":7,"digest":"{}","processes":[{{"role":"keyd","pid":4242,"generation":2,"measurement":"{}"}}],"volumes":[{},{},{}],"pending":["attach disk3: no such file"],"keys":null}}"#,
         "ab".repeat(48),
         "11".repeat(48),
-        volume(1, &state("null", true, false, running)),
+        volume(1, &state("null", true, false, running, fine)),
         volume(
             2,
-            &state(r#""the file \"shrank\"\u000a""#, false, true, failed)
+            &state(r#""the file \"shrank\"\u000a""#, false, true, failed, hung)
         ),
         volume(3, "null"),
     );

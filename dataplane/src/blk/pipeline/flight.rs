@@ -7,6 +7,7 @@ use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use super::ageing::Tally;
 use super::zone::Zone;
 use crate::blk::Keys;
 use crate::blk::device::{BlkDevice, SECTOR_BYTES};
@@ -46,6 +47,8 @@ pub struct Local {
     pub(super) settling: Cell<u64>,
     /// Its number ([`BlkDevice::begin_flush`]).
     pub(super) flush_number: Cell<u64>,
+    /// How long its requests take.
+    pub(super) tally: Tally,
 }
 
 impl Local {
@@ -70,6 +73,7 @@ impl Local {
             memory,
             settling: Cell::new(0),
             flush_number: Cell::new(0),
+            tally: Tally::default(),
         })
     }
 

@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+pub mod ageing;
 mod at_once;
 mod flight;
 mod flush;
@@ -28,6 +29,7 @@ use crate::storage::{Action, Begin, Completion, Limits, Transfer};
 use crate::virtqueue::Chain;
 use crate::worker::ring::{self, MAX_IN_FLIGHT, MAX_SEGMENTS, Ring};
 use crate::worker::staging::{Chunk, LARGE_BYTES, Staging};
+use ageing::Ages;
 use at_once::identify;
 pub use flight::{Begun, Landed, Local, Outcome, Start};
 use flight::{Flight, Memory, Stage, data, token, untoken};
@@ -47,6 +49,7 @@ pub struct Pipeline {
     scratch: Option<Chunk>,
     flights: Vec<Flight>,
     free: Vec<u32>,
+    ages: Ages,
     /// Flights that have something left to submit and no staging, or that are to end.
     waiting: VecDeque<u32>,
     /// Transfers that the storage had no room for.
@@ -79,6 +82,7 @@ impl Pipeline {
             scratch,
             flights: (0..MAX_IN_FLIGHT).map(|_| Flight::none()).collect(),
             free: (0..MAX_IN_FLIGHT).rev().collect(),
+            ages: Ages::new(),
             waiting: VecDeque::with_capacity(most),
             again: VecDeque::with_capacity(most),
             ended: VecDeque::with_capacity(most),
@@ -190,6 +194,7 @@ impl Pipeline {
             && start.local.device.is_unsettled();
         flight.stage = Stage::Transfers;
         flight.local = Some(Rc::clone(start.local));
+        self.ages.begin(index);
         Some(index)
     }
 
@@ -352,7 +357,9 @@ impl Pipeline {
         };
         flight.chain.release();
         flight.ranges.clear();
-        flight.local = None;
+        if let Some(local) = flight.local.take() {
+            self.ages.end(index, &local);
+        }
         self.free.push(index);
         Some(landed)
     }

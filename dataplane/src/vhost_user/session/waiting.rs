@@ -132,7 +132,9 @@ impl Session {
                     return Err(ProtocolError::MemoryLost);
                 }
             }
-            FromWorker::Attached { .. } | FromWorker::Detached { .. } => {}
+            FromWorker::Attached { .. }
+            | FromWorker::Detached { .. }
+            | FromWorker::Health { .. } => {}
         }
         Ok(false)
     }

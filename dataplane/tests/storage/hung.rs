@@ -1,0 +1,88 @@
+//! Storage that does not answer: it is seen, by a worker that sleeps too, and said once each way.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bulkhead_dataplane::blk::{Level, Patience, Summary};
+use bulkhead_dataplane::storage::{DelaySpec, RamSpec, StorageSpec};
+
+use crate::rig::{OK, Op, PATIENCE, Rig, SECTORS, Shape};
+
+const SHORT: Patience = Patience {
+    slow: Duration::from_millis(50),
+    hung: Duration::from_millis(400),
+    give_up: Duration::from_millis(300),
+};
+
+/// A storage that hangs as long as it is told to.
+pub fn hanging() -> (Arc<DelaySpec>, StorageSpec) {
+    let ram = RamSpec::new(SECTORS * 512).expect("memory");
+    let spec = DelaySpec::new(StorageSpec::Ram(ram.into()), Duration::ZERO);
+    (Arc::clone(&spec), StorageSpec::Delay(spec))
+}
+
+fn wait_for(rig: &Rig, what: &str, is_so: impl Fn(Summary) -> bool) -> Summary {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let summary = rig.device.health.summary();
+        if is_so(summary) {
+            return summary;
+        }
+        assert!(Instant::now() < deadline, "{what}: {summary:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn requests_that_hang_are_found_while_the_worker_sleeps() {
+    let (hang, storage) = hanging();
+    let mut rig = Rig::new(storage, Shape::PLAIN);
+    rig.device.health.set_patience(SHORT);
+    assert_eq!(rig.run(0, &Op::Write(0, vec![7; 512])).0, OK);
+    assert_eq!(rig.device.health.ended_slow.get(), 0);
+
+    hang.stop(true);
+    let begun = Instant::now();
+    for sector in 0..5 {
+        rig.submit(0, &Op::Read(sector, 1));
+    }
+    let slow = wait_for(&rig, "slow", |s| s.old == 5);
+    assert!(slow.oldest >= SHORT.slow && slow.level >= Level::Slow);
+    let hung = wait_for(&rig, "hung", |s| s.level == Level::Hung);
+    assert!(hung.oldest >= SHORT.hung && hung.oldest <= begun.elapsed());
+    // Nothing happens from here on but that they grow older.
+    let older = wait_for(&rig, "older", |s| s.oldest > 2 * SHORT.hung);
+    assert_eq!(older.old, 5);
+
+    hang.stop(false);
+    for _ in 0..5 {
+        assert_eq!(rig.wait(0, 512).1, OK);
+    }
+    let fine = wait_for(&rig, "fine", |s| s.level == Level::Fine);
+    assert_eq!(fine, Summary::default());
+    let health = &rig.device.health;
+    assert_eq!(health.ended_slow.get(), 5);
+    let slowest = health.latency.per_mille_us(1000).expect("some ended");
+    assert!(u128::from(slowest) >= SHORT.hung.as_micros());
+    // Slow, hung, fine; a worker that was late may have seen some of it at once.
+    let said = rig.end();
+    assert!((2..=3).contains(&said), "{said} times");
+}
+
+#[test]
+fn how_long_requests_took_is_counted_once_each() {
+    let (_, storage) = hanging();
+    let mut rig = Rig::new(storage, Shape::PLAIN);
+    for _ in 0..100 {
+        assert_eq!(rig.run(0, &Op::Read(0, 1)).0, OK);
+    }
+    let latency = &rig.device.health.latency;
+    let deadline = Instant::now() + PATIENCE;
+    // The worker tells of them before it sleeps at the latest.
+    while latency.count() < 100 {
+        assert!(Instant::now() < deadline, "requests are not counted");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(latency.count(), 100);
+    rig.end();
+}
