@@ -56,7 +56,7 @@ pub struct Arguments {
     pub pattern: Pattern,
 
     /// Queues of each disk; each has a part of the disk for itself
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     pub queues: u16,
 
     /// A thread on this CPU; repeat it for more threads, which share out the queues [default: one
@@ -81,6 +81,11 @@ pub struct Arguments {
     /// Kicks and calls by flags, though the back-end has EVENT_IDX
     #[arg(long)]
     pub no_event_idx: bool,
+
+    /// Sleep for so many microseconds after each look that finds nothing, instead of looking again at once:
+    /// leaves the CPU to others, and adds to latencies
+    #[arg(long, value_name = "US", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub pause: Option<u64>,
 
     /// Ask for calls, as a guest without polling does (nobody waits for them)
     #[arg(long)]
@@ -216,7 +221,8 @@ mod tests {
             ("--seconds -1", "unexpected argument"),
             ("--seconds=x", "number of seconds"),
             ("--rate 0", "requests a second"),
-            ("--queues 65", "1..=64"),
+            ("--queues 257", "1..=256"),
+            ("--pause 0", "1..=1000000"),
             ("--segments 127", "1..=126"),
             ("--ring-echo", "cannot be used with"),
             ("--floor", "--peer-cpu"),

@@ -148,21 +148,34 @@ impl<'m> Echo<'m> {
         Ok(true)
     }
 
+    /// Descriptors are used in the driver's order: as long as the first of a batch isn't, it sees none of them.
+    /// So that one is written last, as the others are then.
     fn step_packed(&mut self) -> Result<bool, QueueError> {
-        let mut any = false;
+        let mut held = None;
+        let mut count = 0u32;
         loop {
             let index = self.place & !WRAP;
-            let word = self.table.get(2 * usize::from(index) + 1);
+            let table = self.table;
+            let word = table.get(2 * usize::from(index) + 1);
             let word = word.ok_or(QueueError::Echo("place"))?;
             let flags = u16::try_from(word.load(Acquire) >> 48).unwrap_or(0);
             if !is_available(flags, self.place) {
-                return Ok(any);
+                publish(&mut held);
+                return Ok(count > 0);
             }
-            any = true;
             let done = self.answer(self.table, index, false)?;
             let id = (word.load(Relaxed) >> 32) & 0xffff;
             let used = u64::from(used_bits(self.place)) << 48;
-            word.store(u64::from(done.written) | id << 32 | used, Release);
+            let value = u64::from(done.written) | id << 32 | used;
+            if held.is_some() {
+                word.store(value, Release);
+            } else {
+                held = Some((word, value));
+            }
+            count = count.saturating_add(1);
+            if count.is_multiple_of(u32::from(PUBLISH_EVERY)) {
+                publish(&mut held);
+            }
             let next = index + done.descriptors;
             self.place = if next < self.size {
                 self.place + done.descriptors
@@ -284,6 +297,14 @@ impl<'m> Echo<'m> {
             .zip(end.and_then(|end| self.memory.offset_of(end)));
         both.map(|(offset, _)| offset)
             .ok_or(QueueError::Echo("address"))
+    }
+}
+
+/// Writes the descriptor that was held back.
+#[inline]
+fn publish(held: &mut Option<(&AtomicU64, u64)>) {
+    if let Some((word, value)) = held.take() {
+        word.store(value, Release);
     }
 }
 

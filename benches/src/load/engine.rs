@@ -58,6 +58,8 @@ pub struct Plan {
     pub timeout: Duration,
     /// Fill the disk before, and read it after, checking every block.
     pub verify: bool,
+    /// How long a thread sleeps that finds nothing to do; none: it looks again at once.
+    pub pause: Option<Duration>,
 }
 
 /// A queue with the name to use in messages.
@@ -67,6 +69,8 @@ pub struct Named<'m, R> {
     pub device: String,
     /// Number of the queue.
     pub queue: u16,
+    /// Place in the order of devices and queues.
+    pub number: usize,
     /// The queue.
     pub lane: Lane<'m, R>,
 }
@@ -86,6 +90,23 @@ pub struct Measured {
     pub verified_reads: u64,
     /// Requests a second in each piece of the time.
     pub windows: Vec<f64>,
+    /// The same of each queue, in the order of devices and queues.
+    pub lanes: Vec<OfLane>,
+}
+
+/// Figures of one queue.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OfLane {
+    /// Place in the order of devices and queues.
+    pub number: usize,
+    /// The socket, or the ring echo.
+    pub device: String,
+    /// What was counted.
+    pub counts: Counts,
+    /// Requests a second over the whole time.
+    pub mean_iops: f64,
+    /// Half of its latencies, and 99 of a hundred, were no longer: nanoseconds.
+    pub latency_ns: [u64; 2],
 }
 
 /// Threads' common state.
@@ -160,7 +181,7 @@ pub fn run<R: Ring + Send>(
             let control = &control;
             handles.push(scope.spawn(move || {
                 let result = cpu.map_or(Ok(()), pin);
-                let result = result.and_then(|()| drive(lanes, control, progress));
+                let result = result.and_then(|()| drive(lanes, control, progress, plan.pause));
                 if result.is_err() {
                     control.set(Phase::Abandon);
                 }
@@ -191,18 +212,21 @@ fn combine(
             (Err(LoadError::Abandoned), _) => abandoned = true,
             (Err(other), _) => return Err(other),
             (Ok(part), None) => whole = Some(part),
-            (Ok(part), Some(whole)) => whole.add(&part),
+            (Ok(part), Some(whole)) => whole.add(part),
         }
     }
     let windows = watched?;
     match whole {
-        Some(whole) if !abandoned => Ok(Measured { windows, ..whole }),
+        Some(mut whole) if !abandoned => {
+            whole.lanes.sort_by_key(|lane| lane.number);
+            Ok(Measured { windows, ..whole })
+        }
         _ => Err(LoadError::Abandoned),
     }
 }
 
 impl Measured {
-    fn add(&mut self, other: &Self) {
+    fn add(&mut self, other: Self) {
         self.counts.answered += other.counts.answered;
         self.counts.reads += other.counts.reads;
         self.counts.kicks += other.counts.kicks;
@@ -210,6 +234,7 @@ impl Measured {
         self.elapsed = self.elapsed.max(other.elapsed);
         // Same bounds: nothing can be out of range.
         let _ = self.latency.add(&other.latency);
+        self.lanes.extend(other.lanes);
         self.sample_every = self.sample_every.max(other.sample_every);
         self.verified_reads += other.verified_reads;
     }
@@ -220,6 +245,7 @@ fn drive<R: Ring>(
     mut lanes: Vec<Named<'_, R>>,
     control: &Control,
     progress: &Progress,
+    pause: Option<Duration>,
 ) -> Result<Measured, LoadError> {
     let mut current = None;
     let mut since = Instant::now();
@@ -259,7 +285,10 @@ fn drive<R: Ring>(
             idle_rounds = 0;
             std::thread::yield_now();
         }
-        std::hint::spin_loop();
+        match pause {
+            Some(pause) => std::thread::sleep(pause),
+            None => std::hint::spin_loop(),
+        }
     }
     collect(&lanes, elapsed)
 }
@@ -303,6 +332,22 @@ fn enter<R: Ring>(lanes: &mut [Named<'_, R>], phase: Phase, last: Duration) {
     }
 }
 
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "counts of a run are far below 2^53"
+)]
+fn of_lane<R: Ring>(named: &Named<'_, R>, elapsed: Duration) -> OfLane {
+    let counts = named.lane.measured();
+    let (latency, _) = named.lane.latency();
+    OfLane {
+        number: named.number,
+        device: named.device.clone(),
+        counts,
+        mean_iops: counts.answered as f64 / elapsed.as_secs_f64().max(1e-9),
+        latency_ns: [0.5, 0.99].map(|quantile| latency.value_at_quantile(quantile)),
+    }
+}
+
 fn collect<R: Ring>(lanes: &[Named<'_, R>], elapsed: Duration) -> Result<Measured, LoadError> {
     let parts = lanes.iter().map(|named| {
         let (latency, sample_every) = named.lane.latency();
@@ -313,10 +358,11 @@ fn collect<R: Ring>(lanes: &[Named<'_, R>], elapsed: Duration) -> Result<Measure
             sample_every,
             verified_reads: named.lane.verified_reads(),
             windows: Vec::new(),
+            lanes: vec![of_lane(named, elapsed)],
         }
     });
     let whole = parts.reduce(|mut whole, part| {
-        whole.add(&part);
+        whole.add(part);
         whole
     });
     whole.ok_or_else(|| LoadError::Options("a thread without a queue: use fewer --cpu".to_owned()))

@@ -21,6 +21,8 @@ const PUBLISH_EVERY: u32 = 8;
 const SAMPLES_PER_SECOND: u64 = 100_000;
 /// The longest latency that is told apart, in nanoseconds.
 const LONGEST_NS: u64 = 60_000_000_000;
+/// The longest time between two requests: a year is as good as forever.
+const LONGEST_GAP: Duration = Duration::from_secs(365 * 86_400);
 const _: () = assert!(SECTOR_BYTES == 512);
 
 /// What was counted while measuring.
@@ -54,13 +56,13 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// So many requests a second, evenly.
+    /// So many requests a second, evenly; the first after a part of the time between two, from 0 to 1.
     #[must_use]
-    pub fn new(per_second: f64) -> Self {
-        let gap = Duration::try_from_secs_f64(1.0 / per_second).unwrap_or(Duration::MAX);
+    pub fn new(per_second: f64, first: f64) -> Self {
+        let gap = Duration::try_from_secs_f64(1.0 / per_second).unwrap_or(LONGEST_GAP);
         Self {
             gap,
-            due: Instant::now(),
+            due: Instant::now() + gap.min(LONGEST_GAP).mul_f64(first),
         }
     }
 

@@ -7,10 +7,13 @@ use std::fmt;
 use serde_json::{Value, json};
 
 use super::arguments::Arguments;
-use super::engine::Measured;
+use super::engine::{Measured, OfLane};
 use super::pingpong::{Distance, Placement};
 use super::requests::Shape;
 use super::source::Pattern;
+
+/// The first step of a histogram that is written down.
+const FIRST_STEP_NS: u64 = 128;
 
 /// The floor beside a run.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -141,6 +144,8 @@ impl Report {
             },
             "requests_per_kick": per(counts.answered, counts.kicks),
             "requests_per_call": per(counts.answered, counts.calls),
+            "histogram_us": self.histogram(),
+            "devices": self.devices(),
             "verified_reads": self.verify.then_some(self.measured.verified_reads),
             "round_trip_ns": self.distance.map(|d| json!([d.before_ns, d.after_ns])),
             "placement": self.distance.map(|d| d.placement().to_string()),
@@ -149,6 +154,36 @@ impl Report {
                 .map(|floor| floor.placement.map(|p| p.to_string())).collect::<Vec<_>>(),
             "of_floor": self.floor().map(|floor| self.iops() / floor),
         })
+    }
+
+    /// Latencies by powers of two: up to so many microseconds, and how many were.
+    fn histogram(&self) -> Vec<(f64, u64)> {
+        let steps = self.measured.latency.iter_log(FIRST_STEP_NS, 2.0);
+        let steps = steps.map(|step| (step.value_iterated_to(), step.count_since_last_iteration()));
+        steps
+            .filter(|(_, count)| *count > 0)
+            .map(|(upto, count)| (micros(upto), count))
+            .collect()
+    }
+
+    /// Figures of each disk, all its queues together: what each had of the whole.
+    #[must_use]
+    pub fn devices(&self) -> Vec<Value> {
+        let lanes = &self.measured.lanes;
+        let devices = lanes.chunk_by(|a, b| a.device == b.device);
+        let of = |lanes: &[OfLane]| {
+            let iops: f64 = lanes.iter().map(|lane| lane.mean_iops).sum();
+            let longest = |at: fn(&OfLane) -> u64| lanes.iter().map(at).max().unwrap_or_default();
+            json!({
+                "target": lanes.first().map(|lane| lane.device.as_str()),
+                "requests": lanes.iter().map(|lane| lane.counts.answered).sum::<u64>(),
+                "mean_iops": iops,
+                "share": iops / self.mean_iops(),
+                "p50_us": micros(longest(|lane| lane.latency_ns[0])),
+                "p99_us": micros(longest(|lane| lane.latency_ns[1])),
+            })
+        };
+        devices.map(of).collect()
     }
 
     fn pattern_name(&self) -> &'static str {
@@ -160,6 +195,24 @@ impl Report {
 
     fn ring_name(&self) -> &'static str {
         if self.packed { "packed" } else { "split" }
+    }
+
+    /// A line for each disk, where there are several.
+    fn write_devices(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let devices = self.devices();
+        for device in devices.iter().filter(|_| devices.len() > 1) {
+            let number = |name: &str| device[name].as_f64().unwrap_or(f64::NAN);
+            writeln!(
+                f,
+                "  {}: {:.0} IOPS, {:.1} % of all; latency: 50 % {:.2} us, 99 % {:.2} us",
+                device["target"].as_str().unwrap_or_default(),
+                number("mean_iops"),
+                100.0 * number("share"),
+                number("p50_us"),
+                number("p99_us"),
+            )?;
+        }
+        Ok(())
     }
 
     fn write_head(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -219,6 +272,7 @@ impl fmt::Display for Report {
                 None => writeln!(f, "  no {name}s")?,
             }
         }
+        self.write_devices(f)?;
         if self.verify {
             writeln!(f, "  {verified_reads} reads checked, all as written")?;
         }
@@ -296,6 +350,7 @@ mod tests {
             sample_every: 4,
             verified_reads: 0,
             windows: windows.to_vec(),
+            lanes: Vec::new(),
         };
         let shape = arguments.shape().expect("fits");
         Report::new(&arguments, &shape, false, true, measured)
@@ -332,5 +387,45 @@ mod tests {
             text.contains("30.0 requests a kick") && text.contains("no calls"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn each_disk_has_its_share() {
+        let mut report = report(&[]);
+        let lane = |number, device: &str, answered: u32, ns| OfLane {
+            number,
+            device: device.to_owned(),
+            counts: Counts {
+                answered: u64::from(answered),
+                ..Counts::default()
+            },
+            mean_iops: f64::from(answered) / 2.0,
+            latency_ns: [ns, 2 * ns],
+        };
+        report.measured.lanes = vec![
+            lane(0, "a", 500, 1000),
+            lane(1, "a", 1000, 3000),
+            lane(2, "b", 1500, 2000),
+        ];
+        for ns in [100, 1000, 1001] {
+            report.measured.latency.saturating_record(ns);
+        }
+        let json = report.json();
+        let devices = json["devices"].as_array().expect("a list");
+        assert_eq!(devices.len(), 2);
+        assert_eq!(devices[0]["requests"], 1500);
+        assert_eq!(
+            (&devices[0]["share"], &devices[1]["share"]),
+            (&json!(0.5), &json!(0.5))
+        );
+        assert_eq!(
+            (&devices[0]["p50_us"], &devices[0]["p99_us"]),
+            (&json!(3.0), &json!(6.0))
+        );
+        let histogram = json["histogram_us"].as_array().expect("a list");
+        let counts: Vec<_> = histogram.iter().map(|step| step[1].as_u64()).collect();
+        assert_eq!(counts, [Some(1), Some(2)], "{histogram:?}");
+        let text = report.to_string();
+        assert!(text.contains("b: 750 IOPS, 50.0 % of all"), "{text}");
     }
 }

@@ -64,6 +64,7 @@ pub fn run(arguments: &Arguments) -> Result<Report, LoadError> {
         measure: arguments.seconds,
         timeout: arguments.timeout,
         verify: arguments.verify,
+        pause: arguments.pause.map(Duration::from_micros),
     };
     if arguments.ring_echo {
         return echo(arguments, shape, &plan);
@@ -72,6 +73,7 @@ pub fn run(arguments: &Arguments) -> Result<Report, LoadError> {
         warm_up: plan.warm_up.min(FLOOR_WARM_UP),
         measure: plan.measure.min(FLOOR),
         verify: false,
+        pause: None,
         ..plan
     };
     let floor = || -> Result<Option<Floor>, LoadError> {
@@ -309,6 +311,7 @@ fn threads<'m, R: Ring>(
                 lanes.push(Named {
                     device: target.name.clone(),
                     queue,
+                    number,
                     lane,
                 });
             }
@@ -343,10 +346,13 @@ fn lane<'m, R: Ring>(
         .then(|| Verify::new(part, arguments.block_size, common.run));
     let signals = target.signals.and_then(|all| all.get(usize::from(queue)));
     let mut lane = Lane::new(ring, requests, signals, source, verify.transpose()?)?;
-    // Queues are few: their number is exact.
-    let share = arguments
-        .rate
-        .map(|rate| rate / f64::from(u32::try_from(common.queues).unwrap_or(u32::MAX)));
-    lane.set_pace(share.map(Pace::new));
+    lane.set_pace(arguments.rate.map(|rate| pace(rate, number, common.queues)));
     Ok(lane)
+}
+
+/// One queue's part of a rate of all: they take turns, so that requests come at even distances.
+fn pace(rate: f64, number: usize, queues: usize) -> Pace {
+    // Queues are few: their number is exact.
+    let exact = |count| f64::from(u32::try_from(count).unwrap_or(u32::MAX));
+    Pace::new(rate / exact(queues), exact(number) / exact(queues))
 }

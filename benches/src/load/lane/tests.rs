@@ -169,7 +169,7 @@ fn latencies_are_taken_of_no_more_than_can_be_afforded() {
 
 #[test]
 fn a_pace_gives_each_request_its_time() {
-    let mut pace = Pace::new(1000.0);
+    let mut pace = Pace::new(1000.0, 0.0);
     let start = pace.due;
     let at = |micros| start + Duration::from_micros(micros);
     assert_eq!(pace.take(at(0)), Some(start));
@@ -178,4 +178,15 @@ fn a_pace_gives_each_request_its_time() {
     assert_eq!(pace.take(at(2100)), Some(at(1000)));
     assert_eq!(pace.take(at(2100)), Some(at(2000)));
     assert_eq!(pace.take(at(2100)), None);
+}
+
+#[test]
+fn queues_at_a_rate_take_turns() {
+    let before = Instant::now();
+    let half = Pace::new(0.001, 0.5);
+    let first = half.due.duration_since(before);
+    assert!((500..505).contains(&first.as_secs()), "{first:?}");
+    // As good as never, and no time that does not exist.
+    let never = Pace::new(1e-300, 0.9);
+    assert!(never.due > before);
 }
