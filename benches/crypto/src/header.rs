@@ -1,17 +1,13 @@
-//! What ran, where and how: the header of the figures; and the thread's place on a core.
+//! What ran, and how: the header of the figures.
 #![forbid(unsafe_code)]
 
-use std::collections::BTreeMap;
-use std::fs;
-use std::time::SystemTime;
-
+use bulkhead_benches::figures::header;
+use bulkhead_benches::figures::row::Header;
 use bulkhead_benches::ratio::Pace;
 use bulkhead_crypto::Kernel;
-use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
-use nix::unistd::Pid;
+use serde_json::json;
 
 use crate::peers::LIBRARIES;
-use crate::row::Header;
 
 /// Describes a run at `pace`.
 #[must_use]
@@ -19,16 +15,20 @@ pub fn describe(pace: Pace, pinned_to: Option<usize>) -> Header {
     let peers = LIBRARIES
         .iter()
         .map(|library| (library.name, (library.version)()));
+    let kernel = Kernel::chosen().name();
+    let kernels: Vec<_> = Kernel::available().iter().map(|k| k.name()).collect();
+    let more = [
+        // The CPU that the measuring thread was kept on; none: wherever the system put it.
+        ("pinned_to", json!(pinned_to)),
+        // What volumes use on this CPU, and all that it can run.
+        ("kernel", json!(kernel)),
+        ("kernels", json!(kernels)),
+    ];
     Header {
-        cpu: cpu_name().unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
-        pinned_to,
-        kernel: Kernel::chosen().name().to_owned(),
-        kernels: Kernel::available()
-            .iter()
-            .map(|kernel| kernel.name().to_owned())
-            .collect(),
-        peers: peers.collect::<BTreeMap<_, _>>(),
-        date: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
+        cpu: header::cpu(),
+        how: format!("kernel {kernel}, one core"),
+        peers: peers.collect(),
+        date: header::date(),
         quick: pace == Pace::QUICK,
         method: format!(
             "one core; the sides of a case take a sample of {} us in turns, {} rounds, after {} us of warm-up each; \
@@ -37,36 +37,9 @@ pub fn describe(pace: Pace, pinned_to: Option<usize>) -> Header {
             pace.rounds,
             pace.warm_up.as_micros()
         ),
+        more: more
+            .map(|(name, value)| (name.to_owned(), value))
+            .into_iter()
+            .collect(),
     }
-}
-
-/// Keeps this thread on the last CPU that it may use, which is seldom the one that serves interrupts. Which one that is;
-/// none if it may not choose.
-#[must_use]
-pub fn pin() -> Option<usize> {
-    let this = Pid::from_raw(0);
-    let allowed = sched_getaffinity(this).ok()?;
-    let last = (0..CpuSet::count())
-        .rev()
-        .find(|cpu| allowed.is_set(*cpu).unwrap_or(false))?;
-    let mut only = CpuSet::new();
-    only.set(last).ok()?;
-    sched_setaffinity(this, &only).ok()?;
-    Some(last)
-}
-
-fn cpu_name() -> Option<String> {
-    let text = fs::read_to_string("/proc/cpuinfo").ok()?;
-    let field = |name: &str| {
-        let line = text.lines().find(|line| line.starts_with(name))?;
-        Some(line.split_once(':')?.1.trim().to_owned())
-    };
-    let family = field("cpu family")?;
-    // `model name` begins as `model` does.
-    let model = text.lines().find(|line| line.starts_with("model\t"))?;
-    let model = model.split_once(':')?.1.trim();
-    Some(format!(
-        "{} (family {family}, model {model})",
-        field("model name")?
-    ))
 }

@@ -6,29 +6,25 @@
 //!
 //! | module | owns |
 //! | --- | --- |
-//! | [`row`] | what is written down |
 //! | [`xts`] | AES-256-XTS in every shape of call |
 //! | [`gcm`] | AES-256-GCM of packets |
 //! | [`ceiling`] | AES rounds on registers, and nothing else |
 //! | [`peers`] | libraries, each called the best way it has |
 //! | [`placement`] | a large request on one core or two |
 //! | [`header`] | what ran, and how |
-//! | [`table`] | figures for people |
-//! | [`plot`] | the same as a picture |
+//!
+//! Rows, tables and pictures are those of [`bulkhead_benches::figures`].
 
 pub mod ceiling;
 pub mod gcm;
 pub mod header;
 pub mod peers;
 pub mod placement;
-pub mod plot;
-pub mod row;
-pub mod table;
 pub mod xts;
 
+use bulkhead_benches::figures::header::pin;
+use bulkhead_benches::figures::row::Row;
 use bulkhead_benches::ratio::Pace;
-
-use row::Row;
 
 /// Two ciphers made different bytes of the same: then there is nothing to compare, and something is broken.
 #[derive(Debug, thiserror::Error)]
@@ -56,7 +52,7 @@ const ON_TWO_CORES: &[Measurement] = &[placement::measure];
 pub fn measure(pace: Pace) -> Result<(Vec<Row>, Option<usize>), Differ> {
     // A thread of its own, so that the others may go elsewhere.
     let one_core = std::thread::spawn(move || {
-        let cpu = header::pin();
+        let cpu = pin();
         (all(ON_ONE_CORE, pace), cpu)
     });
     let (rows, cpu) = match one_core.join() {

@@ -8,9 +8,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use bulkhead_benches::figures::row::Report;
+use bulkhead_benches::figures::{plot, table};
 use bulkhead_benches::ratio::Pace;
-use bulkhead_crypto_bench::row::Report;
-use bulkhead_crypto_bench::{header, measure, plot, table};
+use bulkhead_crypto_bench::{header, measure};
 use clap::Parser;
 
 /// Long enough for figures that repeat to one in a hundred.

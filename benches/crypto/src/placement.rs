@@ -1,6 +1,7 @@
 //! Where a large request is encrypted: rows of [`bulkhead_benches::placement`], whose decision is ADR 0016.
 #![forbid(unsafe_code)]
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use bulkhead_benches::placement::{self, Wait};
@@ -8,9 +9,9 @@ use bulkhead_benches::ratio::Pace;
 use bulkhead_crypto::{SecretArena, XtsKey};
 
 use crate::Differ;
-use crate::row::{Placement, Row, Unit};
 use crate::xts::key_bytes;
 use crate::xts::shape::size;
+use bulkhead_benches::figures::row::{Placement, Row, Unit};
 
 /// How long each figure takes in the full form.
 const SAMPLE: Duration = Duration::from_millis(150);
@@ -57,11 +58,11 @@ fn rows(one: &placement::Placement) -> Vec<Row> {
 
 /// Both points of view of a comparison.
 fn both(case: String, unit: Unit, inline: f64, pool: f64) -> [Row; 2] {
-    let row = |ours: f64, peer, theirs: f64, placement| Row {
+    let row = |ours: f64, peer: &'static str, theirs: f64, placement| Row {
         case: case.clone(),
         unit,
         ours,
-        peer,
+        peer: Cow::Borrowed(peer),
         theirs,
         ratio: if unit.more_is_better() {
             ours / theirs

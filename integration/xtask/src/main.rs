@@ -64,9 +64,8 @@ enum Command {
     Bench {
         /// Which
         name: Option<String>,
-        /// Shows that everything can be measured, in seconds; the figures mean little
-        #[arg(long)]
-        quick: bool,
+        #[command(flatten)]
+        options: bench::Options,
     },
     /// Measures which lines of the data plane its tests run; fails below 95 % of virtqueue, vhost_user or blk
     Coverage {
@@ -87,7 +86,7 @@ fn main() -> ExitCode {
             keep,
         } => fuzz::run(name.as_deref(), seconds, keep),
         Command::Soak { name } => soak::run(name.as_deref()),
-        Command::Bench { name, quick } => bench::run(name.as_deref(), quick),
+        Command::Bench { name, options } => bench::run(name.as_deref(), &options),
         Command::Coverage { uncovered } => coverage::run(uncovered.as_deref()),
     };
     match result {

@@ -51,11 +51,8 @@ pub const TESTS: &[Need] = &[
         "cryptsetup-bin",
         "opens volumes with dm-crypt in a guest",
     ),
-    need(
-        "qemu-storage-daemon",
-        "qemu-utils",
-        "is the peer that the tests' own frontend is checked against",
-    ),
+    QEMU_STORAGE_DAEMON,
+    FIO,
     need(
         "valgrind",
         "valgrind",
@@ -64,7 +61,7 @@ pub const TESTS: &[Need] = &[
     OPENSSL,
 ];
 
-/// What `cargo xtask bench` needs.
+/// What `cargo xtask bench crypto` needs.
 pub const BENCH: &[Need] = &[
     OPENSSL,
     need(
@@ -74,6 +71,23 @@ pub const BENCH: &[Need] = &[
     ),
     need("objdump", "binutils", "takes the loops out of a program"),
 ];
+
+/// What `cargo xtask bench block` needs.
+pub const BLOCK: &[Need] = &[QEMU_STORAGE_DAEMON, FIO];
+
+/// Load on bare files.
+const FIO: Need = need(
+    "fio",
+    "fio",
+    "shows what a bare file gives, without a guest's rings",
+);
+
+/// QEMU's back-end.
+const QEMU_STORAGE_DAEMON: Need = need(
+    "qemu-storage-daemon",
+    "qemu-utils",
+    "is the peer that the tests' own frontend is checked against, and that disks are measured beside",
+);
 
 /// Debian's OpenSSL, linked statically. The path is also in `benches/crypto/build.rs`.
 const OPENSSL: Need = need(

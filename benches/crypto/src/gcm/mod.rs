@@ -3,6 +3,7 @@
 
 mod peers;
 
+use std::borrow::Cow;
 use std::hint::black_box;
 
 use bulkhead_benches::ratio::{Pace, Turns};
@@ -12,7 +13,7 @@ use bulkhead_packet_cipher::{
 };
 
 use crate::Differ;
-use crate::row::{Placement, Point, Row, Unit};
+use bulkhead_benches::figures::row::{Placement, Point, Row, Unit};
 pub use peers::PEERS;
 use peers::{AwsLc, Ring};
 
@@ -167,11 +168,11 @@ fn rows(direction: &str, size: usize, count: usize, turns: &Turns) -> Vec<Row> {
     } else {
         1.0
     };
-    let row = |side, peer| Row {
+    let row = |side, peer: &'static str| Row {
         case: format!("gcm {direction}, {size} B, {batch}"),
         unit: Unit::NanosecondsPerPacket,
         ours: nanoseconds(turns.median(0), count),
-        peer,
+        peer: Cow::Borrowed(peer),
         theirs: nanoseconds(turns.median(side), count),
         ratio: turns.ratio(side, 0),
         target: Some(target),
@@ -179,7 +180,8 @@ fn rows(direction: &str, size: usize, count: usize, turns: &Turns) -> Vec<Row> {
         point: Some(Point {
             panel: format!("AES-256-GCM {direction}, {batch}"),
             line: "Bulkhead".to_owned(),
-            bytes: size,
+            axis: "bytes of a packet",
+            at: size,
         }),
     };
     let mut rows: Vec<_> = PEERS

@@ -21,7 +21,7 @@ use bulkhead_crypto::{DataUnit, Kernel, SecretArena, XtsKey};
 use crate::Differ;
 use crate::ceiling::{self, Ceiling};
 use crate::peers::{Buffers, LIBRARIES};
-use crate::row::{Placement, Row, Unit};
+use bulkhead_benches::figures::row::{Placement, Row, Unit};
 use shape::Shape;
 
 /// An arbitrary place on the volume: the first unit of a buffer.
@@ -211,7 +211,7 @@ fn row(shape: Shape, turns: &Turns, side: usize, peer: &'static str) -> Row {
         case: shape.case(),
         unit: Unit::GigabytesPerSecond,
         ours: gigabytes(bytes, turns.median(0)),
-        peer,
+        peer: peer.into(),
         theirs: gigabytes(bytes, turns.median(side)),
         ratio: turns.ratio(side, 0),
         target: Some(OF_LIBRARY),

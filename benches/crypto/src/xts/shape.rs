@@ -3,7 +3,7 @@
 
 use bulkhead_crypto::DataUnit;
 
-use crate::row::Point;
+use bulkhead_benches::figures::row::Point;
 
 /// Bytes that a side does in one go, at least: then the call through a pointer that starts it costs nothing.
 const TURN_BYTES: usize = 64 << 10;
@@ -105,7 +105,8 @@ impl Shape {
                 BATCH_UNITS => "Bulkhead, 16 units a call".to_owned(),
                 _ => "Bulkhead, the buffer in a call".to_owned(),
             },
-            bytes: self.buffer_bytes,
+            axis: "bytes of a buffer",
+            at: self.buffer_bytes,
         }
     }
 }

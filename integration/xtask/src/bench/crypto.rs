@@ -4,7 +4,7 @@ use std::error::Error;
 use std::fs;
 use std::process::{Command, ExitCode};
 
-use super::{ports, results};
+use super::{Options, ports, results};
 use crate::packages::{self, BENCH, Need};
 use crate::report::step;
 use crate::{binaries, workspace};
@@ -13,7 +13,7 @@ use crate::{binaries, workspace};
 ///
 /// # Errors
 /// When it can't be built, two ciphers differ, or nothing can be written.
-pub fn run(quick: bool) -> Result<ExitCode, Box<dyn Error>> {
+pub fn run(options: &Options) -> Result<ExitCode, Box<dyn Error>> {
     step("packages", || {
         let needs: Vec<&Need> = BENCH.iter().collect();
         // Without them there are fewer rows, and no model of the ports.
@@ -38,7 +38,7 @@ pub fn run(quick: bool) -> Result<ExitCode, Box<dyn Error>> {
     let program = binaries("release").join("crypto-bench");
     let mut bench = Command::new(&program);
     bench.arg("--out").arg(results());
-    if quick {
+    if options.quick {
         bench.arg("--quick");
     }
     println!("measuring: keep the machine quiet\n");

@@ -1,21 +1,30 @@
 //! What is written down: rows, each a comparison with one peer, and the header that says how they came about.
 #![forbid(unsafe_code)]
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 /// What a figure counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
-    /// 10^9 bytes a second on one core: more is better.
+    /// 10^9 bytes a second: more is better.
     GigabytesPerSecond,
     /// Nanoseconds for each packet: less is better.
     NanosecondsPerPacket,
     /// Nanoseconds for each request: less is better.
     NanosecondsPerRequest,
-    /// Requests a second of two cores: more is better.
+    /// Requests a second: more is better.
     RequestsPerSecond,
+    /// Part of a core that is busy, in percent: less is better.
+    PercentOfCore,
+    /// Share of a whole, in percent: more is better.
+    Percent,
+    /// How often a sleeper is woken for each request: less is better.
+    WakeUpsPerRequest,
+    /// Milliseconds: less is better.
+    Milliseconds,
 }
 
 impl Unit {
@@ -27,13 +36,20 @@ impl Unit {
             Self::NanosecondsPerPacket => "ns/packet",
             Self::NanosecondsPerRequest => "ns/request",
             Self::RequestsPerSecond => "requests/s",
+            Self::PercentOfCore => "% of a core",
+            Self::Percent => "%",
+            Self::WakeUpsPerRequest => "wake-ups/request",
+            Self::Milliseconds => "ms",
         }
     }
 
     /// Whether a larger figure is the better one.
     #[must_use]
     pub const fn more_is_better(self) -> bool {
-        matches!(self, Self::GigabytesPerSecond | Self::RequestsPerSecond)
+        matches!(
+            self,
+            Self::GigabytesPerSecond | Self::RequestsPerSecond | Self::Percent
+        )
     }
 }
 
@@ -44,6 +60,12 @@ pub enum Placement {
     Inline,
     /// Shared with a helper on another core.
     Pool,
+    /// By two CPUs near each other.
+    Near,
+    /// By two CPUs that were not.
+    Far,
+    /// By two CPUs whose distance changed whenever it was tried: the figures say little.
+    Flipped,
 }
 
 impl Placement {
@@ -53,11 +75,14 @@ impl Placement {
         match self {
             Self::Inline => "inline",
             Self::Pool => "pool",
+            Self::Near => "near",
+            Self::Far => "far",
+            Self::Flipped => "flipped",
         }
     }
 }
 
-/// One comparison.
+/// One comparison. Figures that this run had no occasion to take are not a number.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Row {
     /// What was measured: the same for the rows of one measurement, which differ in the peer.
@@ -67,7 +92,7 @@ pub struct Row {
     /// Our figure: the median of all rounds.
     pub ours: f64,
     /// Beside what.
-    pub peer: &'static str,
+    pub peer: Cow<'static, str>,
     /// Its figure: the median of all rounds.
     pub theirs: f64,
     /// How many times better ours is; the median over rounds, so that it is not quite the two medians divided.
@@ -87,15 +112,24 @@ pub struct Point {
     pub panel: String,
     /// Our line's name; the other's is the peer's.
     pub line: String,
-    /// How far to the right: bytes of a buffer or packet.
-    pub bytes: usize,
+    /// What `at` counts.
+    pub axis: &'static str,
+    /// How far to the right.
+    pub at: usize,
 }
 
 impl Row {
-    /// Whether the target is met; none without one.
+    /// Whether the target is met; none without one, or where the row was not measured.
     #[must_use]
     pub fn met(&self) -> Option<bool> {
-        self.target.map(|target| self.ratio >= target)
+        let target = self.target.filter(|_| self.measured())?;
+        Some(self.ratio >= target)
+    }
+
+    /// Whether there are figures.
+    #[must_use]
+    pub fn measured(&self) -> bool {
+        self.ratio.is_finite()
     }
 
     fn to_json(&self) -> Value {
@@ -118,12 +152,8 @@ impl Row {
 pub struct Header {
     /// The CPU's name.
     pub cpu: String,
-    /// The CPU that the measuring thread was kept on; none: wherever the system put it.
-    pub pinned_to: Option<usize>,
-    /// The kernel that volumes use on this CPU.
-    pub kernel: String,
-    /// All that it can run.
-    pub kernels: Vec<String>,
+    /// What pictures and tables say beside it: how it was used.
+    pub how: String,
     /// Peers by name, with their versions.
     pub peers: BTreeMap<&'static str, String>,
     /// When, in UTC.
@@ -132,6 +162,8 @@ pub struct Header {
     pub quick: bool,
     /// How figures were taken.
     pub method: String,
+    /// What else there is to know, by name.
+    pub more: Map<String, Value>,
 }
 
 /// All there is to write down.
@@ -148,32 +180,34 @@ impl Report {
     #[must_use]
     pub fn to_json(&self) -> Value {
         let header = &self.header;
+        let mut fields = header.more.clone();
+        for (name, value) in [
+            ("cpu", json!(header.cpu)),
+            ("peers", json!(header.peers)),
+            ("date", json!(header.date)),
+            ("quick", json!(header.quick)),
+            ("method", json!(header.method)),
+        ] {
+            fields.insert(name.to_owned(), value);
+        }
         json!({
-            "header": {
-                "cpu": header.cpu,
-                "pinned_to": header.pinned_to,
-                "kernel": header.kernel,
-                "kernels": header.kernels,
-                "peers": header.peers,
-                "date": header.date,
-                "quick": header.quick,
-                "method": header.method,
-            },
+            "header": fields,
             "rows": self.rows.iter().map(Row::to_json).collect::<Vec<_>>(),
         })
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn row(ratio: f64, target: Option<f64>) -> Row {
+    /// A row like any other.
+    pub(crate) fn row(ratio: f64, target: Option<f64>) -> Row {
         Row {
-            case: "case".to_owned(),
+            case: "a case".to_owned(),
             unit: Unit::GigabytesPerSecond,
             ours: 1.0,
-            peer: "peer",
+            peer: "peer".into(),
             theirs: 2.0,
             ratio,
             target,
@@ -187,8 +221,8 @@ mod tests {
         assert_eq!(row(0.9, Some(0.9)).met(), Some(true));
         assert_eq!(row(0.899, Some(0.9)).met(), Some(false));
         assert_eq!(row(0.1, None).met(), None);
-        // What could not be measured is no success.
-        assert_eq!(row(f64::NAN, Some(0.9)).met(), Some(false));
+        // What could not be measured is neither a success nor a failure.
+        assert_eq!(row(f64::NAN, Some(0.9)).met(), None);
     }
 
     #[test]
@@ -196,5 +230,19 @@ mod tests {
         let json = row(0.5, None).to_json();
         assert!(json["target"].is_null() && json["met"].is_null());
         assert_eq!(json["unit"], "GB/s");
+    }
+
+    #[test]
+    fn a_row_that_was_not_measured_has_no_figures() {
+        let json = Row {
+            ours: f64::NAN,
+            theirs: f64::NAN,
+            ..row(f64::NAN, Some(0.5))
+        }
+        .to_json();
+        for name in ["ours", "theirs", "ratio", "met"] {
+            assert!(json[name].is_null(), "{name}: {json}");
+        }
+        assert_eq!(json["target"], 0.5);
     }
 }
