@@ -41,10 +41,17 @@ impl Default for Batch {
 
 impl Batch {
     /// Takes what a queue has, at most `most` requests and [`MOST`], in the place of the batch before. How the
-    /// driver broke it, if it did: behind what was taken.
+    /// driver broke it, if it did: behind what was taken. Of a `LIMITED` device no further request is taken once
+    /// those that were have `most_bytes`.
     #[inline]
-    pub fn take(&mut self, ring: &mut Virtqueue, most: usize) -> Option<RingError> {
+    pub fn take<const LIMITED: bool>(
+        &mut self,
+        ring: &mut Virtqueue,
+        most: usize,
+        most_bytes: u64,
+    ) -> Option<RingError> {
         self.count = 0;
+        let mut bytes = 0;
         for place in self.places.iter_mut().take(most) {
             match ring.pop(&mut place.chain) {
                 Ok(Some(head)) => place.head = head,
@@ -53,6 +60,12 @@ impl Batch {
             }
             place.chain.announce();
             self.count += 1;
+            if LIMITED {
+                bytes += place.chain.readable.bytes() + place.chain.writable.bytes();
+                if bytes >= most_bytes {
+                    return None;
+                }
+            }
         }
         None
     }

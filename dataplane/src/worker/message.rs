@@ -165,6 +165,22 @@ pub enum ToWorker {
     End,
 }
 
+impl ToWorker {
+    /// The queue that it changes.
+    #[must_use]
+    pub fn changes(&self) -> Option<QueueId> {
+        match self {
+            Self::SetMemory { queue, .. }
+            | Self::SetEnabled { queue, .. }
+            | Self::SetLog { queue, .. }
+            | Self::SetKick { queue, .. }
+            | Self::SetCall { queue, .. }
+            | Self::SetError { queue, .. } => Some(*queue),
+            _ => None,
+        }
+    }
+}
+
 /// What a re-key changes in a worker. Not answered.
 #[derive(Debug)]
 pub enum ZoneChange {

@@ -1,12 +1,14 @@
 //! Workers: one thread on one core each, which owns its queues and one io_uring.
 
 mod batch;
+pub mod clock;
 pub mod message;
 mod polling;
 mod queue;
 pub mod ring;
 mod run;
 pub mod staging;
+mod turns;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};

@@ -55,6 +55,14 @@ pub struct Queue {
     pub error: Option<OwnedFd>,
     /// Negotiated features.
     pub features: u64,
+    /// Its device's seat ([`super::turns::Turns`]).
+    pub seat: u32,
+    /// It is looked at in each turn of its device; else its kick is waited for.
+    pub polled: bool,
+    /// When it was first found empty ([`super::clock::now`]); 0: it had requests when it was looked at last.
+    pub empty_since: u64,
+    /// Ticks for which it is polled while it is empty.
+    pub grace: u64,
     /// What ended and is not shown yet.
     tally: Counts,
 }
@@ -82,6 +90,10 @@ impl Queue {
             call: None,
             error: start.error,
             features: start.features,
+            seat: 0,
+            polled: false,
+            empty_since: 0,
+            grace: 0,
             tally: Counts::default(),
         })
     }

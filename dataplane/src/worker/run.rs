@@ -8,12 +8,12 @@
 mod events;
 mod flush;
 mod serve;
+mod turn;
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
 use nix::sys::eventfd::EventFd;
@@ -22,17 +22,12 @@ use super::batch::Batch;
 use super::message::{DeviceId, FromWorker, QueueId, QueueStart, ToWorker, ZoneChange};
 use super::polling::{Next, Polling};
 use super::queue::Queue;
-use super::ring::{Completion, Event, FixedFile};
+use super::ring::{Completion, FixedFile};
+use super::turns::Turns;
 use crate::blk::BlkDevice;
-use crate::blk::pipeline::ageing::LOOK_EVERY;
 use crate::blk::pipeline::{Local, Outcome, Pipeline, TOKEN_BITS};
 use crate::virtqueue::RingError;
-use events::Armed;
 use flush::Flushes;
-use serve::serve;
-
-/// How long a queue without a kick, and a request that no completion will wake, may wait for its worker.
-const SHORT_SLEEP: Duration = Duration::from_micros(100);
 
 /// Tokens of waits for a kick: queue number and serial below.
 const KICK: u64 = 1 << TOKEN_BITS;
@@ -64,6 +59,7 @@ pub struct Worker {
     /// Where requests are taken to.
     batch: Batch,
     polling: Polling,
+    turns: Turns,
     /// Serial of the last wait for a kick, and of the last call.
     serial: u32,
     /// Calls are queued in the ring, to be submitted at once.
@@ -111,6 +107,7 @@ impl Worker {
             touched: Vec::new(),
             batch: Batch::default(),
             polling: Polling::default(),
+            turns: Turns::default(),
             serial: 0,
             called: false,
             call_is_due: false,
@@ -159,6 +156,9 @@ impl Worker {
     }
 
     fn take_message(&mut self, message: ToWorker) {
+        if let Some(queue) = message.changes() {
+            self.look_again(queue);
+        }
         match message {
             ToWorker::Attach { id, device } => self.attach(id, device),
             ToWorker::Detach { id } => self.detach(id),
@@ -245,6 +245,7 @@ impl Worker {
     }
 
     fn detach(&mut self, id: DeviceId) {
+        self.turns.leave(id);
         if let Some(local) = self.devices.remove(&id) {
             self.pipeline.forget(self.index, &local);
             local.close(&mut self.pipeline.ring);
@@ -277,7 +278,8 @@ impl Worker {
     }
 
     /// Puts a queue under the lowest free number.
-    fn place(&mut self, queue: Queue) -> u32 {
+    fn place(&mut self, mut queue: Queue) -> u32 {
+        queue.seat = self.turns.seat(queue.id.device);
         let free = self.queues.iter().position(Option::is_none);
         let number = free.unwrap_or(self.queues.len());
         if free.is_none() {
@@ -286,7 +288,9 @@ impl Worker {
         if let Some(place) = self.queues.get_mut(number) {
             *place = Some(queue);
         }
-        u32::try_from(number).unwrap_or(u32::MAX)
+        let number = u32::try_from(number).unwrap_or(u32::MAX);
+        self.poll(number);
+        number
     }
 
     fn stop(&mut self, id: QueueId) {
@@ -315,6 +319,7 @@ impl Worker {
             return;
         };
         self.numbers.remove(&queue.id);
+        self.turns.unpoll(queue.seat, number);
         // It may hold on to the guest memory of requests that ended at once.
         self.batch.release();
         self.reply(FromWorker::Stopped {
@@ -337,30 +342,6 @@ impl Worker {
             self.signal_error(&event);
         }
         self.reply(retired);
-    }
-
-    #[inline]
-    fn serve_queues(&mut self) -> bool {
-        let mut busy = false;
-        for number in 0..self.queues.len() {
-            let Some(queue) = self
-                .queues
-                .get_mut(number)
-                .and_then(Option::as_mut)
-                .filter(|queue| queue.is_served())
-            else {
-                continue;
-            };
-            let number = u32::try_from(number).unwrap_or(u32::MAX);
-            let (taken, broken) = serve(queue, number, &mut self.pipeline, &mut self.batch);
-            busy |= taken > 0;
-            if let Some(error) = broken {
-                self.retire(number, error);
-            } else if taken > 0 {
-                self.publish(number);
-            }
-        }
-        busy
     }
 
     /// Publishes what ended of a queue, unless its memory went away: then what ended did not
@@ -398,6 +379,7 @@ impl Worker {
                 self.flushed(number);
                 continue;
             }
+            self.poll(number);
             self.publish(number);
             self.give_up_if_drained(number);
         }
@@ -454,46 +436,6 @@ impl Worker {
         });
         if any {
             let _ = self.reply_event.write(1);
-        }
-    }
-
-    /// Arms every kick and sleeps until one comes, a transfer ends or a message is there.
-    fn sleep(&mut self) {
-        let mut unkicked = false;
-        for number in 0..self.queues.len() {
-            let number = u32::try_from(number).unwrap_or(u32::MAX);
-            match self.arm(number) {
-                Armed::Idle => {}
-                Armed::Unkicked => unkicked = true,
-                Armed::Work => return self.polling.busy(),
-            }
-        }
-        if !self.wake_is_awaited {
-            self.wake_is_awaited = self
-                .pipeline
-                .ring
-                .push_event(WAKE, self.wake, Event::Wait)
-                .is_some();
-        }
-        // A message that came before the wait is in the channel; one that comes later wakes.
-        if self.receiver.is_empty() && self.wake_is_awaited {
-            let since = Instant::now();
-            let briefly = unkicked || self.pipeline.has_waiting();
-            let timeout = match briefly {
-                true => Some(SHORT_SLEEP),
-                // What is under way grows old while nothing happens.
-                false => self.pipeline.watches().then_some(LOOK_EVERY),
-            };
-            self.pipeline.tell_of_ended();
-            self.pipeline.ring.wait(timeout);
-            self.pipeline.woke();
-            if self.pipeline.is_look_due() {
-                self.look_at_ages();
-            }
-            self.polling.slept(since.elapsed());
-        }
-        for queue in self.queues.iter_mut().flatten() {
-            queue.ring.disarm();
         }
     }
 }

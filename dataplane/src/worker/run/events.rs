@@ -13,7 +13,9 @@ use crate::worker::ring::{EntryId, Event, FixedFile};
 
 /// How a queue goes to sleep.
 pub(super) enum Armed {
-    /// Its kick is waited for, or it is not served.
+    /// Its kick is waited for.
+    Waits,
+    /// Nothing is taken from it now, whatever is in it.
     Idle,
     /// It has no kick.
     Unkicked,
@@ -171,13 +173,16 @@ impl Worker {
             && kick.wait.is_some_and(|(_, of)| of == serial)
         {
             kick.wait = None;
+            self.poll(number);
         }
     }
 
     /// Has a queue's driver kick, and waits for it in the ring.
     pub(super) fn arm(&mut self, number: u32) -> Armed {
-        // What waits in a clogged one is taken when its zone ends, which a message says.
-        let takes = |queue: &&mut Queue| queue.is_served() && !queue.local.is_clogged();
+        // What waits in a clogged one is taken when its zone ends, which a message says; without room, when
+        // something has ended.
+        let has_room = self.pipeline.room() > 0;
+        let takes = |queue: &&mut Queue| queue.is_served() && has_room && !queue.local.is_clogged();
         let Some(queue) = self.queue(number).filter(takes) else {
             return Armed::Idle;
         };
@@ -198,7 +203,7 @@ impl Worker {
             return Armed::Unkicked;
         };
         if wait.is_some() {
-            return Armed::Idle;
+            return Armed::Waits;
         }
         let serial = self.next_serial();
         let wait = token(KICK, number, serial);
@@ -208,6 +213,6 @@ impl Worker {
         if let Some(kick) = self.queue(number).and_then(|queue| queue.kick.as_mut()) {
             kick.wait = Some((entry, serial));
         }
-        Armed::Idle
+        Armed::Waits
     }
 }

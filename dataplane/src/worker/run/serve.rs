@@ -5,26 +5,39 @@
 use super::super::batch::{Batch, Taken};
 use super::super::queue::Queue;
 use crate::blk::pipeline::{Begun, Outcome, Pipeline, Start};
-use crate::blk::request::{is_durable, parse};
-use crate::virtqueue::RingError;
+use crate::blk::request::{Operation, is_durable, parse};
+use crate::virtqueue::{Chain, RingError};
 
 /// Ended requests are shown to the driver this often while more of the batch follow: it refills the ring
 /// meanwhile.
 const SHOW_EVERY: usize = 8;
 
+/// What may be taken from a queue in its turn.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Portion {
+    /// Requests at most.
+    pub(super) requests: usize,
+    /// Of a limited device: bytes after which no further request is taken.
+    pub(super) most_bytes: u64,
+    /// Of a limited device: bytes of data of the requests that were taken.
+    pub(super) bytes: u64,
+}
+
 /// Takes some requests from a queue: how many, and how its driver broke it, if it did.
 #[inline]
-pub(super) fn serve(
+pub(super) fn serve<const LIMITED: bool>(
     queue: &mut Queue,
     number: u32,
     pipeline: &mut Pipeline,
     batch: &mut Batch,
+    portion: &mut Portion,
 ) -> (usize, Option<RingError>) {
     queue.ring.disarm();
     if queue.local.is_clogged() {
         return (0, None);
     }
-    let broken = batch.take(&mut queue.ring, pipeline.room());
+    let most = pipeline.room().min(portion.requests);
+    let broken = batch.take::<LIMITED>(&mut queue.ring, most, portion.most_bytes);
     let count = batch.count();
     let mut requests = batch.iter_mut();
     for served in 0..count {
@@ -34,7 +47,7 @@ pub(super) fn serve(
         let Some(taken) = requests.next() else {
             break;
         };
-        if let Err(error) = begin(queue, number, pipeline, taken) {
+        if let Err(error) = begin::<LIMITED>(queue, number, pipeline, taken, portion) {
             queue.ring.abandon(taken.head);
             requests.for_each(|taken| queue.ring.abandon(taken.head));
             return (served, Some(error));
@@ -48,11 +61,12 @@ pub(super) fn serve(
 /// # Errors
 /// [`RingError::NoStatus`]: there is no way to answer it.
 #[inline]
-fn begin(
+fn begin<const LIMITED: bool>(
     queue: &mut Queue,
     number: u32,
     pipeline: &mut Pipeline,
     taken: &mut Taken,
+    portion: &mut Portion,
 ) -> Result<(), RingError> {
     let Taken { head, chain } = taken;
     let operation = match parse(chain, &queue.local.device, queue.features)? {
@@ -63,6 +77,9 @@ fn begin(
             return Ok(());
         }
     };
+    if LIMITED {
+        portion.bytes += data_bytes(operation, chain);
+    }
     let start = Start {
         queue: number,
         head: *head,
@@ -75,4 +92,13 @@ fn begin(
         queue.ended(*head, outcome);
     }
     Ok(())
+}
+
+/// What a request costs of a limit of bytes.
+fn data_bytes(operation: Operation, chain: &Chain) -> u64 {
+    match operation {
+        Operation::Read { .. } => chain.writable.bytes(),
+        Operation::Write { .. } => chain.readable.bytes(),
+        Operation::Flush | Operation::GetId | Operation::Discard | Operation::WriteZeroes => 0,
+    }
 }
