@@ -47,7 +47,10 @@ fn run(workers: Vec<WorkerConfig>) -> Result<(), Failure> {
         .map_err(|e| format!("can't make secret memory for keys: {e}; raise RLIMIT_MEMLOCK"))?;
     sandbox::lock_process()?;
     let count = workers.len();
-    let server = Server::new(&ServerConfig { workers })?;
+    let server = Server::new(&ServerConfig {
+        workers,
+        ..ServerConfig::default()
+    })?;
     let mut control = Control::new(rot, arena, &server)?;
     sandbox::lock_control_thread()?;
     let cipher = Kernel::chosen();

@@ -67,6 +67,7 @@ impl Rig {
         let thread = std::thread::spawn(move || {
             let config = ServerConfig {
                 workers: vec![WorkerConfig::default(); 2],
+                ..ServerConfig::default()
             };
             let server = Server::new(&config).expect("server");
             let mut manager = Told {

@@ -42,11 +42,11 @@ impl Metrics {
     #[must_use]
     pub fn totals(&self) -> Counts {
         let mut all = Counts::default();
-        for queue in &self.queues {
-            all.requests_ok += queue.requests_ok.get();
-            all.requests_failed += queue.requests_failed.get();
-            all.read_bytes += queue.read_bytes.get();
-            all.written_bytes += queue.written_bytes.get();
+        for counts in self.queues.iter().map(QueueMetrics::counts) {
+            all.requests_ok += counts.requests_ok;
+            all.requests_failed += counts.requests_failed;
+            all.read_bytes += counts.read_bytes;
+            all.written_bytes += counts.written_bytes;
         }
         all
     }
@@ -70,6 +70,17 @@ impl QueueMetrics {
         self.requests_failed.add(counts.requests_failed);
         self.read_bytes.add(counts.read_bytes);
         self.written_bytes.add(counts.written_bytes);
+    }
+
+    /// What was added so far.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        Counts {
+            requests_ok: self.requests_ok.get(),
+            requests_failed: self.requests_failed.get(),
+            read_bytes: self.read_bytes.get(),
+            written_bytes: self.written_bytes.get(),
+        }
     }
 }
 

@@ -15,9 +15,10 @@ use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 
 use super::alarm::{Alarm, InWords};
+use super::balance::Weights;
 use super::connection::{Connection, Driven, ToWorkers};
 use super::{Access, DeviceStatus, Event};
-use crate::blk::{BlkDevice, Level, ResizeError, config_space};
+use crate::blk::{BlkDevice, Level, QueueMetrics, ResizeError, config_space};
 use crate::log_limit::LogLimit;
 use crate::vhost_user::Facts;
 use crate::worker::message::{DeviceId, FromWorker};
@@ -128,6 +129,13 @@ impl Device {
     /// The device as workers have it.
     pub(super) fn shared(&self) -> Arc<BlkDevice> {
         Arc::clone(&self.facts.device)
+    }
+
+    /// What one of its queues has cost the workers so far.
+    pub(super) fn work(&self, queue: u16) -> u64 {
+        let device = &self.facts.device;
+        let counts = device.metrics.queue(queue).map(QueueMetrics::counts);
+        counts.map_or(0, |counts| Weights::of(device).cost(counts))
     }
 
     pub(super) fn is_connected(&self) -> bool {

@@ -14,8 +14,11 @@
 #![forbid(unsafe_code)]
 
 mod alarm;
+mod balance;
 mod connection;
 mod device;
+mod moves;
+mod placement;
 
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -34,6 +37,10 @@ use crate::worker::message::{DeviceId, FromWorker, QueueId, ToWorker, ZoneChange
 use crate::worker::{Replies, WorkerConfig, WorkerHandle, start};
 use connection::ToWorkers;
 use device::Device;
+use moves::Watch;
+pub use moves::WorkerStatus;
+pub use placement::Moves;
+use placement::Placement;
 
 /// Tokens from here on are the manager's.
 pub const MANAGER_TOKENS: usize = 1 << 40;
@@ -58,6 +65,8 @@ pub struct Access {
 pub struct ServerConfig {
     /// One entry per worker, at least one.
     pub workers: Vec<WorkerConfig>,
+    /// Move a queue from worker to worker each time so much time has passed, for tests.
+    pub shuffle: Option<Duration>,
 }
 
 /// What a device is doing.
@@ -133,6 +142,10 @@ pub trait Manager {
 pub struct Server {
     poll: Poll,
     workers: Vec<WorkerHandle>,
+    /// Of each worker, the one it is bound to.
+    cpus: Vec<Option<usize>>,
+    placement: Placement,
+    watch: Watch,
     rekeyer: Rekeyer,
     replies: Replies,
     devices: HashMap<DeviceId, Device>,
@@ -172,7 +185,10 @@ impl Server {
         )?;
         Ok(Self {
             poll,
+            watch: Watch::new(&workers, config.shuffle),
             workers,
+            cpus: config.workers.iter().map(|worker| worker.cpu).collect(),
+            placement: Placement::default(),
             rekeyer,
             replies,
             devices: HashMap::new(),
@@ -328,7 +344,10 @@ impl Server {
         let mut tried = Instant::now();
         while !self.stop.get() {
             let since = tried.elapsed();
-            let timeout = (!self.retry.is_empty()).then_some(RETRY.saturating_sub(since));
+            let retry = (!self.retry.is_empty()).then_some(RETRY.saturating_sub(since));
+            let attend = self.next_attendance();
+            let attend = attend.map(|at| at.saturating_duration_since(Instant::now()));
+            let timeout = [retry, attend].into_iter().flatten().min();
             match self.poll.poll(&mut events, timeout) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -345,6 +364,7 @@ impl Server {
                 tried = Instant::now();
                 self.try_again();
             }
+            self.attend();
             self.report(manager);
         }
         // Before the workers: what waits for its zone waits in them.
@@ -387,7 +407,12 @@ impl Server {
             let Some(message) = self.replies.next() else {
                 return;
             };
-            let id = device_of(&message);
+            let Some(message) = self.take_reply(message) else {
+                continue;
+            };
+            let Some(id) = device_of(&message) else {
+                continue;
+            };
             let mut out = ToWorkers::new();
             if let Some(device) = self.devices.get_mut(&id) {
                 device.on_worker(message, &mut out);
@@ -439,31 +464,24 @@ impl Server {
         }
     }
 
-    fn pass_on(&self, queue: QueueId, message: ToWorker) {
+    fn pass_on(&mut self, queue: QueueId, message: ToWorker) {
         let message = match message {
             ToWorker::TakeVolume { device: id } => {
                 let device = self.devices.get(&id).map(Device::shared);
                 device.map(|device| ToRekeyer::Take { id, device })
             }
             ToWorker::LetGoOfVolume { device } => Some(ToRekeyer::LetGo { id: device }),
-            message => return self.worker_of(queue).send(message),
+            message => return self.send_to_queue(queue, message),
         };
         if let Some(message) = message {
             self.rekeyer.send(message);
         }
     }
-
-    /// Queues are spread over the workers, those of one device beginning with its own.
-    fn worker_of(&self, queue: QueueId) -> &WorkerHandle {
-        let count = self.workers.len() as u64;
-        let number = (queue.device.0 + u64::from(queue.index)) % count;
-        // `count` is at least one, and `number` below it.
-        &self.workers[usize::try_from(number).unwrap_or(0)]
-    }
 }
 
-fn device_of(message: &FromWorker) -> DeviceId {
-    match message {
+/// The device that a message is about.
+fn device_of(message: &FromWorker) -> Option<DeviceId> {
+    Some(match message {
         FromWorker::Attached { id, .. }
         | FromWorker::Detached { id, .. }
         | FromWorker::Health { id } => *id,
@@ -473,7 +491,10 @@ fn device_of(message: &FromWorker) -> DeviceId {
         | FromWorker::MemorySet { queue }
         | FromWorker::Flushed { queue }
         | FromWorker::Changed { queue }
+        | FromWorker::Stays { queue }
         | FromWorker::Retired { queue, .. } => queue.device,
+        FromWorker::Moved(moved) => moved.queue.device,
         FromWorker::VolumeReady { device, .. } | FromWorker::VolumeReleased { device } => *device,
-    }
+        FromWorker::Busy { .. } => return None,
+    })
 }

@@ -10,6 +10,7 @@
 //! | `notify` | when a driver wants to be called |
 //! | `order` | VIRTIO_F_IN_ORDER |
 //! | [`inflight`] | the in-flight region |
+//! | `park` | a queue on its way from one worker to another |
 //! | [`queue`] | a queue of either format |
 //!
 //! UNSAFETY: see [`split`] and [`packed`].
@@ -19,12 +20,14 @@ pub mod inflight;
 mod notify;
 mod order;
 pub mod packed;
+mod park;
 pub mod queue;
 pub mod split;
 
 pub use chain::{Chain, Descriptor};
 pub use inflight::{Format, QueueRegion};
 pub use packed::PackedQueue;
+pub use park::ParkedQueue;
 pub use queue::Virtqueue;
 pub use split::SplitQueue;
 

@@ -22,6 +22,7 @@ use super::chain::{Chain, DESCRIPTOR_BYTES, Descriptor, INDIRECT, NEXT, WRITE, l
 use super::inflight::{PackedRegion, QueueRegion};
 use super::notify::{EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE, passed_packed};
 use super::order::Order;
+use super::park::Parked;
 use super::{QueueFeatures, RingError};
 use crate::memory::{GuestMemory, Lease, full_fence, read_words, shared_u16, shared_u32};
 use crate::worker::message::RingLayout;
@@ -225,6 +226,38 @@ impl PackedQueue {
     pub fn track(&mut self, region: QueueRegion) {
         self.taken.reserve(usize::from(self.layout.size));
         self.region = Some(PackedRegion::new(region, self.layout.size, self.used));
+    }
+
+    /// Its state, for whoever serves it next; nothing is in flight, and everything that ended is published.
+    pub(super) fn park(self) -> (Parked, Option<PackedRegion>) {
+        debug_assert!(self.in_flight_count == 0 && self.used == self.asked);
+        let parked = Parked {
+            memory: Arc::clone(&self.lease),
+            layout: self.layout,
+            features: self.features,
+            avail: self.avail.base(),
+            used: self.used.base(),
+            log: self.log.then_some(self.layout.used),
+        };
+        (parked, self.region)
+    }
+
+    /// Goes on where [`PackedQueue::park`] left it.
+    ///
+    /// # Errors
+    /// As [`PackedQueue::new`].
+    pub(super) fn resume(parked: Parked, region: Option<PackedRegion>) -> Result<Self, RingError> {
+        let (layout, features) = (parked.layout, parked.features);
+        let mut queue = Self::new(&parked.memory, layout, u32::from(parked.avail), features)?;
+        // Not by the base: there a used half of zero means that none was given.
+        queue.used = Cursor::from_base(parked.used);
+        queue.asked = queue.used;
+        if region.is_some() {
+            queue.taken.reserve(usize::from(layout.size));
+        }
+        queue.region = region;
+        queue.set_log(parked.log.is_some());
+        Ok(queue)
     }
 
     /// Whether writes to the ring are marked in the memory's dirty log.

@@ -21,6 +21,7 @@ use super::chain::{Chain, Descriptor, INDIRECT, NEXT, longest, table};
 use super::inflight::{QueueRegion, SplitRegion};
 use super::notify::{NO_INTERRUPT, NO_NOTIFY, passed};
 use super::order::Order;
+use super::park::Parked;
 use crate::memory::{GuestMemory, Lease, full_fence, read_words, shared_u16, will_read};
 use crate::worker::message::RingLayout;
 
@@ -187,6 +188,34 @@ impl SplitQueue {
             self.ahead_end = self.published;
         }
         self.region = Some(SplitRegion::new(region, self.layout.size, self.published));
+    }
+
+    /// Its state, for whoever serves it next; nothing is in flight, and everything that ended is published.
+    pub(super) fn park(self) -> (Parked, Option<SplitRegion>) {
+        debug_assert!(self.in_flight_count == 0 && self.next_used == self.asked);
+        let parked = Parked {
+            memory: Arc::clone(&self.lease),
+            layout: self.layout,
+            features: self.features,
+            avail: self.next_avail,
+            used: self.published,
+            log: self.log,
+        };
+        (parked, self.region)
+    }
+
+    /// Goes on where [`SplitQueue::park`] left it, whatever the guest has written to its used index since.
+    ///
+    /// # Errors
+    /// As [`SplitQueue::new`].
+    pub(super) fn resume(parked: Parked, region: Option<SplitRegion>) -> Result<Self, RingError> {
+        let (layout, features) = (parked.layout, parked.features);
+        let mut queue = Self::new(&parked.memory, layout, parked.avail, features)?;
+        (queue.next_used, queue.published) = (parked.used, parked.used);
+        queue.asked = parked.used;
+        queue.region = region;
+        queue.set_log(parked.log);
+        Ok(queue)
     }
 
     /// Marks writes to the used ring in the memory's dirty log, as of a used ring at this address.

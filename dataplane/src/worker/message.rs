@@ -1,8 +1,8 @@
 //! Messages between the control thread and the workers: the only thing they share besides
 //! the devices' read-only description and counters.
 //!
-//! A worker answers every [`ToWorker::Start`], [`ToWorker::Stop`], [`ToWorker::SetMemory`],
-//! [`ToWorker::Attach`] and [`ToWorker::Detach`] with exactly one [`FromWorker`], in the order in
+//! A worker answers every [`ToWorker::Start`], [`ToWorker::Stop`], [`ToWorker::Move`],
+//! [`ToWorker::SetMemory`], [`ToWorker::Attach`] and [`ToWorker::Detach`] with exactly one [`FromWorker`], in the order in
 //! which it finished them; a stop is finished once nothing of its queue is in flight.
 
 use std::ops::Range;
@@ -12,7 +12,7 @@ use std::sync::Arc;
 use crate::blk::{BlkDevice, Ciphers};
 use crate::memory::GuestMemory;
 use crate::rekey::Ticket;
-use crate::virtqueue::QueueRegion;
+use crate::virtqueue::{ParkedQueue, QueueRegion};
 
 /// Number of an attached device; never used again within a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -67,6 +67,27 @@ pub struct QueueStart {
     pub error: Option<OwnedFd>,
 }
 
+/// A queue on its way from one worker to another: everything that the first had of it.
+#[derive(Debug)]
+pub struct MovedQueue {
+    /// Which.
+    pub queue: QueueId,
+    /// Its ring.
+    pub ring: ParkedQueue,
+    /// Negotiated virtio features.
+    pub features: u64,
+    /// Nothing is served while false.
+    pub enabled: bool,
+    /// The driver kicks here.
+    pub kick: Option<OwnedFd>,
+    /// We call here.
+    pub call: Option<OwnedFd>,
+    /// The driver is to be called: it may not have been for what was published last.
+    pub call_due: bool,
+    /// A retired queue is signalled here.
+    pub error: Option<OwnedFd>,
+}
+
 /// From the control thread to a worker.
 #[derive(Debug)]
 pub enum ToWorker {
@@ -91,6 +112,20 @@ pub enum ToWorker {
         /// Which.
         queue: QueueId,
     },
+    /// Take no more requests, finish what is in flight, and give the queue to the control thread for another
+    /// worker. Answered by [`FromWorker::Moved`], or by [`FromWorker::Stays`] if the queue does not run, is
+    /// being stopped, retires, or is told to [`ToWorker::Stay`] before that.
+    Move {
+        /// Which.
+        queue: QueueId,
+    },
+    /// Give up the move under way, if one is, and serve the queue on. Not answered by itself.
+    Stay {
+        /// Which.
+        queue: QueueId,
+    },
+    /// Serve a queue that another worker had. Not answered; if it can't be served, it is retired.
+    Resume(Box<MovedQueue>),
     /// Serve this queue from other memory from now on: its rings are looked up again; what is in
     /// flight keeps the memory it has. Answered by [`FromWorker::MemorySet`].
     SetMemory {
@@ -244,6 +279,13 @@ pub enum FromWorker {
         /// Where the ring goes on, for GET_VRING_BASE; none if it did not run.
         base: Option<u32>,
     },
+    /// Here it is, and this worker has nothing of it any more.
+    Moved(Box<MovedQueue>),
+    /// It stays where it is.
+    Stays {
+        /// Which.
+        queue: QueueId,
+    },
     /// The queue is served from the new memory, or was retired because its ring does not lie in it.
     MemorySet {
         /// Which.
@@ -266,6 +308,11 @@ pub enum FromWorker {
     VolumeReleased {
         /// Its device.
         device: DeviceId,
+    },
+    /// The worker has had work for a while. Comes once after [`Load::watch`](super::load::Load::watch).
+    Busy {
+        /// Which.
+        worker: usize,
     },
     /// What was said about the queue holds from now on.
     Changed {

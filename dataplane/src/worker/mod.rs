@@ -2,6 +2,7 @@
 
 mod batch;
 pub mod clock;
+pub mod load;
 pub mod message;
 mod polling;
 mod queue;
@@ -21,6 +22,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::Pid;
 
 use crate::blk::pipeline::Pipeline;
+use load::{Load, Meter};
 use message::{FromWorker, ToWorker};
 use ring::Ring;
 use run::{Ends, Worker};
@@ -56,6 +58,7 @@ impl Mailbox {
 #[derive(Debug)]
 pub struct WorkerHandle {
     mailbox: Mailbox,
+    load: Arc<Load>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -69,6 +72,12 @@ impl WorkerHandle {
     #[must_use]
     pub fn mailbox(&self) -> Mailbox {
         self.mailbox.clone()
+    }
+
+    /// How busy it is.
+    #[must_use]
+    pub fn load(&self) -> &Load {
+        &self.load
     }
 
     /// Ends the worker and waits for it: until nothing is in flight.
@@ -173,10 +182,12 @@ fn start_one(
     let (sender, receiver) = crossbeam_channel::unbounded();
     let wake = event()?;
     let (ready, is_ready) = crossbeam_channel::bounded::<io::Result<()>>(1);
+    let load = Arc::new(Load::default());
     let ends = Ends {
         receiver,
         replies: replies.clone(),
         reply_event: Arc::clone(reply_event),
+        meter: Meter::new(Arc::clone(&load)),
     };
     let wake_in = Arc::clone(&wake);
     let thread = std::thread::Builder::new()
@@ -195,6 +206,7 @@ fn start_one(
         .unwrap_or_else(|_| Err(io::Error::other("a worker thread ended at its start")))?;
     Ok(WorkerHandle {
         mailbox: Mailbox { sender, wake },
+        load,
         thread: Some(thread),
     })
 }

@@ -5,7 +5,7 @@
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
-use super::message::{QueueId, QueueStart};
+use super::message::{MovedQueue, QueueId, QueueStart};
 use super::ring::{EntryId, FixedFile};
 use crate::blk::Counts;
 use crate::blk::pipeline::{Local, Outcome};
@@ -19,6 +19,8 @@ pub struct Kick {
     pub file: FixedFile,
     /// The wait for it that is in the ring, with its serial number, if one is.
     pub wait: Option<(EntryId, u32)>,
+    /// The eventfd, for the next worker that serves the queue.
+    pub fd: OwnedFd,
 }
 
 /// Where the driver is called.
@@ -30,6 +32,8 @@ pub struct Call {
     pub signal: Option<(EntryId, u32)>,
     /// Another signal is to follow: more was published since.
     pub again: bool,
+    /// The eventfd, for the next worker that serves the queue.
+    pub fd: OwnedFd,
 }
 
 /// A queue.
@@ -45,6 +49,8 @@ pub struct Queue {
     pub enabled: bool,
     /// No more requests are taken; it is given up once nothing is in flight.
     pub stopping: bool,
+    /// No more requests are taken; it goes to another worker once nothing is in flight.
+    pub leaving: bool,
     /// The driver broke it: no requests are taken, and none are given back.
     pub retired: bool,
     /// Where the driver kicks; none: it is polled.
@@ -79,30 +85,68 @@ impl Queue {
             ring.track(region)?;
         }
         ring.set_log(start.log);
+        let (id, features) = (start.queue, start.features);
+        let queue = Self::with_ring(id, local, ring, features);
         Ok(Self {
-            id: start.queue,
+            enabled: start.enabled,
+            error: start.error,
+            ..queue
+        })
+    }
+
+    /// A queue that another worker had, without its eventfds.
+    ///
+    /// # Errors
+    /// [`RingError`]: its ring can't lie where it did.
+    pub fn resume(moved: MovedQueue, local: Rc<Local>) -> Result<Self, RingError> {
+        let queue = Self::with_ring(moved.queue, local, moved.ring.resume()?, moved.features);
+        Ok(Self {
+            enabled: moved.enabled,
+            ..queue
+        })
+    }
+
+    fn with_ring(id: QueueId, local: Rc<Local>, ring: Virtqueue, features: u64) -> Self {
+        Self {
+            id,
             local,
             ring,
-            enabled: start.enabled,
+            enabled: false,
             stopping: false,
+            leaving: false,
             retired: false,
             kick: None,
             call: None,
-            error: start.error,
-            features: start.features,
+            error: None,
+            features,
             seat: 0,
             polled: false,
             empty_since: 0,
             grace: 0,
             tally: Counts::default(),
-        })
+        }
+    }
+
+    /// For another worker: nothing is in flight, and kick and call are off this worker's ring.
+    #[must_use]
+    pub fn park(self) -> MovedQueue {
+        MovedQueue {
+            queue: self.id,
+            ring: self.ring.park(),
+            features: self.features,
+            enabled: self.enabled,
+            kick: None,
+            call: None,
+            call_due: false,
+            error: self.error,
+        }
     }
 
     /// Whether requests are taken from it.
     #[must_use]
     #[inline]
     pub fn is_served(&self) -> bool {
-        self.enabled && !self.stopping && !self.retired
+        self.enabled && !self.stopping && !self.leaving && !self.retired
     }
 
     /// Notes the end of a request whose status is written.

@@ -7,6 +7,7 @@
 
 mod events;
 mod flush;
+mod moving;
 mod serve;
 mod turn;
 
@@ -19,6 +20,7 @@ use crossbeam_channel::{Receiver, Sender};
 use nix::sys::eventfd::EventFd;
 
 use super::batch::Batch;
+use super::load::Meter;
 use super::message::{DeviceId, FromWorker, QueueId, QueueStart, ToWorker, ZoneChange};
 use super::polling::{Next, Polling};
 use super::queue::Queue;
@@ -54,12 +56,15 @@ pub struct Worker {
     /// By number; a number is used again once its queue has nothing in flight.
     queues: Vec<Option<Queue>>,
     numbers: HashMap<QueueId, u32>,
+    /// Where queues go on that came from another worker and could not be served here.
+    unresumed: HashMap<QueueId, u32>,
     /// Numbers of queues with something to publish.
     touched: Vec<u32>,
     /// Where requests are taken to.
     batch: Batch,
     polling: Polling,
     turns: Turns,
+    meter: Meter,
     /// Serial of the last wait for a kick, and of the last call.
     serial: u32,
     /// Calls are queued in the ring, to be submitted at once.
@@ -79,6 +84,8 @@ pub struct Ends {
     pub replies: Sender<FromWorker>,
     /// Signalled after a message out.
     pub reply_event: Arc<EventFd>,
+    /// How busy it is.
+    pub meter: Meter,
 }
 
 impl Worker {
@@ -104,10 +111,12 @@ impl Worker {
             devices: HashMap::new(),
             queues: Vec::new(),
             numbers: HashMap::new(),
+            unresumed: HashMap::new(),
             touched: Vec::new(),
             batch: Batch::default(),
             polling: Polling::default(),
             turns: Turns::default(),
+            meter: ends.meter,
             serial: 0,
             called: false,
             call_is_due: false,
@@ -127,6 +136,9 @@ impl Worker {
             busy |= self.take_completions();
             if self.pipeline.is_look_due() {
                 self.look_at_ages();
+            }
+            if self.meter.turn(busy) {
+                self.reply(FromWorker::Busy { worker: self.index });
             }
             if busy {
                 self.polling.busy();
@@ -164,6 +176,9 @@ impl Worker {
             ToWorker::Detach { id } => self.detach(id),
             ToWorker::Start(start) => self.start(*start),
             ToWorker::Stop { queue } => self.stop(queue),
+            ToWorker::Move { queue } => self.begin_move(queue),
+            ToWorker::Stay { queue } => self.stay(queue),
+            ToWorker::Resume(moved) => self.resume(*moved),
             ToWorker::SetMemory { queue, memory } => {
                 if let Some(number) = self.numbers.get(&queue).copied() {
                     let set = self.queue(number).map(|q| q.ring.set_memory(&memory));
@@ -295,22 +310,24 @@ impl Worker {
 
     fn stop(&mut self, id: QueueId) {
         let Some(number) = self.numbers.get(&id).copied() else {
-            return self.reply(FromWorker::Stopped {
-                queue: id,
-                base: None,
-            });
+            let base = self.unresumed.remove(&id);
+            return self.reply(FromWorker::Stopped { queue: id, base });
         };
+        self.stay(id);
         if let Some(queue) = self.queue(number) {
             queue.stopping = true;
         }
         self.give_up_if_drained(number);
     }
 
-    /// Gives a stopping queue up once nothing of it is in flight.
+    /// Gives a queue that stops or leaves up once nothing of it is in flight.
     fn give_up_if_drained(&mut self, number: u32) {
-        let drained = |q: &mut Queue| q.stopping && q.ring.in_flight() == 0;
-        if !self.queue(number).is_some_and(drained) {
+        let drained = |q: &&mut Queue| (q.stopping || q.leaving) && q.ring.in_flight() == 0;
+        let Some(queue) = self.queue(number).filter(drained) else {
             return;
+        };
+        if !queue.stopping {
+            return self.hand_over(number);
         }
         self.publish(number);
         self.drop_kick(number);
@@ -333,15 +350,19 @@ impl Worker {
             return;
         };
         queue.retired = true;
+        let leaving = std::mem::take(&mut queue.leaving);
         let event = queue.error.take();
-        let retired = FromWorker::Retired {
-            queue: queue.id,
-            reason: error.to_string(),
-        };
+        let id = queue.id;
         if let Some(event) = event {
             self.signal_error(&event);
         }
-        self.reply(retired);
+        self.reply(FromWorker::Retired {
+            queue: id,
+            reason: error.to_string(),
+        });
+        if leaving {
+            self.reply(FromWorker::Stays { queue: id });
+        }
     }
 
     /// Publishes what ended of a queue, unless its memory went away: then what ended did not

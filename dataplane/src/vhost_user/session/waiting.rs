@@ -132,9 +132,13 @@ impl Session {
                     return Err(ProtocolError::MemoryLost);
                 }
             }
+            // Not for a session: the server's own.
             FromWorker::Attached { .. }
             | FromWorker::Detached { .. }
-            | FromWorker::Health { .. } => {}
+            | FromWorker::Health { .. }
+            | FromWorker::Busy { .. }
+            | FromWorker::Moved(_)
+            | FromWorker::Stays { .. } => {}
         }
         Ok(false)
     }

@@ -40,9 +40,10 @@ impl Worker {
         self.serial
     }
 
-    fn register(&mut self, fd: Option<OwnedFd>, loss: &str) -> Option<FixedFile> {
-        match self.pipeline.ring.register_file(fd?.as_fd()) {
-            Ok(file) => Some(file),
+    fn register(&mut self, fd: Option<OwnedFd>, loss: &str) -> Option<(FixedFile, OwnedFd)> {
+        let fd = fd?;
+        match self.pipeline.ring.register_file(fd.as_fd()) {
+            Ok(file) => Some((file, fd)),
             Err(error) => {
                 tracing::warn!("{loss}: {error}");
                 None
@@ -55,29 +56,35 @@ impl Worker {
             return;
         };
         self.drop_kick(number);
-        let file = self.register(fd, "a kick can't be waited for, its queue is polled");
+        let kick = self.register(fd, "a kick can't be waited for, its queue is polled");
         if let Some(queue) = self.queue(number) {
-            queue.kick = file.map(|file| Kick { file, wait: None });
+            queue.kick = kick.map(|(file, fd)| Kick {
+                file,
+                wait: None,
+                fd,
+            });
         }
     }
 
-    pub(super) fn drop_kick(&mut self, number: u32) {
-        if let Some(kick) = self.queue(number).and_then(|queue| queue.kick.take()) {
-            self.drop_event(kick.file, kick.wait);
-        }
+    /// Takes the kick off the ring; its descriptor, for another worker.
+    pub(super) fn drop_kick(&mut self, number: u32) -> Option<OwnedFd> {
+        let kick = self.queue(number).and_then(|queue| queue.kick.take())?;
+        self.drop_event(kick.file, kick.wait);
+        Some(kick.fd)
     }
 
     pub(super) fn set_call(&mut self, id: QueueId, fd: Option<OwnedFd>) {
         let Some(number) = self.numbers.get(&id).copied() else {
             return;
         };
-        let due = self.drop_call(number);
-        let file = self.register(fd, "a driver can't be called, it has to poll");
+        let due = self.drop_call(number).is_some_and(|(_, due)| due);
+        let call = self.register(fd, "a driver can't be called, it has to poll");
         if let Some(queue) = self.queue(number) {
-            queue.call = file.map(|file| Call {
+            queue.call = call.map(|(file, fd)| Call {
                 file,
                 signal: None,
                 again: false,
+                fd,
             });
         }
         // What the old one was not told of, the new one is.
@@ -86,13 +93,11 @@ impl Worker {
         }
     }
 
-    /// Whether there was a call still to be made.
-    pub(super) fn drop_call(&mut self, number: u32) -> bool {
-        let Some(call) = self.queue(number).and_then(|queue| queue.call.take()) else {
-            return false;
-        };
+    /// Takes the call off the ring; its descriptor, and whether a call was still to be made.
+    pub(super) fn drop_call(&mut self, number: u32) -> Option<(OwnedFd, bool)> {
+        let call = self.queue(number).and_then(|queue| queue.call.take())?;
         self.drop_event(call.file, call.signal);
-        call.again || call.signal.is_some()
+        Some((call.fd, call.again || call.signal.is_some()))
     }
 
     fn drop_event(&mut self, file: FixedFile, in_ring: Option<(EntryId, u32)>) {
@@ -174,6 +179,8 @@ impl Worker {
         {
             kick.wait = None;
             self.poll(number);
+            // A queue that leaves waits for this.
+            self.give_up_if_drained(number);
         }
     }
 

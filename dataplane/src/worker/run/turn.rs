@@ -201,7 +201,8 @@ impl Worker {
             let watchful = self.pipeline.watches().then_some(LOOK_EVERY);
             let timeout = [briefly, longest, watchful].into_iter().flatten().min();
             self.pipeline.tell_of_ended();
-            self.pipeline.ring.wait(timeout);
+            let ring = &mut self.pipeline.ring;
+            self.meter.asleep(|| ring.wait(timeout));
             self.pipeline.woke();
             if self.pipeline.is_look_due() {
                 self.look_at_ages();
