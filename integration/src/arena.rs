@@ -57,6 +57,9 @@ pub struct Serve {
     pub options: &'static [&'static str],
 }
 
+/// Options of `serve` with which its queues are moved between two workers all the time.
+pub const MOVING: &[&str] = &["--workers", "2", "--shuffle", "1"];
+
 /// Why an arena failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ArenaError {

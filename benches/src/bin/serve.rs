@@ -46,7 +46,8 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     if arguments.reference {
         reference::run(devices, &arguments.cpu, announce)?;
     } else {
-        dataplane::run(devices, &arguments.cpu, announce)?;
+        let config = dataplane::config(&arguments.cpu, arguments.workers, arguments.shuffle);
+        dataplane::run(devices, &config, announce)?;
     }
     Ok(())
 }

@@ -73,6 +73,15 @@ pub struct Arguments {
     #[arg(long, value_name = "N")]
     pub cpu: Vec<usize>,
 
+    /// So many workers, on any CPU
+    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with_all = ["cpu", "reference"],
+          value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub workers: u16,
+
+    /// For tests: move a queue to another worker every so many milliseconds
+    #[arg(long, value_name = "MS", conflicts_with = "reference", value_parser = clap::value_parser!(u16).range(1..))]
+    pub shuffle: Option<u16>,
+
     /// Serve with the stock crates vhost-user-backend and virtio-queue instead: the baseline
     #[arg(long)]
     pub reference: bool,

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bulkhead_crypto::xts::{KEY_BYTES, KeyError};
 use bulkhead_crypto::{DataUnit, SecretArena, SecretMemory, XtsKey};
@@ -61,35 +62,44 @@ impl ServeError {
     }
 }
 
-/// Serves the devices, with one worker on each of `cpus` (one anywhere, if there is none), until a
-/// signal ends the process. Locks the whole process in: nothing can be opened afterwards.
+/// Workers that lock themselves in: one on each of `cpus`, or so many on any. With `shuffle`, a queue is
+/// moved from one to another each time so many milliseconds have passed.
+#[must_use]
+pub fn config(cpus: &[usize], workers: u16, shuffle: Option<u16>) -> ServerConfig {
+    let worker = |cpu| WorkerConfig { cpu, lock_in: true };
+    let workers = if cpus.is_empty() {
+        vec![worker(None); usize::from(workers)]
+    } else {
+        cpus.iter().map(|cpu| worker(Some(*cpu))).collect()
+    };
+    ServerConfig {
+        workers,
+        shuffle: shuffle.map(|ms| Duration::from_millis(ms.into())),
+    }
+}
+
+/// Serves the devices until a signal ends the process. Locks the whole process in: nothing can be opened
+/// afterwards.
 ///
 /// `ready` is called once everything runs.
 ///
 /// # Errors
 /// See [`ServeError`].
-pub fn run(devices: Vec<Device>, cpus: &[usize], ready: impl FnOnce()) -> Result<(), ServeError> {
+pub fn run(
+    devices: Vec<Device>,
+    config: &ServerConfig,
+    ready: impl FnOnce(),
+) -> Result<(), ServeError> {
     let arena =
         SecretArena::new((devices.len() * 2).max(1)).map_err(|e| ServeError::Memory("keys", e))?;
     let served: Result<Vec<_>, _> = devices.into_iter().map(|d| prepare(d, &arena)).collect();
     let served = served?;
-    let config = ServerConfig {
-        workers: workers(cpus),
-    };
     sandbox::lock_process()?;
     let locked = || {
         ready();
         sandbox::lock_control_thread().map_err(io::Error::other)
     };
-    Ok(serve::run(&config, served, locked)?)
-}
-
-fn workers(cpus: &[usize]) -> Vec<WorkerConfig> {
-    let worker = |cpu| WorkerConfig { cpu, lock_in: true };
-    if cpus.is_empty() {
-        return vec![worker(None)];
-    }
-    cpus.iter().map(|cpu| worker(Some(*cpu))).collect()
+    Ok(serve::run(config, served, locked)?)
 }
 
 fn prepare(device: Device, arena: &Arc<SecretArena>) -> Result<Served, ServeError> {

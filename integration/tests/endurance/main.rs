@@ -6,6 +6,7 @@
 
 mod endless;
 mod heads;
+mod moves;
 mod orders;
 mod racer;
 mod socket;
@@ -15,7 +16,7 @@ mod wraps;
 
 use std::error::Error;
 
-use bulkhead_integration::arena::{Arena, Backend, Serve};
+use bulkhead_integration::arena::{Arena, Backend, MOVING, Serve};
 use bulkhead_integration::disk::feature;
 use bulkhead_integration::driver::ring::Format;
 use bulkhead_integration::random::Random;
@@ -47,6 +48,11 @@ const XTS: &[Backend] = &[Backend::Plain, Backend::Xts(4096)];
 const USUAL: Serve = Serve {
     storage: "",
     options: &[],
+};
+
+const MOVED: Serve = Serve {
+    options: MOVING,
+    ..USUAL
 };
 
 const ROWS: &[Row] = &[
@@ -120,6 +126,49 @@ const ROWS: &[Row] = &[
         formats: BOTH,
         backends: XTS,
         serve: USUAL,
+        run: truncated::run,
+    },
+    Row {
+        name: "queues_moved",
+        rounds: (1_000, 50_000),
+        formats: BOTH,
+        backends: XTS,
+        serve: MOVED,
+        run: moves::run,
+    },
+    Row {
+        name: "queues_moved_slow_storage",
+        rounds: (100, 2_000),
+        formats: BOTH,
+        backends: XTS,
+        serve: Serve {
+            storage: "delay=8000:",
+            ..MOVED
+        },
+        run: moves::run,
+    },
+    Row {
+        name: "message_orders_moved",
+        rounds: (100, 5_000),
+        formats: BOTH,
+        backends: PLAIN,
+        serve: MOVED,
+        run: orders::run,
+    },
+    Row {
+        name: "memory_swapped_moved",
+        rounds: (100, 1_000),
+        formats: BOTH,
+        backends: XTS,
+        serve: MOVED,
+        run: swaps::run,
+    },
+    Row {
+        name: "memory_truncated_moved",
+        rounds: (10, 100),
+        formats: BOTH,
+        backends: PLAIN,
+        serve: MOVED,
         run: truncated::run,
     },
     Row {
