@@ -6,16 +6,18 @@ use std::process::ExitCode;
 
 use bulkhead_crypto::SecretArena;
 use bulkhead_crypto::xts::Kernel;
-use bulkhead_dataplane::control::{Control, KEY_SLOTS};
+use bulkhead_dataplane::control::{Control, KEY_SLOTS, Staff, Start};
 use bulkhead_dataplane::sandbox;
 use bulkhead_dataplane::server::{Server, ServerConfig};
 use bulkhead_dataplane::worker::WorkerConfig;
 use bulkhead_protocol::process::{inherited_channel, init_logging};
+use bulkhead_protocol::workers::{MAX_CPU, Workers, parse_cpus};
+use nix::sched::sched_getaffinity;
+use nix::unistd::Pid;
 
 const USAGE: &str = "usage: bulkhead-dataplane [--workers N] [--cpus LIST]   (LIST: like 2,4-7; one \
-                     CPU per worker)\nIt is started by bulkhead-rot.";
-/// Most workers: more cores than one host has for its disks.
-const MAX_WORKERS: usize = 64;
+                     CPU per worker)\nWithout both the bundle says it. It is started by \
+                     bulkhead-rot.";
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -40,18 +42,31 @@ fn main() -> ExitCode {
 }
 
 /// The cipher is tested, everything opened and made; then the process locks itself in, says hello and serves.
-fn run(workers: Vec<WorkerConfig>) -> Result<(), Failure> {
+/// Where the host does not say how many workers there are, keyd is asked first, and hello said for that.
+fn run(host: Option<Workers>) -> Result<(), Failure> {
     bulkhead_crypto::xts::self_test()?;
-    let rot = inherited_channel()?;
+    let mut start = Start::new(inherited_channel()?);
     let arena = SecretArena::new(KEY_SLOTS)
         .map_err(|e| format!("can't make secret memory for keys: {e}; raise RLIMIT_MEMLOCK"))?;
     sandbox::lock_process()?;
+    let bundle = match host {
+        Some(_) => None,
+        None => start.ask_for_workers()?,
+    };
+    if start.is_stopped() {
+        return Ok(());
+    }
+    let staff = Staff::new(host, bundle, &usable_cpus()?);
+    if let Some(problem) = staff.problem() {
+        tracing::error!("{problem}");
+    }
+    let workers: Vec<_> = staff.cpus().map(worker).collect();
     let count = workers.len();
     let server = Server::new(&ServerConfig {
         workers,
         ..ServerConfig::default()
     })?;
-    let mut control = Control::new(rot, arena, &server)?;
+    let mut control = Control::new(start, arena, &server, staff)?;
     sandbox::lock_control_thread()?;
     let cipher = Kernel::chosen();
     tracing::info!(workers = count, %cipher, "locked in and serving");
@@ -60,6 +75,10 @@ fn run(workers: Vec<WorkerConfig>) -> Result<(), Failure> {
         None => Ok(()),
         Some(reason) => Err(reason.into()),
     }
+}
+
+fn worker(cpu: Option<usize>) -> WorkerConfig {
+    WorkerConfig { cpu, lock_in: true }
 }
 
 /// A panic in one thread ends the process, never leaves half of it serving; and no backtrace, for
@@ -71,74 +90,53 @@ fn end_on_panic() {
     }));
 }
 
-/// What the arguments ask for.
-fn workers(arguments: &[String]) -> Result<Vec<WorkerConfig>, String> {
+/// What the arguments ask for; none if they ask for nothing.
+fn workers(arguments: &[String]) -> Result<Option<Workers>, String> {
     let mut count = None;
-    let mut cpus = None;
+    let mut cpus = Vec::new();
     let mut rest = arguments.iter();
     while let Some(name) = rest.next() {
         let mut value = || rest.next().ok_or_else(|| format!("{name} has no value"));
         match name.as_str() {
             "--workers" => count = Some(number(value()?)?),
-            "--cpus" => cpus = Some(cpu_list(value()?)?),
+            "--cpus" => cpus = parse_cpus(value()?)?,
             _ => return Err(format!("unknown argument {name}")),
         }
     }
-    let cpus = cpus.unwrap_or_default();
-    let count = count.unwrap_or(cpus.len().max(1));
-    if !(1..=MAX_WORKERS).contains(&count) {
-        return Err(format!("{count} workers: there are 1 to {MAX_WORKERS}"));
+    if count.is_none() && cpus.is_empty() {
+        return Ok(None);
     }
-    if !cpus.is_empty() && cpus.len() != count {
-        return Err(format!("{count} workers, but {} CPUs for them", cpus.len()));
-    }
-    let cpu_of = |index: usize| cpus.get(index).copied();
-    let worker = |index| WorkerConfig {
-        cpu: cpu_of(index),
-        lock_in: true,
-    };
-    Ok((0..count).map(worker).collect())
+    Workers::new(count, cpus).map(Some)
 }
 
-fn number(text: &str) -> Result<usize, String> {
+fn number(text: &str) -> Result<u16, String> {
     text.parse()
-        .map_err(|_| format!("{text:?} is not a number"))
+        .map_err(|_| format!("{text:?} is not a number of workers"))
 }
 
-/// A list like `2,4-7`.
-fn cpu_list(text: &str) -> Result<Vec<usize>, String> {
-    let mut cpus = Vec::new();
-    for part in text.split(',') {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        let (first, last) = (number(first)?, number(last)?);
-        if last < first || last - first >= MAX_WORKERS || cpus.len() >= MAX_WORKERS {
-            return Err(format!(
-                "{part:?} is not a range of at most {MAX_WORKERS} CPUs"
-            ));
-        }
-        cpus.extend(first..=last);
-    }
-    Ok(cpus)
+/// The CPUs that this process may use, ascending.
+fn usable_cpus() -> Result<Vec<u16>, Failure> {
+    let set = sched_getaffinity(Pid::from_raw(0))?;
+    let usable = |cpu: &u16| set.is_set(usize::from(*cpu)).unwrap_or(false);
+    Ok((0..=MAX_CPU).filter(usable).collect())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn parsed(text: &str) -> Result<Vec<Option<usize>>, String> {
+    fn parsed(text: &str) -> Result<Option<Workers>, String> {
         let arguments: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
-        Ok(workers(&arguments)?
-            .iter()
-            .map(|worker| worker.cpu)
-            .collect())
+        workers(&arguments)
     }
 
     #[test]
     fn workers_and_their_cpus() {
-        assert_eq!(parsed(""), Ok(vec![None]));
-        assert_eq!(parsed("--workers 2"), Ok(vec![None, None]));
-        assert_eq!(parsed("--cpus 3,5-6"), Ok(vec![Some(3), Some(5), Some(6)]));
-        assert_eq!(parsed("--workers 1 --cpus 7"), Ok(vec![Some(7)]));
+        assert_eq!(parsed(""), Ok(None));
+        let asked = |count, cpus: &[u16]| Workers::new(count, cpus.to_vec()).map(Some);
+        assert_eq!(parsed("--workers 2"), asked(Some(2), &[]));
+        assert_eq!(parsed("--cpus 3,5-6"), asked(None, &[3, 5, 6]));
+        assert_eq!(parsed("--workers 1 --cpus 7"), asked(Some(1), &[7]));
     }
 
     #[test]
@@ -155,5 +153,10 @@ mod tests {
         ] {
             assert!(parsed(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn this_process_may_use_a_cpu() {
+        assert!(!usable_cpus().expect("the kernel says").is_empty());
     }
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_bundle::{SocketSpec, TrustRoot};
 use bulkhead_protocol::admin::{AdminReply, ProcessStatus};
+use bulkhead_protocol::control::WorkersStatus;
 use bulkhead_protocol::keys::HostKeys;
 use bulkhead_protocol::rot::Role;
 use bulkhead_protocol::{SocketName, VolumeId};
@@ -61,6 +62,8 @@ pub(crate) struct Known {
     pub(crate) undelivered: BTreeMap<VolumeId, String>,
     /// What keyd said last of the host's key and of what was shredded; none before it said anything.
     pub(crate) keys: Option<HostKeys>,
+    /// The data plane's workers, as it said last.
+    pub(crate) workers: Option<WorkersStatus>,
     /// Listeners that rot confirmed.
     pub(crate) bound: BTreeMap<SocketName, SocketSpec>,
     /// Volumes that the data plane serves; none until it was asked.
@@ -334,6 +337,7 @@ impl Agent {
         self.known.granted = false;
         if peer == Peer::Dataplane {
             self.known.attached = None;
+            self.known.workers = None;
             self.known.undelivered.clear();
             self.sample_question = None;
             self.keep_key_use();
@@ -351,8 +355,9 @@ impl Agent {
             self.known.keys = Some(keys.clone());
         }
         let is_it = |q: &mut Question| q.peer == peer && q.id == request_id;
-        if let Answer::Volumes(volumes) = &answer {
+        if let Answer::Volumes(volumes, workers) = &answer {
             self.count_key_use(volumes);
+            self.known.workers = Some(workers.clone());
         }
         if let Answer::Storage(volume, status) = &answer {
             self.tell_of_storage(*volume, status);
@@ -362,7 +367,7 @@ impl Agent {
             self.job_outcome(now, peer, Outcome::Answer(answer));
         } else if self.status_question.take_if(is_it).is_some() {
             let volumes = match answer {
-                Answer::Volumes(volumes) => Some(volumes),
+                Answer::Volumes(volumes, _) => Some(volumes),
                 _ => None,
             };
             self.answer_status(volumes);

@@ -187,7 +187,7 @@ impl Agent {
             Outcome::Silent => return self.refuse("the data plane did not answer: try again"),
         };
         match (&mut apply.phase, answer) {
-            (Phase::Survey, Answer::Volumes(volumes)) => self.surveyed(now, &volumes),
+            (Phase::Survey, Answer::Volumes(volumes, _)) => self.surveyed(now, &volumes),
             (Phase::Prepare(left), Answer::Done) => {
                 left.pop_front();
                 self.prepare_next(now);

@@ -291,7 +291,7 @@ impl Agent {
                 Ok(())
             }
             (_, Answer::Refused(reason)) => Err(reason),
-            (Step::Survey, Answer::Volumes(volumes)) => {
+            (Step::Survey, Answer::Volumes(volumes, _)) => {
                 self.take_survey(&volumes);
                 Ok(())
             }

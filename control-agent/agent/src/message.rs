@@ -4,7 +4,9 @@ use std::os::fd::OwnedFd;
 
 use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::admin::{AdminReply, AdminRequest, ProcessStatus};
-use bulkhead_protocol::control::{AgentToDataplane, DataplaneToAgent, StorageStatus, VolumeStatus};
+use bulkhead_protocol::control::{
+    AgentToDataplane, DataplaneToAgent, StorageStatus, VolumeStatus, WorkersStatus,
+};
 use bulkhead_protocol::keys::{AgentToKeyd, HostKeys, KeydToAgent, MAX_SHREDS, Undelivered};
 use bulkhead_protocol::rot::ToRot;
 
@@ -51,8 +53,8 @@ pub enum Answer {
         /// The host's key, and what was shredded.
         keys: HostKeys,
     },
-    /// What the volumes are doing.
-    Volumes(Vec<VolumeStatus>),
+    /// What the volumes are doing, and the data plane's workers.
+    Volumes(Vec<VolumeStatus>, WorkersStatus),
     /// The data plane serves a volume no more, although so many of its requests have not ended.
     GivenUp(u32),
     /// The storage of a volume does worse than before, or better. Nobody asked.
@@ -137,7 +139,11 @@ pub fn from_dataplane(message: DataplaneToAgent) -> (u64, Answer) {
         DataplaneToAgent::Status {
             request_id,
             volumes,
-        } => (request_id, Answer::Volumes(volumes)),
+            mut workers,
+        } => {
+            workers.problem = workers.problem.as_deref().map(plain);
+            (request_id, Answer::Volumes(volumes, workers))
+        }
         // No question has this number.
         DataplaneToAgent::Storage { volume, status } => (0, Answer::Storage(volume, status)),
         DataplaneToAgent::GivenUp {

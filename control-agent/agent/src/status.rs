@@ -4,6 +4,7 @@
 use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::admin::{HostStatus, VolumeEntry};
 use bulkhead_protocol::control::{RekeyState, StorageState, StorageStatus, VolumeStatus};
+use bulkhead_protocol::limits::GroupGrant;
 use bulkhead_protocol::rot::Role;
 
 use crate::agent::Agent;
@@ -24,6 +25,7 @@ impl Agent {
 
     /// The status, with what the data plane said just now; none if it did not.
     pub(crate) fn status(&self, said: Option<Vec<VolumeStatus>>) -> HostStatus {
+        let workers = self.known.workers.clone().filter(|_| said.is_some());
         let mut said = said.unwrap_or_default();
         for volume in &mut said {
             volume.fault = volume.fault.as_deref().map(plain);
@@ -45,7 +47,14 @@ impl Agent {
                 socket_path: socket_path.display().to_string(),
                 state: said.iter().find(|s| s.volume == volume.id).cloned(),
                 key_bytes: self.key_use.of(volume.id),
+                limits: volume.limits,
+                group: volume.group.clone(),
             }
+        };
+        let groups = accepted.map_or(&[][..], |stored| &stored.bundle.groups);
+        let group = |group: &bulkhead_bundle::Group| GroupGrant {
+            name: group.name.clone(),
+            limits: group.limits,
         };
         let mut processes = Vec::new();
         for role in Role::ALL {
@@ -60,6 +69,8 @@ impl Agent {
             volumes: volumes.iter().map(entry).collect(),
             pending: first_lines(self.pending.clone()),
             keys: self.known.keys.clone().map(Box::new),
+            groups: groups.iter().map(group).collect(),
+            workers: workers.map(Box::new),
         }
     }
 }

@@ -33,6 +33,7 @@ mod failure;
 mod host_keys;
 mod image;
 mod json;
+mod limits;
 mod operator;
 mod output;
 mod recipient;

@@ -10,6 +10,7 @@ use bulkhead_protocol::control::{
 
 use crate::host_keys;
 use crate::json::Json;
+use crate::limits;
 use crate::output::{printable, rounded, size, table};
 
 /// Digits of a measurement in the table; `--json` has all of them.
@@ -35,10 +36,14 @@ pub(crate) fn to_text(status: &HostStatus) -> String {
     if let Some(keys) = &status.keys {
         out.push_str(&host_keys::fingerprint_line(keys));
     }
+    if let Some(workers) = &status.workers {
+        out.push_str(&limits::workers(workers));
+    }
     out.push_str("\nprocesses\n");
     out.push_str(&processes(&status.processes));
     out.push_str("\nvolumes\n");
     out.push_str(&volumes(&status.volumes));
+    out.push_str(&limits::limits(status));
     if let Some(keys) = &status.keys {
         out.push_str(&host_keys::shreds(keys));
     }
@@ -217,6 +222,11 @@ pub(crate) fn to_json(status: &HostStatus) -> String {
             "keys",
             Json::or_null(status.keys.as_deref(), host_keys::to_json),
         ),
+        ("groups", limits::groups_json(&status.groups)),
+        (
+            "workers",
+            Json::or_null(status.workers.as_deref(), limits::workers_json),
+        ),
     ])
     .to_line()
 }
@@ -238,6 +248,8 @@ fn volume_json(entry: &VolumeEntry) -> Json {
         ("socket_path", Json::text(&entry.socket_path)),
         ("state", Json::or_null(entry.state.as_ref(), state_json)),
         ("key_bytes", Json::or_null(entry.key_bytes, Json::Number)),
+        ("limits", limits::limits_json(&entry.limits)),
+        ("group", Json::or_null(entry.group.as_ref(), Json::text)),
     ])
 }
 

@@ -2,9 +2,10 @@
 
 use minicbor::{Decode, Encode};
 
-use crate::control::VolumeStatus;
-use crate::identity::{SocketName, VolumeId};
+use crate::control::{VolumeStatus, WorkersStatus};
+use crate::identity::{GroupName, SocketName, VolumeId};
 use crate::keys::{EnvelopeDigest, HostKeys};
+use crate::limits::{GroupGrant, Limits};
 use crate::rot::{Measurement, Role};
 
 /// From the CLI to the agent; one request per connection.
@@ -81,6 +82,13 @@ pub struct HostStatus {
     /// The host's key, and what was shredded; none until keyd has said.
     #[n(7)]
     pub keys: Option<Box<HostKeys>>,
+    /// The groups of the bundle.
+    #[n(8)]
+    #[cbor(skip_if = "Vec::is_empty")]
+    pub groups: Vec<GroupGrant>,
+    /// The data plane's workers; none while it does not answer.
+    #[n(9)]
+    pub workers: Option<Box<WorkersStatus>>,
 }
 
 /// A process on the host.
@@ -122,4 +130,11 @@ pub struct VolumeEntry {
     /// for a plain volume, or before the first count.
     #[n(5)]
     pub key_bytes: Option<u64>,
+    /// How much it may do.
+    #[n(6)]
+    #[cbor(skip_if = "Limits::is_none")]
+    pub limits: Limits,
+    /// The group whose limits hold for it, too.
+    #[n(7)]
+    pub group: Option<GroupName>,
 }

@@ -4,6 +4,7 @@
 use minicbor::{Decode, Encode};
 
 use crate::identity::{SocketName, VolumeId};
+use crate::workers::Workers;
 
 /// From the agent to the data plane. Each is answered by one [`DataplaneToAgent`].
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -95,6 +96,9 @@ pub enum DataplaneToAgent {
         /// One entry per granted volume.
         #[n(1)]
         volumes: Vec<VolumeStatus>,
+        /// The data plane's workers.
+        #[n(2)]
+        workers: WorkersStatus,
     },
     /// The storage of a volume does worse than before, or better again. Answers nothing: it comes unasked, once
     /// for each change.
@@ -119,6 +123,23 @@ pub enum DataplaneToAgent {
         #[n(1)]
         requests: u32,
     },
+}
+
+/// The workers of a data plane.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct WorkersStatus {
+    /// As they were asked for at its start.
+    #[n(0)]
+    pub workers: Workers,
+    /// By the host's own arguments (rot's), before which no bundle goes.
+    #[n(1)]
+    pub by_host: bool,
+    /// What the bundle asks for by now: it comes with the data plane's next start.
+    #[n(2)]
+    pub pending: Option<Workers>,
+    /// What could not be done as it was asked for (for people).
+    #[n(3)]
+    pub problem: Option<String>,
 }
 
 /// What one volume is doing.

@@ -9,6 +9,7 @@ use minicbor::{Decode, Encode};
 
 use crate::identity::{DiscardPolicy, RekeyId, SocketName, VolumeId};
 use crate::limits::{GroupGrant, Limits};
+use crate::workers::Workers;
 
 /// Length of an AES-256-XTS key: data key, then tweak key.
 pub const XTS_KEY_BYTES: usize = 64;
@@ -222,6 +223,14 @@ pub enum KeydToDataplane {
         #[n(0)]
         volume: VolumeId,
     },
+    /// The worker threads that the bundle asks for: the first message to a data plane, before it makes
+    /// them, and again when a bundle asks for others.
+    #[n(2)]
+    Workers {
+        /// None: the bundle says nothing of them, or there is none yet.
+        #[n(0)]
+        workers: Option<Workers>,
+    },
 }
 
 /// From the data plane to keyd.
@@ -250,5 +259,13 @@ pub enum DataplaneToKeyd {
         /// Which volume.
         #[n(0)]
         volume: VolumeId,
+    },
+    /// Answer to [`KeydToDataplane::Workers`], once there are workers.
+    #[n(3)]
+    WorkersHeard {
+        /// They are others than there are, and nothing is served: the data plane ends now, to be started
+        /// with them. (Where something is served they come with its next start.)
+        #[n(0)]
+        restarts: bool,
     },
 }

@@ -118,7 +118,8 @@ pub enum FromRot {
 /// From a child to rot.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum ToRot {
-    /// The process runs, is locked in and takes messages. No descriptors.
+    /// The process runs, is locked in and takes messages. No descriptors. (A data plane that has to ask keyd
+    /// for its workers says it before it makes them: its threads lock themselves in as soon as it knows.)
     #[n(0)]
     Hello,
     /// From the agent: bind a vhost-user listener. Binding a name that is bound with the

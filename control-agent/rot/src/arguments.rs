@@ -46,10 +46,10 @@ pub struct Arguments {
     /// Owner of the admin socket [default: rot's own]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..i64::from(u32::MAX)))]
     pub admin_uid: Option<u32>,
-    /// Worker threads of the data plane
+    /// Worker threads of the data plane, whatever the bundle says [default: as the bundle says, or 1]
     #[arg(long, value_name = "N")]
     pub workers: Option<NonZeroU32>,
-    /// CPUs of those workers, like 2,4-6
+    /// CPUs of those workers, like 2,4-6, whatever the bundle says
     #[arg(long, value_name = "LIST")]
     pub cpus: Option<String>,
 }

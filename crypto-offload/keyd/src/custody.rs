@@ -12,6 +12,7 @@ use bulkhead_bundle::{HostBundle, Policy, TrustRoot, Verified, VerifyError, veri
 use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::envelope::{EnvelopeError, read_capped};
 use bulkhead_protocol::keys::{HostKeys, MAX_SHREDS, Shred, ShredState};
+use bulkhead_protocol::workers::Workers;
 use bulkhead_sealing::RecipientKey;
 
 use crate::host_key;
@@ -91,6 +92,11 @@ impl Custody {
     /// Epoch of the bundle accepted last, 0 if none.
     pub(crate) fn floor(&self) -> u64 {
         self.file.floor()
+    }
+
+    /// The workers of the bundle accepted last.
+    pub(crate) fn workers(&self) -> Option<Workers> {
+        self.file.state().and_then(|state| state.workers.clone())
     }
 
     /// Every volume that the data plane may hold a grant of.
@@ -177,8 +183,10 @@ impl Custody {
             held: BTreeSet::new(),
             rotations: Vec::new(),
             shredded: BTreeMap::new(),
+            workers: None,
         });
         state.accepted = accepted;
+        state.workers.clone_from(&bundle.workers);
         let volumes = bundle.volumes.iter();
         state.held.extend(volumes.map(|volume| volume.id));
         state

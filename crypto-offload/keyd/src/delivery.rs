@@ -1,5 +1,8 @@
-//! One accepted bundle on its way to the data plane: first the revocations, then the grants, a few
-//! at a time, each answered or given up at the deadline.
+//! One accepted bundle on its way to the data plane: first its workers, then the revocations, then the
+//! grants, a few at a time, each answered or given up at the deadline.
+//!
+//! A data plane that serves nothing and is to have other workers ends when it hears of them. The rest of
+//! the delivery goes to the one that rot starts in its place.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::collections::{BTreeSet, VecDeque};
@@ -23,13 +26,6 @@ pub(crate) const ABSENT: &str = "no data plane is connected";
 /// The same, if it ended.
 pub(crate) const GONE: &str = "the data plane ended before it answered";
 
-/// A question to be sent.
-#[derive(Debug, Clone, Copy)]
-struct Step {
-    volume: VolumeId,
-    asked: Asked,
-}
-
 /// What came of sending a step.
 enum Sent {
     Yes,
@@ -50,10 +46,12 @@ pub(crate) struct Delivery {
     /// When it is given up.
     pub(crate) deadline: Instant,
     bundle: Verified<HostBundle>,
-    steps: VecDeque<Step>,
+    steps: VecDeque<Asked>,
     undelivered: Vec<Undelivered>,
     revoked: BTreeSet<VolumeId>,
     blocked: bool,
+    /// The data plane ends, for the sake of its workers; the next one gets what is left.
+    restarting: bool,
 }
 
 impl Delivery {
@@ -65,14 +63,13 @@ impl Delivery {
         held: &BTreeSet<VolumeId>,
         now: Instant,
     ) -> Self {
-        let step = |asked| move |volume| Step { volume, asked };
         let gone = held.iter().copied();
         let gone = gone.filter(|id| bundle.volume(*id).is_none());
         let here = bundle.volumes.iter().map(|volume| volume.id);
         // Revocations first: a listener's name may have a new owner.
         let steps = gone
-            .map(step(Asked::Revoke))
-            .chain(here.map(step(Asked::Grant)))
+            .map(Asked::Revoke)
+            .chain(here.map(Asked::Grant))
             .collect();
         Self {
             request_id,
@@ -83,6 +80,7 @@ impl Delivery {
             undelivered: Vec::new(),
             revoked: BTreeSet::new(),
             blocked: false,
+            restarting: false,
         }
     }
 
@@ -109,6 +107,17 @@ impl Delivery {
     /// Sends what the data plane has room for. False if its channel is closed.
     pub(crate) fn advance(&mut self, dataplane: &mut Dataplane, vault: &Vault) -> bool {
         self.blocked = false;
+        match dataplane.tell_workers(self.bundle.workers.as_ref()) {
+            Ok(()) => {}
+            Err(ChannelError::WouldBlock) => {
+                self.blocked = true;
+                return true;
+            }
+            Err(_) => return false,
+        }
+        if dataplane.owes_workers() || self.restarting {
+            return true;
+        }
         while dataplane.has_room()
             && let Some(step) = self.steps.front().copied()
         {
@@ -118,7 +127,7 @@ impl Delivery {
                     self.blocked = true;
                     return true;
                 }
-                Sent::Failed(reason) => self.failed(step.volume, &reason),
+                Sent::Failed(reason) => self.step_failed(step, &reason),
                 Sent::Gone => return false,
             }
             self.steps.pop_front();
@@ -126,21 +135,23 @@ impl Delivery {
         true
     }
 
-    fn send(&self, step: Step, dataplane: &mut Dataplane, vault: &Vault) -> Sent {
-        let sent = match (step.asked, self.bundle.volume(step.volume)) {
-            (Asked::Grant, Some(volume)) => match self.send_grant(volume, dataplane, vault) {
+    fn send(&self, step: Asked, dataplane: &mut Dataplane, vault: &Vault) -> Sent {
+        let Some(volume) = step.volume() else {
+            return Sent::Yes;
+        };
+        let sent = match (step, self.bundle.volume(volume)) {
+            (Asked::Grant(_), Some(volume)) => match self.send_grant(volume, dataplane, vault) {
                 Ok(sent) => sent,
                 Err(error) => return Sent::Failed(error.to_string()),
             },
             _ => {
-                let volume = step.volume;
                 let message = KeydToDataplane::Revoke { volume };
                 dataplane.link.channel.send(&message, &[])
             }
         };
         match sent {
             Ok(()) => {
-                dataplane.asked(step.volume, step.asked);
+                dataplane.asked(step);
                 Sent::Yes
             }
             Err(ChannelError::WouldBlock) => Sent::Blocked,
@@ -177,7 +188,13 @@ impl Delivery {
             DataplaneToKeyd::Revoked { volume } => {
                 self.revoked.insert(volume);
             }
+            DataplaneToKeyd::WorkersHeard { restarts } => self.restarting = restarts,
         }
+    }
+
+    /// Another data plane is there.
+    pub(crate) fn dataplane_is_back(&mut self) {
+        self.restarting = false;
     }
 
     /// Gives up at the deadline.
@@ -187,17 +204,26 @@ impl Delivery {
             self.failed(volume, SILENT);
         }
         for step in std::mem::take(&mut self.steps) {
-            self.failed(step.volume, SILENT);
+            self.step_failed(step, SILENT);
         }
     }
 
     /// There is no data plane (any more): what it had taken went with it, and nobody holds any of
-    /// the volumes.
+    /// the volumes. One that said that it would be started again is waited for.
     pub(crate) fn dataplane_gone(&mut self, reason: &str) {
+        if self.restarting {
+            return;
+        }
         self.steps.clear();
         let failed: BTreeSet<VolumeId> = self.undelivered.iter().map(|u| u.volume).collect();
         let volumes: Vec<VolumeId> = self.bundle.volumes.iter().map(|v| v.id).collect();
         for volume in volumes.into_iter().filter(|id| !failed.contains(id)) {
+            self.failed(volume, reason);
+        }
+    }
+
+    fn step_failed(&mut self, step: Asked, reason: &str) {
+        if let Some(volume) = step.volume() {
             self.failed(volume, reason);
         }
     }

@@ -5,9 +5,11 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use bulkhead_protocol::ChannelError;
 use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::channel::same_process;
-use bulkhead_protocol::keys::DataplaneToKeyd;
+use bulkhead_protocol::keys::{DataplaneToKeyd, KeydToDataplane};
+use bulkhead_protocol::workers::Workers;
 
 use crate::link::Link;
 
@@ -64,16 +66,27 @@ fn tells_processes_apart(pidfd: BorrowedFd<'_>) -> io::Result<bool> {
 /// What the data plane was asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Asked {
-    /// To hold a grant.
-    Grant,
+    /// To hold a grant of a volume.
+    Grant(VolumeId),
     /// To drop one.
-    Revoke,
+    Revoke(VolumeId),
+    /// To have these workers.
+    Workers,
+}
+
+impl Asked {
+    /// The volume that it is about.
+    pub(crate) fn volume(self) -> Option<VolumeId> {
+        match self {
+            Self::Grant(volume) | Self::Revoke(volume) => Some(volume),
+            Self::Workers => None,
+        }
+    }
 }
 
 /// A question that the data plane has not answered.
 #[derive(Debug)]
 struct Question {
-    volume: VolumeId,
     asked: Asked,
     /// Somebody still waits for the answer.
     wanted: bool,
@@ -85,6 +98,8 @@ struct Question {
 pub(crate) struct Dataplane {
     pub(crate) link: Link,
     questions: Vec<Question>,
+    /// The workers that it was told of last; none before the first time.
+    told: Option<Option<Workers>>,
 }
 
 impl Dataplane {
@@ -97,7 +112,35 @@ impl Dataplane {
         Self {
             link,
             questions: Vec::new(),
+            told: None,
         }
+    }
+
+    /// Tells it of the workers that a bundle asks for, unless it was told already.
+    ///
+    /// # Errors
+    /// What sending fails with; then it was not told.
+    pub(crate) fn tell_workers(&mut self, workers: Option<&Workers>) -> Result<(), ChannelError> {
+        if self
+            .told
+            .as_ref()
+            .is_some_and(|told| told.as_ref() == workers)
+        {
+            return Ok(());
+        }
+        let workers = workers.cloned();
+        let message = KeydToDataplane::Workers {
+            workers: workers.clone(),
+        };
+        self.link.channel.send(&message, &[])?;
+        self.told = Some(workers);
+        self.asked(Asked::Workers);
+        Ok(())
+    }
+
+    /// Whether it has yet to say that it heard of its workers.
+    pub(crate) fn owes_workers(&self) -> bool {
+        self.questions.iter().any(|q| q.asked == Asked::Workers)
     }
 
     /// Whether another question may be asked.
@@ -106,9 +149,8 @@ impl Dataplane {
     }
 
     /// A question was sent.
-    pub(crate) fn asked(&mut self, volume: VolumeId, asked: Asked) {
+    pub(crate) fn asked(&mut self, asked: Asked) {
         self.questions.push(Question {
-            volume,
             asked,
             wanted: true,
         });
@@ -119,27 +161,27 @@ impl Dataplane {
         self.questions.iter().any(|question| question.wanted)
     }
 
-    /// Nobody waits any longer. Returns what was waited for.
+    /// Nobody waits any longer. Returns the volumes that were waited for.
     pub(crate) fn abandon(&mut self) -> Vec<VolumeId> {
         let wanted = self.questions.iter_mut().filter(|q| q.wanted);
         let abandon = |question: &mut Question| {
             question.wanted = false;
-            question.volume
+            question.asked.volume()
         };
-        wanted.map(abandon).collect()
+        wanted.filter_map(abandon).collect()
     }
 
     /// Takes an answer to the oldest question it fits: whether it is still wanted; none if nobody
     /// asked.
     pub(crate) fn answered(&mut self, answer: &DataplaneToKeyd) -> Option<bool> {
-        let (volume, asked) = match answer {
+        let asked = match answer {
             DataplaneToKeyd::Granted { volume } | DataplaneToKeyd::GrantRefused { volume, .. } => {
-                (*volume, Asked::Grant)
+                Asked::Grant(*volume)
             }
-            DataplaneToKeyd::Revoked { volume } => (*volume, Asked::Revoke),
+            DataplaneToKeyd::Revoked { volume } => Asked::Revoke(*volume),
+            DataplaneToKeyd::WorkersHeard { .. } => Asked::Workers,
         };
-        let fits = |q: &Question| q.volume == volume && q.asked == asked;
-        let index = self.questions.iter().position(fits)?;
+        let index = self.questions.iter().position(|q| q.asked == asked)?;
         Some(self.questions.remove(index).wanted)
     }
 }
@@ -163,9 +205,9 @@ mod tests {
         let volume = VolumeId([1; 16]);
         let granted = DataplaneToKeyd::Granted { volume };
         let mut peer = dataplane();
-        peer.asked(volume, Asked::Grant);
+        peer.asked(Asked::Grant(volume));
         assert_eq!(peer.abandon(), [volume]);
-        peer.asked(volume, Asked::Grant);
+        peer.asked(Asked::Grant(volume));
         assert_eq!(peer.answered(&granted), Some(false));
         assert!(peer.is_asked());
         assert_eq!(peer.answered(&granted), Some(true));
@@ -176,7 +218,7 @@ mod tests {
     fn an_answer_fits_one_kind_of_question() {
         let volume = VolumeId([1; 16]);
         let mut peer = dataplane();
-        peer.asked(volume, Asked::Grant);
+        peer.asked(Asked::Grant(volume));
         assert_eq!(peer.answered(&DataplaneToKeyd::Revoked { volume }), None);
         let reason = "no room".to_owned();
         let refused = DataplaneToKeyd::GrantRefused { volume, reason };
@@ -188,7 +230,7 @@ mod tests {
         let mut peer = dataplane();
         for n in 0..Dataplane::MAX_QUESTIONS {
             assert!(peer.has_room(), "{n}");
-            peer.asked(VolumeId([1; 16]), Asked::Grant);
+            peer.asked(Asked::Grant(VolumeId([1; 16])));
             peer.abandon();
         }
         assert!(!peer.has_room());

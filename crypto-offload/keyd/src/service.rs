@@ -193,9 +193,17 @@ impl KeyService {
             self.custody.nothing_held();
         }
         self.drop_dataplane();
+        if let Some(delivery) = &mut self.delivery {
+            delivery.dataplane_is_back();
+        }
         self.dataplane_generation = dataplane.link.generation;
-        self.dataplane = Some(dataplane);
-        Ok(())
+        let dataplane = self.dataplane.insert(dataplane);
+        // It makes its workers now.
+        match dataplane.tell_workers(self.custody.workers().as_ref()) {
+            // Then the next delivery tells it.
+            Err(ChannelError::WouldBlock) => Ok(()),
+            told => told,
+        }
     }
 
     fn drop_dataplane(&mut self) {

@@ -6,11 +6,14 @@ use std::fmt::Write;
 
 use bulkhead_bundle::{digest_of, text};
 use bulkhead_protocol::VolumeId;
+use bulkhead_protocol::workers::{Workers, format_cpus, parse_cpus};
 
 /// Before anything was shredded: the text that earlier versions of keyd wrote, and still read.
 const KIND: &str = "bulkhead keyd state v1";
 /// From the first shred on.
 const KIND_SHREDDED: &str = "bulkhead keyd state v2";
+/// While the bundle has workers.
+const KIND_WORKERS: &str = "bulkhead keyd state v3";
 
 /// Names a recipient's public key: SHA-384, `docs/formats/keys.md`.
 pub(crate) type Fingerprint = [u8; 48];
@@ -49,6 +52,9 @@ pub(crate) struct State {
     pub(crate) rotations: Vec<Rotation>,
     /// Every volume that was ever shredded, with the epoch of the rotation it was shredded in.
     pub(crate) shredded: BTreeMap<VolumeId, u64>,
+    /// The workers of the bundle accepted last: a data plane asks for them before anybody has handed
+    /// the bundle in again.
+    pub(crate) workers: Option<Workers>,
 }
 
 impl State {
@@ -59,9 +65,10 @@ impl State {
 
     /// The text of the file.
     pub(crate) fn to_text(&self) -> String {
-        let kind = match self.rotations.len() {
-            0 => KIND,
-            _ => KIND_SHREDDED,
+        let kind = match (&self.workers, self.rotations.len()) {
+            (Some(_), _) => KIND_WORKERS,
+            (None, 0) => KIND,
+            (None, _) => KIND_SHREDDED,
         };
         let mut out = format!(
             "{kind}\nepoch {}\naccepted {}\n",
@@ -69,6 +76,9 @@ impl State {
             text::to_hex(&self.accepted.digest)
         );
         // Writing to a String can't fail.
+        if let Some(Workers { count, cpus }) = &self.workers {
+            let _ = writeln!(out, "workers {count} {}", format_cpus(cpus));
+        }
         for rotation in &self.rotations {
             let (old, new) = (text::to_hex(&rotation.old), text::to_hex(&rotation.new));
             let (epoch, time_s) = (rotation.epoch, rotation.time_s);
@@ -91,7 +101,7 @@ impl State {
     /// What is wrong with it.
     pub(crate) fn from_text(given: &str) -> Result<Self, &'static str> {
         let mut lines = given.lines();
-        if !matches!(lines.next(), Some(KIND | KIND_SHREDDED)) {
+        if !matches!(lines.next(), Some(KIND | KIND_SHREDDED | KIND_WORKERS)) {
             return Err("it is not a state file of this version of keyd");
         }
         let state =
@@ -124,9 +134,11 @@ fn parse<'a>(mut lines: impl Iterator<Item = &'a str>) -> Option<State> {
         held: BTreeSet::new(),
         rotations: Vec::new(),
         shredded: BTreeMap::new(),
+        workers: None,
     };
     loop {
         match lines.next()?.split_once(' ')? {
+            ("workers", rest) => state.workers = Some(workers(rest)?),
             ("rotated", rest) => state.rotations.push(rotation(rest)?),
             ("shredded", rest) => {
                 let (volume, epoch) = rest.split_once(' ')?;
@@ -141,6 +153,15 @@ fn parse<'a>(mut lines: impl Iterator<Item = &'a str>) -> Option<State> {
         }
     }
     lines.next().is_none().then_some(state)
+}
+
+fn workers(text: &str) -> Option<Workers> {
+    let (count, cpus) = text.split_once(' ')?;
+    let cpus = match cpus {
+        "" => Vec::new(),
+        cpus => parse_cpus(cpus).ok()?,
+    };
+    Workers::new(Some(count.parse().ok()?), cpus).ok()
 }
 
 fn rotation(text: &str) -> Option<Rotation> {
@@ -172,6 +193,7 @@ mod tests {
             held: [1, 2, 3].map(|n| VolumeId([n; 16])).into(),
             rotations: Vec::new(),
             shredded: BTreeMap::new(),
+            workers: None,
         }
     }
 
@@ -217,6 +239,21 @@ mod tests {
         assert!(lines[8].starts_with("held ") && lines.len() == 12);
         assert_eq!(shredding().host_key(), Some([0xa2; 48]));
         assert_eq!(example().host_key(), None);
+    }
+
+    #[test]
+    fn the_text_with_workers_is_as_documented() {
+        for (cpus, line) in [(vec![2, 3], "workers 2 2-3"), (vec![], "workers 2 ")] {
+            let state = State {
+                workers: Workers::new(Some(2), cpus).ok(),
+                ..shredding()
+            };
+            let text = state.to_text();
+            let lines: Vec<&str> = text.lines().collect();
+            assert_eq!((lines[0], lines[3]), ("bulkhead keyd state v3", line));
+            assert!(lines[4].starts_with("rotated 20 "));
+            every_change_is_noticed(&state);
+        }
     }
 
     #[test]

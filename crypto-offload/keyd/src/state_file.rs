@@ -188,6 +188,7 @@ mod tests {
             held: BTreeSet::new(),
             rotations: Vec::new(),
             shredded: BTreeMap::new(),
+            workers: None,
         }
     }
 

@@ -3,6 +3,7 @@
 //! | from | what | handled in |
 //! | --- | --- | --- |
 //! | rot | who the others are, listeners, the end | here |
+//! | keyd | which workers: at the start, and others later | [`start`], [`workers`] |
 //! | keyd | grants with their keys and limits, revocations | [`grant`], [`volumes`], [`limits`] |
 //! | agent | which file, what is it doing, may it go | [`attach`], [`volumes`], [`status`] |
 //!
@@ -19,8 +20,10 @@ mod limits;
 mod link;
 mod peer;
 mod rekey;
+mod start;
 mod status;
 mod volumes;
+mod workers;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -28,10 +31,10 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use bulkhead_crypto::SecretArena;
+use bulkhead_protocol::Received;
 use bulkhead_protocol::control::{AgentToDataplane, DataplaneToAgent};
 use bulkhead_protocol::keys::{DataplaneToKeyd, KeydToDataplane};
 use bulkhead_protocol::rot::{FromRot, Role, ToRot};
-use bulkhead_protocol::{Channel, Received};
 use mio::{Registry, Token};
 
 use crate::server::{Event, MANAGER_TOKENS, Manager, Server};
@@ -39,9 +42,12 @@ use crate::worker::message::DeviceId;
 use answer::{Agent, Answers, Keyd};
 use link::{Link, Read};
 use peer::Peer;
+use start::Early;
 use volumes::{Held, Task, Volumes};
 
+pub use start::Start;
 pub use volumes::MAX_VOLUMES;
+pub use workers::Staff;
 
 const ROT: Token = Token(MANAGER_TOKENS);
 const KEYD: Token = Token(MANAGER_TOKENS + 1);
@@ -62,20 +68,28 @@ pub struct Control {
     keyd: Peer<DataplaneToKeyd>,
     agent: Peer<DataplaneToAgent>,
     volumes: Volumes,
+    staff: Staff,
+    /// What was learnt at the start and is not taken in yet.
+    early: Option<Early>,
     /// Nothing more is taken from anybody.
     ended: bool,
     failure: Option<String>,
 }
 
 impl Control {
-    /// A manager that knows nobody but rot, and says hello to it when the loop runs. `arena` has
-    /// [`KEY_SLOTS`] slots.
+    /// A manager that knows whom the start met, and says hello to rot when the loop runs, if it was not
+    /// said before. `arena` has [`KEY_SLOTS`] slots; `staff` are the server's workers.
     ///
     /// # Errors
     /// When rot's channel can't be watched.
-    pub fn new(rot: Channel, arena: Arc<SecretArena>, server: &Server) -> io::Result<Self> {
+    pub fn new(
+        start: Start,
+        arena: Arc<SecretArena>,
+        server: &Server,
+        staff: Staff,
+    ) -> io::Result<Self> {
         let registry = server.registry()?;
-        let rot = Link::new(rot, None, "rot", 0, (&registry, ROT))?;
+        let rot = Link::new(start.rot, None, "rot", 0, (&registry, ROT))?;
         Ok(Self {
             arena,
             registry,
@@ -83,6 +97,8 @@ impl Control {
             keyd: Peer::default(),
             agent: Peer::default(),
             volumes: Volumes::default(),
+            staff,
+            early: Some(start.early),
             ended: false,
             failure: None,
         })
@@ -220,6 +236,7 @@ impl Control {
                 self.volumes
                     .ask(server, volume, Task::Revoke(keyd), &mut answers);
             }
+            KeydToDataplane::Workers { workers } => self.hear_workers(server, keyd, workers),
         }
         self.send(answers);
     }
@@ -297,10 +314,10 @@ impl Control {
                 answers.done(agent);
             }
             AgentToDataplane::Status { request_id } => {
-                let volumes = status::of(&self.volumes, server);
                 let message = DataplaneToAgent::Status {
                     request_id,
-                    volumes,
+                    volumes: status::of(&self.volumes, server),
+                    workers: self.staff.status(),
                 };
                 answers.to_agent.push((agent, message));
             }
@@ -334,11 +351,12 @@ impl Control {
 
 impl Manager for Control {
     fn register(&mut self, _: &Registry) -> io::Result<()> {
-        self.rot.send(ToRot::Hello);
         Ok(())
     }
 
     fn ready(&mut self, server: &mut Server, token: Token) {
+        // rot's channel can be written to: that is the first event.
+        self.begin(server);
         match token {
             _ if self.ended => {}
             ROT => self.read_rot(server),

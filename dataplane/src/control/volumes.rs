@@ -295,6 +295,12 @@ impl Volumes {
         }
     }
 
+    /// Whether no volume is attached, or being attached or detached.
+    pub(super) fn serves_nothing(&self) -> bool {
+        let mut volumes = self.table.values();
+        volumes.all(|volume| volume.serving.device().is_none())
+    }
+
     /// Keeps new frontends out, unless one is connected and `force` is not set.
     pub(super) fn prepare_remove(
         &mut self,

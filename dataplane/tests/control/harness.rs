@@ -14,11 +14,12 @@ use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use bulkhead_crypto::SecretMemory;
-use bulkhead_protocol::control::{AgentToDataplane, DataplaneToAgent, VolumeStatus};
+use bulkhead_protocol::control::{AgentToDataplane, DataplaneToAgent, VolumeStatus, WorkersStatus};
 use bulkhead_protocol::keys::{DataplaneToKeyd, KeydToDataplane, VolumeGrant};
 use bulkhead_protocol::limits::Limits;
 use bulkhead_protocol::process::{ROT_ENV, ROT_FD};
 use bulkhead_protocol::rot::{FromRot, Measurement, Role, ToRot};
+use bulkhead_protocol::workers::Workers;
 use bulkhead_protocol::{Channel, DiscardPolicy, SocketName, VolumeId};
 use tempfile::TempDir;
 
@@ -89,10 +90,10 @@ pub fn pidfd_of(pid: u32) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).expect("a descriptor")) }
 }
 
-fn start(their_end: OwnedFd) -> Child {
+fn start(their_end: OwnedFd, arguments: &[&str]) -> Child {
     let fd = their_end.as_raw_fd();
     let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-dataplane"));
-    command.args(["--workers", "2"]).env(ROT_ENV, "1");
+    command.args(arguments).env(ROT_ENV, "1");
     let give = move || {
         // SAFETY: dup2 and fcntl on integers; nothing else has number 3 in the new process.
         let rc = unsafe {
@@ -115,8 +116,13 @@ fn start(their_end: OwnedFd) -> Child {
 impl Host {
     /// A data plane that has said hello and knows a keyd and an agent.
     pub fn start() -> Self {
+        Self::start_with(&["--workers", "2"])
+    }
+
+    /// The same with other arguments. Without workers among them it waits for keyd to say them.
+    pub fn start_with(arguments: &[&str]) -> Self {
         let (rot, theirs) = Channel::pair().expect("socketpair");
-        let child = start(theirs.into());
+        let child = start(theirs.into(), arguments);
         patient(&rot);
         let hello = rot.receive::<ToRot>().expect("hello");
         assert_eq!(hello.message, ToRot::Hello);
@@ -201,6 +207,15 @@ impl Host {
         assert_eq!(answer, DataplaneToKeyd::Revoked { volume });
     }
 
+    /// Tells of the bundle's workers; whether the data plane ends for them.
+    pub fn workers(&self, workers: Option<Workers>) -> bool {
+        let answer = self.ask_keyd(&KeydToDataplane::Workers { workers }, &[]);
+        match answer {
+            DataplaneToKeyd::WorkersHeard { restarts } => restarts,
+            other => panic!("not about workers: {other:?}"),
+        }
+    }
+
     fn ask_keyd(&self, message: &KeydToDataplane, fds: &[BorrowedFd<'_>]) -> DataplaneToKeyd {
         self.keyd.send(message, fds).expect("keyd's channel");
         self.keyd.receive().expect("an answer to keyd").message
@@ -270,6 +285,14 @@ impl Host {
     }
 
     pub fn status(&mut self) -> Vec<VolumeStatus> {
+        self.whole_status().0
+    }
+
+    pub fn workers_status(&mut self) -> WorkersStatus {
+        self.whole_status().1
+    }
+
+    fn whole_status(&mut self) -> (Vec<VolumeStatus>, WorkersStatus) {
         self.request_id += 1;
         let request_id = self.request_id;
         let message = AgentToDataplane::Status { request_id };
@@ -279,7 +302,8 @@ impl Host {
             DataplaneToAgent::Status {
                 request_id: id,
                 volumes,
-            } if id == request_id => volumes,
+                workers,
+            } if id == request_id => (volumes, workers),
             other => panic!("not an answer to status: {other:?}"),
         }
     }
@@ -307,6 +331,11 @@ impl Host {
     /// Ends it as rot does.
     pub fn stop(mut self) -> ExitStatus {
         self.tell(&FromRot::Stop, &[]);
+        self.child.wait().expect("it ends")
+    }
+
+    /// Waits for it to end by itself.
+    pub fn ended(mut self) -> ExitStatus {
         self.child.wait().expect("it ends")
     }
 

@@ -3,8 +3,10 @@
 
 mod files;
 mod harness;
+mod limits;
 mod memory;
 mod rekey;
+mod workers;
 
 use std::io::Read;
 use std::os::fd::AsFd;

@@ -1,7 +1,10 @@
 //! Bundles that are applied: the steps in their order, as the peers see them, and no more of them
 //! than the change needs.
 
+use bulkhead_bundle::Group;
 use bulkhead_protocol::admin::AdminReply;
+use bulkhead_protocol::limits::{Limits, Rate};
+use bulkhead_protocol::workers::Workers;
 
 use crate::bundles::{SIZE_BYTES, bundle, encrypted, id, signed, volume};
 use crate::world::World;
@@ -45,6 +48,49 @@ fn first_bundle_in_order() {
     assert_eq!(state.requests_ok, 7);
     // A peer's words can't drive the operator's terminal.
     assert_eq!(state.fault.as_deref(), Some("a fault [2J"));
+    let workers = status.workers.as_deref().expect("it said so");
+    assert_eq!(workers.problem.as_deref(), Some("no CPU [2J"));
+}
+
+#[test]
+fn limits_and_groups_change_beneath_a_connected_guest_and_are_told() {
+    let mut world = World::new();
+    world.apply_fully(&bundle(1, vec![volume(1), volume(2)]));
+    world.peers.connected.extend([id(1), id(2)]);
+    seen(&mut world);
+    let mut limited = bundle(2, vec![volume(1), volume(2)]);
+    let group = Group {
+        name: "tenant-a".parse().expect("a name"),
+        limits: Limits {
+            requests: Some(Rate::with_default_burst(5000)),
+            bytes: None,
+        },
+    };
+    limited.volumes[0].group = Some(group.name.clone());
+    limited.volumes[1].limits = group.limits;
+    limited.groups = vec![group.clone()];
+    limited.workers = Workers::new(Some(2), Vec::new()).ok();
+    let steps = world.apply_fully(&limited);
+    assert_eq!(seen(&mut world), ["keyd accept 2", "dataplane status"]);
+    for line in [
+        "volume disk1: limits none, group tenant-a; its frontend stays",
+        "volume disk2: limits 5000 requests/s (burst 500); its frontend stays",
+        "group tenant-a: limits 5000 requests/s (burst 500)",
+        "workers: 2",
+    ] {
+        assert!(steps.iter().any(|step| step == line), "{line}: {steps:?}");
+    }
+    let status = world.settle(2);
+    let [first, second] = &status.volumes[..] else {
+        panic!("{status:?}");
+    };
+    assert_eq!(first.group.as_ref(), Some(&group.name));
+    assert_eq!(
+        (first.limits, second.limits),
+        (Limits::default(), group.limits)
+    );
+    assert_eq!(status.groups[0].name, group.name);
+    assert_eq!(world.peers.connected.len(), 2, "nobody was detached");
 }
 
 #[test]

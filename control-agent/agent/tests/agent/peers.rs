@@ -8,11 +8,13 @@ use std::os::unix::fs::MetadataExt;
 
 use bulkhead_bundle::{Policy, Volume, digest_of, verify};
 use bulkhead_protocol::control::{
-    AgentToDataplane, DataplaneToAgent, RekeyProgress, RekeyState, VolumeStatus,
+    AgentToDataplane, DataplaneToAgent, RekeyProgress, RekeyState, VolumeStatus, WorkersStatus,
 };
 use bulkhead_protocol::envelope::read_capped;
 use bulkhead_protocol::keys::{AgentToKeyd, HostKeys, KeydToAgent, Shred, ShredState, Undelivered};
+use bulkhead_protocol::limits::Limits;
 use bulkhead_protocol::rot::{FromRot, ToRot};
+use bulkhead_protocol::workers::Workers;
 use bulkhead_protocol::{Received, SocketName, VolumeId};
 
 use crate::bundles::{now, trust};
@@ -221,6 +223,7 @@ impl Peers {
             v.force_removal = false;
             v.sealed_keys.clear();
             v.rekey = None;
+            (v.limits, v.group) = (Limits::default(), None);
             (v.socket.uid, v.socket.gid, v.socket.mode) = (0, 0, 0);
             v
         };
@@ -335,6 +338,12 @@ impl Peers {
                     .keys()
                     .map(|id| self.volume_status(*id))
                     .collect(),
+                workers: WorkersStatus {
+                    workers: Workers::default(),
+                    by_host: false,
+                    pending: None,
+                    problem: Some("no CPU\x1b[2J".to_owned()),
+                },
             },
         }
     }

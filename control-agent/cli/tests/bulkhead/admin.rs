@@ -10,10 +10,12 @@ use std::thread::{self, JoinHandle};
 
 use bulkhead_protocol::admin::{AdminReply, AdminRequest, HostStatus, ProcessStatus, VolumeEntry};
 use bulkhead_protocol::control::{
-    Latency, RekeyProgress, RekeyState, StorageState, StorageStatus, VolumeStatus,
+    Latency, RekeyProgress, RekeyState, StorageState, StorageStatus, VolumeStatus, WorkersStatus,
 };
 use bulkhead_protocol::keys::{HostKeys, Shred, ShredState};
+use bulkhead_protocol::limits::{GroupGrant, Limits, Rate};
 use bulkhead_protocol::rot::Role;
+use bulkhead_protocol::workers::Workers;
 use bulkhead_protocol::{Channel, VolumeId, envelope};
 use minicbor::bytes::ByteArray;
 use nix::sys::socket::sockopt::PeerCredentials;
@@ -211,6 +213,10 @@ fn the_process_can_not_be_dumped_or_traced() {
 }
 
 fn status() -> HostStatus {
+    let limits = Limits {
+        requests: Some(Rate::with_default_burst(10_000)),
+        bytes: None,
+    };
     let volume = |number: u8, state| VolumeEntry {
         volume: VolumeId([number; 16]),
         name: format!("disk{number}"),
@@ -218,6 +224,12 @@ fn status() -> HostStatus {
         socket_path: format!("/run/bulkhead/vhost/vm{number}.sock"),
         state,
         key_bytes: (number == 1).then_some(3 << 39),
+        limits: if number == 1 {
+            limits
+        } else {
+            Limits::default()
+        },
+        group: (number == 2).then(|| "tenant-a".parse().expect("name")),
     };
     let serving = VolumeStatus {
         volume: VolumeId([1; 16]),
@@ -292,6 +304,19 @@ fn status() -> HostStatus {
         ],
         pending: vec!["attach disk3: no such file".to_owned()],
         keys: None,
+        groups: vec![GroupGrant {
+            name: "tenant-a".parse().expect("name"),
+            limits: Limits {
+                requests: None,
+                bytes: Some(Rate::with_default_burst(80 << 20)),
+            },
+        }],
+        workers: Some(Box::new(WorkersStatus {
+            workers: Workers::new(None, vec![2, 9]).expect("workers"),
+            by_host: false,
+            pending: Workers::new(Some(4), Vec::new()).ok(),
+            problem: Some("CPU 9 is\nnot there".to_owned()),
+        })),
     }
 }
 
@@ -336,11 +361,11 @@ fn status_shows_what_was_shredded() {
     }
     let (ended, _) = ask("status --json", reply());
     let json = format!(
-        r#""keys":{{"fingerprint":"{new}","shreds":[{{"volume":"09090909-0909-0909-0909-090909090909","epoch":7,"time_s":1709251200,"destroyed_key":"{old}","new_key":"{new}","state":"destroyed"}}],"shreds_total":2,"unfinished":null}}}}"#,
+        r#""keys":{{"fingerprint":"{new}","shreds":[{{"volume":"09090909-0909-0909-0909-090909090909","epoch":7,"time_s":1709251200,"destroyed_key":"{old}","new_key":"{new}","state":"destroyed"}}],"shreds_total":2,"unfinished":null}},"#,
         old = "f1".repeat(48),
         new = "f2".repeat(48)
     );
-    assert!(ended.stdout.trim_end().ends_with(&json), "{}", ended.stdout);
+    assert!(ended.stdout.contains(&json), "{}", ended.stdout);
 }
 
 #[test]
@@ -363,7 +388,10 @@ fn status_is_a_table() {
     assert_eq!(ended.code, 0, "{ended:?}");
     assert_eq!(asked.0, AdminRequest::Status);
     let expected = format!(
-        "host    host-a\nepoch   7 (the next is above 7)\ndigest  {digest}\n\n\
+        "host    host-a\nepoch   7 (the next is above 7)\ndigest  {digest}\n\
+         workers 2 on CPUs 2,9\n\
+         \x20       restart pending: 4 in the bundle, from the data plane's next start on\n\
+         \x20       CPU 9 is\\nnot there\n\n\
          processes\n  ROLE  PID   GENERATION  MEASUREMENT\n  keyd  4242  2           1111111111111111\n\n\
          volumes\n\
          \x20 NAME   STATE      HELD   SIZE    KEY   UNDER KEY  REKEY         QUEUES         OK  FAILED  READ   WRITTEN  SOCKET\n\
@@ -373,6 +401,11 @@ fn status_is_a_table() {
          \x20 disk2: the file \"shrank\"\\n\n\
          \x20 disk2: storage hung: 12 requests older than 1 s, oldest 14 s\n\
          \x20 disk2: its re-key stopped: at byte 7:\\nno\n\n\
+         limits\n\
+         \x20 NAME         GROUP     LIMITS\n\
+         \x20 disk1        -         10000 requests/s (burst 1000)\n\
+         \x20 disk2        tenant-a  none\n\
+         \x20 (all of it)  tenant-a  80 MiB/s (burst 8 MiB)\n\n\
          pending: failed, and tried again\n  attach disk3: no such file\n",
         digest = "ab".repeat(48)
     );
@@ -406,8 +439,14 @@ fn status_is_json_for_programs() {
     assert_eq!(ended.code, 0);
     let volume = |number: u8, state: &str| {
         let key_bytes = if number == 1 { "1649267441664" } else { "null" };
+        let requests = if number == 1 {
+            r#"{"per_second":10000,"burst":1000}"#
+        } else {
+            "null"
+        };
+        let group = if number == 2 { r#""tenant-a""# } else { "null" };
         format!(
-            r#"{{"id":"{}","name":"disk{number}","socket":"vm{number}","socket_path":"/run/bulkhead/vhost/vm{number}.sock","state":{state},"key_bytes":{key_bytes}}}"#,
+            r#"{{"id":"{}","name":"disk{number}","socket":"vm{number}","socket_path":"/run/bulkhead/vhost/vm{number}.sock","state":{state},"key_bytes":{key_bytes},"limits":{{"requests":{requests},"bytes":null}},"group":{group}}}"#,
             VolumeId([number; 16])
         )
     };
@@ -423,7 +462,7 @@ fn status_is_json_for_programs() {
     let failed =
         r#"{"state":"failed","done_bytes":1,"total_bytes":2,"reason":"at byte 7:\u000ano"}"#;
     let expected = format!(
-        r#"{{"host":"host-a","epoch":7,"epoch_floor":7,"digest":"{}","processes":[{{"role":"keyd","pid":4242,"generation":2,"measurement":"{}"}}],"volumes":[{},{},{}],"pending":["attach disk3: no such file"],"keys":null}}"#,
+        r#"{{"host":"host-a","epoch":7,"epoch_floor":7,"digest":"{}","processes":[{{"role":"keyd","pid":4242,"generation":2,"measurement":"{}"}}],"volumes":[{},{},{}],"pending":["attach disk3: no such file"],"keys":null,"groups":[{{"name":"tenant-a","limits":{{"requests":null,"bytes":{{"per_second":83886080,"burst":8388608}}}}}}],"workers":{{"workers":{{"count":2,"cpus":[2,9]}},"by_host":false,"pending":{{"count":4,"cpus":[]}},"problem":"CPU 9 is\u000anot there"}}}}"#,
         "ab".repeat(48),
         "11".repeat(48),
         volume(1, &state("null", true, false, running, fine)),

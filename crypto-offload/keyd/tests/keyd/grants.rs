@@ -153,5 +153,6 @@ pub fn volume_of(message: &KeydToDataplane) -> bulkhead_protocol::VolumeId {
     match message {
         KeydToDataplane::Grant { grant } => grant.volume,
         KeydToDataplane::Revoke { volume } => *volume,
+        KeydToDataplane::Workers { .. } => panic!("it is about no volume"),
     }
 }

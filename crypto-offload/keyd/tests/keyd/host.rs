@@ -12,6 +12,7 @@ use bulkhead_protocol::keys::{
     AgentToKeyd, DataplaneToKeyd, HostKeys, KeydToAgent, KeydToDataplane, Undelivered,
 };
 use bulkhead_protocol::rot::{FromRot, Role, ToRot};
+use bulkhead_protocol::workers::Workers;
 use bulkhead_protocol::{Channel, ChannelError, Received};
 use minicbor::Decode;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -131,10 +132,17 @@ impl Host {
         self.agent = ours;
     }
 
-    pub fn new_dataplane(&mut self) {
+    /// A data plane that has its workers; gives those that keyd told it of.
+    pub fn new_dataplane(&mut self) -> Option<Workers> {
         let (ours, theirs) = Channel::pair().expect("pair");
         self.announce(Role::Dataplane, &theirs, &own_pidfd());
         self.dataplane = Some(ours);
+        let told = self.delivered().message;
+        self.say(&yes_to(&told));
+        match told {
+            KeydToDataplane::Workers { workers } => workers,
+            other => panic!("the first message: {other:?}"),
+        }
     }
 
     pub fn announce(&mut self, role: Role, socket: &Channel, pidfd: &OwnedFd) {
@@ -309,6 +317,7 @@ pub fn yes_to(message: &KeydToDataplane) -> DataplaneToKeyd {
             volume: grant.volume,
         },
         KeydToDataplane::Revoke { volume } => DataplaneToKeyd::Revoked { volume: *volume },
+        KeydToDataplane::Workers { .. } => DataplaneToKeyd::WorkersHeard { restarts: false },
     }
 }
 

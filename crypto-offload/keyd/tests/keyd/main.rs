@@ -11,3 +11,4 @@ mod rekeys;
 mod restarts;
 mod secrets;
 mod shred;
+mod workers;

@@ -58,19 +58,21 @@ fn a_full_channel_is_waited_for() {
     let mut host = Host::without_peers();
     host.new_agent(own_pidfd());
     let (ours, theirs) = Channel::pair().expect("pair");
-    host.announce(Role::Dataplane, &theirs, &own_pidfd());
     theirs.set_nonblocking(true).expect("fcntl");
     let mut filling = 0;
     while theirs.send(&0u8, &[]).is_ok() {
         filling += 1;
     }
+    host.announce(Role::Dataplane, &theirs, &own_pidfd());
     host.ask(&signed(&bundle(5, vec![plain(1)])));
     wait_for(|| host.path("keyd/accepted").exists());
     for _ in 0..filling {
         ours.receive::<u8>().expect("filling");
     }
     host.dataplane = Some(ours);
-    host.take(1);
+    // What it was to be told at once comes first all the same.
+    let first = &host.take(2)[0].message;
+    assert_eq!(*first, KeydToDataplane::Workers { workers: None });
     assert_eq!(host.accepted(), (5, Vec::new()));
 }
 

@@ -1,0 +1,99 @@
+//! Limits, groups and workers in a host's status.
+
+use std::fmt::Write as _;
+
+use bulkhead_protocol::admin::HostStatus;
+use bulkhead_protocol::control::WorkersStatus;
+use bulkhead_protocol::limits::{GroupGrant, Limits, Rate};
+use bulkhead_protocol::workers::Workers;
+
+use crate::json::Json;
+use crate::output::{printable, table};
+
+/// The lines about the workers.
+pub(crate) fn workers(status: &WorkersStatus) -> String {
+    let by_host = if status.by_host {
+        " (the host's own setting)"
+    } else {
+        ""
+    };
+    let mut out = format!("workers {}{by_host}\n", status.workers);
+    // Writing to a String does not fail.
+    if let Some(pending) = &status.pending {
+        let _ = writeln!(
+            out,
+            "        restart pending: {pending} in the bundle, from the data plane's next start on"
+        );
+    }
+    if let Some(problem) = &status.problem {
+        let _ = writeln!(out, "        {}", printable(problem));
+    }
+    out
+}
+
+/// What is limited, as a table; nothing if nothing is.
+pub(crate) fn limits(status: &HostStatus) -> String {
+    let row = |cells: [&str; 3]| cells.map(str::to_owned).to_vec();
+    let mut rows = vec![row(["NAME", "GROUP", "LIMITS"])];
+    for volume in &status.volumes {
+        if volume.limits.is_none() && volume.group.is_none() {
+            continue;
+        }
+        let group = volume.group.as_ref().map_or("-", |name| name.as_str());
+        let limits = volume.limits.to_string();
+        rows.push(row([&printable(&volume.name), group, &limits]));
+    }
+    for group in &status.groups {
+        let limits = group.limits.to_string();
+        rows.push(row(["(all of it)", group.name.as_str(), &limits]));
+    }
+    match rows.len() {
+        1 => String::new(),
+        _ => format!("\nlimits\n{}", table(&rows)),
+    }
+}
+
+/// [`WorkersStatus`] as an object.
+pub(crate) fn workers_json(status: &WorkersStatus) -> Json {
+    let workers = |workers: &Workers| {
+        let cpus = workers.cpus.iter().map(|cpu| Json::Number((*cpu).into()));
+        Json::Object(vec![
+            ("count", Json::Number(workers.count.into())),
+            ("cpus", Json::Array(cpus.collect())),
+        ])
+    };
+    Json::Object(vec![
+        ("workers", workers(&status.workers)),
+        ("by_host", Json::Bool(status.by_host)),
+        ("pending", Json::or_null(status.pending.as_ref(), workers)),
+        (
+            "problem",
+            Json::or_null(status.problem.as_ref(), Json::text),
+        ),
+    ])
+}
+
+/// [`Limits`] as an object.
+pub(crate) fn limits_json(limits: &Limits) -> Json {
+    let rate = |Rate { per_second, burst }: Rate| {
+        Json::Object(vec![
+            ("per_second", Json::Number(per_second)),
+            ("burst", Json::Number(burst)),
+        ])
+    };
+    Json::Object(vec![
+        ("requests", Json::or_null(limits.requests, rate)),
+        ("bytes", Json::or_null(limits.bytes, rate)),
+    ])
+}
+
+/// The groups as a list of objects.
+pub(crate) fn groups_json(groups: &[GroupGrant]) -> Json {
+    let group = |group: &GroupGrant| {
+        Json::Object(vec![
+            ("name", Json::text(&group.name)),
+            ("limits", limits_json(&group.limits)),
+        ])
+    };
+    Json::Array(groups.iter().map(group).collect())
+}

@@ -1,0 +1,163 @@
+//! The workers that there are, and those that there are to be: what the start made of the host's arguments
+//! or the bundle, and what keyd says later.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use bulkhead_protocol::control::WorkersStatus;
+use bulkhead_protocol::keys::DataplaneToKeyd;
+use bulkhead_protocol::workers::{Workers, format_cpus};
+
+use super::Control;
+use super::answer::Keyd;
+use crate::server::Server;
+
+/// Most characters of a problem.
+const MAX_PROBLEM_CHARS: usize = 200;
+
+/// The workers of this process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Staff {
+    /// As they were asked for.
+    asked: Workers,
+    /// By the host's own arguments, before which no bundle goes.
+    by_host: bool,
+    /// The CPU of each, where it can be bound to the one that was asked for.
+    cpus: Vec<Option<usize>>,
+    problem: Option<String>,
+    /// What the bundle asks for by now, if that is something else.
+    pending: Option<Workers>,
+}
+
+impl Staff {
+    /// What the host's arguments say, or else the bundle, on a process that may use these CPUs (in
+    /// ascending order). A worker whose CPU is none of them is bound to none: what is served matters more.
+    #[must_use]
+    pub fn new(host: Option<Workers>, bundle: Option<Workers>, usable: &[u16]) -> Self {
+        let by_host = host.is_some();
+        let asked = host.or(bundle).unwrap_or_default();
+        let mut lost = Vec::new();
+        let mut usable_cpu = |cpu: u16| {
+            let is_usable = usable.contains(&cpu);
+            if !is_usable {
+                lost.push(cpu);
+            }
+            is_usable.then_some(usize::from(cpu))
+        };
+        let cpus = (0..usize::from(asked.count))
+            .map(|index| asked.cpu_of(index).and_then(&mut usable_cpu))
+            .collect();
+        let problem = (!lost.is_empty()).then(|| {
+            let text = format!(
+                "CPU {} is not there, or the process may not use it (it may use {}): its worker is \
+                 bound to none",
+                format_cpus(&lost),
+                format_cpus(usable)
+            );
+            text.chars().take(MAX_PROBLEM_CHARS).collect()
+        });
+        Self {
+            asked,
+            by_host,
+            cpus,
+            problem,
+            pending: None,
+        }
+    }
+
+    /// The CPU of each worker; none: any.
+    pub fn cpus(&self) -> impl Iterator<Item = Option<usize>> {
+        self.cpus.iter().copied()
+    }
+
+    /// What is wrong with what was asked for, for the operator.
+    #[must_use]
+    pub fn problem(&self) -> Option<&str> {
+        self.problem.as_deref()
+    }
+
+    /// Takes in what the bundle asks for by now; whether another start would change something.
+    pub(super) fn hear(&mut self, bundle: Option<Workers>) -> bool {
+        let wanted = bundle.unwrap_or_default();
+        self.pending = (!self.by_host && wanted != self.asked).then_some(wanted);
+        self.pending.is_some()
+    }
+
+    /// For the agent.
+    pub(super) fn status(&self) -> WorkersStatus {
+        WorkersStatus {
+            workers: self.asked.clone(),
+            by_host: self.by_host,
+            pending: self.pending.clone(),
+            problem: self.problem.clone(),
+        }
+    }
+}
+
+impl Control {
+    /// The bundle's workers, by now. Others than there are come with another start: now, if that costs
+    /// nobody anything.
+    pub(super) fn hear_workers(&mut self, server: &Server, keyd: Keyd, workers: Option<Workers>) {
+        let others = self.staff.hear(workers);
+        let restarts = others && self.volumes.serves_nothing();
+        if let Some(link) = self.keyd.link_of(keyd.0) {
+            link.send(DataplaneToKeyd::WorkersHeard { restarts });
+        }
+        if restarts {
+            tracing::info!("ending, to be started with the workers of the bundle");
+            self.ended = true;
+            server.stop();
+        } else if others {
+            tracing::warn!("the bundle asks for other workers: they come with the next start");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn workers(cpus: &[u16]) -> Workers {
+        Workers::new(None, cpus.to_vec()).expect("workers")
+    }
+
+    fn cpus(staff: &Staff) -> Vec<Option<usize>> {
+        staff.cpus().collect()
+    }
+
+    #[test]
+    fn the_host_goes_before_the_bundle_and_both_before_the_default() {
+        let usable = [0, 1, 2];
+        let default = Staff::new(None, None, &usable);
+        assert_eq!(cpus(&default), [None]);
+        let bundle = Staff::new(None, Some(workers(&[1, 2])), &usable);
+        assert_eq!(cpus(&bundle), [Some(1), Some(2)]);
+        let host = Staff::new(Some(workers(&[0])), Some(workers(&[1, 2])), &usable);
+        assert_eq!(cpus(&host), [Some(0)]);
+        assert!(host.status().by_host && host.problem().is_none());
+    }
+
+    #[test]
+    fn a_cpu_that_is_not_there_costs_the_binding_and_nothing_else() {
+        let staff = Staff::new(None, Some(workers(&[1, 9, 7])), &[0, 1]);
+        assert_eq!(cpus(&staff), [Some(1), None, None]);
+        let problem = staff.problem().expect("one");
+        assert!(
+            problem.starts_with(
+                "CPU 9,7 is not there, or the process may not use it (it may use 0-1)"
+            ),
+            "{problem}"
+        );
+    }
+
+    #[test]
+    fn another_start_is_wanted_while_the_bundle_says_something_else() {
+        let mut staff = Staff::new(None, None, &[0, 1]);
+        assert!(!staff.hear(None) && !staff.hear(Some(workers(&[]))));
+        assert!(staff.hear(Some(workers(&[0, 1]))));
+        assert_eq!(staff.status().pending, Some(workers(&[0, 1])));
+        assert!(!staff.hear(None), "taken back");
+        assert_eq!(staff.status().pending, None);
+        let mut host = Staff::new(Some(workers(&[0])), None, &[0, 1]);
+        assert!(!host.hear(Some(workers(&[0, 1]))), "the host's own hold");
+    }
+}
