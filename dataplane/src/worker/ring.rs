@@ -208,7 +208,9 @@ impl Ring {
         }
     }
 
-    /// Queues a transfer with a file; it is submitted by the next [`Ring::turn`] or [`Ring::wait`].
+    /// Queues a transfer with a file; it is submitted by the next [`Ring::turn`] or [`Ring::wait`], with what
+    /// else is queued until then, unless nothing is in flight: storage that is idle gets the first at once,
+    /// and works on it while the rest of the batch comes together.
     ///
     /// # Errors
     /// Gives the transfer back when as many are in flight as can be; the caller tries again
@@ -220,11 +222,16 @@ impl Ring {
         file: FixedFile,
         transfer: Transfer,
     ) -> Result<EntryId, Transfer> {
+        let idle = self.in_flight() == 0;
         let Some(id) = self.free.pop() else {
             return Err(transfer);
         };
         let job = Job::Transfer(transfer);
-        Ok(self.enqueue(id, InFlight { token, file, job }))
+        let entry = self.enqueue(id, InFlight { token, file, job });
+        if idle {
+            self.enter();
+        }
+        Ok(entry)
     }
 
     /// Queues something with an eventfd, as [`Ring::push`] does; none: there is no room.

@@ -182,6 +182,27 @@ fn a_full_ring_gives_the_transfer_back_and_a_drop_waits() {
 }
 
 #[test]
+fn idle_storage_gets_the_first_transfer_at_once_and_the_rest_as_a_batch() {
+    let mut rig = Rig::new();
+    let file = tempfile::tempfile().expect("file");
+    let fixed = rig.ring.register_file(file.as_fd()).expect("register");
+    for round in 0..3 {
+        for queued in 0..4 {
+            rig.ring.push(1, fixed, Transfer::flush()).expect("room");
+            assert_eq!(rig.ring.uring.submission().len(), queued, "round {round}");
+        }
+        assert_eq!(rig.completions(4).len(), 4);
+    }
+    // An eventfd that is waited for keeps no storage busy.
+    let event = EventFd::new().expect("eventfd");
+    let waited = rig.ring.register_file(event.as_fd()).expect("register");
+    rig.ring.push_event(0, waited, Event::Wait).expect("room");
+    rig.ring.push(1, fixed, Transfer::flush()).expect("room");
+    assert!(rig.ring.uring.submission().is_empty());
+    assert_eq!(rig.completions(1).len(), 1);
+}
+
+#[test]
 fn an_event_can_be_cancelled() {
     let mut rig = Rig::new();
     let event = EventFd::new().expect("eventfd");
