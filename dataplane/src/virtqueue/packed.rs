@@ -415,8 +415,17 @@ impl PackedQueue {
     /// before it where that was negotiated.
     #[inline]
     pub fn push_used(&mut self, id: u16, len: u32) {
+        if self.order.is_some() {
+            self.push_in_order(id, len);
+        } else {
+            self.write_used(id, len);
+        }
+    }
+
+    #[inline(never)]
+    fn push_in_order(&mut self, id: u16, len: u32) {
         let Some(order) = &mut self.order else {
-            return self.write_used(id, len);
+            return;
         };
         order.ended(id, len);
         while let Some((id, len)) = self.order.as_mut().and_then(Order::next) {
@@ -424,7 +433,7 @@ impl PackedQueue {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn write_used(&mut self, id: u16, len: u32) {
         let count = self.end_flight(id);
         if count == 0 {

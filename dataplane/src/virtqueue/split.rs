@@ -251,6 +251,7 @@ impl SplitQueue {
         self.in_flight_count
     }
 
+    #[inline]
     fn avail(&self, index: usize) -> &AtomicU16 {
         debug_assert!(index < usize::from(self.layout.size) + 3);
         // SAFETY: the avail ring has size + 3 fields; the lease keeps it.
@@ -258,6 +259,7 @@ impl SplitQueue {
     }
 
     /// flags (0) or idx (1) of the used ring.
+    #[inline]
     fn used(&self, index: usize) -> &AtomicU16 {
         debug_assert!(index < 2);
         // SAFETY: both fields lie at the front of the used ring; the lease keeps it.
@@ -404,8 +406,17 @@ impl SplitQueue {
     /// before it.
     #[inline]
     pub fn push_used(&mut self, head: u16, len: u32) {
+        if self.order.is_some() {
+            self.push_in_order(head, len);
+        } else {
+            self.write_used(head, len);
+        }
+    }
+
+    #[inline(never)]
+    fn push_in_order(&mut self, head: u16, len: u32) {
         let Some(order) = &mut self.order else {
-            return self.write_used(head, len);
+            return;
         };
         order.ended(head, len);
         while let Some((head, len)) = self.order.as_mut().and_then(Order::next) {
@@ -413,7 +424,7 @@ impl SplitQueue {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn write_used(&mut self, head: u16, len: u32) {
         if !self.end_flight(head) {
             return;

@@ -150,7 +150,7 @@ impl Queue {
     }
 
     /// Notes the end of a request whose status is written.
-    #[inline]
+    #[inline(always)]
     pub fn ended(&mut self, head: u16, outcome: Outcome) {
         if outcome.status == Status::Ok {
             self.tally.requests_ok += 1;

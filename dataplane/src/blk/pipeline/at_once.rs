@@ -12,7 +12,7 @@ use crate::virtqueue::Chain;
 
 impl Pipeline {
     /// Between guest memory and that of the device, encrypted or decrypted in the same pass.
-    #[inline]
+    #[inline(never)]
     pub(super) fn at_once(&self, start: Start<'_>, chain: &Chain) -> Outcome {
         let local = start.local;
         let buffer = data(start.operation, chain);

@@ -108,6 +108,7 @@ pub struct Outcome {
 impl Outcome {
     /// It failed.
     #[must_use]
+    #[inline]
     pub fn failed(status: Status) -> Self {
         Self {
             status,
@@ -117,6 +118,7 @@ impl Outcome {
         }
     }
 
+    #[inline]
     pub(super) fn ok(operation: Operation, bytes: u64) -> Self {
         // A chain has at most 2^32 bytes, one of them the status.
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);

@@ -104,7 +104,10 @@ impl Pipeline {
     }
 
     /// Begins a request. Its chain is taken (and an empty one left) if it is under way afterwards.
-    #[inline]
+    ///
+    /// Inlined, so that the outcome of the shortest requests never lies in memory: what reads it there in
+    /// other pieces than it was written waits until all stores before it, to lines of another CPU, are done.
+    #[inline(always)]
     pub fn begin(&mut self, start: Start<'_>, chain: &mut Chain) -> Begun {
         let local = start.local;
         match start.operation {
@@ -139,7 +142,7 @@ impl Pipeline {
         Begun::Pending
     }
 
-    #[inline]
+    #[inline(never)]
     fn begin_transfer(&mut self, start: Start<'_>, chain: &mut Chain) -> Begun {
         let local = start.local;
         let buffer = data(start.operation, chain);
