@@ -7,16 +7,11 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::ptr::NonNull;
-use std::rc::Rc;
-use std::sync::Arc;
 
-use super::{GuestMemory, read_words, will_read, will_write};
+use super::{GuestMemory, Lease, read_words, will_read, will_write};
 
 /// Ranges that the longest chains of well-behaved drivers have.
 pub const USUAL_MOST_PIECES: usize = 256;
-
-/// A worker's hold on guest memory: cheap to copy within its thread.
-pub type Lease = Rc<Arc<GuestMemory>>;
 
 /// A contiguous part of a buffer; what an iovec needs.
 #[derive(Debug, Clone, Copy)]
@@ -85,8 +80,8 @@ impl GuestBuffer {
         self.bytes = 0;
         self.last = None;
         match &self.lease {
-            Some(held) if Rc::ptr_eq(held, lease) => {}
-            _ => self.lease = Some(Rc::clone(lease)),
+            Some(held) if held.is_same(lease) => {}
+            _ => self.lease = Some(lease.clone()),
         }
     }
 
@@ -132,16 +127,29 @@ impl GuestBuffer {
     /// [`OutsideMemory`]; the buffer is then of no use.
     #[inline]
     pub fn push(&mut self, guest_addr: u64, bytes: u32) -> Result<(), OutsideMemory> {
+        let lease = self.lease.as_ref();
+        let Some(host) = lease.and_then(|lease| lease.recent(guest_addr, bytes)) else {
+            return self.push_elsewhere(guest_addr, bytes);
+        };
+        self.pieces.push(Piece { host, bytes });
+        self.bytes += u64::from(bytes);
+        Ok(())
+    }
+
+    /// As [`GuestBuffer::push`], of a range anywhere.
+    #[inline(never)]
+    fn push_elsewhere(&mut self, guest_addr: u64, bytes: u32) -> Result<(), OutsideMemory> {
         let outside = OutsideMemory { guest_addr, bytes };
-        let memory = self.lease.as_ref().ok_or(outside)?;
+        let lease = self.lease.as_ref().ok_or(outside)?;
         let mut at = guest_addr;
         let mut left = bytes;
         while left > 0 {
-            let (host, here) = memory.run(at, left).ok_or(outside)?;
+            let (host, here) = lease.run(at, left).ok_or(outside)?;
             self.pieces.push(Piece { host, bytes: here });
             left -= here;
             at = at.checked_add(u64::from(here)).ok_or(outside)?;
         }
+        lease.remember(guest_addr);
         self.bytes += u64::from(bytes);
         Ok(())
     }

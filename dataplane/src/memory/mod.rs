@@ -15,6 +15,7 @@
 mod area;
 mod buffer;
 mod dirty;
+mod lease;
 mod mapping;
 mod prefetch;
 pub mod sigbus;
@@ -25,8 +26,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
 pub use area::SharedArea;
-pub use buffer::{GuestBuffer, Lease, OutsideMemory, Piece, Runs, USUAL_MOST_PIECES};
+pub use buffer::{GuestBuffer, OutsideMemory, Piece, Runs, USUAL_MOST_PIECES};
 pub use dirty::DirtyLog;
+pub use lease::Lease;
+use lease::Window;
 use mapping::Mapping;
 pub(crate) use prefetch::{will_read, will_write};
 
@@ -234,6 +237,16 @@ impl GuestMemory {
         self.regions.iter().find_map(|r| {
             let offset = guest_addr.wrapping_sub(r.spec.guest_addr);
             (offset < r.spec.bytes).then_some((r, offset))
+        })
+    }
+
+    /// The region that has this guest address.
+    fn window(&self, guest_addr: u64) -> Option<Window> {
+        let (region, _) = self.find(guest_addr)?;
+        Some(Window {
+            guest_addr: region.spec.guest_addr,
+            bytes: region.spec.bytes,
+            host: region.host,
         })
     }
 

@@ -115,6 +115,13 @@ impl Chain {
                 guest_addr: e.guest_addr,
                 bytes: e.bytes,
             })?;
+        Ok(())
+    }
+
+    /// Looks at the length of a chain, when all of it was added.
+    #[inline]
+    pub(super) fn check_bytes(&self) -> Result<(), RingError> {
+        // The sum fits: 32768 descriptors of 2^32 bytes each, in a ring and in a table.
         if self.readable.bytes() + self.writable.bytes() > u64::from(u32::MAX) + 1 {
             return Err(RingError::TooManyBytes);
         }

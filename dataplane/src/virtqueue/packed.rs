@@ -14,7 +14,6 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::ptr::NonNull;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
@@ -189,7 +188,7 @@ impl PackedQueue {
         }
         let size = usize::from(layout.size);
         let mut queue = Self {
-            lease: Rc::new(Arc::clone(memory)),
+            lease: Lease::new(Arc::clone(memory)),
             parts: locate(memory, &layout)?,
             layout,
             features,
@@ -218,7 +217,7 @@ impl PackedQueue {
     /// [`RingError::Place`]; the queue is then as before.
     pub fn set_memory(&mut self, memory: &Arc<GuestMemory>) -> Result<(), RingError> {
         self.parts = locate(memory, &self.layout)?;
-        self.lease = Rc::new(Arc::clone(memory));
+        self.lease = Lease::new(Arc::clone(memory));
         Ok(())
     }
 
@@ -323,6 +322,7 @@ impl PackedQueue {
         }
         chain.reset(&self.lease);
         let (id, count) = self.walk(flags, chain)?;
+        chain.check_bytes()?;
         let size = self.layout.size;
         match self.descriptors_of.get_mut(usize::from(id)) {
             Some(0) if count <= size - self.descriptors => {}

@@ -11,7 +11,6 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::ptr::NonNull;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
@@ -139,7 +138,7 @@ impl SplitQueue {
         let parts = locate(memory, &layout)?;
         let words = usize::from(layout.size).div_ceil(64);
         let mut queue = Self {
-            lease: Rc::new(Arc::clone(memory)),
+            lease: Lease::new(Arc::clone(memory)),
             parts,
             layout,
             features,
@@ -172,7 +171,7 @@ impl SplitQueue {
     /// [`RingError::Place`]; the queue is then as before.
     pub fn set_memory(&mut self, memory: &Arc<GuestMemory>) -> Result<(), RingError> {
         self.parts = locate(memory, &self.layout)?;
-        self.lease = Rc::new(Arc::clone(memory));
+        self.lease = Lease::new(Arc::clone(memory));
         Ok(())
     }
 
@@ -339,6 +338,7 @@ impl SplitQueue {
             return Err(RingError::HeadInFlight(head));
         }
         self.walk(head, chain)?;
+        chain.check_bytes()?;
         if let Some(w) = self.in_flight.get_mut(word) {
             *w |= bit;
         }

@@ -8,7 +8,7 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use bulkhead_dataplane::memory::sigbus;
+use bulkhead_dataplane::memory::{Lease, sigbus};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{Signal, kill};
@@ -72,7 +72,7 @@ fn memory_goes_away_while_other_memory_comes_and_goes() {
         ended.store(true, Ordering::Relaxed);
     });
     assert!(!kept_memory.is_lost());
-    let kept_memory = std::rc::Rc::new(kept_memory);
+    let kept_memory = Lease::new(kept_memory);
     assert_eq!(read(&kept_memory, 0, 64 * 4096), Some(vec![9; 64 * 4096]));
 }
 

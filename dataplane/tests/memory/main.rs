@@ -3,7 +3,6 @@
 mod lost;
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::rc::Rc;
 use std::sync::Arc;
 
 use bulkhead_dataplane::memory::{GuestBuffer, GuestMemory, Lease, MemoryError, RegionSpec};
@@ -41,7 +40,7 @@ fn map_from(specs: &[RegionSpec], fd: &OwnedFd) -> Result<GuestMemory, MemoryErr
 }
 
 fn lease(memory: GuestMemory) -> Lease {
-    Rc::new(Arc::new(memory))
+    Lease::new(Arc::new(memory))
 }
 
 fn buffer(memory: &Lease, ranges: &[(u64, u32)]) -> Option<GuestBuffer> {
@@ -101,6 +100,39 @@ fn a_buffer_goes_on_in_the_next_region_and_no_further() {
         );
     }
     assert!(buffer(&memory, &[(0x9999_9999, 0)]).is_some(), "no bytes");
+}
+
+/// A lease looks where it found an address last: that must change nothing, whatever that was.
+#[test]
+fn an_address_is_found_whatever_was_found_before() {
+    let specs = [
+        region(0x1000, 0x1000, 0, 0),
+        region(0x2000, 0x1000, 0x9000, 0x1000),
+        region(0x8000, 0x2000, 0x20_0000, 0x2000),
+    ];
+    let memory = lease(map(&specs).expect("map"));
+    let ends = [0x1000, 0x1fff, 0x2000, 0x2fff, 0x8000, 0x9fff];
+    let near = ends.iter().flat_map(|end: &u64| [end - 1, *end, end + 1]);
+    let addrs: Vec<u64> = near.chain([0, u64::MAX]).collect();
+    for before in [0x1000, 0x2000, 0x8000] {
+        for addr in &addrs {
+            for bytes in [0, 1, 2, 0x1000, 0x1001, u32::MAX] {
+                let fresh = Lease::new(Arc::clone(&memory));
+                let expected = buffer(&fresh, &[(*addr, bytes)]);
+                buffer(&memory, &[(before, 1)]).expect("inside");
+                let found = buffer(&memory, &[(*addr, bytes)]);
+                let places = |buffer: GuestBuffer| -> Vec<_> {
+                    let pieces = buffer.pieces().iter();
+                    pieces.map(|piece| (piece.host(), piece.bytes())).collect()
+                };
+                assert_eq!(
+                    found.map(places),
+                    expected.map(places),
+                    "{bytes} bytes at {addr:#x} after {before:#x}"
+                );
+            }
+        }
+    }
 }
 
 #[test]

@@ -323,7 +323,7 @@ fn a_frontend_whose_memory_went_away_has_to_go() {
     assert_eq!(rig.say(FromWorker::Started { queue: queue(0) }), ack(0));
     nix::unistd::ftruncate(&file, 0).expect("cut");
     let mut buffer = bulkhead_dataplane::memory::GuestBuffer::with_capacity(1);
-    buffer.reset(&std::rc::Rc::new(memory));
+    buffer.reset(&bulkhead_dataplane::memory::Lease::new(memory));
     buffer.push(0, 8).expect("inside");
     assert!(buffer.copy_in(0, &[1; 8]));
     let retired = FromWorker::Retired {

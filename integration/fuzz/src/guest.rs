@@ -1,7 +1,6 @@
 //! Guest memory whose bytes a target writes and reads as a guest does, and what a buffer of it covers.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::rc::Rc;
 use std::sync::Arc;
 
 use bulkhead_dataplane::memory::{GuestBuffer, GuestMemory, Lease, RegionSpec};
@@ -43,7 +42,7 @@ impl Guest {
         let specs: Vec<_> = REGIONS.iter().enumerate().map(spec).collect();
         let regions: Vec<_> = specs.iter().map(|spec| (*spec, file.as_fd())).collect();
         let memory = Arc::new(GuestMemory::map(&regions).expect("mapped"));
-        let lease = Rc::new(Arc::clone(&memory));
+        let lease = Lease::new(Arc::clone(&memory));
         let host = |at: &u64| {
             let mut buffer = GuestBuffer::default();
             buffer.reset(&lease);

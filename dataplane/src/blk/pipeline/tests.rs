@@ -84,7 +84,7 @@ impl Rig {
             pipeline: Pipeline::new(ring, staging),
             local: Rc::new(local),
             storage,
-            memory: Rc::new(Arc::new(memory)),
+            memory: Lease::new(Arc::new(memory)),
             next: 0,
             ended: Vec::new(),
         }

@@ -1,6 +1,5 @@
 //! What a driver may ask for: every accepted range lies inside, whatever was written down.
 
-use std::rc::Rc;
 use std::sync::Arc;
 
 use proptest::prelude::*;
@@ -26,7 +25,7 @@ fn device(capacity_sectors: u64, block_bytes: u32, read_only: bool) -> Arc<BlkDe
 /// A chain with a header as given and `readable` and `writable` bytes of data.
 fn chain(kind: u32, sector: u64, readable: u32, writable: u32) -> Chain {
     let (memory, _fd) = anonymous(MEMORY_BYTES).expect("memory");
-    let lease: Lease = Rc::new(Arc::new(memory));
+    let lease = Lease::new(Arc::new(memory));
     let mut header = kind.to_le_bytes().to_vec();
     header.extend([0; 4]);
     header.extend(sector.to_le_bytes());

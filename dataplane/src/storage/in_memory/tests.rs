@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::FileExt as _;
-use std::rc::Rc;
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
@@ -44,7 +43,7 @@ impl Rig {
         Self {
             file,
             guest: File::from(guest),
-            memory: Rc::new(std::sync::Arc::new(memory)),
+            memory: Lease::new(std::sync::Arc::new(memory)),
             storage,
             staging,
             ring,

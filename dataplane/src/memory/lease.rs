@@ -1,0 +1,89 @@
+//! A worker's hold on guest memory, which remembers the region that was asked for last.
+//!
+//! UNSAFETY: a window is a region of the memory that the lease holds, copied: an address inside of it lies inside
+//! that region's mapping.
+#![expect(unsafe_code, reason = "addresses inside a region")]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::cell::Cell;
+use std::ops::Deref;
+use std::ptr::NonNull;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use super::GuestMemory;
+
+/// Guest memory, held: cheap to copy within its thread.
+#[derive(Debug, Clone)]
+pub struct Lease(Rc<Held>);
+
+#[derive(Debug)]
+struct Held {
+    memory: Arc<GuestMemory>,
+    /// Where an address was found last: the next one is likely to lie there, too.
+    recent: Cell<Window>,
+}
+
+/// A region, for looking up addresses.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Window {
+    pub(super) guest_addr: u64,
+    /// 0: no address is inside.
+    pub(super) bytes: u64,
+    pub(super) host: NonNull<u8>,
+}
+
+impl Lease {
+    /// A hold on this memory.
+    #[must_use]
+    pub fn new(memory: Arc<GuestMemory>) -> Self {
+        let nowhere = Window {
+            guest_addr: 0,
+            bytes: 0,
+            host: NonNull::dangling(),
+        };
+        Self(Rc::new(Held {
+            memory,
+            recent: Cell::new(nowhere),
+        }))
+    }
+
+    /// Whether both are the same hold.
+    #[must_use]
+    #[inline]
+    pub fn is_same(&self, other: &Self) -> bool {
+        Rc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Where `bytes` bytes at a guest address lie in this process, if these are some, and all in the region
+    /// that was asked for last.
+    #[inline]
+    pub(super) fn recent(&self, guest_addr: u64, bytes: u32) -> Option<NonNull<u8>> {
+        let window = self.0.recent.get();
+        let offset = guest_addr.wrapping_sub(window.guest_addr);
+        // No bytes at all are more than there ever are.
+        let last = u64::from(bytes).wrapping_sub(1);
+        if offset >= window.bytes || last >= window.bytes - offset {
+            return None;
+        }
+        let offset = usize::try_from(offset).ok()?;
+        // SAFETY: offset lies inside the region, which the memory's mapping covers.
+        Some(unsafe { window.host.add(offset) })
+    }
+
+    /// Has the region of this address looked at first from now on.
+    pub(super) fn remember(&self, guest_addr: u64) {
+        if let Some(window) = self.0.memory.window(guest_addr) {
+            self.0.recent.set(window);
+        }
+    }
+}
+
+impl Deref for Lease {
+    type Target = Arc<GuestMemory>;
+
+    #[inline]
+    fn deref(&self) -> &Arc<GuestMemory> {
+        &self.0.memory
+    }
+}
