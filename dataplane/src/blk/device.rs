@@ -216,6 +216,11 @@ impl BlkDevice {
         *lock(&self.ciphers) = Some(ciphers);
     }
 
+    /// Lets go of its keys for good: the device goes, although something of it is left.
+    pub(crate) fn wipe(&self) {
+        *lock(&self.ciphers) = None;
+    }
+
     /// Its keys, of a device that nobody else has any more.
     pub(crate) fn into_ciphers(self) -> Option<Ciphers> {
         self.ciphers

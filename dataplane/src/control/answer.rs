@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use bulkhead_protocol::VolumeId;
-use bulkhead_protocol::control::DataplaneToAgent;
+use bulkhead_protocol::control::{DataplaneToAgent, StorageStatus};
 use bulkhead_protocol::keys::DataplaneToKeyd;
 
 use crate::log_limit::LogLimit;
@@ -45,11 +45,28 @@ impl Agent {
 pub(super) struct Answers {
     pub(super) to_keyd: Vec<(Keyd, DataplaneToKeyd)>,
     pub(super) to_agent: Vec<(Agent, DataplaneToAgent)>,
+    /// For the agent that is there now.
+    pub(super) unasked: Vec<DataplaneToAgent>,
 }
 
 impl Answers {
     pub(super) fn done(&mut self, agent: Agent) {
         self.to_agent.push((agent, agent.done()));
+    }
+
+    /// How the storage of a volume does.
+    pub(super) fn storage(&mut self, volume: VolumeId, status: StorageStatus) {
+        self.unasked
+            .push(DataplaneToAgent::Storage { volume, status });
+    }
+
+    /// Detached, with requests that the kernel has not given back.
+    pub(super) fn given_up(&mut self, agent: Agent, requests: u32) {
+        let message = DataplaneToAgent::GivenUp {
+            request_id: agent.request_id,
+            requests,
+        };
+        self.to_agent.push((agent, message));
     }
 
     pub(super) fn refused(&mut self, agent: Agent, reason: String) {

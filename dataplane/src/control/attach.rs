@@ -53,6 +53,8 @@ impl Volumes {
                 "the key of volume {id} was wiped when it was detached: have keyd grant it again"
             ));
         }
+        // Before its file is looked at, which may not answer.
+        self.refuse_left(id)?;
         let listener = self.listener_for(id, socket)?;
         let file = self.check_file(&grant, file)?;
         let removing = volume.removing;
@@ -103,6 +105,7 @@ impl Volumes {
                 file.bytes, grant.size_bytes
             ));
         }
+        self.refuse_left_file(&file)?;
         let same = |v: &Volume| v.file().is_some_and(|f| f.identity == file.identity);
         if let Some((other, _)) = self.table.iter().find(|(_, volume)| same(volume)) {
             return Err(format!("its file is that of volume {other}"));

@@ -16,6 +16,7 @@
 mod answer;
 mod attach;
 mod grant;
+mod left;
 mod limits;
 mod link;
 mod peer;
@@ -329,15 +330,20 @@ impl Control {
         let Some((volume, status)) = self.volumes.storage_of(device) else {
             return;
         };
-        if let Some(link) = &mut self.agent.link {
-            link.send(DataplaneToAgent::Storage { volume, status });
-        }
+        let mut answers = Answers::default();
+        answers.storage(volume, status);
+        self.send(answers);
     }
 
     /// Sends answers to those who asked, if they are still there.
     fn send(&mut self, answers: Answers) {
         for (keyd, message) in answers.to_keyd {
             if let Some(link) = self.keyd.link_of(keyd.0) {
+                link.send(message);
+            }
+        }
+        for message in answers.unasked {
+            if let Some(link) = &mut self.agent.link {
                 link.send(message);
             }
         }

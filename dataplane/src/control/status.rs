@@ -2,9 +2,9 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use bulkhead_protocol::VolumeId;
 use std::time::Duration;
 
+use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::control::{
     Latency, RekeyProgress, RekeyState, StorageState, StorageStatus, VolumeStatus,
 };
@@ -17,12 +17,44 @@ use crate::worker::message::DeviceId;
 /// Most characters of a fault: the entries of [`super::MAX_VOLUMES`] volumes fit one message.
 const MAX_FAULT_CHARS: usize = 100;
 
-/// One entry per granted volume.
+/// One entry per granted volume, and per volume that was revoked before its last request had ended.
 pub(super) fn of(volumes: &Volumes, server: &Server) -> Vec<VolumeStatus> {
-    let entries = volumes.table.iter();
-    entries
+    let granted = volumes.table.iter();
+    let mut entries: Vec<_> = granted
         .map(|(id, volume)| one(*id, volume, server))
-        .collect()
+        .collect();
+    for left in &volumes.left {
+        match entries.iter_mut().find(|entry| entry.volume == left.volume) {
+            Some(entry) => entry.storage = Some(left.status()),
+            None => entries.push(VolumeStatus {
+                storage: Some(left.status()),
+                ..nothing(left.volume)
+            }),
+        }
+    }
+    entries
+}
+
+/// Of a volume that is not served.
+fn nothing(volume: VolumeId) -> VolumeStatus {
+    VolumeStatus {
+        volume,
+        attached: false,
+        connected: false,
+        encrypted: false,
+        running_queues: 0,
+        retired_queues: 0,
+        requests_ok: 0,
+        requests_failed: 0,
+        read_bytes: 0,
+        written_bytes: 0,
+        fault: None,
+        capacity_bytes: 0,
+        holds_volume: false,
+        waits_for_volume: false,
+        rekey: None,
+        storage: None,
+    }
 }
 
 impl Volumes {
@@ -40,22 +72,8 @@ impl Volumes {
 
 fn one(id: VolumeId, volume: &Volume, server: &Server) -> VolumeStatus {
     let mut status = VolumeStatus {
-        volume: id,
-        attached: false,
-        connected: false,
         encrypted: volume.has_key(),
-        running_queues: 0,
-        retired_queues: 0,
-        requests_ok: 0,
-        requests_failed: 0,
-        read_bytes: 0,
-        written_bytes: 0,
-        fault: None,
-        capacity_bytes: 0,
-        holds_volume: false,
-        waits_for_volume: false,
-        rekey: None,
-        storage: None,
+        ..nothing(id)
     };
     let Some((device_id, device)) = volume.served() else {
         return status;
@@ -88,7 +106,7 @@ fn one(id: VolumeId, volume: &Volume, server: &Server) -> VolumeStatus {
 }
 
 /// How the storage of an attached device does.
-fn storage(device: &BlkDevice) -> StorageStatus {
+pub(super) fn storage(device: &BlkDevice) -> StorageStatus {
     let health = &device.health;
     let (summary, patience) = (health.summary(), health.patience());
     let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);

@@ -19,6 +19,7 @@ use bulkhead_protocol::{SocketName, VolumeId};
 use super::answer::{Agent, Answers, Keyd};
 use super::attach::Begun;
 use super::grant::{GrantedKeys, capacity_sectors, is_same, only_grew, only_rekeys};
+use super::left::Left;
 use super::limits::Groups;
 use crate::blk::{BlkDevice, Cipher, Ciphers};
 use crate::server::{Event, Server};
@@ -94,7 +95,7 @@ pub(super) struct Volume {
     pub(super) serving: Serving,
     /// Its removal is prepared: no new frontend.
     pub(super) removing: bool,
-    waiting: VecDeque<Task>,
+    pub(super) waiting: VecDeque<Task>,
 }
 
 impl Volume {
@@ -156,6 +157,8 @@ impl Volume {
 pub(super) struct Volumes {
     pub(super) table: BTreeMap<VolumeId, Volume>,
     pub(super) listeners: BTreeMap<SocketName, UnixListener>,
+    /// Devices that were taken away and not waited for.
+    pub(super) left: Vec<Left>,
     pub(super) groups: Groups,
 }
 
@@ -264,14 +267,14 @@ impl Volumes {
     }
 
     /// Puts a grant in the place of one that is not served.
-    fn replace(&mut self, keyd: Keyd, new: Held, answers: &mut Answers) {
+    pub(super) fn replace(&mut self, keyd: Keyd, new: Held, answers: &mut Answers) {
         let id = new.grant.volume;
         self.table.insert(id, Volume::new(new));
         self.forget_groups();
         answers.granted(keyd, id);
     }
 
-    fn forget(&mut self, keyd: Keyd, id: VolumeId, answers: &mut Answers) {
+    pub(super) fn forget(&mut self, keyd: Keyd, id: VolumeId, answers: &mut Answers) {
         self.table.remove(&id);
         self.forget_groups();
         answers.revoked(keyd, id);
@@ -349,7 +352,9 @@ impl Volumes {
     pub(super) fn event(&mut self, server: &mut Server, event: Event, answers: &mut Answers) {
         let (device, result) = match event {
             Event::Attached { id, result } => (id, Some(result)),
+            Event::Detached { id } if self.ended(id, answers) => return,
             Event::Detached { id } => (id, None),
+            Event::GivenUp { id, requests } => return self.given_up(server, id, requests, answers),
             Event::Connected { .. } | Event::Disconnected { .. } | Event::Health { .. } => return,
         };
         let has = |v: &Volume| v.serving.device().is_some_and(|(id, _)| id == device);

@@ -3,7 +3,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use crate::vhost_user::{Facts, Framing, Incoming, Outbox, ProtocolError, Session};
@@ -38,27 +38,47 @@ pub(super) enum Driven {
 /// A connection.
 #[derive(Debug)]
 pub(super) struct Connection {
-    framing: Framing,
+    /// None once it was hung up.
+    framing: Option<Framing>,
     pub(super) session: Session,
     stage: Stage,
+    /// The frontend has closed its end, whatever of what it said was not read yet.
+    peer_gone: bool,
 }
 
 /// Messages that a step makes for workers.
 pub(super) type ToWorkers = Vec<(QueueId, ToWorker)>;
 
-impl AsFd for Connection {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.framing.as_fd()
-    }
-}
-
 impl Connection {
     pub(super) fn new(stream: UnixStream, facts: Facts) -> io::Result<Self> {
         Ok(Self {
-            framing: Framing::new(stream)?,
+            framing: Some(Framing::new(stream)?),
             session: Session::new(facts),
             stage: Stage::Open,
+            peer_gone: false,
         })
+    }
+
+    /// Its socket, unless it was hung up.
+    pub(super) fn fd(&self) -> Option<RawFd> {
+        let framing = self.framing.as_ref();
+        framing.map(|framing| framing.as_fd().as_raw_fd())
+    }
+
+    /// Whether it waits for its queues to stop.
+    pub(super) fn is_closing(&self) -> bool {
+        self.stage == Stage::Closing
+    }
+
+    /// Closes the socket of a connection that is being closed anyway, before its queues have stopped.
+    pub(super) fn hang_up(&mut self) {
+        self.framing = None;
+    }
+
+    /// The frontend has closed its end. What it said before is handled, unless a worker has to answer first: nobody
+    /// waits for that any more.
+    pub(super) fn peer_is_gone(&mut self) {
+        self.peer_gone = true;
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -80,18 +100,25 @@ impl Connection {
         if self.stage != Stage::Open {
             return Ok(Driven::Waits);
         }
-        self.framing.flush()?;
+        let Some(framing) = &mut self.framing else {
+            return Ok(Driven::Waits);
+        };
+        framing.flush()?;
         for _ in 0..MESSAGES_PER_TURN {
-            if self.session.is_pending() || self.framing.has_unsent() {
-                return Ok(Driven::Waits);
+            if self.session.is_pending() || framing.has_unsent() {
+                return Ok(if self.peer_gone {
+                    Driven::Ended(None)
+                } else {
+                    Driven::Waits
+                });
             }
-            match self.framing.receive()? {
+            match framing.receive()? {
                 Incoming::Message(message) => {
                     let mut outbox = Outbox::default();
                     let handled = self.session.handle(message, &mut outbox);
                     out.append(&mut outbox.to_workers);
                     handled?;
-                    self.framing.send(&outbox.replies, outbox.reply_fd)?;
+                    framing.send(&outbox.replies, outbox.reply_fd)?;
                 }
                 Incoming::Later => return Ok(Driven::Waits),
                 Incoming::End => return Ok(Driven::Ended(None)),
@@ -111,7 +138,10 @@ impl Connection {
                 return Driven::Waits;
             }
             Ok(false) if self.stage != Stage::Open => return Driven::Waits,
-            Ok(false) => self.framing.send(&outbox.replies, outbox.reply_fd),
+            Ok(false) => match &mut self.framing {
+                Some(framing) => framing.send(&outbox.replies, outbox.reply_fd),
+                None => Ok(()),
+            },
             Err(error) => Err(error),
         };
         match sent {

@@ -4,7 +4,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::Instant;
@@ -17,6 +17,7 @@ use nix::sys::socket::sockopt::PeerCredentials;
 use super::alarm::{Alarm, InWords};
 use super::balance::Weights;
 use super::connection::{Connection, Driven, ToWorkers};
+use super::patience::{Due, Waiting};
 use super::{Access, DeviceStatus, Event};
 use crate::blk::{BlkDevice, Level, QueueMetrics, ResizeError, config_space};
 use crate::log_limit::LogLimit;
@@ -62,6 +63,10 @@ pub(super) struct Device {
     accept_failed: bool,
     /// What people were told of its storage.
     alarm: Alarm,
+    /// How long it has waited for what is under way.
+    waiting: Waiting,
+    /// Workers are to give up what is under way: with the keys?
+    give_up_due: Option<bool>,
     /// Lines about frontends that come and go, and about what they did wrong.
     comings: LogLimit,
     warnings: LogLimit,
@@ -71,6 +76,11 @@ pub(super) struct Device {
 fn tokens(id: DeviceId) -> (Token, Token) {
     let base = usize::try_from(id.0).unwrap_or(usize::MAX / 4) * 2;
     (Token(base), Token(base + 1))
+}
+
+/// Whether a token is that of a connection.
+pub(super) fn is_connection(token: Token) -> bool {
+    !token.0.is_multiple_of(2)
 }
 
 /// The device that a token belongs to.
@@ -108,6 +118,8 @@ impl Device {
             look_again: false,
             accept_failed: false,
             alarm: Alarm::default(),
+            waiting: Waiting::default(),
+            give_up_due: None,
             comings: LogLimit::new(),
             warnings: LogLimit::new(),
         })
@@ -139,7 +151,7 @@ impl Device {
     }
 
     pub(super) fn is_connected(&self) -> bool {
-        self.connection.is_some()
+        self.connection.as_ref().is_some_and(|c| c.fd().is_some())
     }
 
     pub(super) fn is_gone(&self) -> bool {
@@ -151,12 +163,18 @@ impl Device {
         std::mem::take(&mut self.detach_due)
     }
 
+    /// Whether the workers are to give up what is under way, and with the keys; says so once.
+    pub(super) fn wants_give_up(&mut self) -> Option<bool> {
+        self.give_up_due.take()
+    }
+
     /// Whether something is to be tried again soon: a frontend waits that could not be accepted, the
     /// volume is somebody else's, or a frontend has not been told of a change.
     pub(super) fn wants_retry(&self) -> bool {
         let session = self.connection.as_ref().map(|c| &c.session);
         self.accept_failed
             || self.alarm.is_raised()
+            || self.waiting.goes_on()
             || session.is_some_and(|s| s.waits_for_volume() || s.backend_is_due())
     }
 
@@ -182,7 +200,7 @@ impl Device {
         };
         let (running_queues, retired_queues) = connection.session.queues();
         DeviceStatus {
-            connected: true,
+            connected: connection.fd().is_some(),
             running_queues,
             retired_queues,
             fault: connection.session.trouble().map(str::to_owned),
@@ -192,8 +210,11 @@ impl Device {
     }
 
     /// Its listener or its connection is ready; both are looked at.
-    pub(super) fn ready(&mut self, out: &mut ToWorkers) {
+    pub(super) fn ready(&mut self, frontend_gone: bool, out: &mut ToWorkers) {
         if let Some(connection) = &mut self.connection {
+            if frontend_gone {
+                connection.peer_is_gone();
+            }
             let driven = connection.drive(out);
             self.note(driven);
         }
@@ -246,6 +267,7 @@ impl Device {
     ) -> bool {
         let id = self.facts.id;
         self.look_at_health(events);
+        self.look_at_patience(registry, events);
         if self.connection.as_ref().is_some_and(Connection::is_closed) {
             self.drop_connection(registry);
             events.push(Event::Disconnected { id });
@@ -277,6 +299,36 @@ impl Device {
                 false
             }
             _ => false,
+        }
+    }
+
+    /// Gives up what has been waited for too long.
+    fn look_at_patience(&mut self, registry: &Registry, events: &mut Vec<Event>) {
+        let connection = self.connection.as_ref();
+        let closing = connection.is_some_and(Connection::is_closing);
+        let leaving = matches!(self.stage, Stage::Leaving | Stage::Detaching(_));
+        let give_up = self.facts.device.health.patience().give_up;
+        let now = Instant::now();
+        match self.waiting.look(now, (closing, leaving), give_up) {
+            None => {}
+            Some(Due::GiveUp { wipe }) => {
+                self.warn("what is under way has not ended, and is given up");
+                self.give_up_due = Some(wipe);
+                self.hang_up(registry);
+            }
+            Some(Due::Tell) => events.push(Event::GivenUp {
+                id: self.facts.id,
+                requests: self.facts.device.health.summary().old,
+            }),
+        }
+    }
+
+    fn hang_up(&mut self, registry: &Registry) {
+        if let Some(connection) = &mut self.connection {
+            if let Some(fd) = connection.fd() {
+                let _ = registry.deregister(&mut SourceFd(&fd));
+            }
+            connection.hang_up();
         }
     }
 
@@ -340,8 +392,9 @@ impl Device {
     fn connect(&self, stream: UnixStream, registry: &Registry) -> io::Result<Connection> {
         let connection = Connection::new(stream, self.facts.clone())?;
         let (_, token) = tokens(self.facts.id);
-        let fd = connection.as_fd().as_raw_fd();
-        registry.register(&mut SourceFd(&fd), token, CONNECTION)?;
+        if let Some(fd) = connection.fd() {
+            registry.register(&mut SourceFd(&fd), token, CONNECTION)?;
+        }
         Ok(connection)
     }
 
@@ -368,9 +421,8 @@ impl Device {
     }
 
     fn drop_connection(&mut self, registry: &Registry) {
-        if let Some(connection) = self.connection.take() {
-            let fd = connection.as_fd().as_raw_fd();
-            let _ = registry.deregister(&mut SourceFd(&fd));
+        self.hang_up(registry);
+        if self.connection.take().is_some() {
             self.look_again = false;
             if self.comings.allows() {
                 tracing::info!("frontend disconnected from {}", self.label);
@@ -391,10 +443,9 @@ impl Device {
     /// Has the loop come back to a connection that has had its turn.
     pub(super) fn come_back(&mut self, registry: &Registry) {
         if std::mem::take(&mut self.look_again)
-            && let Some(connection) = &self.connection
+            && let Some(fd) = self.connection.as_ref().and_then(Connection::fd)
         {
             let (_, token) = tokens(self.facts.id);
-            let fd = connection.as_fd().as_raw_fd();
             let again = registry.reregister(&mut SourceFd(&fd), token, CONNECTION);
             self.report_unwatched(again);
         }

@@ -18,6 +18,7 @@ mod balance;
 mod connection;
 mod device;
 mod moves;
+mod patience;
 mod placement;
 
 use std::cell::Cell;
@@ -95,6 +96,15 @@ pub enum Event {
         id: DeviceId,
         /// Whether.
         result: Result<(), String>,
+    },
+    /// It goes, and its storage does not answer: nothing of it is served, its connection is closed and its workers
+    /// have no key of it, but requests are still with the kernel. [`Event::Detached`] follows when they have
+    /// ended. Until then nobody may write to its storage by another way.
+    GivenUp {
+        /// Which.
+        id: DeviceId,
+        /// Requests that are left.
+        requests: u32,
     },
     /// Nothing of it is left: no queue, no descriptor, no key in any worker.
     Detached {
@@ -357,7 +367,10 @@ impl Server {
                 match event.token() {
                     REPLIES => self.take_replies(),
                     token if token.0 >= MANAGER_TOKENS => manager.ready(&mut self, token),
-                    token => self.ready(token),
+                    token => {
+                        let gone = event.is_write_closed() && device::is_connection(token);
+                        self.ready(token, gone);
+                    }
                 }
             }
             if tried.elapsed() >= RETRY {
@@ -393,11 +406,11 @@ impl Server {
         }
     }
 
-    fn ready(&mut self, token: Token) {
+    fn ready(&mut self, token: Token, frontend_gone: bool) {
         let id = device::id_of(token);
         let mut out = ToWorkers::new();
         if let Some(device) = self.devices.get_mut(&id) {
-            device.ready(&mut out);
+            device.ready(frontend_gone, &mut out);
         }
         self.settle(id, out);
     }
@@ -437,6 +450,11 @@ impl Server {
                 return;
             };
             let more = device.advance(self.poll.registry(), &mut out, &mut self.events);
+            if let Some(wipe) = device.wants_give_up() {
+                for worker in &self.workers {
+                    worker.send(ToWorker::GiveUp { id, wipe });
+                }
+            }
             if device.wants_detach() {
                 for worker in &self.workers {
                     worker.send(ToWorker::Detach { id });

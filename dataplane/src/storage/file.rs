@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::stat::{FileStat, SFlag, fstat};
-use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use nix::sys::statfs::{FUSE_SUPER_MAGIC, TMPFS_MAGIC, fstatfs};
 
 use super::Topology;
 
@@ -64,6 +64,8 @@ pub struct FileSpec {
     pub offset_align_bytes: u32,
     /// Its bytes are memory: it lies on tmpfs, or is a memfd.
     pub in_memory: bool,
+    /// Its file system makes whoever begins a transfer wait for its end, asked not to or not: FUSE, of Linux 6.18.
+    pub off_thread: bool,
     /// What it likes best.
     pub topology: Topology,
 }
@@ -115,6 +117,7 @@ impl FileSpec {
             memory_align_bytes: memory.max(1),
             offset_align_bytes: offset.max(1),
             in_memory: file_system.filesystem_type() == TMPFS_MAGIC,
+            off_thread: file_system.filesystem_type() == FUSE_SUPER_MAGIC,
             topology,
         })
     }

@@ -17,8 +17,13 @@ pub(super) struct UringStorage {
 
 impl UringStorage {
     pub(super) fn open(spec: &FileSpec, ring: &mut Ring) -> io::Result<Self> {
+        let file = ring.register_file(spec.as_fd())?;
         Ok(Self {
-            file: ring.register_file(spec.as_fd())?,
+            file: if spec.off_thread {
+                file.off_thread()
+            } else {
+                file
+            },
             limits: Limits {
                 memory_align_bytes: spec.memory_align_bytes,
                 length_align_bytes: spec.offset_align_bytes,

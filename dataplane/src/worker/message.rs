@@ -104,6 +104,15 @@ pub enum ToWorker {
         /// Its number.
         id: DeviceId,
     },
+    /// A device whose queues were all told to stop is not waited for any longer: what the kernel has of it is
+    /// cancelled where that is possible, and nothing more is said to its guest. Not answered: its queues have
+    /// stopped when the kernel has given everything back.
+    GiveUp {
+        /// Its number.
+        id: DeviceId,
+        /// It does not come back: its keys are wiped.
+        wipe: bool,
+    },
     /// Serve a queue. Answered by [`FromWorker::Started`] or [`FromWorker::StartFailed`].
     Start(Box<QueueStart>),
     /// Take no more requests, finish what is in flight, give the queue up. Answered by

@@ -33,6 +33,11 @@ const SUBMISSION_ENTRIES: u32 = 256;
 /// Segments of a transfer that each entry has room for from the start, so that a busier moment than
 /// any before does not allocate.
 const USUAL_SEGMENTS: usize = 4;
+/// Threads that the kernel may have at a time for what a worker's ring can't begin without waiting: flushes, file
+/// systems that make who begins a transfer wait, disks whose queue is full. They come as they are needed. The
+/// kernel's own limit is four for each CPU: so many requests of a volume that hangs would leave none for the
+/// flushes of the others.
+const MAX_THREADS: u32 = 1024;
 /// Fixed files at most: volumes, kicks and calls.
 const MAX_FILES: u32 = 8192;
 /// The kernel's limit on segments of one transfer (`UIO_MAXIOV`).
@@ -46,7 +51,22 @@ const NO_ENTRY: u64 = u64::MAX;
 
 /// Number of a file in the ring's table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct FixedFile(u32);
+pub struct FixedFile {
+    number: u32,
+    off_thread: bool,
+}
+
+impl FixedFile {
+    /// The same, with everything that is done with it begun by a thread of the kernel's: its file system makes
+    /// whoever begins a transfer wait for its end.
+    #[must_use]
+    pub fn off_thread(self) -> Self {
+        Self {
+            off_thread: true,
+            ..self
+        }
+    }
+}
 
 /// What is done with an eventfd. Such an entry may end late or never: it waits for whoever has the
 /// eventfd's other end.
@@ -149,6 +169,8 @@ impl Ring {
             }
             Err(e) => return Err(e),
         };
+        // Before the restrictions, which don't let it be changed.
+        submitter.register_iowq_max_workers(&mut [MAX_THREADS, 0])?;
         let files = file_slots()?;
         submitter.register_files_sparse(files)?;
         submitter.register_restrictions(&mut restrictions())?;
@@ -186,7 +208,10 @@ impl Ring {
             .ok_or_else(|| io::Error::from_raw_os_error(libc::ENFILE))?;
         let submitter = self.uring.submitter();
         match submitter.register_files_update(index, &[fd.as_raw_fd()]) {
-            Ok(_) => Ok(FixedFile(index)),
+            Ok(_) => Ok(FixedFile {
+                number: index,
+                off_thread: false,
+            }),
             Err(error) => {
                 self.free_files.push(index);
                 Err(error)
@@ -201,8 +226,8 @@ impl Ring {
             self.enter();
         }
         let submitter = self.uring.submitter();
-        match submitter.register_files_update(file.0, &[-1]) {
-            Ok(_) => self.free_files.push(file.0),
+        match submitter.register_files_update(file.number, &[-1]) {
+            Ok(_) => self.free_files.push(file.number),
             // The number is lost, the file stays open: better than using it for another one.
             Err(error) => tracing::error!("a fixed file can't be taken off its ring: {error}"),
         }
@@ -257,7 +282,20 @@ impl Ring {
         let sqe = opcode::AsyncCancel::new(u64::from(id.0))
             .build()
             .user_data(NO_ENTRY);
-        self.queue_sqe(sqe);
+        self.queue_sqe(sqe.flags(Flags::FIXED_FILE));
+    }
+
+    /// Asks for the end of the transfers whose tokens are `its`, as [`Ring::cancel`] does.
+    pub fn cancel_transfers(&mut self, its: impl Fn(u64) -> bool) {
+        let is_its = |entry: &Entry| {
+            let of = entry.in_flight.as_ref();
+            of.is_some_and(|of| matches!(of.job, Job::Transfer(_)) && its(of.token))
+        };
+        let ids: Vec<u32> = (0u32..)
+            .zip(self.entries.iter())
+            .filter_map(|(id, entry)| is_its(entry).then_some(id))
+            .collect();
+        ids.into_iter().for_each(|id| self.cancel(EntryId(id)));
     }
 
     /// Puts the submission queue entry of a table entry into the queue.
@@ -277,7 +315,6 @@ impl Ring {
 
     #[inline]
     fn queue_sqe(&mut self, sqe: squeue::Entry) {
-        let sqe = sqe.flags(Flags::FIXED_FILE);
         loop {
             // SAFETY: the entry's buffers lie in the table (or are nothing) until its completion.
             if unsafe { self.uring.submission().push(&sqe) }.is_ok() {
@@ -407,8 +444,8 @@ fn restrictions() -> Vec<Restriction> {
         Restriction::sqe_op(opcode::Fallocate::CODE),
         // A kick that is no longer waited for, a call that can't be made.
         Restriction::sqe_op(opcode::AsyncCancel::CODE),
-        // Nothing but files of the table, and no other flag.
-        Restriction::sqe_flags_allowed(fixed),
+        // Nothing but files of the table; begun by another thread where a file system makes who begins wait.
+        Restriction::sqe_flags_allowed(fixed | Flags::ASYNC.bits()),
         Restriction::sqe_flags_required(fixed),
     ]
 }

@@ -174,6 +174,11 @@ impl Worker {
         match message {
             ToWorker::Attach { id, device } => self.attach(id, device),
             ToWorker::Detach { id } => self.detach(id),
+            ToWorker::GiveUp { id, wipe } => {
+                if let Some(local) = self.devices.get(&id).map(Rc::clone) {
+                    self.pipeline.give_up(&local, wipe);
+                }
+            }
             ToWorker::Start(start) => self.start(*start),
             ToWorker::Stop { queue } => self.stop(queue),
             ToWorker::Move { queue } => self.begin_move(queue),
@@ -275,7 +280,9 @@ impl Worker {
         let id = start.queue;
         let (kick, call) = (start.kick.take(), start.call.take());
         let started = match (self.devices.get(&id.device), self.numbers.get(&id)) {
+            (Some(local), None) if local.is_wiped() => Err("its keys were wiped".to_owned()),
             (Some(local), None) => {
+                local.take_up();
                 Queue::new(start, Rc::clone(local)).map_err(|error| error.to_string())
             }
             (None, _) => Err("the device is not attached".to_owned()),
@@ -471,7 +478,11 @@ fn note(
 ) {
     let queue = queues.get_mut(number as usize).and_then(Option::as_mut);
     if let Some(queue) = queue {
-        queue.ended(head, outcome);
+        if queue.local.is_given_up() {
+            queue.ring.abandon(head);
+        } else {
+            queue.ended(head, outcome);
+        }
     } else if number < flush::FIRST {
         return;
     }

@@ -14,7 +14,9 @@ use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use bulkhead_crypto::SecretMemory;
-use bulkhead_protocol::control::{AgentToDataplane, DataplaneToAgent, VolumeStatus, WorkersStatus};
+use bulkhead_protocol::control::{
+    AgentToDataplane, DataplaneToAgent, StorageState, VolumeStatus, WorkersStatus,
+};
 use bulkhead_protocol::keys::{DataplaneToKeyd, KeydToDataplane, VolumeGrant};
 use bulkhead_protocol::limits::Limits;
 use bulkhead_protocol::process::{ROT_ENV, ROT_FD};
@@ -36,6 +38,8 @@ pub struct Host {
     pub agent: Channel,
     pub dir: TempDir,
     request_id: u64,
+    /// What was said unasked about the storage of volumes.
+    pub storage_said: Vec<(VolumeId, StorageState)>,
 }
 
 /// Volume number `n`.
@@ -133,6 +137,7 @@ impl Host {
             agent: Channel::pair().expect("socketpair").0,
             dir: TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).expect("directory"),
             request_id: 0,
+            storage_said: Vec::new(),
         };
         host.keyd = host.introduce(Role::Keyd, 1, &pidfd_of(std::process::id()));
         host.agent = host.introduce(Role::Agent, 1, &pidfd_of(std::process::id()));
@@ -162,7 +167,7 @@ impl Host {
         self.rot.send(message, fds).expect("rot's channel");
     }
 
-    fn socket_path(&self, n: u8) -> PathBuf {
+    pub fn socket_path(&self, n: u8) -> PathBuf {
         self.dir.path().join(socket(n).as_str())
     }
 
@@ -230,13 +235,25 @@ impl Host {
         self.request_id += 1;
         let message = make(self.request_id);
         self.agent.send(&message, fds).expect("the agent's channel");
-        let answer = self.agent.receive::<DataplaneToAgent>();
-        match answer.expect("an answer to the agent").message {
+        match self.answer() {
             DataplaneToAgent::Done { request_id } if request_id == self.request_id => Ok(()),
             DataplaneToAgent::Refused { request_id, reason } if request_id == self.request_id => {
                 Err(reason)
             }
             other => panic!("not an answer to request {}: {other:?}", self.request_id),
+        }
+    }
+
+    /// The next answer to the agent.
+    fn answer(&mut self) -> DataplaneToAgent {
+        loop {
+            let answer = self.agent.receive::<DataplaneToAgent>();
+            match answer.expect("an answer to the agent").message {
+                DataplaneToAgent::Storage { volume, status } => {
+                    self.storage_said.push((volume, status.state));
+                }
+                answer => return answer,
+            }
         }
     }
 
@@ -259,6 +276,24 @@ impl Host {
         let volume = volume(n);
         let make = |request_id| AgentToDataplane::Detach { request_id, volume };
         self.ask(make, &[])
+    }
+
+    /// Detaches a volume whose storage hangs: how many of its requests are left.
+    pub fn detach_hung(&mut self, n: u8) -> u32 {
+        self.request_id += 1;
+        let request_id = self.request_id;
+        let message = AgentToDataplane::Detach {
+            request_id,
+            volume: volume(n),
+        };
+        self.agent.send(&message, &[]).expect("the agent's channel");
+        match self.answer() {
+            DataplaneToAgent::GivenUp {
+                request_id: id,
+                requests,
+            } if id == request_id => requests,
+            other => panic!("not given up: {other:?}"),
+        }
     }
 
     pub fn prepare_remove(&mut self, n: u8, force: bool) -> Result<(), String> {
@@ -297,8 +332,7 @@ impl Host {
         let request_id = self.request_id;
         let message = AgentToDataplane::Status { request_id };
         self.agent.send(&message, &[]).expect("the agent's channel");
-        let answer = self.agent.receive::<DataplaneToAgent>().expect("status");
-        match answer.message {
+        match self.answer() {
             DataplaneToAgent::Status {
                 request_id: id,
                 volumes,

@@ -3,9 +3,11 @@
 
 mod files;
 mod harness;
+mod hung;
 mod limits;
 mod memory;
 mod rekey;
+mod stuck;
 mod workers;
 
 use std::io::Read;

@@ -80,6 +80,13 @@ impl Ages {
         }
     }
 
+    /// A look is due with the next turn.
+    pub(super) fn look_soon(&mut self) {
+        self.next_look_ns = 0;
+        // Read with the next turn, whether something ends in it or not.
+        self.turns = TURNS_PER_READ - 1;
+    }
+
     fn at(&self, ns: u64) -> Instant {
         self.start + Duration::from_nanos(ns)
     }
@@ -172,7 +179,8 @@ impl Pipeline {
             let Some(local) = flight.local.as_ref().filter(|_| *began > 0) else {
                 continue;
             };
-            if now.saturating_sub(*began) < local.device.health.slow_ns() {
+            let is_old = now.saturating_sub(*began) >= local.device.health.slow_ns();
+            if !is_old && !local.is_given_up() {
                 continue;
             }
             let mut found = local.tally.found.get();

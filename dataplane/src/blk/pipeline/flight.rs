@@ -8,6 +8,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::ageing::Tally;
+use super::give_up::GivenUp;
 use super::zone::Zone;
 use crate::blk::Keys;
 use crate::blk::device::{BlkDevice, SECTOR_BYTES};
@@ -49,6 +50,7 @@ pub struct Local {
     pub(super) flush_number: Cell<u64>,
     /// How long its requests take.
     pub(super) tally: Tally,
+    pub(super) given_up: GivenUp,
 }
 
 impl Local {
@@ -74,6 +76,7 @@ impl Local {
             settling: Cell::new(0),
             flush_number: Cell::new(0),
             tally: Tally::default(),
+            given_up: GivenUp::default(),
         })
     }
 

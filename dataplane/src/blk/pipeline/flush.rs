@@ -11,7 +11,7 @@
 use std::rc::Rc;
 
 use super::flight::{Landed, Local, Stage};
-use super::{Pipeline, report};
+use super::{Pipeline, report, was_cancelled};
 use crate::storage::Transfer;
 
 impl Pipeline {
@@ -74,6 +74,7 @@ impl Pipeline {
                 local.device.settle(local.settling.get());
                 local.device.flush_succeeded(local.flush_number.get());
             }
+            Err(errno) if was_cancelled(local, errno) => {}
             Err(errno) => {
                 // Latched before the next flush can begin.
                 local.device.latch_flush_failure();

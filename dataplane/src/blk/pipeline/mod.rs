@@ -14,6 +14,7 @@ pub mod ageing;
 mod at_once;
 mod flight;
 mod flush;
+mod give_up;
 mod ranges;
 mod transfers;
 mod waiting;
@@ -218,6 +219,16 @@ impl Pipeline {
             debug_assert!(false, "a transfer of no flight");
             return true;
         };
+        // A flush comes after everything else has ended.
+        if local.is_given_up() && transfer.action != Action::Flush {
+            let done = Err(libc::ECANCELED);
+            self.ended.push_back(Completion {
+                token,
+                transfer,
+                done,
+            });
+            return true;
+        }
         match local.storage.begin(&mut self.ring, token, transfer) {
             Begin::Later => {}
             Begin::Held => {
@@ -291,6 +302,7 @@ impl Pipeline {
         if let Err(errno) = result
             && is_temporary(transfer.action, errno)
             && transfer.retries < MAX_RETRIES
+            && !flight.failed
         {
             transfer.retries += 1;
             self.give(token, transfer);
@@ -316,7 +328,8 @@ impl Pipeline {
             report(flight.operation, errno);
         }
         // A frontend that takes guest memory away (EFAULT) says nothing about the storage.
-        if action == (Action::Write { durable: true }) && errno != libc::EFAULT {
+        let durable = action == (Action::Write { durable: true });
+        if durable && errno != libc::EFAULT && !was_cancelled(local, errno) {
             // What it did not make stable, no flush can say to be.
             local.device.latch_flush_failure();
         }
@@ -352,7 +365,10 @@ impl Pipeline {
         } else {
             Outcome::ok(flight.operation, flight.bytes)
         };
-        flight.chain.writable.write_last_byte(outcome.status as u8);
+        let given_up = flight.local.as_ref().is_some_and(|of| of.is_given_up());
+        if !given_up {
+            flight.chain.writable.write_last_byte(outcome.status as u8);
+        }
         let landed = Landed {
             queue: flight.queue,
             head: flight.head,
@@ -377,6 +393,12 @@ pub(crate) fn is_temporary(action: Action, errno: i32) -> bool {
         Action::Write { durable: true } => matches!(errno, libc::EAGAIN | libc::EINTR),
         _ => matches!(errno, libc::EAGAIN | libc::EINTR | libc::ENOMEM),
     }
+}
+
+/// Whether a transfer ended because it was cancelled: nobody was told of anything by it, and nothing that was
+/// completed is lost.
+fn was_cancelled(local: &Local, errno: i32) -> bool {
+    local.is_given_up() && matches!(errno, libc::ECANCELED | libc::EINTR)
 }
 
 /// Whether a storage can transfer a buffer as it lies.

@@ -53,6 +53,11 @@ impl Local {
         self.zone.parked.get() >= MOST_PARKED
     }
 
+    /// None of its requests is parked any more.
+    pub(super) fn unpark(&self) {
+        self.zone.parked.set(0);
+    }
+
     /// Whether a request has to keep off the zone.
     #[inline]
     pub(super) fn keeps_off(&self, offset_bytes: u64, bytes: u64) -> bool {
@@ -182,6 +187,8 @@ impl Pipeline {
 
     /// Other keys for the same bytes, from now on: with a re-key, all of them are under the previous one.
     pub fn set_ciphers(&mut self, local: &Rc<Local>, ciphers: &Ciphers) {
-        *local.keys.borrow_mut() = Some(Keys::new(ciphers));
+        if !local.is_wiped() {
+            *local.keys.borrow_mut() = Some(Keys::new(ciphers));
+        }
     }
 }

@@ -134,7 +134,7 @@ fn escape_ring_a_descriptor_that_is_not_registered_is_refused() {
         let at = (&raw mut word).cast::<u8>();
         let by_number = (0..64).map(|fd| opcode::Read::new(Fd(fd), at, 8).build());
         let by_number: Vec<i32> = by_number.map(|entry| result_of(ring, &entry)).collect();
-        let read = opcode::Read::new(Fixed(file.0), at, 8).build();
+        let read = opcode::Read::new(Fixed(file.number), at, 8).build();
         (by_number, result_of(ring, &read.flags(Flags::FIXED_FILE)))
     });
     assert_eq!(plain, [-libc::EACCES; 64]);
@@ -144,8 +144,8 @@ fn escape_ring_a_descriptor_that_is_not_registered_is_refused() {
 #[test]
 fn escape_ring_other_flags_are_refused() {
     let results = locked_in(|ring, file| {
-        let flush = opcode::Fsync::new(Fixed(file.0)).build();
-        [Flags::IO_LINK, Flags::ASYNC, Flags::IO_DRAIN]
+        let flush = opcode::Fsync::new(Fixed(file.number)).build();
+        [Flags::IO_LINK, Flags::IO_HARDLINK, Flags::IO_DRAIN]
             .map(|flag| result_of(ring, &flush.clone().flags(Flags::FIXED_FILE | flag)))
     });
     assert_eq!(results, [-libc::EACCES; 3]);

@@ -2,8 +2,9 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use io_uring::opcode;
+use io_uring::squeue::{self, Flags};
 use io_uring::types::{Fixed, FsyncFlags};
-use io_uring::{opcode, squeue};
 
 use super::{Entry, Event, Job};
 use crate::memory::Piece;
@@ -15,8 +16,19 @@ const RWF_DSYNC: i32 = 0x2;
 /// The kernel's form of an entry.
 #[inline]
 pub(super) fn submission(entry: &mut Entry, registered: bool) -> Option<squeue::Entry> {
+    let off_thread = entry.in_flight.as_ref()?.file.off_thread;
+    let flags = if off_thread {
+        Flags::FIXED_FILE | Flags::ASYNC
+    } else {
+        Flags::FIXED_FILE
+    };
+    Some(operation(entry, registered)?.flags(flags))
+}
+
+#[inline]
+fn operation(entry: &mut Entry, registered: bool) -> Option<squeue::Entry> {
     let in_flight = entry.in_flight.as_ref()?;
-    let file = Fixed(in_flight.file.0);
+    let file = Fixed(in_flight.file.number);
     let transfer = match &in_flight.job {
         Job::Transfer(transfer) => transfer,
         Job::Event(Event::Wait) => {
