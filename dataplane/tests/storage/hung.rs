@@ -8,7 +8,8 @@ use bulkhead_dataplane::storage::{DelaySpec, RamSpec, StorageSpec};
 
 use crate::rig::{OK, Op, PATIENCE, Rig, SECTORS, Shape};
 
-const SHORT: Patience = Patience {
+/// A worker that is soon heard of.
+pub const SHORT: Patience = Patience {
     slow: Duration::from_millis(50),
     hung: Duration::from_millis(400),
     give_up: Duration::from_millis(300),
@@ -21,7 +22,8 @@ pub fn hanging() -> (Arc<DelaySpec>, StorageSpec) {
     (Arc::clone(&spec), StorageSpec::Delay(spec))
 }
 
-fn wait_for(rig: &Rig, what: &str, is_so: impl Fn(Summary) -> bool) -> Summary {
+/// Waits until the workers see something of the storage.
+pub fn wait_for(rig: &Rig, what: &str, is_so: impl Fn(Summary) -> bool) -> Summary {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let summary = rig.device.health.summary();

@@ -12,7 +12,7 @@ use bulkhead_dataplane::blk::{BlkDevice, Cipher, Geometry};
 use bulkhead_dataplane::memory::{GuestMemory, anonymous};
 use bulkhead_dataplane::storage::StorageSpec;
 use bulkhead_dataplane::worker::message::{
-    DeviceId, FromWorker, QueueId, QueueStart, RingLayout, ToWorker,
+    DeviceId, FromWorker, MovedQueue, QueueId, QueueStart, RingLayout, ToWorker,
 };
 use bulkhead_dataplane::worker::{Replies, WorkerConfig, WorkerHandle, start};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -72,6 +72,8 @@ pub struct Rig {
     memory: Option<Arc<GuestMemory>>,
     guest: File,
     queues: Vec<Queue>,
+    /// Which worker has each queue.
+    at: Vec<usize>,
     pub device: Arc<BlkDevice>,
     /// How often workers have said that the storage does better or worse.
     health_said: Cell<u32>,
@@ -129,7 +131,8 @@ pub fn key() -> XtsKey {
     XtsKey::new(&arena, &key).expect("key")
 }
 
-fn queue_id(index: u16) -> QueueId {
+/// A queue of the device.
+pub fn queue_id(index: u16) -> QueueId {
     QueueId {
         device: DeviceId(1),
         index,
@@ -184,6 +187,7 @@ impl Rig {
             memory: Some(Arc::new(memory)),
             guest: fd.into(),
             queues: Vec::new(),
+            at: Vec::new(),
             device,
             health_said: Cell::new(0),
         };
@@ -230,6 +234,7 @@ impl Rig {
                 call: dup(&queue.call),
                 error: None,
             };
+            self.at.push(usize::from(index) % self.workers.len());
             self.worker(index).send(ToWorker::Start(Box::new(start)));
             assert!(matches!(self.reply(), FromWorker::Started { .. }));
             self.queues.push(queue);
@@ -237,7 +242,60 @@ impl Rig {
     }
 
     fn worker(&self, queue: u16) -> &WorkerHandle {
-        &self.workers[usize::from(queue) % self.workers.len()]
+        &self.workers[self.at[usize::from(queue)]]
+    }
+
+    /// Says something to the worker of a queue.
+    pub fn tell(&self, queue: u16, message: ToWorker) {
+        self.worker(queue).send(message);
+    }
+
+    /// Says something to a worker.
+    pub fn tell_worker(&self, worker: usize, message: ToWorker) {
+        self.workers[worker].send(message);
+    }
+
+    /// Has a queue's worker give it away once it has drained.
+    pub fn take_off(&self, queue: u16) -> Box<MovedQueue> {
+        let id = queue_id(queue);
+        self.tell(queue, ToWorker::Move { queue: id });
+        match self.reply() {
+            FromWorker::Moved(moved) if moved.queue == id => moved,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Gives a queue that was taken off to the next worker.
+    pub fn land(&mut self, moved: Box<MovedQueue>) {
+        let (queue, workers) = (moved.queue.index, self.workers.len());
+        let at = &mut self.at[usize::from(queue)];
+        *at = (*at + 1) % workers;
+        self.tell(queue, ToWorker::Resume(moved));
+    }
+
+    /// What a worker has said already; none: nothing.
+    pub fn said(&self) -> Option<FromWorker> {
+        loop {
+            match self.replies.next() {
+                Some(FromWorker::Health { .. }) => self.health_said.update(|n| n + 1),
+                other => return other,
+            }
+        }
+    }
+
+    /// The event that a queue's driver is called with.
+    pub fn call(&self, queue: u16) -> &EventFd {
+        &self.queues[usize::from(queue)].call
+    }
+
+    /// Takes all of guest memory away.
+    pub fn cut_off(&self) {
+        self.guest.set_len(0).expect("truncate");
+    }
+
+    /// Makes a head available that can't be.
+    pub fn break_ring(&mut self, queue: u16) {
+        self.publish(queue, SPAN * u64::from(queue), SIZE);
     }
 
     /// What a worker, or the rekeyer, says next.
