@@ -5,7 +5,8 @@
 //! a part of its own, then reads all of it; `rounds DEVICE` does the like for ever and counts, and keeps
 //! much of what it has read in memory that nobody but the disk writes to, and looks at it again and again;
 //! `fill DEVICE FROM BYTES SEED` writes a pattern that `expect` with the same words finds again;
-//! `zeroes DEVICE FROM BYTES` expects zeroes. Exit code 0: all was as it has to be.
+//! `zeroes DEVICE FROM BYTES` expects zeroes; `reads DEVICE NAME` reads blocks for ever, one after the other,
+//! and says every tenth of a second how many there were so far (`NAME=count`). Exit code 0: all was as it has to be.
 //!
 //! UNSAFETY: two ioctls take a pointer to two integers that live through the call.
 #![expect(unsafe_code, reason = "BLKDISCARD and BLKZEROOUT")]
@@ -15,6 +16,7 @@ use std::io::{self, Seek as _, SeekFrom};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use bulkhead_integration::random::{Random, STAMP_BLOCK, stamp};
 
@@ -109,6 +111,7 @@ fn run(words: &[&str]) -> io::Result<()> {
         ["expect", device, from, bytes, seed] => {
             pattern(device, number(from)?, number(bytes)?, number(seed)?, false)
         }
+        ["reads", device, name] => reads(device, name),
         ["zeroes", device, from, bytes] => zeroes(device, number(from)?, number(bytes)?),
         _ => Err(io::Error::other("the words are not understood")),
     }
@@ -164,6 +167,22 @@ fn rounds(device: &str) -> io::Result<()> {
         kept.iter_mut().try_for_each(Kept::verify)?;
         part.verify_all()?;
         println!("round={round}");
+    }
+    Ok(())
+}
+
+fn reads(device: &str, name: &str) -> io::Result<()> {
+    let (file, blocks) = open(device)?;
+    let mut buffer = Buffer::new(1);
+    let mut random = Random::new(1);
+    let mut said = Instant::now();
+    for count in 1_u64.. {
+        let offset = (random.index(blocks) * BLOCK) as u64;
+        file.read_exact_at(buffer.blocks(1), offset)?;
+        if said.elapsed() >= Duration::from_millis(100) {
+            said = Instant::now();
+            println!("{name}={count}");
+        }
     }
     Ok(())
 }

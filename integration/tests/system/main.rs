@@ -7,6 +7,7 @@ mod dmcrypt;
 mod dmcrypt_kernels;
 mod guests;
 mod isolation;
+mod limits;
 mod migration;
 mod refusals;
 mod rekey;
@@ -15,6 +16,7 @@ mod shred;
 mod support;
 mod volumes;
 mod whole_disk;
+mod workers;
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -47,6 +49,8 @@ fn main() {
         rekey::TESTS,
         rekey_dmcrypt::TESTS,
         isolation::TESTS,
+        limits::TESTS,
+        workers::TESTS,
         shred::TESTS,
     ];
     let mut trials = Vec::new();
