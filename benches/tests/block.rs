@@ -49,7 +49,7 @@ fn the_quick_form_writes_every_row() {
         .collect();
     assert_eq!(all.len(), rows.len(), "a case has a row for each peer");
     storages(&all);
-    for part in ["devices, ", "idle, ", "workers, "] {
+    for part in ["devices, ", "idle, ", "workers, ", "limits, "] {
         assert!(
             all.iter().any(|(case, ..)| case.starts_with(part)),
             "{part}"

@@ -9,10 +9,10 @@ use bulkhead_crypto::{DataUnit, SecretArena, XtsKey};
 use bulkhead_integration::random::Random;
 use memmap2::{Advice, MmapMut};
 
-use super::BlockError;
 use super::bench::Bench;
 use super::shape::Shape;
 use super::side::Side;
+use super::{BlockError, thread};
 use crate::serve::cpus;
 
 /// What is done to a request's bytes.
@@ -50,17 +50,16 @@ impl<'a> Side<'a> {
         let mut alone = Alone::new(shape, work, other)?;
         Ok(Self::new(move || {
             std::thread::scope(|scope| {
-                let alone = &mut alone;
-                let thread = scope.spawn(move || {
+                let own = &mut alone;
+                let alone = scope.spawn(move || {
                     cpus::pin(&[bench.worker_cpu]).map_err(|e| BlockError::Program {
                         what: "binding a thread to its CPU".to_owned(),
                         source: std::io::Error::other(e),
                     })?;
-                    alone.run(bench.pace.warm_up / 4)?;
-                    alone.run(bench.pace.sample / 3)
+                    own.run(bench.pace.warm_up / 4)?;
+                    own.run(bench.pace.sample / 3)
                 });
-                let result = thread.join();
-                result.unwrap_or_else(|_| Err(BlockError::Cipher("its thread panicked".to_owned())))
+                thread::joined(alone)
             })
         }))
     }

@@ -4,13 +4,13 @@
 
 use std::time::{Duration, Instant};
 
-use super::BlockError;
 use super::backend::{self, Backend};
 use super::bench::Bench;
 use super::rounds;
 use super::shape::{SMALL, Shape};
 use super::side::{self, Side};
 use super::storages::FLOOR;
+use super::{BlockError, thread};
 use crate::figures::row::{Point, Row, Unit};
 
 mod usage;
@@ -183,12 +183,7 @@ fn watched(bench: &Bench, served: &Backend, rate: &str) -> Result<Watched, Block
         let (before, since) = (Usage::of(served.pid()), Instant::now());
         std::thread::sleep(time);
         let (after, seconds) = (Usage::of(served.pid()), since.elapsed().as_secs_f64());
-        let report = load.join().unwrap_or_else(|_| {
-            Err(BlockError::Load {
-                case: "idle".to_owned(),
-                source: Box::new(crate::load::LoadError::Panicked),
-            })
-        })?;
+        let report = thread::joined(load)?;
         let used = after - before;
         Ok(Watched {
             seconds,

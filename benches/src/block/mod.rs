@@ -16,6 +16,8 @@
 //! | [`storages`] | null, ram, a file and tmpfs, plain and encrypted, and their targets |
 //! | [`devices`] | one worker with many devices, and with idle ones |
 //! | [`workers`] | two workers beside one |
+//! | [`qos`] | limits, groups, and a hostile neighbour |
+//! | [`thread`] | results of threads that measure |
 //! | [`header`] | what ran, and how |
 
 pub mod alone;
@@ -25,10 +27,12 @@ pub mod bench;
 pub mod devices;
 pub mod fio;
 pub mod header;
+pub mod qos;
 pub mod rounds;
 pub mod shape;
 pub mod side;
 pub mod storages;
+pub mod thread;
 pub mod workers;
 
 use std::io;
@@ -100,6 +104,7 @@ const ALL: &[(&str, Measurement)] = &[
     ("devices", devices::measure),
     ("idle", devices::idle),
     ("workers", workers::measure),
+    ("limits", qos::measure),
 ];
 
 /// Measures all that the command line wants.
