@@ -36,7 +36,9 @@ pub struct Arguments {
     /// What to serve there: null:SIZE (reads nothing, writes nothing), ram:SIZE (memory, gone at the end) or
     /// file:PATH (a file or block device). SIZE is in bytes, or with KiB, MiB, GiB or TiB. For tests:
     /// volatile-cache:PATH (a file behind a write cache that is lost when serve ends), delay=US:SPEC (another
-    /// one, each transfer up to so many microseconds later) and error=KIND/ERRNO/N:SPEC (another one of which
+    /// one, each transfer up to so many microseconds later), hang=AFTER/FOR:SPEC (another
+    /// one that begins no transfer from AFTER milliseconds after the start on, for so many milliseconds or for
+    /// `ever`) and error=KIND/ERRNO/N:SPEC (another one of which
     /// every Nth read, write, flush, discard, zero or any transfer fails with ERRNO, or is short)
     #[arg(long, value_name = "SPEC", required = true)]
     pub blk: Vec<BlkSpec>,

@@ -157,6 +157,15 @@ fn storage(backing: Backing, geometry: &Geometry) -> Result<StorageSpec, ServeEr
         Backing::Delay { most, inner } => {
             StorageSpec::Delay(DelaySpec::new(storage(*inner, geometry)?, most))
         }
+        Backing::Hang {
+            after,
+            lasts,
+            inner,
+        } => {
+            let spec = DelaySpec::new(storage(*inner, geometry)?, Duration::ZERO);
+            spec.stop_later(after, lasts);
+            StorageSpec::Delay(spec)
+        }
         Backing::Error { fault, inner } => {
             let spec = ErrorSpec::new(storage(*inner, geometry)?);
             spec.inject(fault);

@@ -98,6 +98,15 @@ pub enum Backing {
         /// The other one.
         inner: Box<Backing>,
     },
+    /// Another one that does not answer for a while.
+    Hang {
+        /// From so long after the start.
+        after: Duration,
+        /// For so long; none: for ever.
+        lasts: Option<Duration>,
+        /// The other one.
+        inner: Box<Backing>,
+    },
     /// Another one with a fault.
     Error {
         /// What is wrong with it.
@@ -116,7 +125,9 @@ impl Backing {
             | Self::Ram { bytes }
             | Self::File { bytes, .. }
             | Self::VolatileCache { bytes, .. } => *bytes,
-            Self::Delay { inner, .. } | Self::Error { inner, .. } => inner.bytes(),
+            Self::Delay { inner, .. } | Self::Hang { inner, .. } | Self::Error { inner, .. } => {
+                inner.bytes()
+            }
         }
     }
 }
@@ -296,6 +307,19 @@ fn backing(spec: &BlkSpec, read_only: bool, block_bytes: u32) -> Result<Backing,
         BlkSpec::Delay { most, inner } => {
             let inner = Box::new(backing(inner, read_only, block_bytes)?);
             return Ok(Backing::Delay { most: *most, inner });
+        }
+        BlkSpec::Hang {
+            after,
+            lasts,
+            inner,
+        } => {
+            let inner = Box::new(backing(inner, read_only, block_bytes)?);
+            let (after, lasts) = (*after, *lasts);
+            return Ok(Backing::Hang {
+                after,
+                lasts,
+                inner,
+            });
         }
         BlkSpec::Error { fault, inner } => {
             let inner = Box::new(backing(inner, read_only, block_bytes)?);

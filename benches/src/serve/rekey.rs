@@ -106,7 +106,9 @@ fn file(backing: &Backing) -> Option<&File> {
     match backing {
         Backing::Null { .. } | Backing::Ram { .. } => None,
         Backing::File { file, .. } | Backing::VolatileCache { file, .. } => Some(file),
-        Backing::Delay { inner, .. } | Backing::Error { inner, .. } => self::file(inner),
+        Backing::Delay { inner, .. }
+        | Backing::Hang { inner, .. }
+        | Backing::Error { inner, .. } => self::file(inner),
     }
 }
 

@@ -37,6 +37,15 @@ pub enum BlkSpec {
         /// The other one.
         inner: Box<BlkSpec>,
     },
+    /// Another one that does not answer for a while.
+    Hang {
+        /// From so long after the start.
+        after: Duration,
+        /// For so long; none: for ever.
+        lasts: Option<Duration>,
+        /// The other one.
+        inner: Box<BlkSpec>,
+    },
     /// Another one with a fault.
     Error {
         /// What is wrong with it.
@@ -52,7 +61,7 @@ pub enum SpecError {
     /// Not one of the kinds.
     #[error(
         "write null:SIZE, ram:SIZE or file:PATH, as in null:1GiB; for tests volatile-cache:PATH, \
-         delay=US:SPEC or error=KIND/ERRNO/N:SPEC"
+         delay=US:SPEC, hang=AFTER/FOR:SPEC or error=KIND/ERRNO/N:SPEC"
     )]
     Kind,
     /// No path after `file:`.
@@ -66,6 +75,12 @@ pub enum SpecError {
     /// Not a time.
     #[error("{0:?} is no number of microseconds: write it as in delay=500:ram:1MiB")]
     Delay(String),
+    /// Not a while.
+    #[error(
+        "{0:?} does not say when it hangs: write milliseconds from the start and for how long, as in \
+         hang=5000/2000:ram:1MiB, or hang=5000/ever:ram:1MiB"
+    )]
+    Hang(String),
     /// Not a fault.
     #[error(
         "{0:?} is not a fault: write KIND/ERRNO/N as in write/EIO/100, where KIND is read, write, \
@@ -86,6 +101,15 @@ impl FromStr for BlkSpec {
                 let us: u64 = us.parse().map_err(|_| SpecError::Delay(us.to_owned()))?;
                 Ok(Self::Delay {
                     most: Duration::from_micros(us),
+                    inner: inner()?,
+                })
+            }
+            Some(("hang", given)) => {
+                let (after, lasts) =
+                    hang(given).ok_or_else(|| SpecError::Hang(given.to_owned()))?;
+                Ok(Self::Hang {
+                    after,
+                    lasts,
                     inner: inner()?,
                 })
             }
@@ -112,6 +136,17 @@ fn simple(kind: &str, rest: &str) -> Result<BlkSpec, SpecError> {
         ("volatile-cache", path) => Ok(BlkSpec::VolatileCache { path: path.into() }),
         _ => Err(SpecError::Kind),
     }
+}
+
+/// From when on, and for how long.
+fn hang(text: &str) -> Option<(Duration, Option<Duration>)> {
+    let (after, lasts) = text.split_once('/')?;
+    let ms = |text: &str| text.parse().ok().map(Duration::from_millis);
+    let lasts = match lasts {
+        "ever" => None,
+        lasts => Some(ms(lasts)?),
+    };
+    Some((ms(after)?, lasts))
 }
 
 fn fault(text: &str) -> Option<Fault> {
@@ -251,6 +286,21 @@ mod tests {
             "delay=1:",
         ] {
             assert!(bad.parse::<BlkSpec>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_disk_that_hangs_says_when() {
+        let hang = |after, lasts: Option<u64>| BlkSpec::Hang {
+            after: Duration::from_millis(after),
+            lasts: lasts.map(Duration::from_millis),
+            inner: Box::new(BlkSpec::Ram { bytes: 1 << 20 }),
+        };
+        assert_eq!("hang=50/2000:ram:1MiB".parse(), Ok(hang(50, Some(2000))));
+        assert_eq!("hang=0/ever:ram:1MiB".parse(), Ok(hang(0, None)));
+        for bad in ["", "5", "5/", "/5", "never/5", "5/5/5", "-1/5", "5/Ever"] {
+            let error = format!("hang={bad}:ram:1MiB").parse::<BlkSpec>();
+            assert_eq!(error, Err(SpecError::Hang(bad.to_owned())));
         }
     }
 

@@ -56,6 +56,14 @@ impl Agent {
             name: group.name.clone(),
             limits: group.limits,
         };
+        let is_known = |id: VolumeId| volumes.iter().any(|volume| volume.id == id);
+        let removed = said.iter().filter(|volume| !is_known(volume.volume));
+        let left = removed.filter_map(|volume| {
+            let storage = volume.storage?;
+            let line = format!("volume {} was removed: {storage}", volume.volume);
+            (storage.state == StorageState::GivenUp).then_some(line)
+        });
+        let pending = self.pending.iter().cloned().chain(left).collect();
         let mut processes = Vec::new();
         for role in Role::ALL {
             processes.extend(self.processes.iter().filter(|p| p.role == role).cloned());
@@ -67,7 +75,7 @@ impl Agent {
             digest: accepted.map(|stored| stored.bundle.digest().into()),
             processes,
             volumes: volumes.iter().map(entry).collect(),
-            pending: first_lines(self.pending.clone()),
+            pending: first_lines(pending),
             keys: self.known.keys.clone().map(Box::new),
             groups: groups.iter().map(group).collect(),
             workers: workers.map(Box::new),

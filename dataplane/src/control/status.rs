@@ -143,3 +143,54 @@ fn rekey(device: &BlkDevice) -> Option<RekeyProgress> {
     }
     Some(progress)
 }
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_protocol::channel::MAX_MESSAGE_BYTES;
+
+    use super::*;
+    use crate::control::MAX_VOLUMES;
+
+    /// For what the message has beside the volumes.
+    const REST_BYTES: usize = 2048;
+
+    #[test]
+    fn the_status_of_all_volumes_fits_one_message() {
+        let many = u64::from(u32::MAX) + 1;
+        let volume = VolumeStatus {
+            attached: true,
+            connected: true,
+            encrypted: true,
+            running_queues: 256,
+            retired_queues: 256,
+            requests_ok: many,
+            requests_failed: many,
+            read_bytes: many,
+            written_bytes: many,
+            fault: Some("x".repeat(MAX_FAULT_CHARS)),
+            capacity_bytes: many,
+            holds_volume: true,
+            rekey: Some(RekeyProgress {
+                done_bytes: many,
+                total_bytes: many,
+                state: RekeyState::Running,
+            }),
+            storage: Some(StorageStatus {
+                state: StorageState::Hung,
+                old_requests: 65_536,
+                oldest_ms: many,
+                slow_after_ms: 1000,
+                slow_total: many,
+                latency: Some(Latency {
+                    median_us: 1 << 26,
+                    p99_us: 1 << 26,
+                    p999_us: 1 << 26,
+                }),
+            }),
+            ..nothing(VolumeId([0xff; 16]))
+        };
+        let volumes = vec![volume; MAX_VOLUMES];
+        let bytes = minicbor::to_vec(&volumes).expect("encoded").len();
+        assert!(bytes + REST_BYTES <= MAX_MESSAGE_BYTES, "{bytes} bytes");
+    }
+}

@@ -5,8 +5,8 @@
 
 use std::cell::RefCell;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use super::{Begin, Completion, Limits, Polled, Storage, StorageSpec, Transfer};
@@ -21,6 +21,8 @@ pub struct DelaySpec {
     most: Duration,
     /// None begins while this is set: it hangs.
     stopped: AtomicBool,
+    /// Nor in this time, once it was said.
+    pause: OnceLock<(Instant, Option<Instant>)>,
 }
 
 impl DelaySpec {
@@ -31,7 +33,21 @@ impl DelaySpec {
             inner,
             most,
             stopped: AtomicBool::new(false),
+            pause: OnceLock::new(),
         })
+    }
+
+    /// Nothing goes on from so long after now, for so long or for ever. Said once.
+    pub fn stop_later(&self, after: Duration, lasts: Option<Duration>) {
+        let from = Instant::now() + after;
+        let to = lasts.and_then(|lasts| from.checked_add(lasts));
+        let _ = self.pause.set((from, to));
+    }
+
+    fn is_stopped(&self, now: Instant) -> bool {
+        let is_in =
+            |(from, to): &(Instant, Option<Instant>)| *from <= now && to.is_none_or(|to| now < to);
+        self.stopped.load(Ordering::Acquire) || self.pause.get().is_some_and(is_in)
     }
 
     /// Nothing goes on until it is told otherwise.
@@ -106,11 +122,11 @@ impl Storage for DelayStorage {
         if let Some(polled) = self.inner.poll(ring) {
             return Some(polled);
         }
-        if self.spec.stopped.load(Ordering::Acquire) {
+        let now = Instant::now();
+        if self.spec.is_stopped(now) {
             return None;
         }
         let mut state = self.state.borrow_mut();
-        let now = Instant::now();
         let at = state.held.iter().position(|held| held.due <= now)?;
         let Held {
             due,

@@ -174,9 +174,10 @@ impl Store {
             Backing::Null { .. } => Ok(Self::Null),
             Backing::Ram { bytes } => Ok(Self::Ram(shards(bytes))),
             Backing::File { file, .. } => Ok(Self::File(file)),
-            Backing::VolatileCache { .. } | Backing::Delay { .. } | Backing::Error { .. } => {
-                Err(StoreError::ForTests)
-            }
+            Backing::VolatileCache { .. }
+            | Backing::Delay { .. }
+            | Backing::Hang { .. }
+            | Backing::Error { .. } => Err(StoreError::ForTests),
         }
     }
 

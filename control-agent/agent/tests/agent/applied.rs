@@ -193,6 +193,44 @@ fn a_volume_grows_and_moves_to_another_file_at_once() {
 }
 
 #[test]
+fn a_volume_whose_storage_hangs_moves_when_its_requests_have_ended() {
+    let mut world = World::new();
+    world.apply_fully(&bundle(1, vec![encrypted(1)]));
+    world.make_file("disk4.img", SIZE_BYTES);
+    world.peers.hung.insert(id(1), 12);
+    let mut moved = encrypted(1);
+    (moved.path, moved.force_removal) = ("disk4.img".to_owned(), true);
+    let reply = world.apply(&signed(&bundle(2, vec![moved])));
+    let AdminReply::Applied { pending, .. } = reply else {
+        panic!("{reply:?}")
+    };
+    assert_eq!(
+        pending,
+        ["volume disk1: attach: 12 requests still with the kernel"]
+    );
+    assert!(world.peers.attached.is_empty());
+    world.peers.hung.clear();
+    world.settle(2);
+    assert_eq!(world.peers.inodes()[&id(1)], world.inode("disk4.img"));
+}
+
+#[test]
+fn a_removed_volume_whose_storage_hangs_stays_in_the_status() {
+    let mut world = World::new();
+    world.apply_fully(&bundle(1, vec![encrypted(1), encrypted(2)]));
+    world.peers.hung.insert(id(1), 12);
+    world.apply_fully(&bundle(2, vec![encrypted(2)]));
+    let pending = world.status().pending;
+    let line = format!("volume {} was removed: given up: 12 requests", id(1));
+    assert!(
+        matches!(&pending[..], [only] if only.starts_with(&line)),
+        "{pending:?}"
+    );
+    world.peers.hung.clear();
+    assert_eq!(world.status().pending, Vec::<String>::new());
+}
+
+#[test]
 fn a_volume_whose_grant_changes_is_attached_again() {
     let mut world = World::new();
     world.apply_fully(&bundle(1, vec![volume(1)]));

@@ -8,7 +8,8 @@ use std::os::unix::fs::MetadataExt;
 
 use bulkhead_bundle::{Policy, Volume, digest_of, verify};
 use bulkhead_protocol::control::{
-    AgentToDataplane, DataplaneToAgent, RekeyProgress, RekeyState, VolumeStatus, WorkersStatus,
+    AgentToDataplane, DataplaneToAgent, RekeyProgress, RekeyState, StorageState, StorageStatus,
+    VolumeStatus, WorkersStatus,
 };
 use bulkhead_protocol::envelope::read_capped;
 use bulkhead_protocol::keys::{AgentToKeyd, HostKeys, KeydToAgent, Shred, ShredState, Undelivered};
@@ -73,6 +74,9 @@ pub struct Peers {
     pub refuse_attach: usize,
     /// What the data plane says that it wrote, of each volume.
     pub written_bytes: u64,
+    /// Their storage does not answer: so many requests of each are left when it is detached, and it can't be
+    /// attached.
+    pub hung: BTreeMap<VolumeId, u32>,
     /// Why the re-keys of all volumes stopped.
     pub rekey_fault: Option<String>,
 }
@@ -300,6 +304,11 @@ impl Peers {
                 if self.keyless.contains(&volume) {
                     return refused("its key was wiped");
                 }
+                if let (Some(requests), false) =
+                    (self.hung.get(&volume), self.attached.contains_key(&volume))
+                {
+                    return refused(&format!("{requests} requests still with the kernel"));
+                }
                 if self.refuse_attach > 0 {
                     self.refuse_attach -= 1;
                     return refused("the file has no blocks today");
@@ -314,7 +323,13 @@ impl Peers {
                 if self.granted.get(&volume).is_some_and(Volume::is_encrypted) {
                     self.keyless.insert(volume);
                 }
-                done
+                match self.hung.get(&volume) {
+                    Some(&requests) => DataplaneToAgent::GivenUp {
+                        request_id,
+                        requests,
+                    },
+                    None => done,
+                }
             }
             AgentToDataplane::PrepareRemove { volume, force, .. } => {
                 assert!(self.granted.contains_key(&volume), "prepare of nothing");
@@ -336,6 +351,7 @@ impl Peers {
                 volumes: self
                     .granted
                     .keys()
+                    .chain(self.hung.keys().filter(|id| !self.granted.contains_key(id)))
                     .map(|id| self.volume_status(*id))
                     .collect(),
                 workers: WorkersStatus {
@@ -364,7 +380,14 @@ impl Peers {
             capacity_bytes: 0,
             holds_volume: false,
             waits_for_volume: false,
-            storage: None,
+            storage: self.hung.get(&volume).map(|&old_requests| StorageStatus {
+                state: StorageState::GivenUp,
+                old_requests,
+                oldest_ms: 14_000,
+                slow_after_ms: 1000,
+                slow_total: 12,
+                latency: None,
+            }),
             rekey: self.rekey_fault.clone().map(|reason| RekeyProgress {
                 done_bytes: 1,
                 total_bytes: 3,
