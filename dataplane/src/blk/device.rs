@@ -133,6 +133,8 @@ pub struct BlkDevice {
     storage_bytes: AtomicU64,
     /// The record of a re-key that is over is being closed, behind the end that it has now.
     closing: AtomicBool,
+    /// It was given up and does not come back.
+    wiped: AtomicBool,
 }
 
 impl BlkDevice {
@@ -186,6 +188,7 @@ impl BlkDevice {
             flush_failed: AtomicBool::new(false),
             storage_bytes,
             closing: AtomicBool::new(false),
+            wiped: AtomicBool::new(false),
         })
     }
 
@@ -216,8 +219,14 @@ impl BlkDevice {
         *lock(&self.ciphers) = Some(ciphers);
     }
 
+    /// Whether it goes without its keys, although something of it is left.
+    pub(crate) fn is_wiped(&self) -> bool {
+        self.wiped.load(Ordering::Acquire)
+    }
+
     /// Lets go of its keys for good: the device goes, although something of it is left.
     pub(crate) fn wipe(&self) {
+        self.wiped.store(true, Ordering::Release);
         *lock(&self.ciphers) = None;
     }
 

@@ -15,6 +15,9 @@ use std::time::{Duration, Instant};
 /// as the one before it, the last for 2^26 us (67 s) and more.
 pub const LATENCY_BUCKETS: usize = 28;
 
+/// Under this number the rekeyer reports, which is no worker.
+pub(crate) const REKEYER: usize = usize::MAX;
+
 /// How long a storage may take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Patience {

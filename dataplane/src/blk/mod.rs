@@ -13,5 +13,6 @@ pub mod transform;
 pub use cipher::{Cipher, Ciphers, Rekey};
 pub(crate) use cipher::{Keys, part};
 pub use device::{BlkDevice, Geometry, ResizeError, SECTOR_BYTES};
+pub(crate) use health::{Found, REKEYER};
 pub use health::{Health, LATENCY_BUCKETS, Latency, Level, Patience, Summary};
 pub use metrics::{Counts, Metrics, QueueMetrics};

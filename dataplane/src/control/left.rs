@@ -63,7 +63,6 @@ impl Volumes {
             std::mem::replace(&mut volume.serving, Serving::No)
         {
             tracing::warn!(volume = %id, requests, "volume detached, with requests still with the kernel");
-            served.wipe();
             let left = Left {
                 volume: id,
                 id: device,

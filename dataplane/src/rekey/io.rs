@@ -4,11 +4,14 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use super::left::{Flush, Left};
 use crate::blk::BlkDevice;
 use crate::blk::pipeline::{MAX_RETRIES, is_temporary};
 use crate::storage::{Action, Begin, Buffer, Completion, Polled, Storage, Transfer};
+use crate::worker::message::DeviceId;
 use crate::worker::ring::Ring;
 use crate::worker::staging::{Chunk, Staging};
 
@@ -16,6 +19,8 @@ use crate::worker::staging::{Chunk, Staging};
 const SHORT: Duration = Duration::from_micros(100);
 /// How long to sleep for a completion, before looking once more.
 const LONG: Duration = Duration::from_millis(100);
+/// How long those that were cancelled may take to end before they are left behind.
+const CANCEL_TIME: Duration = Duration::from_millis(200);
 
 /// Bytes in staging memory.
 #[derive(Debug)]
@@ -43,6 +48,11 @@ pub(super) struct Io {
     /// Dropped first: it waits for what the kernel still uses.
     pub(super) ring: Ring,
     staging: Staging,
+    /// Whose storage it is at present; none: nobody's that could be left.
+    whose: Option<(DeviceId, Arc<BlkDevice>)>,
+    /// High half of the tokens of transfers under way: those of others were left behind.
+    lot: u32,
+    left: Left,
     /// Called before each lot of transfers, so that tests can cut the power there.
     #[cfg(test)]
     watch: Box<dyn FnMut()>,
@@ -63,9 +73,45 @@ impl Io {
         Ok(Self {
             ring,
             staging,
+            whose: None,
+            lot: 0,
+            left: Left::default(),
             #[cfg(test)]
             watch: Box::new(|| {}),
         })
+    }
+
+    /// What follows is done with this device's storage, until something else is said.
+    ///
+    /// # Errors
+    /// Something of it was left behind, which has to end first.
+    pub(super) fn turn_to(&mut self, id: DeviceId, device: &Arc<BlkDevice>) -> Result<(), String> {
+        self.whose = Some((id, Arc::clone(device)));
+        if !self.has_left(id) {
+            return Ok(());
+        }
+        Err(
+            "requests of its re-key are still with the kernel: its storage does not answer"
+                .to_owned(),
+        )
+    }
+
+    /// Whether something of a device was left behind that has not ended.
+    pub(super) fn has_left(&self, id: DeviceId) -> bool {
+        self.left.has(id)
+    }
+
+    /// Whether anything was.
+    pub(super) fn has_left_any(&self) -> bool {
+        !self.left.is_empty()
+    }
+
+    /// Takes in what has ended of what was left behind.
+    pub(super) fn look_after_left(&mut self) {
+        self.ring.turn();
+        let mut ended = VecDeque::new();
+        self.reap(&mut ended);
+        debug_assert!(ended.is_empty(), "nothing else is under way");
     }
 
     #[cfg(test)]
@@ -126,7 +172,11 @@ impl Io {
     /// Makes everything that was written to a device stable, in its turn among the device's flushes: a lost
     /// write is told of once, to whichever flush ends first.
     pub(super) fn flush(&mut self, device: &BlkDevice, storage: &dyn Storage) -> Result<(), Errno> {
+        if self.is_left() {
+            return Err(Errno(libc::EBUSY));
+        }
         let before = device.flushes_begun();
+        let deadline = Instant::now() + device.health.patience().hung;
         while !device.take_flush_turn() {
             // Guests that flush all the time leave no moment between their flushes; one that began since is for
             // what was written before, too.
@@ -137,24 +187,20 @@ impl Io {
                     Ok(())
                 };
             }
+            if Instant::now() >= deadline || device.is_wiped() {
+                return Err(Errno(libc::ETIMEDOUT));
+            }
             self.ring.wait(Some(SHORT));
         }
-        let result = if device.flush_failed() {
-            Err(Errno(libc::EIO))
-        } else {
-            let (settles, number) = (device.settle_wanted(), device.begin_flush());
-            let (_, result) = self.run(storage, vec![Transfer::flush()]);
-            match result {
-                Ok(()) => {
-                    device.settle(settles);
-                    device.flush_succeeded(number);
-                }
-                // Latched before the next flush can begin.
-                Err(_) => device.latch_flush_failure(),
-            }
-            result
-        };
-        device.give_flush_turn();
+        if device.flush_failed() {
+            device.give_flush_turn();
+            return Err(Errno(libc::EIO));
+        }
+        let flush = Flush::begin(device);
+        let (_, result) = self.run(storage, vec![Transfer::flush()], Some(flush));
+        if !self.left_last() {
+            flush.end(device, result);
+        }
         result
     }
 
@@ -178,7 +224,7 @@ impl Io {
                 offset_bytes += u64::from(piece.bytes);
             }
         }
-        let (back, result) = self.run(storage, transfers);
+        let (back, result) = self.run(storage, transfers, None);
         let mut back = back.into_iter().filter_map(|transfer| {
             let bytes = u32::try_from(transfer.bytes).unwrap_or(u32::MAX);
             match transfer.buffer {
@@ -192,19 +238,28 @@ impl Io {
         (lots.collect(), result)
     }
 
-    /// Runs transfers beside each other to their end; gives them back in their order, with the first error.
+    /// Runs transfers beside each other to their end; gives them back in their order, with the first error. Those
+    /// that don't end in time are left behind.
     fn run(
         &mut self,
         storage: &dyn Storage,
         transfers: Vec<Transfer>,
+        flush: Option<Flush>,
     ) -> (Vec<Transfer>, Result<(), Errno>) {
         #[cfg(test)]
         (self.watch)();
-        let mut left = transfers.len();
-        let mut due: VecDeque<(u64, Transfer)> = (0..).zip(transfers).collect();
-        let mut back: Vec<(u64, Transfer)> = Vec::with_capacity(left);
+        if self.is_left() {
+            return (transfers, Err(Errno(libc::EBUSY)));
+        }
+        self.lot = self.lot.wrapping_add(1);
+        let first = u64::from(self.lot) << 32;
+        let mut under_way = transfers.len();
+        let mut due: VecDeque<(u64, Transfer)> = (first..).zip(transfers).collect();
+        let mut back: Vec<(u64, Transfer)> = Vec::with_capacity(under_way);
         let (mut ended, mut held, mut result) = (VecDeque::new(), 0usize, Ok(()));
-        while left > 0 {
+        let mut deadline = self.deadline();
+        let mut cancelled = false;
+        while under_way > 0 {
             self.begin(storage, &mut due, &mut ended, &mut held);
             self.look(storage, &mut ended, &mut held, !due.is_empty());
             while let Some(Completion {
@@ -217,6 +272,7 @@ impl Io {
                 if let Err(Errno(errno)) = judged
                     && is_temporary(transfer.action, errno)
                     && transfer.retries < MAX_RETRIES
+                    && !cancelled
                 {
                     transfer.retries += 1;
                     due.push_back((token, transfer));
@@ -224,12 +280,66 @@ impl Io {
                 }
                 result = result.and(judged);
                 back.push((token, transfer));
-                left -= 1;
+                under_way -= 1;
+            }
+            if under_way > 0 && self.is_over(deadline, cancelled) {
+                result = Err(Errno(libc::ETIMEDOUT));
+                under_way -= due.len();
+                back.extend(due.drain(..));
+                if under_way == 0 {
+                    break;
+                }
+                // A flush that is cancelled would count as failed.
+                if cancelled || flush.is_some() {
+                    self.leave(under_way, flush);
+                    break;
+                }
+                cancelled = true;
+                ended.extend(std::iter::from_fn(|| storage.cancel()));
+                held = 0;
+                self.ring
+                    .cancel_transfers(|token| token >> 32 == first >> 32);
+                deadline = Some(Instant::now() + CANCEL_TIME);
             }
         }
         back.sort_by_key(|(token, _)| *token);
         let back = back.into_iter().map(|(_, transfer)| transfer).collect();
         (back, result)
+    }
+
+    /// Whether something of the device that it is about was left behind.
+    fn is_left(&self) -> bool {
+        let whose = self.whose.as_ref();
+        whose.is_some_and(|(id, _)| self.has_left(*id))
+    }
+
+    /// When what begins now is waited for no longer: meanwhile the other volumes wait.
+    fn deadline(&self) -> Option<Instant> {
+        let (_, device) = self.whose.as_ref()?;
+        Instant::now().checked_add(device.health.patience().hung)
+    }
+
+    /// Whether it is over; also once the device's keys were wiped, unless the transfers are being cancelled.
+    fn is_over(&self, deadline: Option<Instant>, cancelled: bool) -> bool {
+        let whose = self.whose.as_ref();
+        let wiped = !cancelled && whose.is_some_and(|(_, device)| device.is_wiped());
+        wiped || deadline.is_some_and(|deadline| Instant::now() >= deadline)
+    }
+
+    fn leave(&mut self, under_way: usize, flush: Option<Flush>) {
+        if let Some((id, device)) = &self.whose {
+            let count = u32::try_from(under_way).unwrap_or(u32::MAX);
+            tracing::warn!(
+                requests = count,
+                "the storage of a volume that is re-keyed does not answer"
+            );
+            self.left.add(self.lot, (*id, device), count, flush);
+        }
+    }
+
+    /// Whether the last transfers were left behind.
+    fn left_last(&self) -> bool {
+        self.left.has_lot(self.lot)
     }
 
     fn begin(
@@ -265,22 +375,39 @@ impl Io {
             self.ring
                 .wait(Some(if *held > 0 || again { SHORT } else { LONG }));
         }
-        while *held > 0
-            && let Some(polled) = storage.poll(&mut self.ring)
-        {
-            *held -= 1;
+        while let Some(polled) = storage.poll(&mut self.ring) {
+            *held = held.saturating_sub(1);
             if let Polled::Ended(completion) = polled {
-                ended.push_back(completion);
+                self.sort(completion, ended);
             }
         }
+        self.reap(ended);
+    }
+
+    /// Takes completions from the ring.
+    fn reap(&mut self, ended: &mut VecDeque<Completion>) {
         while let Some(completion) = self.ring.reap() {
             if let Some(transfer) = completion.transfer {
-                ended.push_back(Completion {
+                let completion = Completion {
                     token: completion.token,
                     transfer,
                     done: completion.done,
-                });
+                };
+                self.sort(completion, ended);
             }
         }
+    }
+
+    /// One that ended: of those under way, or of those that were left behind.
+    fn sort(&mut self, completion: Completion, ended: &mut VecDeque<Completion>) {
+        let lot = u32::try_from(completion.token >> 32).unwrap_or(u32::MAX);
+        if lot == self.lot && !self.left.has_lot(lot) {
+            return ended.push_back(completion);
+        }
+        let result = completion.transfer.judge(completion.done);
+        if let Buffer::Staging(chunk) = completion.transfer.buffer {
+            self.staging.give(chunk);
+        }
+        self.left.ended(lot, result);
     }
 }

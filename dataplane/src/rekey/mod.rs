@@ -9,17 +9,20 @@
 //!
 //! The rekeyer works on a volume only while this host holds it: from [`ToRekeyer::Take`], which finds out what
 //! lies where, to [`ToRekeyer::LetGo`], which comes between two zones at the latest. A storage that hangs holds up
-//! the others that are re-keyed or taken meanwhile, and nobody else.
+//! the others that are re-keyed or taken meanwhile for some seconds, and nobody else: then what is under way is
+//! left behind, and nothing more is done with that volume before it has ended.
 //!
 //! | module | owns |
 //! | --- | --- |
 //! | [`io`] | transfers and flushes that are waited for |
+//! | [`left`] | those that did not end in time |
 //! | [`record`] | the record: found, judged, written |
 //! | [`zone`] | one zone |
 //! | [`thread`] | which volume comes next, and what the control thread asks |
 #![forbid(unsafe_code)]
 
 mod io;
+mod left;
 mod record;
 mod thread;
 mod zone;
@@ -79,6 +82,8 @@ pub enum ToRekeyer {
     },
     /// Nobody holds the volume: see how far its re-key is, for the status.
     Look {
+        /// The device's number.
+        id: DeviceId,
         /// The device.
         device: Arc<BlkDevice>,
     },

@@ -21,6 +21,8 @@ use crate::worker::{Mailbox, ReplySender};
 
 /// When a re-key is tried again that could not begin on a volume in use.
 const AGAIN: Duration = Duration::from_secs(5);
+/// How often what was left behind is looked after.
+const LEFT_EVERY: Duration = Duration::from_millis(100);
 
 /// The thread.
 #[derive(Debug)]
@@ -33,6 +35,8 @@ pub(super) struct Thread {
     jobs: Vec<Job>,
     /// Volumes in use whose re-key could not begin, and when it is tried again.
     stuck: Vec<(DeviceId, Arc<BlkDevice>, Instant)>,
+    /// What is to be said of devices when nothing of them is left behind any more.
+    owed: Vec<(DeviceId, FromWorker)>,
     /// Until then it rests, for the guests' sake.
     rests_until: Instant,
 }
@@ -56,6 +60,7 @@ impl Thread {
             receiver,
             jobs: Vec::new(),
             stuck: Vec::new(),
+            owed: Vec::new(),
             rests_until: Instant::now(),
         })
     }
@@ -78,13 +83,17 @@ impl Thread {
                 Ok(message) => self.take_message(message),
                 Err(RecvTimeoutError::Timeout) => self.work(),
             }
+            self.look_after_left();
         }
     }
 
     /// When there is something to do again; none: when somebody asks.
     fn due(&self) -> Option<Instant> {
         let jobs = self.jobs.iter().map(|job| job.due.max(self.rests_until));
-        jobs.chain(self.stuck.iter().map(|(.., due)| *due)).min()
+        let left = self.io.has_left_any().then(|| Instant::now() + LEFT_EVERY);
+        jobs.chain(self.stuck.iter().map(|(.., due)| *due))
+            .chain(left)
+            .min()
     }
 
     fn take_message(&mut self, message: ToRekeyer) {
@@ -97,26 +106,40 @@ impl Thread {
             }
             ToRekeyer::LetGo { id } => {
                 self.let_go(id);
-                self.replies.send(FromWorker::VolumeReleased { device: id });
+                self.say_when_clear(id, FromWorker::VolumeReleased { device: id });
             }
             ToRekeyer::Begin { id, device } => {
                 self.let_go(id);
                 self.begin(id, device);
             }
-            ToRekeyer::Look { device } => self.look(&device),
+            ToRekeyer::Look { id, device } => self.look(id, &device),
             ToRekeyer::Close { id, device } => {
                 self.let_go(id);
-                self.close(&device);
+                self.close(id, &device);
                 device.set_closing(false);
             }
             ToRekeyer::Forget { id } => {
                 self.let_go(id);
-                self.replies.send(FromWorker::Detached {
-                    id,
-                    worker: usize::MAX,
-                });
+                let worker = usize::MAX;
+                self.say_when_clear(id, FromWorker::Detached { id, worker });
             }
             ToRekeyer::End => {}
+        }
+    }
+
+    /// Says something that holds once nothing of a device is left behind.
+    fn say_when_clear(&mut self, id: DeviceId, message: FromWorker) {
+        self.owed.push((id, message));
+        self.look_after_left();
+    }
+
+    fn look_after_left(&mut self) {
+        if self.io.has_left_any() {
+            self.io.look_after_left();
+        }
+        let (io, replies) = (&self.io, &self.replies);
+        for (_, message) in self.owed.extract_if(.., |(id, _)| !io.has_left(*id)) {
+            replies.send(message);
         }
     }
 
@@ -135,6 +158,7 @@ impl Thread {
         let Some(ciphers) = device.ciphers() else {
             return Ok(());
         };
+        self.io.turn_to(id, &device)?;
         let storage = device.storage.open(&mut self.io.ring);
         let storage = storage.map_err(|e| format!("the rekeyer can't take its storage: {e}"))?;
         let volume = Volume {
@@ -144,6 +168,11 @@ impl Thread {
         let state = volume.take(&mut self.io, &ciphers);
         let (layout, record, rekey) = match (state, ciphers.rekey) {
             (Ok(State::Rekeyed(layout, record)), Some(rekey)) => (layout, record, rekey),
+            // Its requests wait, as they would for any storage that hangs.
+            (Ok(State::Stuck(stuck)), _) if self.io.has_left(id) => {
+                storage.close(&mut self.io.ring);
+                return Err(stuck.reason);
+            }
             (Ok(State::Stuck(stuck)), _) => {
                 storage.close(&mut self.io.ring);
                 self.serve_stuck(id, &device, &stuck);
@@ -220,13 +249,16 @@ impl Thread {
     }
 
     /// How far the re-key of a volume is that nobody here holds.
-    fn look(&mut self, device: &BlkDevice) {
+    fn look(&mut self, id: DeviceId, device: &Arc<BlkDevice>) {
         let Some(ciphers) = device.ciphers() else {
             return;
         };
         let Some(rekey) = &ciphers.rekey else {
             return;
         };
+        if self.io.turn_to(id, device).is_err() {
+            return;
+        }
         let Ok(storage) = device.storage.open(&mut self.io.ring) else {
             return;
         };
@@ -257,10 +289,13 @@ impl Thread {
         }
     }
 
-    fn close(&mut self, device: &BlkDevice) {
+    fn close(&mut self, id: DeviceId, device: &Arc<BlkDevice>) {
         let Some(volume) = device.ciphers().and_then(|ciphers| ciphers.volume) else {
             return;
         };
+        if self.io.turn_to(id, device).is_err() {
+            return;
+        }
         let Ok(storage) = device.storage.open(&mut self.io.ring) else {
             return;
         };
@@ -287,7 +322,17 @@ impl Thread {
             return;
         };
         let mut job = self.jobs.remove(next);
+        if job.device.is_wiped() {
+            return job.storage.close(&mut self.io.ring);
+        }
         let begun = Instant::now();
+        if self.io.turn_to(job.id, &job.device).is_err() {
+            debug_assert!(
+                false,
+                "a job of which something is left behind is none any more"
+            );
+            return;
+        }
         let step = job.step(&mut self.io, &self.workers);
         let took = begun.elapsed();
         let done = job.done_bytes();
@@ -297,6 +342,14 @@ impl Thread {
             Step::Done => {
                 tracing::info!(id = %job.record.rekey, "re-key finished: apply a bundle without the previous key");
                 note(&job.device, done, RekeyState::Done);
+            }
+            Step::Stopped(ref reason) if self.io.has_left(job.id) => {
+                // The zone stays locked, or as it was. What was interrupted is brought to its end when the
+                // storage answers, as after a crash.
+                tracing::warn!(id = %job.record.rekey, at = done, "the re-key waits for its storage: {reason}");
+                note(&job.device, done, RekeyState::Waiting);
+                let device = Arc::clone(&job.device);
+                self.stuck.push((job.id, device, Instant::now() + AGAIN));
             }
             Step::Stopped(ref reason) => {
                 tracing::error!(id = %job.record.rekey, at = done, "the re-key stopped: {reason}");

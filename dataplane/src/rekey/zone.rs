@@ -98,6 +98,8 @@ impl Job {
                 self.unlock(from, workers);
                 Step::Stopped(reason)
             }
+            // The zone stays locked: its requests wait for the storage, as all others do.
+            Err(Failure::Open(reason)) if io.has_left(self.id) => Step::Stopped(reason),
             Err(Failure::Open(reason)) => {
                 tell(workers, self.id, || ZoneChange::Fail { zone: zone.clone() });
                 Step::Stopped(format!(

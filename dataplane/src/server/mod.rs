@@ -236,6 +236,7 @@ impl Server {
         device_state.register(self.poll.registry())?;
         self.devices.insert(id, device_state);
         self.rekeyer.send(ToRekeyer::Look {
+            id,
             device: Arc::clone(device),
         });
         for worker in &self.workers {
@@ -290,7 +291,7 @@ impl Server {
         device.measure_storage();
         match (&ciphers.rekey, state.has_volume()) {
             (Some(_), true) => self.rekeyer.send(ToRekeyer::Begin { id, device }),
-            (Some(_), false) => self.rekeyer.send(ToRekeyer::Look { device }),
+            (Some(_), false) => self.rekeyer.send(ToRekeyer::Look { id, device }),
             (None, true) => {
                 device.set_closing(true);
                 self.rekeyer.send(ToRekeyer::Close { id, device });
@@ -311,6 +312,7 @@ impl Server {
     pub fn look_at_rekey(&self, id: DeviceId) {
         if let Some(state) = self.devices.get(&id) {
             self.rekeyer.send(ToRekeyer::Look {
+                id,
                 device: state.shared(),
             });
         }
@@ -451,6 +453,9 @@ impl Server {
             };
             let more = device.advance(self.poll.registry(), &mut out, &mut self.events);
             if let Some(wipe) = device.wants_give_up() {
+                if wipe {
+                    device.shared().wipe();
+                }
                 for worker in &self.workers {
                     worker.send(ToWorker::GiveUp { id, wipe });
                 }

@@ -151,6 +151,15 @@ impl Storage for DelayStorage {
         }
     }
 
+    fn cancel(&self) -> Option<Completion> {
+        let held = self.state.borrow_mut().held.pop()?;
+        Some(Completion {
+            token: held.token,
+            transfer: held.transfer,
+            done: Err(libc::ECANCELED),
+        })
+    }
+
     fn close(&self, ring: &mut Ring) {
         self.inner.close(ring);
     }

@@ -101,6 +101,11 @@ pub trait Storage: Debug {
         None
     }
 
+    /// A transfer that it holds, back with ECANCELED, if there is one.
+    fn cancel(&self) -> Option<Completion> {
+        None
+    }
+
     /// Takes what it has in the worker's ring out of it; nothing of it is in flight any more.
     fn close(&self, _ring: &mut Ring) {}
 }

@@ -11,7 +11,7 @@ use bulkhead_protocol::control::{StorageState, StorageStatus};
 
 use super::harness::{Host, VOLUME_BYTES, features, volume};
 use super::refused;
-use super::stuck::Stuck;
+use super::stuck::{Sticks, Stuck};
 
 /// How long anything here may take, however slow the machine is.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -81,7 +81,7 @@ fn a_volume_whose_storage_hangs_is_taken_away_and_the_others_go_on() {
     let [disk, neighbour] = &mut disks;
     disk.write(0, 0, &[7; BLOCK as usize]).expect("it answers");
 
-    stuck.stick(true);
+    stuck.stick(Sticks::All);
     submit(disk, 3);
     // Writes of one file go on one after the other there.
     wait_until("the storage has them", || stuck.waiting() >= 4);
@@ -123,7 +123,7 @@ fn a_volume_whose_storage_hangs_is_taken_away_and_the_others_go_on() {
         .write(0, 16, &[8; BLOCK as usize])
         .expect("the neighbour's");
 
-    stuck.stick(false);
+    stuck.stick(Sticks::Nothing);
     wait_until("they have ended", || storage_of(&mut host, 1).is_none());
     assert_eq!(host.cancel_remove(1), Ok(()));
     assert_eq!(host.attach_on(1, 1, &stuck.file()), Ok(()));
@@ -155,7 +155,7 @@ fn a_frontend_that_goes_while_the_storage_hangs_holds_nobody_up() {
     host.listen(1);
     assert_eq!(host.attach_on(1, 1, &stuck.file()), Ok(()));
     let mut disk = attach(&host, 1);
-    stuck.stick(true);
+    stuck.stick(Sticks::All);
     submit(&mut disk, 2);
     wait_until("the storage has them", || stuck.waiting() >= 3);
     // It asks where its queue stands, is not told, and ends.
@@ -172,7 +172,7 @@ fn a_frontend_that_goes_while_the_storage_hangs_holds_nobody_up() {
     assert_eq!(features(&mut next), None, "served too early");
     assert_eq!(storage_of(&mut host, 1).expect("attached").old_requests, 4);
     drop(next);
-    stuck.stick(false);
+    stuck.stick(Sticks::Nothing);
     let mut disk = attach(&host, 1);
     disk.write(0, 0, &[5; BLOCK as usize]).expect("write");
     disk.flush(0).expect("no flush has failed by it");

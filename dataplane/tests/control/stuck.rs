@@ -17,13 +17,25 @@ const LONG: Duration = Duration::from_secs(3600);
 const FILE: INodeNo = INodeNo(2);
 const NAME: &str = "disk";
 
+/// What is not answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Sticks {
+    /// Everything is.
+    #[default]
+    Nothing,
+    /// Writes.
+    Writes,
+    /// Nothing is.
+    All,
+}
+
 /// What is done once it answers again.
 type Later = Box<dyn FnOnce(&mut Vec<u8>) + Send>;
 
 #[derive(Default)]
 struct State {
     bytes: Vec<u8>,
-    stuck: bool,
+    stuck: Sticks,
     later: Vec<Later>,
 }
 
@@ -38,9 +50,10 @@ pub struct Stuck {
 struct OneFile(Arc<Mutex<State>>);
 
 impl OneFile {
-    fn answer(&self, answer: impl FnOnce(&mut Vec<u8>) + Send + 'static) {
+    fn answer(&self, is_write: bool, answer: impl FnOnce(&mut Vec<u8>) + Send + 'static) {
         let mut state = self.0.lock().expect("nobody panicked");
-        if state.stuck {
+        let stuck = state.stuck == Sticks::All || is_write && state.stuck == Sticks::Writes;
+        if stuck {
             state.later.push(Box::new(answer));
         } else {
             answer(&mut state.bytes);
@@ -99,7 +112,9 @@ impl Filesystem for OneFile {
         reply: ReplyData,
     ) {
         let at = usize::try_from(offset).expect("small");
-        self.answer(move |bytes| reply.data(&bytes[at..bytes.len().min(at + size as usize)]));
+        self.answer(false, move |bytes| {
+            reply.data(&bytes[at..bytes.len().min(at + size as usize)])
+        });
     }
 
     fn write(
@@ -115,14 +130,14 @@ impl Filesystem for OneFile {
         reply: ReplyWrite,
     ) {
         let (at, data) = (usize::try_from(offset).expect("small"), data.to_vec());
-        self.answer(move |bytes| {
+        self.answer(true, move |bytes| {
             bytes[at..at + data.len()].copy_from_slice(&data);
             reply.written(u32::try_from(data.len()).expect("short"));
         });
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        self.answer(move |_| reply.ok());
+        self.answer(false, move |_| reply.ok());
     }
 
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
@@ -154,11 +169,11 @@ impl Stuck {
         both.open(self.dir.path().join(NAME)).expect("open")
     }
 
-    /// From now on nothing is answered, or everything, what has waited included.
-    pub fn stick(&self, stuck: bool) {
+    /// From now on this is not answered; nothing: what has waited is.
+    pub fn stick(&self, stuck: Sticks) {
         let mut state = self.state.lock().expect("nobody panicked");
         state.stuck = stuck;
-        if !stuck {
+        if stuck == Sticks::Nothing {
             let later = std::mem::take(&mut state.later);
             later
                 .into_iter()
@@ -182,12 +197,15 @@ pub struct Answers<'a>(&'a Stuck);
 
 impl Drop for Answers<'_> {
     fn drop(&mut self) {
-        self.0.stick(false);
+        self.0.stick(Sticks::Nothing);
     }
 }
 
 impl Drop for Stuck {
     fn drop(&mut self) {
+        // The kernel closes a ring's files a little after the ring: an unmount would find it in use.
+        let mut lazily = std::process::Command::new("umount");
+        let _ = lazily.arg("-l").arg(self.dir.path()).status();
         drop(self.session.take());
     }
 }

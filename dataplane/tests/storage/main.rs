@@ -9,6 +9,8 @@ mod hung;
 mod moves;
 mod rekey;
 mod rig;
+#[path = "../control/stuck.rs"]
+mod stuck;
 mod zeroes;
 
 /// So many rounds, or as many more as were asked for.

@@ -4,10 +4,10 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bulkhead_crypto::{DataUnit, SecretArena, XtsKey};
-use bulkhead_dataplane::blk::{BlkDevice, Cipher, Ciphers, Geometry, Rekey};
+use bulkhead_dataplane::blk::{BlkDevice, Cipher, Ciphers, Geometry, Patience, Rekey};
 use bulkhead_dataplane::rekey::{Rekeyer, ToRekeyer};
 use bulkhead_dataplane::storage::{FileSpec, StorageSpec};
 use bulkhead_dataplane::worker::message::{DeviceId, FromWorker};
@@ -17,6 +17,7 @@ use bulkhead_protocol::rekey::{layout, prepared};
 use bulkhead_protocol::{RekeyId, VolumeId};
 
 use super::rig::{OK, Op, PATIENCE, Rig, SECTOR, Shape};
+use super::stuck::{Sticks, Stuck};
 use super::{Random, rounds};
 
 const VOLUME: VolumeId = VolumeId([1; 16]);
@@ -195,4 +196,86 @@ fn guests_read_what_they_wrote_while_the_key_changes() {
     for seed in 0..u64::try_from(rounds(4)).expect("some") {
         under_load(seed);
     }
+}
+
+/// The rekeyer writes to a file system that does not answer: others are served, and the volume is let go of when its
+/// last write has ended, and not before.
+#[test]
+fn a_storage_that_hangs_holds_the_rekeyer_up_for_a_while_only() {
+    let layout = layout(BYTES).expect("layout");
+    let Some(stuck) = Stuck::mount(layout.end) else {
+        println!("skipped: a_storage_that_hangs_holds_the_rekeyer_up_for_a_while_only: no mount");
+        return;
+    };
+    let file = stuck.file();
+    let [at, _] = layout.copies;
+    let record = prepared(VOLUME, REKEY, BYTES, 4096);
+    file.write_all_at(&record, at).expect("record");
+    let spec = FileSpec::from_fd(file.into(), false, 4096).expect("usable");
+    let device = device(StorageSpec::File(spec));
+    device.health.set_patience(Patience {
+        hung: Duration::from_millis(200),
+        ..Patience::default()
+    });
+    let (workers, replies) = start(&[WorkerConfig::default()]).expect("a worker");
+    let mailboxes = workers.iter().map(WorkerHandle::mailbox).collect();
+    let rekeyer = Rekeyer::start(mailboxes, replies.sender(), false).expect("rekeyer");
+    let mut rig = Rig::of(
+        workers,
+        replies,
+        device,
+        Shape {
+            unit: Some(4096),
+            ..Shape::PLAIN
+        },
+    );
+    let answers = stuck.answers_at_the_end();
+
+    stuck.stick(Sticks::Writes);
+    let device = Arc::clone(&rig.device);
+    rekeyer.send(ToRekeyer::Take { id: ID, device });
+    let ready = rig.reply();
+    assert!(
+        matches!(ready, FromWorker::VolumeReady { result: Err(_), .. }),
+        "{ready:?}"
+    );
+    assert_eq!((stuck.waiting(), rig.device.health.summary().old), (1, 1));
+    let device = Arc::clone(&rig.device);
+    rekeyer.send(ToRekeyer::Take { id: ID, device });
+    let FromWorker::VolumeReady {
+        result: Err(reason),
+        ..
+    } = rig.reply()
+    else {
+        panic!("taken although a write is left");
+    };
+    assert!(reason.contains("still with the kernel"), "{reason}");
+    // It is asked first, and the other one is answered first.
+    rekeyer.send(ToRekeyer::LetGo { id: ID });
+    let other = DeviceId(9);
+    rekeyer.send(ToRekeyer::Forget { id: other });
+    let first = rig.reply();
+    assert!(
+        matches!(first, FromWorker::Detached { id, .. } if id == other),
+        "{first:?}"
+    );
+
+    stuck.stick(Sticks::Nothing);
+    let released = rig.reply();
+    assert!(
+        matches!(released, FromWorker::VolumeReleased { .. }),
+        "{released:?}"
+    );
+    assert_eq!(rig.device.health.summary().old, 0);
+    take(&rig, &rekeyer);
+    let began = Instant::now();
+    while rig.device.rekey_progress().expect("a re-key").state != RekeyState::Done {
+        assert!(began.elapsed() < 6 * PATIENCE, "it does not end");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(rig.run(0, &Op::Flush).0, OK, "no flush has failed");
+    let_go(&rig, &rekeyer);
+    rekeyer.end();
+    rig.end();
+    drop(answers);
 }
