@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use bulkhead_protocol::admin::HostStatus;
-use bulkhead_protocol::control::WorkersStatus;
+use bulkhead_protocol::control::{WorkerLoad, WorkersStatus};
 use bulkhead_protocol::limits::{GroupGrant, Limits, Rate};
 use bulkhead_protocol::workers::Workers;
 
@@ -27,6 +27,25 @@ pub(crate) fn workers(status: &WorkersStatus) -> String {
     }
     if let Some(problem) = &status.problem {
         let _ = writeln!(out, "        {}", printable(problem));
+    }
+    for (number, load) in status.loads.iter().enumerate() {
+        let at = match load.cpu {
+            Some(cpu) => format!("CPU {cpu}"),
+            None => format!("worker {number}"),
+        };
+        let busy_percent = load.busy_permille / 10;
+        let queues = match load.queues {
+            1 => "1 queue".to_owned(),
+            count => format!("{count} queues"),
+        };
+        let _ = writeln!(out, "        {at}: {busy_percent} % busy, {queues}");
+    }
+    if status.queue_moves + status.queue_moves_given_up > 0 {
+        let _ = writeln!(
+            out,
+            "        queues moved from one to another: {} ({} given up)",
+            status.queue_moves, status.queue_moves_given_up
+        );
     }
     out
 }
@@ -70,6 +89,24 @@ pub(crate) fn workers_json(status: &WorkersStatus) -> Json {
             "problem",
             Json::or_null(status.problem.as_ref(), Json::text),
         ),
+        (
+            "loads",
+            Json::Array(status.loads.iter().map(load_json).collect()),
+        ),
+        ("queue_moves", Json::Number(status.queue_moves)),
+        (
+            "queue_moves_given_up",
+            Json::Number(status.queue_moves_given_up),
+        ),
+    ])
+}
+
+fn load_json(load: &WorkerLoad) -> Json {
+    let number = |n: u16| Json::Number(n.into());
+    Json::Object(vec![
+        ("cpu", Json::or_null(load.cpu, number)),
+        ("busy_permille", number(load.busy_permille)),
+        ("queues", Json::Number(load.queues.into())),
     ])
 }
 

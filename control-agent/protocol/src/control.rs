@@ -140,6 +140,29 @@ pub struct WorkersStatus {
     /// What could not be done as it was asked for (for people).
     #[n(3)]
     pub problem: Option<String>,
+    /// What each of them has to do.
+    #[n(4)]
+    pub loads: Vec<WorkerLoad>,
+    /// Queues that have gone from one worker to another since the data plane's start.
+    #[n(5)]
+    pub queue_moves: u64,
+    /// Such moves that were given up, because the queue's storage took too long, or its frontend said something.
+    #[n(6)]
+    pub queue_moves_given_up: u64,
+}
+
+/// What a worker has to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct WorkerLoad {
+    /// The CPU that it is bound to; none: any.
+    #[n(0)]
+    pub cpu: Option<u16>,
+    /// How much of its time it was busy lately, in thousandths.
+    #[n(1)]
+    pub busy_permille: u16,
+    /// Queues that it serves.
+    #[n(2)]
+    pub queues: u32,
 }
 
 /// What one volume is doing.

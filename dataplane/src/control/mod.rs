@@ -318,7 +318,7 @@ impl Control {
                 let message = DataplaneToAgent::Status {
                     request_id,
                     volumes: status::of(&self.volumes, server),
-                    workers: self.staff.status(),
+                    workers: self.staff.status(server),
                 };
                 answers.to_agent.push((agent, message));
             }

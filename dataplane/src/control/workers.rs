@@ -3,13 +3,13 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use bulkhead_protocol::control::WorkersStatus;
+use bulkhead_protocol::control::{WorkerLoad, WorkersStatus};
 use bulkhead_protocol::keys::DataplaneToKeyd;
 use bulkhead_protocol::workers::{Workers, format_cpus};
 
 use super::Control;
 use super::answer::Keyd;
-use crate::server::Server;
+use crate::server::{Server, WorkerStatus};
 
 /// Most characters of a problem.
 const MAX_PROBLEM_CHARS: usize = 200;
@@ -83,13 +83,37 @@ impl Staff {
     }
 
     /// For the agent.
-    pub(super) fn status(&self) -> WorkersStatus {
+    pub(super) fn status(&self, server: &mut Server) -> WorkersStatus {
+        let loads = server.worker_status().into_iter().map(load);
+        let moves = server.moves();
+        WorkersStatus {
+            loads: loads.collect(),
+            queue_moves: moves.done,
+            queue_moves_given_up: moves.given_up,
+            ..self.wanted()
+        }
+    }
+
+    /// What was asked for.
+    fn wanted(&self) -> WorkersStatus {
         WorkersStatus {
             workers: self.asked.clone(),
             by_host: self.by_host,
             pending: self.pending.clone(),
             problem: self.problem.clone(),
+            loads: Vec::new(),
+            queue_moves: 0,
+            queue_moves_given_up: 0,
         }
+    }
+}
+
+fn load(worker: WorkerStatus) -> WorkerLoad {
+    WorkerLoad {
+        // A CPU that a bundle can name.
+        cpu: worker.cpu.and_then(|cpu| u16::try_from(cpu).ok()),
+        busy_permille: worker.busy_permille,
+        queues: worker.queues,
     }
 }
 
@@ -133,7 +157,7 @@ mod tests {
         assert_eq!(cpus(&bundle), [Some(1), Some(2)]);
         let host = Staff::new(Some(workers(&[0])), Some(workers(&[1, 2])), &usable);
         assert_eq!(cpus(&host), [Some(0)]);
-        assert!(host.status().by_host && host.problem().is_none());
+        assert!(host.wanted().by_host && host.problem().is_none());
     }
 
     #[test]
@@ -154,9 +178,9 @@ mod tests {
         let mut staff = Staff::new(None, None, &[0, 1]);
         assert!(!staff.hear(None) && !staff.hear(Some(workers(&[]))));
         assert!(staff.hear(Some(workers(&[0, 1]))));
-        assert_eq!(staff.status().pending, Some(workers(&[0, 1])));
+        assert_eq!(staff.wanted().pending, Some(workers(&[0, 1])));
         assert!(!staff.hear(None), "taken back");
-        assert_eq!(staff.status().pending, None);
+        assert_eq!(staff.wanted().pending, None);
         let mut host = Staff::new(Some(workers(&[0])), None, &[0, 1]);
         assert!(!host.hear(Some(workers(&[0, 1]))), "the host's own hold");
     }

@@ -3,6 +3,7 @@
 
 use std::fs;
 
+use bulkhead_protocol::control::WorkerLoad;
 use bulkhead_protocol::rot::FromRot;
 use bulkhead_protocol::workers::Workers;
 
@@ -93,6 +94,9 @@ fn the_hosts_own_arguments_go_before_the_bundle() {
         "it has two, whatever the bundle says"
     );
     let status = host.workers_status();
+    let has_nothing = |load: &WorkerLoad| load.cpu.is_none() && load.queues == 0;
+    assert!(status.loads.len() == 2 && status.loads.iter().all(has_nothing));
+    assert_eq!((status.queue_moves, status.queue_moves_given_up), (0, 0));
     assert_eq!((Some(status.workers), status.by_host), (workers(2), true));
     assert_eq!((status.pending, cpus_of_workers(&host).len()), (None, 2));
 }

@@ -359,6 +359,9 @@ impl Peers {
                     by_host: false,
                     pending: None,
                     problem: Some("no CPU\x1b[2J".to_owned()),
+                    loads: Vec::new(),
+                    queue_moves: 0,
+                    queue_moves_given_up: 0,
                 },
             },
         }

@@ -10,7 +10,8 @@ use std::thread::{self, JoinHandle};
 
 use bulkhead_protocol::admin::{AdminReply, AdminRequest, HostStatus, ProcessStatus, VolumeEntry};
 use bulkhead_protocol::control::{
-    Latency, RekeyProgress, RekeyState, StorageState, StorageStatus, VolumeStatus, WorkersStatus,
+    Latency, RekeyProgress, RekeyState, StorageState, StorageStatus, VolumeStatus, WorkerLoad,
+    WorkersStatus,
 };
 use bulkhead_protocol::keys::{HostKeys, Shred, ShredState};
 use bulkhead_protocol::limits::{GroupGrant, Limits, Rate};
@@ -316,6 +317,20 @@ fn status() -> HostStatus {
             by_host: false,
             pending: Workers::new(Some(4), Vec::new()).ok(),
             problem: Some("CPU 9 is\nnot there".to_owned()),
+            loads: vec![
+                WorkerLoad {
+                    cpu: Some(2),
+                    busy_permille: 346,
+                    queues: 5,
+                },
+                WorkerLoad {
+                    cpu: None,
+                    busy_permille: 1000,
+                    queues: 1,
+                },
+            ],
+            queue_moves: 12,
+            queue_moves_given_up: 1,
         })),
     }
 }
@@ -391,7 +406,10 @@ fn status_is_a_table() {
         "host    host-a\nepoch   7 (the next is above 7)\ndigest  {digest}\n\
          workers 2 on CPUs 2,9\n\
          \x20       restart pending: 4 in the bundle, from the data plane's next start on\n\
-         \x20       CPU 9 is\\nnot there\n\n\
+         \x20       CPU 9 is\\nnot there\n\
+         \x20       CPU 2: 34 % busy, 5 queues\n\
+         \x20       worker 1: 100 % busy, 1 queue\n\
+         \x20       queues moved from one to another: 12 (1 given up)\n\n\
          processes\n  ROLE  PID   GENERATION  MEASUREMENT\n  keyd  4242  2           1111111111111111\n\n\
          volumes\n\
          \x20 NAME   STATE      HELD   SIZE    KEY   UNDER KEY  REKEY         QUEUES         OK  FAILED  READ   WRITTEN  SOCKET\n\
@@ -462,7 +480,7 @@ fn status_is_json_for_programs() {
     let failed =
         r#"{"state":"failed","done_bytes":1,"total_bytes":2,"reason":"at byte 7:\u000ano"}"#;
     let expected = format!(
-        r#"{{"host":"host-a","epoch":7,"epoch_floor":7,"digest":"{}","processes":[{{"role":"keyd","pid":4242,"generation":2,"measurement":"{}"}}],"volumes":[{},{},{}],"pending":["attach disk3: no such file"],"keys":null,"groups":[{{"name":"tenant-a","limits":{{"requests":null,"bytes":{{"per_second":83886080,"burst":8388608}}}}}}],"workers":{{"workers":{{"count":2,"cpus":[2,9]}},"by_host":false,"pending":{{"count":4,"cpus":[]}},"problem":"CPU 9 is\u000anot there"}}}}"#,
+        r#"{{"host":"host-a","epoch":7,"epoch_floor":7,"digest":"{}","processes":[{{"role":"keyd","pid":4242,"generation":2,"measurement":"{}"}}],"volumes":[{},{},{}],"pending":["attach disk3: no such file"],"keys":null,"groups":[{{"name":"tenant-a","limits":{{"requests":null,"bytes":{{"per_second":83886080,"burst":8388608}}}}}}],"workers":{{"workers":{{"count":2,"cpus":[2,9]}},"by_host":false,"pending":{{"count":4,"cpus":[]}},"problem":"CPU 9 is\u000anot there","loads":[{{"cpu":2,"busy_permille":346,"queues":5}},{{"cpu":null,"busy_permille":1000,"queues":1}}],"queue_moves":12,"queue_moves_given_up":1}}}}"#,
         "ab".repeat(48),
         "11".repeat(48),
         volume(1, &state("null", true, false, running, fine)),
