@@ -1,6 +1,10 @@
 //! Staging: page-aligned memory between guest and storage, for what the kernel can't transfer
 //! directly and for every encrypted byte. One mapping per worker, cut into chunks of two sizes.
 //!
+//! It lies in huge pages: reserved ones (`vm.nr_hugepages`) where six are free, else those that the kernel
+//! finds. A worker makes and touches it on its own thread, when that is bound to its CPU, so that it comes from
+//! that CPU's NUMA node, as do the ring and the worker's tables.
+//!
 //! UNSAFETY: a chunk is a raw range of the mapping. The free lists give each to one owner at a time,
 //! chunks hold the mapping alive, and nothing takes a reference to their bytes.
 #![expect(unsafe_code, reason = "an mmap cut into raw chunks")]
@@ -24,9 +28,69 @@ const LARGE: usize = 32;
 /// All of it: 12 MiB.
 const TOTAL_BYTES: usize = SMALL * SMALL_BYTES as usize + LARGE * LARGE_BYTES as usize;
 
+/// Bytes of the pages that are asked for.
+const HUGE_BYTES: usize = 2 << 20;
+const _: () = assert!(TOTAL_BYTES.is_multiple_of(HUGE_BYTES));
+
 #[derive(Debug)]
 struct Map {
     base: NonNull<u8>,
+}
+
+impl Map {
+    /// All of it, zeroed and present.
+    fn new() -> io::Result<Self> {
+        match Self::reserved() {
+            Ok(map) => {
+                tracing::debug!("staging memory lies in reserved huge pages");
+                Ok(map)
+            }
+            Err(error) => {
+                tracing::debug!(
+                    "staging memory lies in pages as the kernel has them, huge ones if it can: no reserved ones \
+                     are free ({error})"
+                );
+                Self::ordinary()
+            }
+        }
+    }
+
+    /// In huge pages of those that the host has set aside.
+    fn reserved() -> io::Result<Self> {
+        let map = Self::empty(MapFlags::MAP_HUGETLB | MapFlags::MAP_HUGE_2MB)?;
+        map.populate()?;
+        Ok(map)
+    }
+
+    fn ordinary() -> io::Result<Self> {
+        let map = Self::empty(MapFlags::empty())?;
+        // SAFETY: a hint about our own mapping; without effect where it is not supported.
+        let _ = unsafe { madvise(map.base.cast(), TOTAL_BYTES, MmapAdvise::MADV_HUGEPAGE) };
+        // SAFETY: the mapping is TOTAL_BYTES long, writable, and known to nobody else.
+        unsafe { map.base.write_bytes(0, TOTAL_BYTES) };
+        Ok(map)
+    }
+
+    fn empty(flags: MapFlags) -> io::Result<Self> {
+        let size = NonZeroUsize::new(TOTAL_BYTES).ok_or(io::ErrorKind::InvalidInput)?;
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: fresh anonymous memory at an address of the kernel's choice.
+        let base = unsafe { mmap_anonymous(None, size, protection, MapFlags::MAP_PRIVATE | flags) };
+        Ok(Self {
+            base: base?.cast::<u8>(),
+        })
+    }
+
+    /// Touches its pages. A huge page that a limit of the thread's group or node refuses is an error here, and
+    /// would be SIGBUS for whoever touched it.
+    fn populate(&self) -> io::Result<()> {
+        let advice = libc::MADV_POPULATE_WRITE;
+        // SAFETY: our own mapping, which stays as it is but for being present.
+        match unsafe { libc::madvise(self.base.as_ptr().cast(), TOTAL_BYTES, advice) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
 }
 
 impl Drop for Map {
@@ -112,16 +176,12 @@ impl Staging {
     /// # Errors
     /// What `mmap` fails with.
     pub fn new() -> io::Result<Self> {
-        let size = NonZeroUsize::new(TOTAL_BYTES).ok_or(io::ErrorKind::InvalidInput)?;
-        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: fresh anonymous memory at an address of the kernel's choice.
-        let base = unsafe { mmap_anonymous(None, size, protection, MapFlags::MAP_PRIVATE)? };
-        // SAFETY: a hint about our own mapping; without effect where it is not supported.
-        let _ = unsafe { madvise(base, TOTAL_BYTES, MmapAdvise::MADV_HUGEPAGE) };
-        let base = base.cast::<u8>();
-        // SAFETY: the mapping is TOTAL_BYTES long, writable, and known to nobody else.
-        unsafe { base.write_bytes(0, TOTAL_BYTES) };
-        let map = Rc::new(Map { base });
+        Ok(Self::cut(Map::new()?))
+    }
+
+    fn cut(map: Map) -> Self {
+        let base = map.base;
+        let map = Rc::new(map);
         let mut offset = 0;
         let mut cut = |count: usize, bytes: u32| -> Vec<Chunk> {
             let mut chunks = Vec::with_capacity(count);
@@ -136,11 +196,11 @@ impl Staging {
             }
             chunks
         };
-        Ok(Self {
+        Self {
             large: cut(LARGE, LARGE_BYTES),
             small: cut(SMALL, SMALL_BYTES),
             map,
-        })
+        }
     }
 
     /// A chunk for `bytes` bytes, or for the first part of them; none while all are in use.
@@ -184,7 +244,27 @@ mod tests {
 
     #[test]
     fn chunks_are_apart_aligned_and_come_back() {
-        let mut staging = Staging::new().expect("memory");
+        check(Staging::cut(Map::ordinary().expect("memory")));
+    }
+
+    /// Where the host has some to give, as most test machines have not.
+    #[test]
+    fn it_takes_reserved_huge_pages() {
+        match Map::reserved() {
+            Ok(map) => {
+                let maps = std::fs::read_to_string("/proc/self/smaps").expect("smaps");
+                let from = format!("{:x}-", map.base.addr());
+                let mut mine = maps.lines().skip_while(|line| !line.starts_with(&from));
+                let size = mine.find(|line| line.starts_with("KernelPageSize:"));
+                assert_eq!(size.map(|line| line.contains(" 2048 kB")), Some(true));
+                check(Staging::cut(map));
+            }
+            Err(error) => println!("skipped: reserved huge pages: none are free ({error})"),
+        }
+        check(Staging::new().expect("with or without"));
+    }
+
+    fn check(mut staging: Staging) {
         let mut taken = Vec::new();
         while let Some(chunk) = staging.take(4096) {
             taken.push(chunk);
