@@ -243,6 +243,15 @@ fn file() -> StorageSpec {
     StorageSpec::File(FileSpec::from_fd(fd, false, 512).expect("usable"))
 }
 
+fn file_in_memory() -> StorageSpec {
+    let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
+    let fd = nix::sys::memfd::memfd_create("volume", flags).expect("memfd");
+    nix::sys::uio::pwrite(&fd, &vec![1; 1 << 20], 0).expect("allocate");
+    let spec = FileSpec::from_fd(fd, false, 512).expect("usable");
+    assert!(spec.in_memory);
+    StorageSpec::File(spec)
+}
+
 /// Allocations of `rounds` rounds after some that fill what is filled once.
 fn allocations(packed: bool, storage: StorageSpec, cipher: Option<Cipher>, rounds: u32) -> u64 {
     let (mut workers, replies) = start(&[WorkerConfig::default()]).expect("worker");
@@ -315,6 +324,13 @@ fn a_worker_allocates_nothing_in_the_steady_state() {
             ("encrypted ram", ram(), Some(cipher()), 300),
             ("file", file(), None, 100),
             ("encrypted file", file(), Some(cipher()), 100),
+            ("file in memory", file_in_memory(), None, 500),
+            (
+                "encrypted file in memory",
+                file_in_memory(),
+                Some(cipher()),
+                300,
+            ),
         ] {
             let count = allocations(packed, storage, cipher, rounds);
             assert_eq!(count, 0, "{name}, packed: {packed}");

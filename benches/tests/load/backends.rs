@@ -11,6 +11,7 @@ use super::support::{FILE_BYTES, figures, folder, qemu, serve, wait_until};
 pub const TESTS: &[(&str, fn())] = &[
     ("load_verifies_plain_disks", verifies_plain_disks),
     ("load_verifies_encrypted_disks", verifies_encrypted_disks),
+    ("load_verifies_disks_in_memory", verifies_disks_in_memory),
     ("load_verifies_the_reference", verifies_the_reference),
     ("load_verifies_qemu", verifies_qemu),
     (
@@ -82,6 +83,21 @@ fn verifies_encrypted_disks() {
             &format!("--blk file:disk --xts --data-unit {unit}"),
         );
         verified(dir.path(), &[&SPLIT[..1], &PACKED[2..]]);
+    }
+}
+
+/// Files on tmpfs, which a worker reads and writes itself.
+fn verifies_disks_in_memory() {
+    let dir = folder();
+    let file = match tempfile::NamedTempFile::new_in("/dev/shm") {
+        Ok(file) => file,
+        Err(error) => return println!("skipped: disks on tmpfs: no file in /dev/shm: {error}"),
+    };
+    file.as_file().set_len(FILE_BYTES).expect("length");
+    let path = file.path().display();
+    for encryption in ["", "--xts"] {
+        let _serve = serve(dir.path(), &format!("--blk file:{path} {encryption}"));
+        verified(dir.path(), &[SPLIT, &PACKED[2..]]);
     }
 }
 

@@ -1,5 +1,6 @@
 //! Guest memory: what can be mapped, how addresses become buffers, and memory that is taken away.
 
+mod given_up;
 mod lost;
 
 use std::os::fd::{AsFd, OwnedFd};
