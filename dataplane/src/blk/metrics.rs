@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 #[derive(Debug)]
 pub struct Metrics {
     queues: Box<[QueueMetrics]>,
+    /// Written by each worker now and then.
+    worker_ticks: AtomicU64,
 }
 
 /// What a queue has counted, or all of a device's together.
@@ -28,7 +30,21 @@ impl Metrics {
     pub fn new(queues: u16) -> Self {
         Self {
             queues: (0..queues).map(|_| QueueMetrics::default()).collect(),
+            worker_ticks: AtomicU64::new(0),
         }
+    }
+
+    /// Adds time that a worker spent on the device ([`clock::now`](crate::worker::clock::now)).
+    pub fn add_worker_ticks(&self, ticks: u64) {
+        self.worker_ticks.fetch_add(ticks, Ordering::Relaxed);
+    }
+
+    /// Time that workers spent on the device, or waited for it while others had to
+    /// ([`clock::duration_of`](crate::worker::clock::duration_of)); what they spent in the last millisecond may
+    /// be missing.
+    #[must_use]
+    pub fn worker_ticks(&self) -> u64 {
+        self.worker_ticks.load(Ordering::Relaxed)
     }
 
     /// A queue's counters; none if the device has no such queue.

@@ -20,6 +20,7 @@ use crossbeam_channel::{Receiver, Sender};
 use nix::sys::eventfd::EventFd;
 
 use super::batch::Batch;
+use super::clock;
 use super::load::Meter;
 use super::message::{DeviceId, FromWorker, QueueId, QueueStart, ToWorker, ZoneChange};
 use super::polling::{Next, Polling};
@@ -301,7 +302,7 @@ impl Worker {
 
     /// Puts a queue under the lowest free number.
     fn place(&mut self, mut queue: Queue) -> u32 {
-        queue.seat = self.turns.seat(queue.id.device);
+        queue.seat = self.turns.seat(queue.id.device, &queue.local.device);
         let free = self.queues.iter().position(Option::is_none);
         let number = free.unwrap_or(self.queues.len());
         if free.is_none() {
@@ -426,15 +427,31 @@ impl Worker {
         any
     }
 
+    /// A transfer ended, and a request may have with it.
+    #[inline]
+    fn land(&mut self, completion: Completion) {
+        // It may be decrypted now: that is its device's time, too, if there is one to be fair to.
+        let charged = (self.turns.awake() > 1)
+            .then(|| Some((self.pipeline.queue_of(completion.token)?, clock::now())))
+            .flatten();
+        if let Some(landed) = self.pipeline.land(completion) {
+            let (queues, touched) = (&mut self.queues, &mut self.touched);
+            note(queues, touched, landed.queue, landed.head, landed.outcome);
+        }
+        if let Some((number, since)) = charged
+            && let Some(seat) = self.queue(number).map(|queue| queue.seat)
+        {
+            let ticks = clock::now().saturating_sub(since);
+            self.turns.charge_more(seat, ticks);
+        }
+    }
+
     /// Whether it was a sign of work.
     #[inline]
     fn take_completion(&mut self, completion: Completion) -> bool {
         match completion.token >> TOKEN_BITS {
             0 => {
-                if let Some(landed) = self.pipeline.land(completion) {
-                    let (queues, touched) = (&mut self.queues, &mut self.touched);
-                    note(queues, touched, landed.queue, landed.head, landed.outcome);
-                }
+                self.land(completion);
                 return true;
             }
             1 => {

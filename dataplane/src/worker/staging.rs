@@ -212,6 +212,13 @@ impl Staging {
         self.large.pop().or_else(|| self.small.pop())
     }
 
+    /// How many chunks nobody uses, of either size.
+    #[must_use]
+    #[inline]
+    pub fn unused(&self) -> usize {
+        self.small.len() + self.large.len()
+    }
+
     /// Takes a chunk back.
     #[inline]
     pub fn give(&mut self, chunk: Chunk) {

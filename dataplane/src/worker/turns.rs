@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::clock;
@@ -24,6 +25,10 @@ use crate::qos::{Allowance, Gate, Moment};
 
 /// How far a device may be ahead of others, and how long a turn is while others want one.
 const SLACK: Duration = Duration::from_micros(20);
+/// A turn while nobody else wants one is longer by this: somebody may come.
+const TIMES_ALONE: u64 = 5;
+/// One in so many turns of a device that is alone is timed, to know what its requests take.
+const TIMED_EVERY: u32 = 32;
 /// How long a device is waited for.
 const PATIENCE: Duration = Duration::from_micros(3);
 /// So many requests in a row, each within [`PATIENCE`] of the one before, and a device is waited for.
@@ -32,24 +37,31 @@ const KEEN: u8 = 4;
 const LEAST_GRACE: Duration = Duration::from_micros(50);
 /// and at most so long: the longer, the more often it was worth it.
 const MOST_GRACE: Duration = Duration::from_micros(800);
+/// Ticks after which a device's metrics are told of them: less than a millisecond's.
+const COUNT_EVERY: u64 = 1 << 20;
 /// A device with more polled queues is charged for looking at them, too.
 const FREE_LOOKS: usize = 4;
 
 /// A device with queues on this worker.
 #[derive(Debug)]
 struct Seat {
-    device: DeviceId,
+    id: DeviceId,
+    device: Arc<BlkDevice>,
     gate: Gate,
     /// As the gate's, in ticks; 0: it is open.
     shut_until: u64,
-    /// Ticks that it was charged.
+    /// Ticks that it was charged, and those of them that its metrics do not know of.
     used: u64,
+    uncounted: u64,
     /// When it was first found without requests; 0: it had some when it was looked at last.
     idle_since: u64,
+    /// When it was last found so.
+    idle_at: u64,
     /// How often in a row its next request came at once, up to [`KEEN`].
     keen: u8,
-    /// Ticks that a request takes, smoothed.
+    /// Ticks that a request takes, smoothed, and how many a turn has time for, if nobody else wants one.
     cost: u64,
+    batch: usize,
     /// Numbers of its queues that are polled, and whose turn it is.
     polled: Vec<u32>,
     next: usize,
@@ -66,6 +78,8 @@ pub struct Turns {
     slack: u64,
     patience: u64,
     graces: (u64, u64),
+    /// Turns of a device that is alone.
+    lone_turns: u32,
 }
 
 /// How things stand at the beginning of a round.
@@ -107,12 +121,13 @@ impl Turns {
             slack: slack.max(1),
             patience,
             graces: (clock::ticks_in(LEAST_GRACE), clock::ticks_in(MOST_GRACE)),
+            lone_turns: 0,
         }
     }
 
     /// The seat of a device, which gets one if it has none.
-    pub fn seat(&mut self, device: DeviceId) -> u32 {
-        let of = |seat: &Option<Seat>| seat.as_ref().is_some_and(|seat| seat.device == device);
+    pub fn seat(&mut self, id: DeviceId, device: &Arc<BlkDevice>) -> u32 {
+        let of = |seat: &Option<Seat>| seat.as_ref().is_some_and(|seat| seat.id == id);
         let free = |seats: &[Option<Seat>]| seats.iter().position(Option::is_none);
         let at = self.seats.iter().position(of).unwrap_or_else(|| {
             let at = free(&self.seats).unwrap_or(self.seats.len());
@@ -120,7 +135,9 @@ impl Turns {
                 self.seats.push(None);
             }
             if let Some(seat) = self.seats.get_mut(at) {
-                *seat = Some(Seat::new(device, self.level));
+                // Its requests are taken for slow ones until more is known.
+                let cost = self.slack / 4;
+                *seat = Some(Seat::new(id, Arc::clone(device), self.level, cost));
             }
             at
         });
@@ -128,9 +145,9 @@ impl Turns {
     }
 
     /// Takes the seat of a device that has no queues any more.
-    pub fn leave(&mut self, device: DeviceId) {
+    pub fn leave(&mut self, id: DeviceId) {
         for (number, seat) in (0..).zip(&mut self.seats) {
-            if seat.take_if(|seat| seat.device == device).is_some() {
+            if seat.take_if(|seat| seat.id == id).is_some() {
                 self.awake.retain(|awake| *awake != number);
             }
         }
@@ -181,6 +198,23 @@ impl Turns {
         let soon = clock::now().saturating_sub(parked_at) < before.max(least);
         let grace = if soon { before * 2 } else { before / 2 };
         grace.clamp(least, most)
+    }
+
+    /// The only queue of the only device that is polled, most of the time: with nobody to be fair to, it is
+    /// served without a look at the clock. How many requests are to be taken from it, of `most` in a batch.
+    #[inline]
+    pub fn lone(&mut self, most: usize) -> Option<(u32, usize)> {
+        let [number] = self.awake[..] else {
+            return None;
+        };
+        self.lone_turns = self.lone_turns.wrapping_add(1);
+        let seat = self.seats.get(number as usize)?.as_ref()?;
+        let [queue] = seat.polled[..] else {
+            return None;
+        };
+        let is_open = seat.shut_until == 0;
+        let is_timed = self.lone_turns.is_multiple_of(TIMED_EVERY);
+        (is_open && !is_timed).then_some((queue, seat.batch.min(most)))
     }
 
     /// Begins a round, in which each device may get a turn.
@@ -237,26 +271,26 @@ impl Turns {
         if seat.used > round.most_used {
             return None;
         }
-        let mut turn = Turn {
-            seat: number,
-            queues: seat.polled.len(),
-            batch,
-            ends_at: u64::MAX,
-        };
+        let mut length = slack * TIMES_ALONE;
         if round.contended {
             seat.used = seat.used.max(level.saturating_sub(slack));
-            let fits = usize::try_from(slack / seat.cost.max(1)).unwrap_or(batch);
-            turn.batch = fits.clamp(1, batch);
-            turn.ends_at = now.saturating_add(slack);
+            length = slack;
         }
-        Some(turn)
+        let fits = usize::try_from(length / seat.cost.max(1)).unwrap_or(batch);
+        seat.batch = fits.clamp(1, batch);
+        Some(Turn {
+            seat: number,
+            queues: seat.polled.len(),
+            batch: seat.batch,
+            ends_at: now.saturating_add(length),
+        })
     }
 
     /// What the limits of a device let pass in its turn; none: nothing, for a while.
-    pub fn allowance(&mut self, seat: u32, device: &BlkDevice, now: u64) -> Option<Allowance> {
+    pub fn allowance(&mut self, seat: u32, now: u64) -> Option<Allowance> {
         let seat = self.at(seat)?;
         let moment = Moment::now();
-        let allowance = seat.gate.ask(device.qos(), moment);
+        let allowance = seat.gate.ask(seat.device.qos(), moment);
         seat.shut_until = match seat.gate.shut_until() {
             Some(until) if allowance.is_none() => {
                 now.saturating_add(clock::ticks_in(until.since(moment)))
@@ -267,10 +301,10 @@ impl Turns {
     }
 
     /// So much of what the limits let pass was used.
-    pub fn passed(&mut self, seat: u32, device: &BlkDevice, requests: usize, bytes: u64) {
+    pub fn passed(&mut self, seat: u32, requests: usize, bytes: u64) {
         if let Some(seat) = self.at(seat) {
             let gate = &mut seat.gate;
-            gate.passed(device.qos(), requests as u64, bytes, Moment::now());
+            gate.passed(seat.device.qos(), requests as u64, bytes, Moment::now());
         }
     }
 
@@ -295,17 +329,20 @@ impl Turns {
         let ticks = to.saturating_sub(from);
         if requests == 0 {
             if turn.queues > FREE_LOOKS {
-                seat.used += ticks;
+                seat.charge(ticks);
             }
             if seat.idle_since == 0 {
                 seat.idle_since = from.max(1);
             }
+            seat.idle_at = from;
             return;
         }
-        seat.used += ticks;
+        seat.charge(ticks);
         seat.cost = (seat.cost * 7 + ticks / requests as u64) / 8;
         let idle_since = std::mem::take(&mut seat.idle_since);
-        seat.keen = if idle_since == 0 || from.saturating_sub(idle_since) < patience {
+        // It came since the last look: while others had their turns, that may be long ago.
+        let at_once = seat.idle_at.saturating_sub(idle_since) < patience;
+        seat.keen = if idle_since == 0 || at_once {
             (seat.keen + 1).min(KEEN)
         } else {
             seat.keen / 2
@@ -316,7 +353,7 @@ impl Turns {
     #[inline]
     pub fn charge_more(&mut self, seat: u32, ticks: u64) {
         if let Some(seat) = self.at(seat) {
-            seat.used += ticks;
+            seat.charge(ticks);
         }
     }
 
@@ -352,24 +389,41 @@ impl Turns {
 }
 
 impl Seat {
-    fn new(device: DeviceId, level: u64) -> Self {
+    fn new(id: DeviceId, device: Arc<BlkDevice>, level: u64, cost: u64) -> Self {
         Self {
+            id,
             device,
             gate: Gate::default(),
             shut_until: 0,
             used: level,
+            uncounted: 0,
             idle_since: 1,
+            idle_at: u64::MAX,
             keen: 0,
-            cost: 0,
+            cost,
+            batch: 1,
             polled: Vec::new(),
             next: 0,
+        }
+    }
+
+    #[inline]
+    fn charge(&mut self, ticks: u64) {
+        self.used += ticks;
+        self.uncounted += ticks;
+        if self.uncounted >= COUNT_EVERY {
+            let ticks = std::mem::take(&mut self.uncounted);
+            self.device.metrics.add_worker_ticks(ticks);
         }
     }
 
     /// Whether others have to let it pass: it has requests, or its next one is about to come.
     #[inline]
     fn wants(&self, now: u64, patience: u64) -> bool {
-        let comes = self.keen == KEEN && now.saturating_sub(self.idle_since) < patience;
+        let comes = self.keen == KEEN && self.idle_at.saturating_sub(self.idle_since) < patience;
         now >= self.shut_until && (self.idle_since == 0 || comes)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use super::ageing::Tally;
 use super::give_up::GivenUp;
+use super::share::{NOBODY, Share};
 use super::zone::Zone;
 use crate::blk::Keys;
 use crate::blk::device::{BlkDevice, SECTOR_BYTES};
@@ -44,6 +45,8 @@ pub struct Local {
     pub(super) keys: RefCell<Option<Keys>>,
     /// What nobody may touch while it is re-keyed.
     pub(super) zone: Zone,
+    /// What it has of the worker's room.
+    pub(super) share: Share,
     /// What the flush under way settles ([`BlkDevice::settle_wanted`]).
     pub(super) settling: Cell<u64>,
     /// Its number ([`BlkDevice::begin_flush`]).
@@ -70,6 +73,7 @@ impl Local {
             limits: storage.limits(),
             keys: RefCell::new(keys),
             zone: Zone::default(),
+            share: Share::default(),
             device,
             storage,
             memory,
@@ -195,8 +199,10 @@ pub(super) struct Flight {
     /// Transfers that the storage has, or that wait for room there.
     pub(super) outstanding: u32,
     pub(super) failed: bool,
-    /// It stands in line, for staging or for its end.
+    /// It stands in its device's line, for staging or for its end,
     pub(super) waiting: bool,
+    /// before this one.
+    pub(super) behind: u32,
     /// Writes are stable when they end.
     pub(super) durable: bool,
     /// A flush follows its transfers.
@@ -221,6 +227,7 @@ impl Flight {
             outstanding: 0,
             failed: false,
             waiting: false,
+            behind: NOBODY,
             durable: false,
             flushes: false,
             stage: Stage::Transfers,

@@ -16,6 +16,7 @@ mod flight;
 mod flush;
 mod give_up;
 mod ranges;
+mod share;
 mod transfers;
 mod waiting;
 mod zone;
@@ -39,6 +40,8 @@ use flight::{Flight, Memory, Stage, data, token, untoken};
 pub const TOKEN_BITS: u32 = 56;
 /// How often a transfer is tried again.
 pub(crate) const MAX_RETRIES: u8 = 16;
+/// Devices that may have a line of waiting flights before something is allocated for it.
+const USUAL_DEVICES: usize = 64;
 
 /// All requests under way on a worker, and what they need.
 #[derive(Debug)]
@@ -51,8 +54,10 @@ pub struct Pipeline {
     flights: Vec<Flight>,
     free: Vec<u32>,
     ages: Ages,
-    /// Flights that have something left to submit and no staging, or that are to end.
-    waiting: VecDeque<u32>,
+    /// Devices with flights that have something left to submit and no staging, or that are to end.
+    lines: VecDeque<Rc<Local>>,
+    /// The flight that was first in its line and is gone on with.
+    resumed: Option<u32>,
     /// Transfers that the storage had no room for.
     again: VecDeque<(u64, Transfer)>,
     /// Transfers that ended outside the ring.
@@ -84,7 +89,8 @@ impl Pipeline {
             flights: (0..MAX_IN_FLIGHT).map(|_| Flight::none()).collect(),
             free: (0..MAX_IN_FLIGHT).rev().collect(),
             ages: Ages::new(),
-            waiting: VecDeque::with_capacity(most),
+            lines: VecDeque::with_capacity(USUAL_DEVICES),
+            resumed: None,
             again: VecDeque::with_capacity(most),
             ended: VecDeque::with_capacity(most),
             holders: Vec::new(),
@@ -97,7 +103,7 @@ impl Pipeline {
         }
     }
 
-    /// How many more requests can be begun.
+    /// How many more requests can be begun, of whichever device.
     #[must_use]
     #[inline]
     pub fn room(&self) -> usize {
@@ -182,6 +188,7 @@ impl Pipeline {
     #[inline]
     fn take_off(&mut self, start: Start<'_>, chain: &mut Chain, bytes: u64) -> Option<u32> {
         let index = self.free.pop()?;
+        start.local.share.flights.update(|n| n + 1);
         let flight = self.flights.get_mut(index as usize)?;
         std::mem::swap(&mut flight.chain, chain);
         flight.queue = start.queue;
@@ -250,15 +257,6 @@ impl Pipeline {
         true
     }
 
-    fn wait_in_line(&mut self, index: u32) {
-        if let Some(flight) = self.flights.get_mut(index as usize)
-            && !flight.waiting
-        {
-            flight.waiting = true;
-            self.waiting.push_back(index);
-        }
-    }
-
     /// Submits as many parts of a request as there is room for.
     fn advance(&mut self, index: u32) {
         let flight = self.flights.get(index as usize);
@@ -276,6 +274,15 @@ impl Pipeline {
         if flight.is_some_and(|flight| flight.outstanding == 0) {
             self.wait_in_line(index);
         }
+    }
+
+    /// The queue of the request that a completion is for.
+    #[must_use]
+    #[inline]
+    pub fn queue_of(&self, token: u64) -> Option<u32> {
+        let (index, _) = untoken(token);
+        let flight = self.flights.get(index as usize)?;
+        flight.local.is_some().then_some(flight.queue)
     }
 
     /// Takes a completion of the ring in; the request it was the last of, if it was.
@@ -378,6 +385,7 @@ impl Pipeline {
         flight.ranges.clear();
         if let Some(local) = flight.local.take() {
             self.ages.end(index, &local);
+            local.share.flights.update(|n| n - 1);
         }
         self.free.push(index);
         Some(landed)

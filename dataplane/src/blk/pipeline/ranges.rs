@@ -110,14 +110,15 @@ impl Pipeline {
                     retries: 0,
                 },
                 Step::Written => {
-                    let Some(mut chunk) = self.staging.take(range.bytes) else {
+                    let Some(mut chunk) = local.share.take_chunk(&mut self.staging, range.bytes)
+                    else {
                         return self.wait_in_line(index);
                     };
                     let keys = local.keys.borrow();
                     let (cipher, most) = part(keys.as_ref(), range.offset_bytes, range.bytes);
                     let bytes = most.min(u64::from(chunk.bytes()));
                     if !zeroes(&mut chunk, bytes, range.offset_bytes, cipher) {
-                        self.staging.give(chunk);
+                        local.share.give_chunk(&mut self.staging, chunk);
                         return self.fail(index);
                     }
                     Transfer {

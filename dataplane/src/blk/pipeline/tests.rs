@@ -160,7 +160,7 @@ fn what_finds_no_staging_waits_in_line() {
         rig.begin(write(i * u64::from(bytes)), bytes);
     }
     rig.go_on();
-    assert!(rig.ended.is_empty() && !rig.pipeline.waiting.is_empty());
+    assert!(rig.ended.is_empty() && !rig.pipeline.lines.is_empty());
     rig.storage.keep.set(false);
     rig.go_on();
     assert_eq!(rig.ended.len(), usize::try_from(count).expect("few"));

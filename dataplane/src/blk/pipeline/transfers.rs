@@ -49,14 +49,14 @@ impl Pipeline {
             if flight.failed || left == 0 {
                 return;
             }
-            let Some(chunk) = self.staging.take(left) else {
+            let Some(chunk) = local.share.take_chunk(&mut self.staging, left) else {
                 return self.wait_in_line(index);
             };
             let at = flight.submitted;
             let (Operation::Read { offset_bytes } | Operation::Write { offset_bytes }) =
                 flight.operation
             else {
-                return self.staging.give(chunk);
+                return local.share.give_chunk(&mut self.staging, chunk);
             };
             let offset_bytes = offset_bytes + at;
             // A transfer is under one key.
@@ -72,7 +72,7 @@ impl Pipeline {
                         offset_bytes,
                     };
                     if !store(span, cipher, Place::Chunk(&chunk)) {
-                        self.staging.give(chunk);
+                        local.share.give_chunk(&mut self.staging, chunk);
                         return self.fail(index);
                     }
                     let durable = flight.durable;
@@ -121,7 +121,7 @@ impl Pipeline {
                     flight.failed |=
                         bytes != transfer.bytes || !load(span, cipher, Place::Chunk(&chunk));
                 }
-                self.staging.give(chunk);
+                local.share.give_chunk(&mut self.staging, chunk);
             }
         }
     }

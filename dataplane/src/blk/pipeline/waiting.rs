@@ -21,24 +21,7 @@ impl Pipeline {
         }
         any |= self.poll_holders();
         any |= self.resume_flushes();
-        for _ in 0..self.waiting.len() {
-            let Some(index) = self.waiting.pop_front() else {
-                break;
-            };
-            if let Some(flight) = self.flights.get_mut(index as usize) {
-                flight.waiting = false;
-            }
-            if let Some(ended) = self.go_on(index) {
-                landed(ended);
-            }
-            // The first that still has no room: the others have none either.
-            if self.waiting.back() == Some(&index) {
-                self.waiting.rotate_right(1);
-                break;
-            }
-            any = true;
-        }
-        any
+        any | self.resume_lines(&mut landed)
     }
 
     /// Takes in what had ended outside the ring when this began.
@@ -80,7 +63,7 @@ impl Pipeline {
     #[must_use]
     #[inline]
     pub fn has_waiting(&self) -> bool {
-        !self.waiting.is_empty()
+        !self.lines.is_empty()
             || self.held > 0
             || !self.unflushed.is_empty()
             || !self.ended.is_empty()

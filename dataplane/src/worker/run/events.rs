@@ -188,9 +188,16 @@ impl Worker {
     pub(super) fn arm(&mut self, number: u32) -> Armed {
         // What waits in a clogged one is taken when its zone ends, which a message says; without room, when
         // something has ended.
-        let has_room = self.pipeline.room() > 0;
-        let takes = |queue: &&mut Queue| queue.is_served() && has_room && !queue.local.is_clogged();
-        let Some(queue) = self.queue(number).filter(takes) else {
+        let place = self
+            .queues
+            .get_mut(number as usize)
+            .and_then(Option::as_mut);
+        let pipeline = &self.pipeline;
+        let takes = |queue: &&mut Queue| {
+            let local = &queue.local;
+            queue.is_served() && !local.is_clogged() && pipeline.room_for(local) > 0
+        };
+        let Some(queue) = place.filter(takes) else {
             return Armed::Idle;
         };
         match queue.ring.arm() {

@@ -36,7 +36,7 @@ pub(super) fn serve<const LIMITED: bool>(
     if queue.local.is_clogged() {
         return (0, None);
     }
-    let most = pipeline.room().min(portion.requests);
+    let most = pipeline.room_for(&queue.local).min(portion.requests);
     let broken = batch.take::<LIMITED>(&mut queue.ring, most, portion.most_bytes);
     let count = batch.count();
     let mut requests = batch.iter_mut();

@@ -3,7 +3,6 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use super::events::Armed;
@@ -23,6 +22,25 @@ impl Worker {
     /// Gives every device a turn that may have one; whether any had requests.
     #[inline]
     pub(super) fn serve_queues(&mut self) -> bool {
+        if let Some((number, requests)) = self.turns.lone(batch::MOST)
+            && let Some(taken) = self.serve_lone(number, requests)
+        {
+            return taken > 0;
+        }
+        self.serve_devices()
+    }
+
+    /// The only queue that is polled; none if it has limits, or is not served.
+    #[inline]
+    fn serve_lone(&mut self, number: u32, requests: usize) -> Option<usize> {
+        let queue = self.queue(number)?;
+        if !queue.is_served() || Gate::is_limited(queue.local.device.qos()) {
+            return None;
+        }
+        Some(self.serve_unlimited(number, requests))
+    }
+
+    fn serve_devices(&mut self) -> bool {
         let began = clock::now();
         let round = self.turns.round(began);
         let mut from = began;
@@ -71,13 +89,13 @@ impl Worker {
                 };
                 taken
             } else {
-                self.serve_unlimited(turn, number)
+                self.serve_unlimited(number, turn.batch)
             };
             if taken == 0 {
                 self.found_empty(number, now);
             }
             requests += taken;
-            if turn.ends_at != u64::MAX && clock::now() >= turn.ends_at {
+            if turn.queues > 1 && clock::now() >= turn.ends_at {
                 break;
             }
         }
@@ -85,9 +103,9 @@ impl Worker {
     }
 
     #[inline]
-    fn serve_unlimited(&mut self, turn: &Turn, number: u32) -> usize {
+    fn serve_unlimited(&mut self, number: u32, requests: usize) -> usize {
         let mut portion = Portion {
-            requests: turn.batch,
+            requests,
             most_bytes: u64::MAX,
             bytes: 0,
         };
@@ -96,16 +114,14 @@ impl Worker {
 
     /// As far as the device's limits allow; none: they don't allow anything now.
     fn serve_limited(&mut self, turn: &Turn, number: u32, now: u64) -> Option<usize> {
-        let local = self.queue(number).map(|queue| Rc::clone(&queue.local))?;
-        let allowance = self.turns.allowance(turn.seat, &local.device, now)?;
+        let allowance = self.turns.allowance(turn.seat, now)?;
         let mut portion = Portion {
             requests: turn.batch.min(allowance.requests),
             most_bytes: allowance.bytes,
             bytes: 0,
         };
         let taken = self.serve_queue::<true>(number, &mut portion);
-        self.turns
-            .passed(turn.seat, &local.device, taken, portion.bytes);
+        self.turns.passed(turn.seat, taken, portion.bytes);
         Some(taken)
     }
 

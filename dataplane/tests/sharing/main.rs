@@ -1,0 +1,10 @@
+//! Devices that share workers: limits hold, groups are shared, hostile neighbours get their part and no more,
+//! idle devices cost nothing.
+//!
+//! Nothing here depends on how fast a machine is: requests, time by the workers' own clock, processor time and
+//! wake-ups are counted, and compared with each other.
+
+mod idle;
+mod limits;
+mod neighbours;
+mod rig;
