@@ -283,7 +283,7 @@ impl Worker {
         let started = match (self.devices.get(&id.device), self.numbers.get(&id)) {
             (Some(local), None) if local.is_wiped() => Err("its keys were wiped".to_owned()),
             (Some(local), None) => {
-                local.take_up();
+                self.pipeline.take_up(local);
                 Queue::new(start, Rc::clone(local)).map_err(|error| error.to_string())
             }
             (None, _) => Err("the device is not attached".to_owned()),

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_dataplane::blk::{Level, Patience, Summary};
 use bulkhead_dataplane::storage::{DelaySpec, RamSpec, StorageSpec};
+use bulkhead_dataplane::worker::message::FromWorker;
 
 use crate::rig::{OK, Op, PATIENCE, Rig, SECTORS, Shape};
 
@@ -87,4 +88,35 @@ fn how_long_requests_took_is_counted_once_each() {
     }
     assert_eq!(latency.count(), 100);
     rig.end();
+}
+
+#[test]
+fn what_is_given_up_ends_without_a_word_to_the_guest() {
+    for (unit, wipe) in [(None, false), (None, true), (Some(512), true)] {
+        let (hang, storage) = hanging();
+        let shape = Shape {
+            unit,
+            ..Shape::PLAIN
+        };
+        let mut rig = Rig::new(storage, shape);
+        rig.device.health.set_patience(SHORT);
+        assert_eq!(rig.run(0, &Op::Write(0, vec![7; 512])).0, OK);
+        hang.stop(true);
+        rig.submit(0, &Op::Read(0, 1));
+        rig.submit(0, &Op::Write(1, vec![8; 512]));
+        rig.submit(0, &Op::Flush);
+        wait_for(&rig, "they are under way", |s| s.old == 3);
+        rig.stop(0);
+        rig.give_up(0, wipe);
+        // Long after.
+        std::thread::sleep(2 * SHORT.slow);
+        assert_eq!(rig.device.health.summary().old, 3);
+        assert!(rig.said().is_none(), "stopped, with requests under way");
+        hang.stop(false);
+        assert!(matches!(rig.reply(), FromWorker::Stopped { .. }));
+        assert!(rig.poll(0, 0).is_none(), "the guest was told of a request");
+        wait_for(&rig, "nothing is left", |s| s.old == 0);
+        assert!(!rig.device.flush_failed());
+        rig.end();
+    }
 }

@@ -62,6 +62,21 @@ fn a_queue_goes_to_and_fro_with_its_requests() {
     }
 }
 
+/// Another frontend's requests were given up there before, and have ended.
+#[test]
+fn a_queue_is_served_where_its_device_was_given_up_once() {
+    let mut rig = Rig::new(hanging().1, SHAPE);
+    write(&mut rig, 7);
+    let moved = rig.take_off(0);
+    rig.give_up(1, false);
+    rig.land(moved);
+    write(&mut rig, 8);
+    for byte in [7, 8] {
+        reads(&mut rig, byte);
+    }
+    rig.end();
+}
+
 #[test]
 fn what_is_offered_on_the_way_is_served_at_its_end() {
     let mut rig = Rig::new(ram(), SHAPE);

@@ -265,6 +265,18 @@ impl Rig {
         }
     }
 
+    /// Has a worker give the device up.
+    pub fn give_up(&self, worker: usize, wipe: bool) {
+        let id = DeviceId(1);
+        self.workers[worker].send(ToWorker::GiveUp { id, wipe });
+    }
+
+    /// Has a queue stop, however long that takes.
+    pub fn stop(&self, queue: u16) {
+        let id = queue_id(queue);
+        self.tell(queue, ToWorker::Stop { queue: id });
+    }
+
     /// Gives a queue that was taken off to the next worker.
     pub fn land(&mut self, moved: Box<MovedQueue>) {
         let (queue, workers) = (moved.queue.index, self.workers.len());

@@ -34,14 +34,21 @@ impl Local {
     pub fn is_wiped(&self) -> bool {
         self.given_up.keys.get()
     }
-
-    /// A queue of it starts: what was given up has ended.
-    pub fn take_up(&self) {
-        self.given_up.requests.set(false);
-    }
 }
 
 impl Pipeline {
+    /// A queue of a device begins to be served here: what was given up of it is over, if all of it has ended.
+    pub fn take_up(&self, local: &Rc<Local>) {
+        let is_its = |of: &Rc<Local>| Rc::ptr_eq(of, local);
+        let mut under_way = self
+            .flights
+            .iter()
+            .filter_map(|flight| flight.local.as_ref());
+        if local.is_given_up() && !under_way.any(is_its) {
+            local.given_up.requests.set(false);
+        }
+    }
+
     /// Gives up what is under way of a device whose queues all stop; with `wipe` its keys too, for good.
     pub fn give_up(&mut self, local: &Rc<Local>, wipe: bool) {
         local.given_up.requests.set(true);

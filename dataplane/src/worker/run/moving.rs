@@ -83,7 +83,10 @@ impl Worker {
         let error = moved.error.take();
         let local = self.devices.get(&id.device).map(Rc::clone);
         let resumed = match local {
-            Some(local) => Queue::resume(moved, local).map_err(|error| error.to_string()),
+            Some(local) => {
+                self.pipeline.take_up(&local);
+                Queue::resume(moved, local).map_err(|error| error.to_string())
+            }
             None => Err("the device is not attached".to_owned()),
         };
         let mut queue = match resumed {
