@@ -4,21 +4,19 @@
 //! descriptors than the cap, cut short or followed by other bytes is an error, and every
 //! descriptor that came with it is closed.
 //!
-//! UNSAFETY: `recvmsg` and `sendmsg` are called through libc because no crate in the tree
-//! wraps `SCM_PIDFD`. The module must hand the kernel buffers that live through the call,
-//! with their true lengths, and take ownership of each received descriptor exactly once.
-#![expect(
-    unsafe_code,
-    reason = "recvmsg with SCM_PIDFD is not wrapped by a crate"
-)]
+//! UNSAFETY: one `setsockopt` that no crate in the tree wraps; the option must live through the
+//! call, given with its size.
+#![expect(unsafe_code, reason = "SO_PASSPIDFD is not wrapped by a crate")]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::io;
-use std::mem::{self, MaybeUninit};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::mem;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use minicbor::{Decode, Encode};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socketpair};
+
+use crate::datagram;
 
 /// Longest message in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 64 * 1024;
@@ -27,8 +25,6 @@ pub const MAX_FDS: usize = 4;
 
 /// `SO_PASSPIDFD`, `include/uapi/asm-generic/socket.h` (Linux 6.5).
 const SO_PASSPIDFD: libc::c_int = 76;
-/// `SCM_PIDFD`, `include/linux/socket.h` (Linux 6.5).
-const SCM_PIDFD: libc::c_int = 4;
 
 /// Room for [`MAX_FDS`] descriptors and one pidfd, each with its header; u64 for alignment.
 /// One descriptor more than the cap fits, so that "too many" is seen as such.
@@ -183,28 +179,7 @@ impl Channel {
         if bytes.len() > MAX_MESSAGE_BYTES || fds.len() > MAX_FDS {
             return Err(ChannelError::TooLarge);
         }
-        let iov = [io::IoSlice::new(&bytes)];
-        let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        let rights = [nix::sys::socket::ControlMessage::ScmRights(&raw)];
-        let control = if raw.is_empty() {
-            &rights[..0]
-        } else {
-            &rights[..]
-        };
-        loop {
-            let sent = nix::sys::socket::sendmsg::<()>(
-                self.fd.as_raw_fd(),
-                &iov,
-                control,
-                nix::sys::socket::MsgFlags::MSG_NOSIGNAL,
-                None,
-            );
-            return match sent {
-                Ok(_) => Ok(()),
-                Err(nix::errno::Errno::EINTR) => continue,
-                Err(e) => Err(classify(e.into())),
-            };
-        }
+        datagram::send(self.as_fd(), &bytes, fds, MsgFlags::empty()).map_err(classify)
     }
 
     /// Receives one message of type `M`.
@@ -214,7 +189,9 @@ impl Channel {
     /// datagram is consumed and the next one can be received.
     pub fn receive<M: for<'b> Decode<'b, ()>>(&self) -> Result<Received<M>, ChannelError> {
         let mut bytes = vec![0u8; MAX_MESSAGE_BYTES];
-        let datagram = self.receive_raw(&mut bytes)?;
+        let mut control = [0u64; CONTROL_WORDS];
+        let datagram = datagram::receive(self.as_fd(), &mut bytes, &mut control, MsgFlags::empty())
+            .map_err(classify)?;
         // An empty datagram can't be told from the end; no message encodes to nothing.
         if datagram.bytes == 0 {
             return Err(ChannelError::Closed);
@@ -238,90 +215,6 @@ impl Channel {
             sender: datagram.sender,
         })
     }
-
-    fn receive_raw(&self, buffer: &mut [u8]) -> Result<Datagram, ChannelError> {
-        let mut iov = libc::iovec {
-            iov_base: buffer.as_mut_ptr().cast(),
-            iov_len: buffer.len(),
-        };
-        let mut control = [0u64; CONTROL_WORDS];
-        // SAFETY: an all-zero msghdr is a valid value of this plain C struct.
-        let mut header: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
-        header.msg_iov = &raw mut iov;
-        header.msg_iovlen = 1;
-        header.msg_control = control.as_mut_ptr().cast();
-        header.msg_controllen = mem::size_of_val(&control);
-        let received = loop {
-            // SAFETY: header points at one iovec over `buffer` and at `control`, all of which live
-            // through the call, with their true lengths.
-            let n = unsafe {
-                libc::recvmsg(self.fd.as_raw_fd(), &raw mut header, libc::MSG_CMSG_CLOEXEC)
-            };
-            if n >= 0 {
-                break n.unsigned_abs();
-            }
-            let error = io::Error::last_os_error();
-            if error.kind() != io::ErrorKind::Interrupted {
-                return Err(classify(error));
-            }
-        };
-        let (fds, sender) = take_control(&header);
-        let truncated = header.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0;
-        Ok(Datagram {
-            bytes: received,
-            truncated,
-            fds,
-            sender,
-        })
-    }
-}
-
-struct Datagram {
-    bytes: usize,
-    truncated: bool,
-    fds: Vec<OwnedFd>,
-    sender: Option<OwnedFd>,
-}
-
-/// Takes ownership of every descriptor in the control part of a received header.
-fn take_control(header: &libc::msghdr) -> (Vec<OwnedFd>, Option<OwnedFd>) {
-    let mut fds = Vec::new();
-    let mut sender = None;
-    // SAFETY: the kernel filled msg_control and set msg_controllen to what it wrote.
-    let mut message = unsafe { libc::CMSG_FIRSTHDR(header) };
-    while !message.is_null() {
-        // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR return null or a whole cmsghdr inside msg_control.
-        let (level, kind, length) = unsafe {
-            (
-                (*message).cmsg_level,
-                (*message).cmsg_type,
-                (*message).cmsg_len,
-            )
-        };
-        // SAFETY: as above; CMSG_DATA is the first byte after that header.
-        let data = unsafe { libc::CMSG_DATA(message) };
-        let payload = length.saturating_sub(data.addr().wrapping_sub(message.addr()));
-        if level == libc::SOL_SOCKET && (kind == libc::SCM_RIGHTS || kind == SCM_PIDFD) {
-            for i in 0..payload / mem::size_of::<RawFd>() {
-                // SAFETY: i stays inside the payload; descriptors may be unaligned.
-                let raw = unsafe { data.cast::<RawFd>().add(i).read_unaligned() };
-                if raw < 0 {
-                    continue; // SCM_PIDFD of a process that is already gone
-                }
-                // SAFETY: the kernel installed this descriptor for us with this message; nobody
-                // else owns it and each payload slot is visited once.
-                let fd = unsafe { OwnedFd::from_raw_fd(raw) };
-                if kind == SCM_PIDFD {
-                    sender = Some(fd)
-                } else {
-                    fds.push(fd)
-                }
-            }
-        }
-        // SAFETY: message is a header of this control buffer.
-        message = unsafe { libc::CMSG_NXTHDR(header, message) };
-    }
-    (fds, sender)
 }
 
 fn classify(error: io::Error) -> ChannelError {
@@ -363,7 +256,7 @@ pub fn peer_credentials(socket: BorrowedFd<'_>) -> io::Result<nix::sys::socket::
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
+    use std::os::fd::{AsFd, FromRawFd};
 
     use super::*;
 

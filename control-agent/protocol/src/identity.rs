@@ -21,7 +21,7 @@ pub struct InvalidName {
 }
 
 impl InvalidName {
-    fn new(what: &'static str, given: &str, expected: &'static str) -> Self {
+    pub(crate) fn new(what: &'static str, given: &str, expected: &'static str) -> Self {
         Self {
             what,
             given: given.chars().take(80).collect(),

@@ -21,12 +21,16 @@
 //! takes exactly that many ([`channel::Received::take_fds`]) and closes any other.
 //! The agent links this crate and so never links the data path.
 //!
+//! Beside its channel each child of rot has a socket to rot's [`fd_store`], in systemd's words.
+//!
 //! [`rekey`] is what crosses by way of a volume's own file: the record of an unfinished re-key.
 
 pub mod admin;
 pub mod channel;
 pub mod control;
+mod datagram;
 pub mod envelope;
+pub mod fd_store;
 pub mod identity;
 pub mod keys;
 pub mod limits;

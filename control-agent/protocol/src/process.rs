@@ -1,9 +1,9 @@
-//! What every process that rot starts does the same way: takes its one inherited
-//! descriptor, writes its log to standard error, and locks itself in.
+//! What every process that rot starts does the same way: takes its two inherited
+//! descriptors, writes its log to standard error, and locks itself in.
 //!
-//! UNSAFETY: taking ownership of the inherited descriptor (a contract with rot: nobody else
-//! in the process owns number [`ROT_FD`]), and `prctl` calls on plain integers.
-#![expect(unsafe_code, reason = "adopting the inherited descriptor; prctl")]
+//! UNSAFETY: taking ownership of the inherited descriptors (a contract with rot: nobody else in
+//! the process owns the numbers [`ROT_FD`] and [`STORE_FD`]), and `prctl` calls on plain integers.
+#![expect(unsafe_code, reason = "adopting the inherited descriptors; prctl")]
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
@@ -13,8 +13,9 @@ use caps::{CapSet, Capability, CapsHashSet};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetArch};
 
 use crate::channel::Channel;
+use crate::fd_store::{STORE_ENV, STORE_FD};
 
-/// Number of the descriptor that a child inherits from rot.
+/// Number of the descriptor of the channel that a child inherits from rot.
 pub const ROT_FD: RawFd = 3;
 
 /// Environment variable that rot sets for its children: `1` when they inherited [`ROT_FD`].
@@ -28,8 +29,8 @@ pub enum StartError {
         "this program is started by bulkhead-rot, which gives it its channel; start that instead"
     )]
     NotAChild,
-    /// The channel was taken before.
-    #[error("the channel to rot was already taken")]
+    /// The descriptor was taken before.
+    #[error("the descriptor that rot passed was already taken")]
     Taken,
     /// A lock-down step failed.
     #[error("can't lock the process in ({step}): {source}")]
@@ -50,17 +51,31 @@ pub fn inherited_channel() -> Result<Channel, StartError> {
     if std::env::var_os(ROT_ENV).is_none_or(|v| v != "1") {
         return Err(StartError::NotAChild);
     }
-    if TAKEN.swap(true, Ordering::SeqCst) {
+    adopt(ROT_FD, &TAKEN).map(Channel::from)
+}
+
+/// The socket of the descriptor store. Succeeds once.
+pub(crate) fn inherited_store() -> Result<OwnedFd, StartError> {
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    if std::env::var_os(STORE_ENV).is_none() {
+        return Err(StartError::NotAChild);
+    }
+    adopt(STORE_FD, &TAKEN)
+}
+
+/// Takes a descriptor that rot passed under a fixed number; `taken` is that number's alone.
+fn adopt(number: RawFd, taken: &AtomicBool) -> Result<OwnedFd, StartError> {
+    if taken.swap(true, Ordering::SeqCst) {
         return Err(StartError::Taken);
     }
     // SAFETY: fcntl on an integer; tells whether the descriptor is open. Closing on exec is set
     // because nothing this process might start is meant to have it.
-    let rc = unsafe { libc::fcntl(ROT_FD, libc::F_SETFD, libc::FD_CLOEXEC) };
+    let rc = unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
     if rc != 0 {
         return Err(StartError::NotAChild);
     }
-    // SAFETY: rot passed this number for this purpose, and TAKEN makes this the only owner.
-    Ok(Channel::from(unsafe { OwnedFd::from_raw_fd(ROT_FD) }))
+    // SAFETY: rot passed this number for this purpose, and `taken` makes this the only owner.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }
 
 /// Log lines to standard error, `BULKHEAD_LOG` as the filter (`info` without it), each with the

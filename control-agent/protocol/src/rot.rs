@@ -1,7 +1,8 @@
 //! Messages between the root of trust and the processes it starts.
 //!
-//! A child starts with one inherited descriptor ([`crate::process::ROT_FD`]): its
-//! channel to rot. Everything else arrives over it. The order at a start is:
+//! A child starts with two inherited descriptors: its channel to rot
+//! ([`crate::process::ROT_FD`]) and its descriptor store ([`crate::fd_store::STORE_FD`]).
+//! Everything else arrives over the channel. The order at a start is:
 //! [`ToRot::Hello`] from the child, then [`FromRot::Peer`] for each peer that is
 //! alive. When a child is restarted, the survivors get a new `Peer` for its role with
 //! a higher generation and drop the channel they had.
