@@ -3,11 +3,12 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use bulkhead_protocol::channel::{Channel, ChannelError};
+use bulkhead_protocol::fd_store::{FdName, Keeper};
 use bulkhead_protocol::rot::{FromRot, Role};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 
@@ -34,6 +35,8 @@ pub struct Running {
     pub pidfd: Rc<OwnedFd>,
     /// The channel; none once either side gave it up.
     pub link: Option<Link>,
+    /// The end of its store; none once it closed its own.
+    pub keeper: Option<Keeper>,
     /// It said so.
     pub hello: bool,
     started: Instant,
@@ -58,6 +61,8 @@ pub struct Child {
     generation: u64,
     backoff: Backoff,
     state: State,
+    /// Starts in a row that came to nothing.
+    vain_starts: u32,
 }
 
 impl Child {
@@ -69,6 +74,7 @@ impl Child {
             generation: 0,
             backoff: Backoff::default(),
             state: State::Waiting(now),
+            vain_starts: 0,
         }
     }
 
@@ -114,24 +120,39 @@ impl Child {
         Some((peer, Rc::clone(&running.pidfd)))
     }
 
-    /// Starts the process if it is due; a failure counts as a death.
-    pub fn start_if_due(&mut self, now: Instant) {
-        match self.state {
-            State::Waiting(due) if due <= now => {}
-            _ => return,
-        }
-        match self.start(now) {
+    /// How many processes in a row ended before their `Hello`, or could not be started.
+    #[must_use]
+    pub fn vain_starts(&self) -> u32 {
+        self.vain_starts
+    }
+
+    /// Counts them from nothing again.
+    pub fn forgive_vain_starts(&mut self) {
+        self.vain_starts = 0;
+    }
+
+    /// Is there no process, and the time for one?
+    #[must_use]
+    pub fn is_due(&self, now: Instant) -> bool {
+        matches!(self.state, State::Waiting(due) if due <= now)
+    }
+
+    /// Starts the process with what is stored of its role; a failure counts as a death.
+    pub fn start(&mut self, stored: &[(FdName, BorrowedFd<'_>)], now: Instant) {
+        match self.execute(stored, now) {
             Ok(running) => {
                 self.generation += 1;
                 tracing::info!(
                     role = %self.program.role,
                     pid = running.pid,
                     generation = self.generation,
+                    stored = stored.len(),
                     "started"
                 );
                 self.state = State::Running(Box::new(running));
             }
             Err(error) => {
+                self.vain_starts = self.vain_starts.saturating_add(1);
                 let wait = self.backoff.after(Duration::ZERO);
                 let wait = wait.max(Duration::from_millis(100));
                 tracing::error!(role = %self.program.role, "can't start: {error}; again in {wait:?}");
@@ -140,12 +161,18 @@ impl Child {
         }
     }
 
-    fn start(&self, now: Instant) -> io::Result<Running> {
+    fn execute(&self, stored: &[(FdName, BorrowedFd<'_>)], now: Instant) -> io::Result<Running> {
         let (ours, theirs) = Channel::pair()?;
         let link = Link::new(ours)?;
+        let (keeper, store) = Keeper::pair()?;
+        keeper.hand_over(stored).map_err(|error| {
+            let what = format!("hand over {} stored descriptors: {error}", stored.len());
+            io::Error::new(error.kind(), what)
+        })?;
         let child = execute::start(&Start {
             binary: self.program.binary.as_fd(),
             channel: theirs.as_fd(),
+            store: store.as_fd(),
             arguments: &self.program.arguments,
             environment: &self.program.environment,
             uid: self.program.uid,
@@ -155,6 +182,7 @@ impl Child {
             pid: child.pid.unsigned_abs(),
             pidfd: Rc::new(child.pidfd),
             link: Some(link),
+            keeper: Some(keeper),
             hello: false,
             started: now,
             closed: None,
@@ -182,6 +210,10 @@ impl Child {
             self.state = State::Waiting(now);
             return Ok(());
         }
+        self.vain_starts = match running.hello {
+            true => 0,
+            false => self.vain_starts.saturating_add(1),
+        };
         let wait = self.backoff.after(now - running.started);
         tracing::warn!(%role, pid, generation, "ended: {how}; next start in {wait:?}");
         self.state = State::Waiting(now + wait);
@@ -304,6 +336,7 @@ mod tests {
             pid: 1,
             pidfd: Rc::new(std::fs::File::open("/dev/null").unwrap().into()),
             link: Some(Link::new(ours).unwrap()),
+            keeper: None,
             hello: false,
             started,
             closed: None,

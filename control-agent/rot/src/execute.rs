@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
+use bulkhead_protocol::fd_store::STORE_FD;
 use bulkhead_protocol::process::ROT_FD;
 use nix::fcntl::{FcntlArg, fcntl};
 
@@ -25,6 +26,8 @@ pub struct Start<'a> {
     pub binary: BorrowedFd<'a>,
     /// Becomes descriptor [`ROT_FD`].
     pub channel: BorrowedFd<'a>,
+    /// Becomes descriptor [`STORE_FD`].
+    pub store: BorrowedFd<'a>,
     /// Its arguments, the name first.
     pub arguments: &'a [CString],
     /// Its whole environment, `NAME=value` each.
@@ -59,6 +62,7 @@ fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
 struct Prepared {
     binary: OwnedFd,
     channel: OwnedFd,
+    store: OwnedFd,
     null: OwnedFd,
     argv: Vec<*const libc::c_char>,
     envp: Vec<*const libc::c_char>,
@@ -97,6 +101,7 @@ pub fn start(what: &Start<'_>) -> io::Result<Child> {
     let prepared = Prepared {
         binary: clear_of_targets(what.binary)?,
         channel: clear_of_targets(what.channel)?,
+        store: clear_of_targets(what.store)?,
         null: clear_of_targets(File::open("/dev/null")?)?,
         argv: pointers(what.arguments),
         envp: pointers(what.environment),
@@ -198,6 +203,10 @@ fn to_exec(p: &Prepared) -> Result<std::convert::Infallible, &'static CStr> {
             libc::dup2(p.channel.as_raw_fd(), ROT_FD),
             c"rot child: channel failed\n",
         )?;
+        check(
+            libc::dup2(p.store.as_raw_fd(), STORE_FD),
+            c"rot child: store failed\n",
+        )?;
     }
     if let Some(uid) = p.uid {
         take_user(uid, p.keeps_ipc_lock)?;
@@ -213,7 +222,7 @@ fn to_exec(p: &Prepared) -> Result<std::convert::Infallible, &'static CStr> {
         if libc::getppid() != p.parent {
             return Err(c"rot child: rot is gone\n");
         }
-        let first = ROT_FD.unsigned_abs() + 1;
+        let first = STORE_FD.unsigned_abs() + 1;
         if libc::syscall(
             libc::SYS_close_range,
             first,
@@ -314,7 +323,7 @@ mod tests {
             .filter(|e| std::fs::read_link(e.path()).is_ok_and(|to| !to.ends_with("fd")))
             .map(|e| e.file_name().into_string().unwrap())
             .collect();
-        assert_eq!(open.len(), 4, "{open:?}");
+        assert_eq!(open.len(), 5, "{open:?}");
         if let Ok(uid) = std::env::var("EXPECTED_UID") {
             assert_eq!(nix::unistd::getuid().to_string(), uid);
             assert!(nix::unistd::getgroups().unwrap().is_empty());
@@ -322,10 +331,11 @@ mod tests {
     }
 
     #[test]
-    fn a_child_has_descriptors_0_to_3_and_its_own_uid() {
+    fn a_child_has_descriptors_0_to_4_and_its_own_uid() {
         let root = nix::unistd::getuid().is_root();
         let binary = MeasuredBinary::load(&std::env::current_exe().unwrap(), "t").unwrap();
         let (ours, theirs) = bulkhead_protocol::channel::Channel::pair().unwrap();
+        let (keeper, store) = bulkhead_protocol::fd_store::Keeper::pair().unwrap();
         let mut environment = vec![c"BULKHEAD_ROT=1".to_owned()];
         if root {
             environment.push(c"EXPECTED_UID=64001".to_owned());
@@ -333,6 +343,7 @@ mod tests {
         let child = start(&Start {
             binary: binary.as_fd(),
             channel: theirs.as_fd(),
+            store: store.as_fd(),
             arguments: &[
                 c"t".to_owned(),
                 c"execute::tests::as_child".to_owned(),
@@ -345,6 +356,6 @@ mod tests {
         .unwrap();
         let ended = waitpid(nix::unistd::Pid::from_raw(child.pid), None).unwrap();
         assert!(matches!(ended, WaitStatus::Exited(_, 0)), "{ended:?}");
-        drop(ours);
+        drop((ours, keeper));
     }
 }

@@ -2,8 +2,9 @@
 //!
 //! One thread, one loop ([`supervisor`]). It reads its command line and fixed messages, nothing
 //! else: no configuration, no network, no memory of a guest. In the order of a start:
-//! [`directories`] -> [`listeners`] -> [`programs`] ([`binary`]: a sealed, measured copy)
-//! -> [`lockdown`] -> [`supervisor`], which starts each [`child`] through [`execute`].
+//! [`upstream`] (what systemd stored) -> [`directories`] -> [`listeners`] -> [`programs`]
+//! ([`binary`]: a sealed, measured copy) -> [`lockdown`] -> [`supervisor`], which starts each
+//! [`child`] through [`execute`] with what it had in its [`stores`].
 
 pub mod arguments;
 pub mod backoff;
@@ -11,12 +12,16 @@ pub mod binary;
 pub mod child;
 pub mod directories;
 pub mod execute;
+pub mod inherited;
 pub mod link;
 pub mod listeners;
 pub mod lockdown;
 pub mod programs;
+pub mod same_file;
 pub mod socket_file;
+pub mod stores;
 pub mod supervisor;
+pub mod upstream;
 
 use std::collections::BTreeSet;
 use std::io;
@@ -35,8 +40,10 @@ pub use arguments::Arguments;
 use child::Child;
 use directories::{Directory, DirectoryError};
 use listeners::Listeners;
+use lockdown::Limits;
 use programs::{Program, ProgramError};
 use socket_file::{Access, SocketFileError, listen_at, remove_socket};
+use stores::Stores;
 use supervisor::{Children, Supervisor};
 
 /// File name of the operator's socket in the run directory.
@@ -82,6 +89,7 @@ fn failed<E: Into<io::Error>>(step: &'static str) -> impl Fn(E) -> RotError {
 /// # Errors
 /// See [`RotError`]; no child runs then for longer than rot.
 pub fn run(arguments: Arguments) -> Result<(), RotError> {
+    let systemd = upstream::found::from_environment().map_err(failed("use systemd's store"))?;
     let arguments = arguments
         .with_absolute_paths()
         .map_err(failed("make the paths absolute"))?;
@@ -90,16 +98,18 @@ pub fn run(arguments: Arguments) -> Result<(), RotError> {
     let signals = take_signals()?;
     let run_dir = Directory::own(&arguments.run_dir)?;
     let _lock = run_dir.lock()?;
-    let memory_unlimited = lockdown::raise_limits().map_err(failed("raise the limits"))?;
-    let children = load_programs(&arguments, memory_unlimited)?;
+    let limits = lockdown::raise_limits().map_err(failed("raise the limits"))?;
+    let children = load_programs(&arguments, limits)?;
     make_state(&arguments)?;
     let listeners = Listeners::new(run_dir.own_inside("vhost")?)
         .map_err(failed("clear the directory of the vhost-user sockets"))?;
     let admin = admin_socket(&run_dir, &arguments)?;
     std::env::set_current_dir("/").map_err(failed("leave the working directory"))?;
-    warn_of_weaker_separation(&arguments, memory_unlimited);
+    warn_of_weaker_separation(&arguments, limits.memory_unlimited);
     lockdown::lock_in()?;
-    let ended = Supervisor::new(children, listeners, admin, signals)
+    let (upstream, found) = systemd.unzip();
+    let stores = Stores::new(limits.files, upstream, found.unwrap_or_default());
+    let ended = Supervisor::new(children, listeners, stores, admin, signals)
         .run()
         .map_err(failed("supervise the children"));
     remove_socket(&run_dir, ADMIN_SOCKET).map_err(RotError::AdminSocket)?;
@@ -153,12 +163,13 @@ fn take_signals() -> Result<SignalFd, RotError> {
         .map_err(failed("make a signalfd"))
 }
 
-fn load_programs(arguments: &Arguments, memory_unlimited: bool) -> Result<Children, RotError> {
+fn load_programs(arguments: &Arguments, limits: Limits) -> Result<Children, RotError> {
     let now = Instant::now();
     let load = |role| -> Result<Child, RotError> {
-        let mut program = Program::load(role, arguments)?;
+        let stored = stores::limit(role, limits.files);
+        let mut program = Program::load(role, arguments, stored)?;
         program.keeps_ipc_lock =
-            role == Role::Dataplane && !memory_unlimited && lockdown::holds_ipc_lock();
+            role == Role::Dataplane && !limits.memory_unlimited && lockdown::holds_ipc_lock();
         tracing::info!(%role, sha384 = program.measurement_text(), "measured");
         Ok(Child::new(program, now))
     };

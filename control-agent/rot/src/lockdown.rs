@@ -64,15 +64,43 @@ fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
     }
 }
 
-/// Raises the limits that children inherit: open files as far as allowed, locked memory
-/// without end. Says whether the latter worked: it takes CAP_SYS_RESOURCE, which a container lacks.
+/// Open files that 256 devices ask for: what is stored of them, and as many again in the data
+/// plane, with its listeners and what a frontend may send in one message.
+const WANTED_FILES: u64 = 16_384;
+
+/// The limits that rot has and its children inherit.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Open files.
+    pub files: u64,
+    /// Locked memory is without limit.
+    pub memory_unlimited: bool,
+}
+
+/// Raises the limits: open files as far as allowed, locked memory without end. The latter takes
+/// CAP_SYS_RESOURCE, which a container lacks.
 ///
 /// # Errors
 /// What `getrlimit` or the allowed `setrlimit` fails with.
-pub fn raise_limits() -> io::Result<bool> {
+pub fn raise_limits() -> io::Result<Limits> {
     let (_, most_files) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    setrlimit(Resource::RLIMIT_NOFILE, most_files, most_files)?;
-    Ok(setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).is_ok())
+    let wanted = most_files.max(WANTED_FILES);
+    let files = match setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted) {
+        Ok(()) => wanted,
+        Err(_) => {
+            setrlimit(Resource::RLIMIT_NOFILE, most_files, most_files)?;
+            most_files
+        }
+    };
+    if files < WANTED_FILES {
+        tracing::warn!(
+            "the limit on open files is {files}: too low for 256 devices, raise it to {WANTED_FILES} (LimitNOFILE=, ulimit -Hn)"
+        );
+    }
+    Ok(Limits {
+        files,
+        memory_unlimited: setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).is_ok(),
+    })
 }
 
 /// Does rot hold CAP_IPC_LOCK, to leave it to a child?

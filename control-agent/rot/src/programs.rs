@@ -5,6 +5,7 @@
 use std::ffi::{CString, NulError, OsStr};
 use std::os::unix::ffi::OsStrExt;
 
+use bulkhead_protocol::fd_store::STORE_ENV;
 use bulkhead_protocol::process::ROT_ENV;
 use bulkhead_protocol::rot::Role;
 
@@ -48,11 +49,12 @@ pub struct Program {
 }
 
 impl Program {
-    /// Loads and measures a role's binary and makes its command line.
+    /// Loads and measures a role's binary and makes its command line. `stored`: how many
+    /// descriptors rot stores for it at most.
     ///
     /// # Errors
     /// See [`ProgramError`].
-    pub fn load(role: Role, arguments: &Arguments) -> Result<Self, ProgramError> {
+    pub fn load(role: Role, arguments: &Arguments, stored: usize) -> Result<Self, ProgramError> {
         let name = format!("bulkhead-{role}");
         let binary = MeasuredBinary::load(&arguments.bin_dir.join(&name), &name)?;
         let named = std::iter::once(name.into());
@@ -65,7 +67,8 @@ impl Program {
             role,
             binary,
             arguments: line.map_err(|source| ProgramError::Argument { role, source })?,
-            environment: environment().map_err(|source| ProgramError::Argument { role, source })?,
+            environment: environment(stored)
+                .map_err(|source| ProgramError::Argument { role, source })?,
             uid: arguments.uid(role).filter(|&uid| uid != own),
             keeps_ipc_lock: false,
         })
@@ -79,8 +82,11 @@ impl Program {
     }
 }
 
-fn environment() -> Result<Vec<CString>, NulError> {
-    let mut environment = vec![CString::new(format!("{ROT_ENV}=1"))?];
+fn environment(stored: usize) -> Result<Vec<CString>, NulError> {
+    let mut environment = vec![
+        CString::new(format!("{ROT_ENV}=1"))?,
+        CString::new(format!("{STORE_ENV}={stored}"))?,
+    ];
     if let Some(filter) = std::env::var_os(LOG_ENV) {
         let entry = [LOG_ENV.as_bytes(), b"=", filter.as_bytes()].concat();
         environment.push(CString::new(entry)?);

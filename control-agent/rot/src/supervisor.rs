@@ -1,18 +1,20 @@
 //! The one loop: starts what is due, connects who has said `Hello`, carries out the agent's
-//! requests, reaps what died, and ends all of it on a signal.
+//! requests, keeps what the children store, reaps what died, and ends all of it on a signal.
 //!
-//! `poll(2)` over at most seven descriptors: level-triggered, nothing to register, nothing more to
-//! trust. A turn takes one message of each child, so that no child keeps rot from the others.
+//! `poll(2)` over at most eleven descriptors: level-triggered, nothing to register, nothing more to
+//! trust. A turn takes one message of each child's (of its store's a few), so that no child keeps rot from the others.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+mod requests;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use bulkhead_protocol::channel::{Channel, ChannelError};
-use bulkhead_protocol::rot::{FromRot, Role, ToRot};
+use bulkhead_protocol::channel::ChannelError;
+use bulkhead_protocol::rot::{FromRot, Role};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
@@ -20,10 +22,18 @@ use nix::sys::signalfd::SignalFd;
 use crate::child::Child;
 use crate::link::Link;
 use crate::listeners::Listeners;
-use crate::socket_file::Access;
+use crate::stores::Stores;
+use crate::upstream::Upstream;
 
 /// How long the children may take to end in good order.
 const STOP_WITHIN: Duration = Duration::from_secs(5);
+/// Messages of a child's store that one turn takes.
+const STORED_A_TURN: usize = 16;
+/// Messages that can wait in a child's socket when it ended, and more: one whose socket is in the
+/// hands of another process does not keep rot for ever.
+const LEFT_BEHIND: usize = 4096;
+/// Starts with what is stored that may come to nothing, in a row (3 s), before it is dropped.
+const VAIN_STARTS: u32 = 6;
 
 /// The three children.
 #[derive(Debug)]
@@ -63,6 +73,8 @@ enum Event {
     Signal,
     Ended(Role),
     Channel(Role, PollFlags),
+    Store(Role),
+    Upstream,
 }
 
 /// The supervisor of one host.
@@ -70,6 +82,7 @@ enum Event {
 pub struct Supervisor {
     children: Children,
     listeners: Listeners,
+    stores: Stores,
     admin: Rc<OwnedFd>,
     signals: SignalFd,
     /// When the children that still live are killed; set by the first signal.
@@ -83,12 +96,14 @@ impl Supervisor {
     pub fn new(
         children: Children,
         listeners: Listeners,
+        stores: Stores,
         admin: OwnedFd,
         signals: SignalFd,
     ) -> Self {
         Self {
             children,
             listeners,
+            stores,
             admin: Rc::new(admin),
             signals,
             stop_by: None,
@@ -111,13 +126,14 @@ impl Supervisor {
                 let now = Instant::now();
                 match event {
                     Event::Signal => self.on_signal(now)?,
-                    Event::Ended(role) => {
-                        let stopping = self.stop_by.is_some();
-                        self.children.get_mut(role).reap(now, stopping)?;
-                    }
+                    Event::Ended(role) => self.on_end(role, now)?,
                     Event::Channel(role, flags) => self.on_channel(role, flags, now),
+                    Event::Store(role) => self.on_store(role, STORED_A_TURN),
+                    Event::Upstream => {}
                 }
             }
+            // Also what the events above caused.
+            self.stores.flush();
             self.note_readiness();
         }
     }
@@ -126,7 +142,8 @@ impl Supervisor {
         for role in Role::ALL {
             let child = self.children.get_mut(role);
             match self.stop_by {
-                None => child.start_if_due(now),
+                None if child.is_due(now) => child.start(&self.stores.stored(role), now),
+                None => {}
                 Some(by) if by <= now => child.kill("it did not stop in time"),
                 Some(_) => {}
             }
@@ -174,6 +191,14 @@ impl Supervisor {
                 of.push(Event::Channel(child.role(), flags));
                 fds.push(PollFd::new(link.as_fd(), flags));
             }
+            if let Some(keeper) = running.keeper.as_ref().filter(|_| self.stores.takes()) {
+                of.push(Event::Store(child.role()));
+                fds.push(PollFd::new(keeper.as_fd(), PollFlags::POLLIN));
+            }
+        }
+        if let Some(upstream) = self.stores.upstream().filter(|up| Upstream::waits(up)) {
+            of.push(Event::Upstream);
+            fds.push(PollFd::new(upstream.as_fd(), PollFlags::POLLOUT));
         }
         match poll(&mut fds, self.timeout()) {
             Ok(_) | Err(Errno::EINTR) => {}
@@ -221,6 +246,51 @@ impl Supervisor {
         Ok(())
     }
 
+    /// What it stored last is read before the next of its role can start.
+    fn on_end(&mut self, role: Role, now: Instant) -> io::Result<()> {
+        self.on_store(role, LEFT_BEHIND);
+        let child = self.children.get_mut(role);
+        child.reap(now, self.stop_by.is_some())?;
+        if child.vain_starts() >= VAIN_STARTS {
+            child.forgive_vain_starts();
+            let dropped = self.stores.clear(role);
+            if dropped > 0 {
+                tracing::error!(
+                    %role,
+                    "{VAIN_STARTS} starts came to nothing: {dropped} stored descriptors are dropped, the next starts from nothing"
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// At most `most` messages of a child's store.
+    fn on_store(&mut self, role: Role, most: usize) {
+        let child = self.children.get_mut(role);
+        for _ in 0..most {
+            let Some(keeper) = child.running().and_then(|r| r.keeper.as_ref()) else {
+                return;
+            };
+            match keeper.receive() {
+                Ok(Some(received)) => {
+                    if let Err(reason) = self.stores.handle(role, received) {
+                        child.complain(&reason);
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                end => {
+                    if let Err(error) = end {
+                        child.complain(&format!("its store is given up: {error}"));
+                    }
+                    if let Some(running) = child.running_mut() {
+                        running.keeper = None;
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
     fn on_channel(&mut self, role: Role, flags: PollFlags, now: Instant) {
         let child = self.children.get_mut(role);
         if flags.contains(PollFlags::POLLOUT) {
@@ -246,142 +316,4 @@ impl Supervisor {
             Err(error) => child.give_up_channel(&error, now),
         }
     }
-
-    fn on_message(&mut self, role: Role, message: &ToRot, now: Instant) {
-        let hello = self.children.get(role).running().is_some_and(|r| r.hello);
-        let (request_id, outcome) = match message {
-            ToRot::Hello if hello => {
-                self.children.get_mut(role).complain("it said Hello again");
-                return;
-            }
-            ToRot::Hello => return self.on_hello(role, now),
-            ToRot::Bind { request_id, .. } | ToRot::Unbind { request_id, .. } => {
-                let outcome = if role != Role::Agent {
-                    Err("only the agent may bind and unbind listeners".to_owned())
-                } else if !hello {
-                    Err("say Hello first".to_owned())
-                } else if self.stop_by.is_some() {
-                    Err("rot is stopping".to_owned())
-                } else {
-                    self.carry_out(message, now)
-                };
-                (*request_id, outcome)
-            }
-        };
-        let reply = outcome.unwrap_or_else(|reason| {
-            let child = self.children.get_mut(role);
-            child.complain(&format!("request refused: {reason}"));
-            FromRot::Failed { request_id, reason }
-        });
-        self.children.get_mut(role).send(reply, Vec::new(), now);
-    }
-
-    /// Connects a child to each peer that is up, then gives it what is its own.
-    fn on_hello(&mut self, role: Role, now: Instant) {
-        if self.stop_by.is_some() {
-            return;
-        }
-        if let Some(running) = self.children.get_mut(role).running_mut() {
-            running.hello = true;
-        }
-        for peer in Role::ALL {
-            if peer != role && self.children.get(peer).is_up() {
-                self.connect(role, peer, now);
-            }
-        }
-        let child = self.children.get_mut(role);
-        match role {
-            Role::Keyd => {}
-            Role::Agent => {
-                child.send(FromRot::AdminListener, vec![Rc::clone(&self.admin)], now);
-            }
-            Role::Dataplane => {
-                for (name, socket) in self.listeners.iter() {
-                    let name = name.clone();
-                    child.send(FromRot::Listener { name }, vec![socket], now);
-                }
-            }
-        }
-    }
-
-    /// Makes the pair's channel and introduces each to the other.
-    fn connect(&mut self, a: Role, b: Role, now: Instant) {
-        let introductions = (
-            self.children.get(a).introduction(),
-            self.children.get(b).introduction(),
-        );
-        let (Some((a_is, a_pidfd)), Some((b_is, b_pidfd))) = introductions else {
-            return;
-        };
-        match pair() {
-            Ok((a_end, b_end)) => {
-                self.children
-                    .get_mut(a)
-                    .send(b_is, vec![a_end, b_pidfd], now);
-                self.children
-                    .get_mut(b)
-                    .send(a_is, vec![b_end, a_pidfd], now);
-            }
-            // Out of descriptors, say. The child is started again and so asks again.
-            Err(error) => {
-                let reason = format!("can't connect it to {b}: {error}");
-                self.children.get_mut(a).kill(&reason);
-            }
-        }
-    }
-
-    /// A request of the agent's.
-    fn carry_out(&mut self, request: &ToRot, now: Instant) -> Result<FromRot, String> {
-        match request {
-            ToRot::Bind {
-                request_id,
-                name,
-                uid,
-                gid,
-                mode,
-            } => {
-                let access = Access {
-                    uid: *uid,
-                    gid: *gid,
-                    mode: *mode,
-                };
-                let bound = self.listeners.bind(name, access);
-                if let Some(socket) = bound.map_err(|e| e.to_string())? {
-                    tracing::info!(%name, uid, gid, "listener bound, mode {mode:o}");
-                    let name = name.clone();
-                    self.tell_dataplane(FromRot::Listener { name }, vec![socket], now);
-                }
-                Ok(FromRot::Bound {
-                    request_id: *request_id,
-                })
-            }
-            ToRot::Unbind { request_id, name } => {
-                if self.listeners.unbind(name).map_err(|e| e.to_string())? {
-                    tracing::info!(%name, "listener removed");
-                    let name = name.clone();
-                    self.tell_dataplane(FromRot::ListenerGone { name }, Vec::new(), now);
-                }
-                Ok(FromRot::Unbound {
-                    request_id: *request_id,
-                })
-            }
-            ToRot::Hello => Err("Hello is no request".to_owned()),
-        }
-    }
-
-    /// Before its `Hello` it needs no news: it gets all listeners then.
-    fn tell_dataplane(&mut self, message: FromRot, fds: Vec<Rc<OwnedFd>>, now: Instant) {
-        if self.children.dataplane.is_up() {
-            self.children.dataplane.send(message, fds, now);
-        }
-    }
-}
-
-/// A channel between two peers. Each end names the sender of each message, from the first on:
-/// a receiver that asked only once it has its end would miss what was sent before.
-fn pair() -> io::Result<(Rc<OwnedFd>, Rc<OwnedFd>)> {
-    let (a, b) = Channel::pair()?;
-    a.ask_for_sender()?;
-    b.ask_for_sender()?;
-    Ok((Rc::new(a.into()), Rc::new(b.into())))
 }

@@ -1,7 +1,7 @@
 //! A host for one test: a folder, a rot in it, and the puppets that rot starts.
 
 use std::fs::{self, File};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
@@ -136,8 +136,13 @@ impl Host {
 
     /// Starts rot.
     pub fn start(&mut self) {
-        let child = self.command(&self.path("log")).spawn().expect("spawn rot");
-        self.rot = Some(child);
+        let command = self.command(&self.path("log"));
+        self.spawn(command);
+    }
+
+    /// Starts rot by a command that executes it.
+    pub fn spawn(&mut self, mut command: Command) {
+        self.rot = Some(command.spawn().expect("spawn rot"));
     }
 
     /// Starts rot, waits for the three puppets and has each say Hello: keyd, data plane, agent.
@@ -313,6 +318,49 @@ impl Puppet {
         }
         let [socket, pidfd] = <[OwnedFd; 2]>::try_from(fds).expect("two descriptors");
         (message, Channel::from(socket), pidfd)
+    }
+
+    /// Has it store descriptors.
+    pub fn push(&self, name: &str, fds: &[BorrowedFd<'_>]) {
+        let order = Order::Push(name.to_owned());
+        self.control.send(&order, fds).expect("the puppet lives");
+        let (report, _) = self.report();
+        assert!(matches!(report, Report::Obeyed), "{report:?}");
+    }
+
+    /// The next report that is not of a message from rot.
+    #[track_caller]
+    pub fn report(&self) -> (Report, Vec<OwnedFd>) {
+        loop {
+            assert!(readable(&self.control, PATIENCE), "{} is silent", self.role);
+            let received = self.control.receive::<Report>().expect("report");
+            if !matches!(received.message, Report::FromRot(_)) {
+                return (received.message, received.fds);
+            }
+        }
+    }
+
+    /// Gives an order that it answers.
+    #[track_caller]
+    pub fn obeys(&self, order: Order) {
+        self.order(order);
+        let (report, _) = self.report();
+        assert!(matches!(report, Report::Obeyed), "{report:?}");
+    }
+
+    /// What rot gave it of what was stored.
+    #[track_caller]
+    pub fn taken(&self) -> Vec<(String, OwnedFd)> {
+        self.order(Order::ReportTaken);
+        let mut taken = Vec::new();
+        loop {
+            let (report, fds) = self.report();
+            match report {
+                Report::Taken(names) if names.is_empty() => return taken,
+                Report::Taken(names) => taken.extend(names.into_iter().zip(fds)),
+                other => panic!("{} reported {other:?}", self.role),
+            }
+        }
     }
 
     /// Kills it and waits for its end.

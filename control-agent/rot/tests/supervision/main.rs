@@ -8,6 +8,8 @@ mod listening;
 mod peers;
 mod puppet;
 mod setup;
+mod storing;
+mod systemd;
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -44,6 +46,8 @@ fn main() {
         listening::CASES,
         peers::CASES,
         setup::CASES,
+        storing::CASES,
+        systemd::CASES,
     ];
     let trials = groups.into_iter().flatten().map(|case| {
         let run = case.run;

@@ -24,7 +24,7 @@ pub const CASES: &[Case] = &[
     }),
     case("restarts_back_off", back_off),
     case("a_swapped_binary_is_not_what_is_restarted", swapped),
-    case("children_have_descriptors_0_to_3_alone", descriptors),
+    case("children_have_descriptors_0_to_4_alone", descriptors),
     case("what_does_not_decode_is_refused_and_rot_goes_on", garbage),
     case("a_child_that_closes_its_channel_is_restarted", closes),
     case("a_child_that_does_not_read_is_restarted", unread),
@@ -166,12 +166,20 @@ fn descriptors() {
     host.start();
     for role in Role::ALL {
         let first = host.puppet(role);
-        assert_eq!(first.started.descriptors, ["0", "1", "2", "3"], "{role}");
-        assert_eq!(first.started.environment.len(), 2, "{:?}", first.started);
+        assert_eq!(
+            first.started.descriptors,
+            ["0", "1", "2", "3", "4"],
+            "{role}"
+        );
+        assert_eq!(first.started.environment.len(), 3, "{:?}", first.started);
         // The one that is restarted as well.
         first.order(Order::Exit(0));
         let second = host.puppet(role);
-        assert_eq!(second.started.descriptors, ["0", "1", "2", "3"], "{role}");
+        assert_eq!(
+            second.started.descriptors,
+            ["0", "1", "2", "3", "4"],
+            "{role}"
+        );
     }
 }
 

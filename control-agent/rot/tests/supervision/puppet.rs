@@ -2,16 +2,21 @@
 //! included, and does what the test orders.
 
 use std::net::TcpListener;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::exit;
 
 use bulkhead_protocol::channel::{Channel, ChannelError};
+use bulkhead_protocol::fd_store::{FdName, Store};
 use bulkhead_protocol::process::inherited_channel;
 use bulkhead_protocol::rot::{FromRot, ToRot};
 use minicbor::{Decode, Encode};
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, sendmsg, socket,
+};
 
 /// File name of the test's socket, beside the run directory.
 pub const PUPPETS_SOCKET: &str = "puppets.sock";
@@ -43,6 +48,36 @@ pub enum Order {
     /// Make an internet socket.
     #[n(7)]
     MakeInternetSocket,
+    /// Report what an earlier process of this role stored. This and what follows is answered.
+    #[n(8)]
+    ReportTaken,
+    /// Store the descriptors of this message.
+    #[n(9)]
+    Push(#[n(0)] String),
+    /// Remove what is stored under a name.
+    #[n(10)]
+    Remove(#[n(0)] String),
+    /// Remove all that is stored.
+    #[n(11)]
+    RemoveAll,
+    /// Wait for a barrier.
+    #[n(12)]
+    Barrier,
+    /// Ask for a barrier and report its pipe at once.
+    #[n(13)]
+    ReportBarrier,
+    /// Send the store these bytes, with that many descriptors.
+    #[n(14)]
+    StoreBytes(#[cbor(n(0), with = "minicbor::bytes")] Vec<u8>, #[n(1)] u32),
+    /// Store numbered files until killed, see [`super::storing`].
+    #[n(15)]
+    StoreForEver,
+    /// Store that many numbered files under names of full length.
+    #[n(16)]
+    StoreMany(#[n(0)] u32),
+    /// Compare what was taken with what `StoreMany` stores.
+    #[n(17)]
+    CheckMany(#[n(0)] u32),
 }
 
 /// From the puppet to the test.
@@ -54,9 +89,18 @@ pub enum Report {
     /// What rot sent. Descriptors: those of the message.
     #[n(1)]
     FromRot(#[n(0)] FromRot),
-    /// It reads nothing more from rot.
+    /// It did what it was told.
     #[n(2)]
     Obeyed,
+    /// What was stored, in order: up to four names with their descriptors, none at the end.
+    #[n(3)]
+    Taken(#[n(0)] Vec<String>),
+    /// The barrier's pipe, as descriptor.
+    #[n(4)]
+    Barrier,
+    /// The number of the file that was stored last.
+    #[n(5)]
+    Stored(#[n(0)] u32),
 }
 
 /// What a puppet knows of itself at its start.
@@ -110,7 +154,7 @@ fn connect_to_test() -> Channel {
     let fd: OwnedFd =
         socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).expect("socket");
     let address = UnixAddr::new(&test_directory().join(PUPPETS_SOCKET)).expect("address");
-    let raw = std::os::fd::AsRawFd::as_raw_fd(&fd);
+    let raw = fd.as_raw_fd();
     connect(raw, &address).expect("the test listens");
     Channel::from(fd)
 }
@@ -134,6 +178,7 @@ struct Puppet {
     reads: bool,
     ignores_stop: bool,
     test: Channel,
+    store: Store,
 }
 
 /// Runs until rot or the test ends it.
@@ -144,13 +189,14 @@ pub fn main() -> ! {
         reads: true,
         ignores_stop: false,
         test: connect_to_test(),
+        store: Store::inherited().expect("a store"),
     };
     puppet.report(&Report::Started(started(descriptors)), &[]);
     loop {
         let (from_test, from_rot) = puppet.wait();
         if from_test {
             match puppet.test.receive::<Order>() {
-                Ok(order) => puppet.obey(order.message),
+                Ok(order) => puppet.obey(order.message, &order.fds),
                 Err(_) => exit(0),
             }
         }
@@ -193,7 +239,7 @@ impl Puppet {
         }
     }
 
-    fn obey(&mut self, order: Order) {
+    fn obey(&mut self, order: Order, fds: &[OwnedFd]) {
         let rot = self.rot.as_ref();
         match order {
             Order::Say(message) => rot.expect("open").send(&message, &[]).expect("send"),
@@ -216,6 +262,111 @@ impl Puppet {
                 let made = TcpListener::bind("127.0.0.1:0");
                 unreachable!("the filter should have ended this process: {made:?}");
             }
+            storing => self.obey_storing(storing, fds),
         }
     }
+
+    /// Each is answered, with `Obeyed` if with nothing else.
+    fn obey_storing(&mut self, order: Order, fds: &[OwnedFd]) {
+        let name = |text: String| text.parse::<FdName>().expect("a name");
+        match order {
+            Order::ReportTaken => return self.report_taken(),
+            Order::Push(text) => {
+                let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+                self.store.push(name(text), &fds).expect("push");
+            }
+            Order::Remove(text) => self.store.remove(name(text)).expect("remove"),
+            Order::RemoveAll => self.store.remove_all().expect("remove"),
+            Order::Barrier => {
+                let barrier = self.store.barrier().expect("barrier");
+                let reached = self.store.reached(&barrier, crate::host::PATIENCE);
+                assert!(reached.expect("rot lives"), "the barrier was not reached");
+            }
+            Order::ReportBarrier => {
+                let barrier = self.store.barrier().expect("barrier");
+                let pipe = barrier.as_fd().try_clone_to_owned().expect("dup");
+                return self.report(&Report::Barrier, &[pipe]);
+            }
+            Order::StoreBytes(bytes, count) => self.store_bytes(&bytes, count),
+            Order::StoreForEver => self.store_for_ever(),
+            Order::StoreMany(count) => {
+                for number in 0..count {
+                    let file = numbered_file(number);
+                    let name = long_name(number);
+                    self.store.push(name, &[file.as_fd()]).expect("push");
+                }
+            }
+            Order::CheckMany(count) => {
+                let taken = self.store.taken();
+                assert_eq!(taken.len(), count as usize);
+                for (number, (name, fd)) in (0..count).zip(taken) {
+                    assert_eq!(name, long_name(number));
+                    assert_eq!(number_of(&fd), number);
+                }
+            }
+            other => unreachable!("{other:?} has nothing to do with the store"),
+        }
+        self.report(&Report::Obeyed, &[]);
+    }
+
+    fn report_taken(&mut self) {
+        let mut taken = self.store.taken().into_iter().peekable();
+        while taken.peek().is_some() {
+            let some = taken.by_ref().take(4);
+            let (names, fds): (Vec<_>, Vec<_>) = some.map(|(n, fd)| (n.to_string(), fd)).unzip();
+            self.report(&Report::Taken(names), &fds);
+        }
+        self.report(&Report::Taken(Vec::new()), &[]);
+    }
+
+    fn store_bytes(&self, bytes: &[u8], count: u32) {
+        let file = std::fs::File::open("/dev/null").expect("open");
+        let raw = vec![file.as_raw_fd(); count as usize];
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let rights = if raw.is_empty() { &[][..] } else { &rights[..] };
+        let socket = self.store.as_fd().as_raw_fd();
+        let iov = [std::io::IoSlice::new(bytes)];
+        // Too many at once for this user: rot takes those under way meanwhile.
+        while let Err(error) = sendmsg::<()>(socket, &iov, rights, MsgFlags::MSG_NOSIGNAL, None) {
+            match error {
+                Errno::ETOOMANYREFS => std::thread::yield_now(),
+                Errno::EPIPE => return,
+                other => panic!("send: {other}"),
+            }
+        }
+    }
+
+    /// Stores file i as `n<i>` and drops the one eight before; each is reported once it was sent.
+    fn store_for_ever(&mut self) {
+        for number in 0.. {
+            let file = numbered_file(number);
+            let name = |number: u32| format!("n{number}").parse::<FdName>().expect("a name");
+            self.store
+                .push(name(number), &[file.as_fd()])
+                .expect("push");
+            self.report(&Report::Stored(number), &[]);
+            if let Some(old) = number.checked_sub(8) {
+                self.store.remove(name(old)).expect("remove");
+            }
+        }
+    }
+}
+
+fn long_name(number: u32) -> FdName {
+    format!("device-{number:09}").parse().expect("a name")
+}
+
+/// A memfd with a number in it.
+pub fn numbered_file(number: u32) -> OwnedFd {
+    let fd = memfd_create("numbered", MFdFlags::MFD_CLOEXEC).expect("memfd");
+    nix::unistd::write(&fd, &number.to_le_bytes()).expect("write");
+    fd
+}
+
+/// The number in a [`numbered_file`].
+pub fn number_of(fd: &OwnedFd) -> u32 {
+    let mut bytes = [0; 4];
+    let read = nix::sys::uio::pread(fd, &mut bytes, 0).expect("read");
+    assert_eq!(read, 4);
+    u32::from_le_bytes(bytes)
 }

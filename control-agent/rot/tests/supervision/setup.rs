@@ -67,7 +67,8 @@ fn command_lines() {
     assert_eq!(dataplane.started.arguments.join(" "), line);
     let mut environment = agent.started.environment.clone();
     environment.sort();
-    assert_eq!(environment, ["BULKHEAD_LOG=info", "BULKHEAD_ROT=1"]);
+    let expected = ["BULKHEAD_LOG=info", "BULKHEAD_ROT=1", "FDSTORE=256"];
+    assert_eq!(environment, expected);
 }
 
 fn directories() {
@@ -130,7 +131,7 @@ fn users() {
         };
         assert_eq!(puppet.started.ids, [id, id], "{}", puppet.role);
         assert_eq!(puppet.started.groups, 0, "{}", puppet.role);
-        assert_eq!(puppet.started.descriptors, ["0", "1", "2", "3"]);
+        assert_eq!(puppet.started.descriptors, ["0", "1", "2", "3", "4"]);
         assert_memory_lock(puppet);
     }
     let uid = |name: &str| std::fs::metadata(host.path(name)).expect("there").uid();
