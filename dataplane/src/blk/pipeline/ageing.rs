@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use super::Pipeline;
 use super::flight::Local;
 use crate::blk::health::{Found, LATENCY_BUCKETS, Level, bucket};
+use crate::worker::clock;
 use crate::worker::ring::MAX_IN_FLIGHT;
 
 /// How often a worker looks at what it has under way; it sleeps no longer while something is.
@@ -22,7 +23,9 @@ const TURNS_PER_READ: u32 = 64;
 pub(super) struct Ages {
     /// By flight; zero: it is not under way. Apart from the flights, so that a look reads little memory.
     began: Box<[u64]>,
-    start: Instant,
+    /// The worker's clock at its start, and nanoseconds per 2^32 of its ticks.
+    start_ticks: u64,
+    scale: u128,
     now_ns: u64,
     /// The clock was read in this turn.
     is_fresh: bool,
@@ -38,7 +41,8 @@ impl Ages {
     pub(super) fn new() -> Self {
         Self {
             began: vec![0; MAX_IN_FLIGHT as usize].into_boxed_slice(),
-            start: Instant::now(),
+            start_ticks: clock::now(),
+            scale: clock::duration_of(1 << 32).as_nanos(),
             now_ns: 1,
             is_fresh: false,
             turns: 0,
@@ -52,8 +56,10 @@ impl Ages {
     fn now_ns(&mut self) -> u64 {
         if !self.is_fresh {
             self.is_fresh = true;
+            let ticks = clock::now().saturating_sub(self.start_ticks);
+            let ns = (u128::from(ticks) * self.scale) >> 32;
             // Never zero, which means that a flight is not under way.
-            self.now_ns = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX) | 1;
+            self.now_ns = u64::try_from(ns).unwrap_or(u64::MAX) | 1;
         }
         self.now_ns
     }
@@ -85,10 +91,6 @@ impl Ages {
         self.next_look_ns = 0;
         // Read with the next turn, whether something ends in it or not.
         self.turns = TURNS_PER_READ - 1;
-    }
-
-    fn at(&self, ns: u64) -> Instant {
-        self.start + Duration::from_nanos(ns)
     }
 }
 
@@ -169,6 +171,7 @@ impl Pipeline {
     pub fn look_at_ages(&mut self, worker: usize, mut changed: impl FnMut(&Rc<Local>)) {
         self.tell_of_ended();
         let now = self.ages.now_ns();
+        let moment = Instant::now();
         let every = u64::try_from(LOOK_EVERY.as_nanos()).unwrap_or(u64::MAX);
         self.ages.next_look_ns = now.saturating_add(every);
         let mut old = std::mem::take(&mut self.ages.old);
@@ -187,7 +190,9 @@ impl Pipeline {
             if found.old == 0 && !old.iter().any(|known| Rc::ptr_eq(known, local)) {
                 old.push(Rc::clone(local));
             }
-            found.add(self.ages.at(*began));
+            // By its age: the two clocks drift apart.
+            let age = Duration::from_nanos(now.saturating_sub(*began));
+            found.add(moment.checked_sub(age).unwrap_or(moment));
             local.tally.found.set(found);
         }
         for local in &old {
