@@ -155,3 +155,26 @@ fn what_can_not_be_served_is_said() {
         assert!(said, "{line}: {}", process.log());
     }
 }
+
+/// Requests one after the other take as long as their limit says, whoever asks.
+#[test]
+fn limits_and_a_group_hold() {
+    for (line, least) in [
+        ("--limit requests=200/1", Duration::from_millis(290)),
+        ("--limit bytes=1MiB/4096", Duration::from_millis(200)),
+        ("--group requests=200/1", Duration::from_millis(290)),
+        (
+            "--limit bytes=1GiB --group bytes=1MiB/4096",
+            Duration::from_millis(200),
+        ),
+    ] {
+        let dir = folder();
+        let _process = serve(dir.path(), &format!("--socket s --blk null:1MiB {line}"));
+        let mut disk = attach(dir.path());
+        let start = std::time::Instant::now();
+        for _ in 0..60 {
+            disk.read(0, 0, 4096).expect("reads");
+        }
+        assert!(start.elapsed() >= least, "{line}: {:?}", start.elapsed());
+    }
+}

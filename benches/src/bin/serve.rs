@@ -6,7 +6,8 @@ use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use bulkhead_benches::serve::arguments::Arguments;
-use bulkhead_benches::serve::{cpus, dataplane, devices, reference};
+use bulkhead_benches::serve::{cpus, dataplane, devices, limits, reference};
+use bulkhead_dataplane::serve::Served;
 use clap::Parser as _;
 use nix::sys::signal::{Signal, raise};
 use tracing_subscriber::EnvFilter;
@@ -47,7 +48,11 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         reference::run(devices, &arguments.cpu, announce)?;
     } else {
         let config = dataplane::config(&arguments.cpu, arguments.workers, arguments.shuffle);
-        dataplane::run(devices, &config, announce)?;
+        let limited = |disks: &[Served]| {
+            let disks = disks.iter().map(|served| &*served.device);
+            limits::set(disks, &arguments.limit, arguments.group.as_ref());
+        };
+        dataplane::run(devices, &config, limited, announce)?;
     }
     Ok(())
 }

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 
 use bulkhead_crypto::DataUnit;
 use bulkhead_protocol::RekeyId;
+use bulkhead_protocol::limits::Limits;
 use clap::Parser;
 
+use super::limits;
 use super::spec::BlkSpec;
 
 /// Most queues of a device: the reference names a queue by its bit in 64.
@@ -96,6 +98,15 @@ pub struct Arguments {
     #[arg(long, value_name = "BYTES", value_parser = logical_block)]
     pub logical_block: Option<u32>,
 
+    /// How much a disk may do in a second: requests=RATE, bytes=RATE or both with a comma; RATE/BURST says how
+    /// much more at once after idleness [default: a tenth of a second's]. Give one for all disks, or one for each
+    #[arg(long, value_name = "LIMIT", value_parser = limits::parse, conflicts_with = "reference")]
+    pub limit: Vec<Limits>,
+
+    /// How much all disks may do together, as in --limit: each has an equal part, if it can use it
+    #[arg(long, value_name = "LIMIT", value_parser = limits::parse, conflicts_with = "reference")]
+    pub group: Option<Limits>,
+
     /// Offer DISCARD, and give blocks up that the guest discards
     #[arg(long, conflicts_with = "reference")]
     pub discard: bool,
@@ -123,6 +134,16 @@ pub enum ArgumentError {
         /// How many disks.
         disks: usize,
     },
+    /// Limits that are neither one for all nor one for each.
+    #[error(
+        "{limits} --limit and {disks} disks: give one --limit for all disks, or one for each, in order"
+    )]
+    Limits {
+        /// How many limits.
+        limits: usize,
+        /// How many disks.
+        disks: usize,
+    },
     /// One path twice.
     #[error("--socket {0} is given twice: each disk needs its own")]
     SocketTwice(PathBuf),
@@ -132,11 +153,17 @@ impl Arguments {
     /// Each socket with its disk, in the order given.
     ///
     /// # Errors
-    /// [`ArgumentError::Pairs`], [`ArgumentError::SocketTwice`].
+    /// [`ArgumentError::Pairs`], [`ArgumentError::Limits`], [`ArgumentError::SocketTwice`].
     pub fn pairs(&self) -> Result<Vec<(PathBuf, BlkSpec)>, ArgumentError> {
         if self.socket.len() != self.blk.len() {
             return Err(ArgumentError::Pairs {
                 sockets: self.socket.len(),
+                disks: self.blk.len(),
+            });
+        }
+        if self.limit.len() > 1 && self.limit.len() != self.blk.len() {
+            return Err(ArgumentError::Limits {
+                limits: self.limit.len(),
                 disks: self.blk.len(),
             });
         }
@@ -216,6 +243,20 @@ mod tests {
                 sockets: 2,
                 disks: 1
             }
+        );
+        let three =
+            "--socket a --blk null:1MiB --socket b --blk null:1MiB --socket c --blk null:1MiB";
+        let limits = |limits: &str| {
+            let arguments = parse(&format!("{three} {limits}")).expect("parses");
+            arguments.pairs().map(|_| arguments.limit.len())
+        };
+        assert_eq!(limits("--limit requests=5 --group bytes=1GiB/1MiB"), Ok(1));
+        assert_eq!(
+            limits("--limit requests=5 --limit bytes=1MiB"),
+            Err(ArgumentError::Limits {
+                limits: 2,
+                disks: 3
+            })
         );
         let twice = parse("--socket a --blk null:1GiB --socket a --blk null:1GiB").expect("parses");
         let error = twice.pairs().expect_err("one socket twice");

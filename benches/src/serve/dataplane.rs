@@ -81,19 +81,21 @@ pub fn config(cpus: &[usize], workers: u16, shuffle: Option<u16>) -> ServerConfi
 /// Serves the devices until a signal ends the process. Locks the whole process in: nothing can be opened
 /// afterwards.
 ///
-/// `ready` is called once everything runs.
+/// `made` is called with what will be served, `ready` once everything runs.
 ///
 /// # Errors
 /// See [`ServeError`].
 pub fn run(
     devices: Vec<Device>,
     config: &ServerConfig,
+    made: impl FnOnce(&[Served]),
     ready: impl FnOnce(),
 ) -> Result<(), ServeError> {
     let arena =
         SecretArena::new((devices.len() * 2).max(1)).map_err(|e| ServeError::Memory("keys", e))?;
     let served: Result<Vec<_>, _> = devices.into_iter().map(|d| prepare(d, &arena)).collect();
     let served = served?;
+    made(&served);
     sandbox::lock_process()?;
     let locked = || {
         ready();

@@ -10,6 +10,7 @@
 //! | [`file`] | a disk's file |
 //! | [`rekey`] | a disk's re-key without a key service |
 //! | [`cpus`] | CPUs to serve on |
+//! | [`limits`] | how much disks may do in a second |
 //! | [`socket`] | a listener at a path: stale sockets replaced, live ones refused |
 //! | [`dataplane`] | serving with Bulkhead's data plane |
 //! | [`reference`] | the baseline: the stock vhost-user crates |
@@ -20,6 +21,7 @@ pub mod cpus;
 pub mod dataplane;
 pub mod devices;
 pub mod file;
+pub mod limits;
 pub mod reference;
 pub mod rekey;
 pub mod socket;
