@@ -1,6 +1,6 @@
 //! What a request costs from the avail ring to the used ring, in one process: popping, parsing, whole null
 //! requests and encrypted ones of 4 KiB; beside the stock crates as `serve --reference` uses them. And
-//! encrypted ones of either size and data unit (`encrypted`).
+//! encrypted ones of either size and data unit (`encrypted`). And each step by itself (`steps`).
 //!
 //! A turn is [`guest::BATCH`] requests, made available at once; criterion's throughput counts requests. Nobody
 //! else runs: driver and device take turns on one thread, but for the rows `worker/..`, where a
@@ -9,6 +9,7 @@
 
 mod encrypted;
 mod guest;
+mod steps;
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -84,6 +85,8 @@ struct Ours {
     queue: SplitQueue,
     chain: Chain,
     pipeline: Pipeline,
+    /// The pipeline's, while nothing is under way.
+    room: usize,
     local: Rc<Local>,
 }
 
@@ -94,11 +97,13 @@ impl Ours {
         let mut ring = Ring::new(&staging).unwrap();
         let local = Local::open(device, &mut ring).unwrap();
         let features = QueueFeatures::default();
+        let pipeline = Pipeline::new(ring, staging);
         Self {
             queue: SplitQueue::new(&guest.device_side, Guest::layout(), 0, features).unwrap(),
             guest,
             chain: Chain::with_capacity(4),
-            pipeline: Pipeline::new(ring, staging),
+            room: pipeline.room(),
+            pipeline,
             local: Rc::new(local),
         }
     }
@@ -311,6 +316,7 @@ fn main() {
     let mut criterion = Criterion::default().configure_from_args();
     rows(&mut criterion);
     encrypted::rows(&mut criterion);
+    steps::rows(&mut criterion);
     criterion.final_summary();
     // `cargo bench` says --bench; without it criterion only tries each row once.
     if std::env::args().any(|argument| argument == "--bench") {

@@ -25,14 +25,23 @@ Examples:
 
 What is on the disk is overwritten by any --mix but `read`, and by --verify.";
 
+/// Requests that a neighbour has in flight, and their bytes.
+const NEIGHBOUR_DEPTH: u16 = 128;
+const NEIGHBOUR_BYTES: u32 = 128 << 10;
+
 /// Loads vhost-user-blk disks as their only frontend, without a guest, and says how fast they are.
-#[derive(Debug, Parser)]
+#[derive(Debug, Clone, Parser)]
 #[command(name = "load", version, after_help = EXAMPLES)]
 #[expect(clippy::struct_excessive_bools, reason = "switches of a command line")]
 pub struct Arguments {
     /// Where a back-end listens; repeat it to load several disks at once, each with all of the options
     #[arg(long, value_name = "PATH", required_unless_present = "ring_echo")]
     pub socket: Vec<PathBuf>,
+
+    /// A disk beside those, that the same threads load with random writes of 128 KiB, 128 in flight: a neighbour
+    /// that takes what it gets. Figures of all disks together have it in, too; repeat it for more
+    #[arg(long, value_name = "PATH", requires = "socket", conflicts_with_all = ["verify", "rate", "packed"])]
+    pub neighbour: Vec<PathBuf>,
 
     /// No back-end: a thread that checks requests and answers them at once, the floor
     #[arg(long, conflicts_with_all = ["socket", "verify", "floor"])]
@@ -132,6 +141,21 @@ pub struct Arguments {
 }
 
 impl Arguments {
+    /// The same command line for its neighbours alone.
+    #[must_use]
+    pub fn of_neighbours(&self) -> Self {
+        Self {
+            socket: self.neighbour.clone(),
+            neighbour: Vec::new(),
+            depth: NEIGHBOUR_DEPTH,
+            block_size: NEIGHBOUR_BYTES,
+            segments: 1,
+            mix: Mix::WRITE,
+            pattern: Pattern::Random,
+            ..self.clone()
+        }
+    }
+
     /// What requests look like.
     ///
     /// # Errors

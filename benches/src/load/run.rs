@@ -35,6 +35,8 @@ const ECHO: &str = "ring echo";
 
 /// A disk, or an echo, as the driver's side sees it.
 struct Target<'m> {
+    arguments: &'m Arguments,
+    shape: Shape,
     name: String,
     memory: &'m Memory,
     layouts: &'m [Layout],
@@ -47,7 +49,6 @@ struct Target<'m> {
 #[derive(Clone, Copy)]
 struct Common<'a> {
     arguments: &'a Arguments,
-    shape: Shape,
     run: u64,
     queues: usize,
 }
@@ -109,50 +110,78 @@ fn between<T>(
     Ok((result, distance))
 }
 
+/// A disk that is connected, and what its queues are made of.
+struct Opened<'a> {
+    arguments: &'a Arguments,
+    shape: Shape,
+    layouts: Vec<Layout>,
+    device: Device,
+    memory: Memory,
+    signals: Vec<Signals>,
+}
+
+impl<'a> Opened<'a> {
+    /// All disks of a command line but for its neighbours.
+    fn all(arguments: &'a Arguments) -> Result<Vec<Self>, LoadError> {
+        let shape = arguments.shape()?;
+        let wanted = Wanted {
+            packed: arguments.packed,
+            indirect: arguments.indirect,
+            event_idx: !arguments.no_event_idx,
+            queues: arguments.queues,
+            block_bytes: arguments.block_size,
+            writes: arguments.mix.writes() || arguments.verify,
+        };
+        let devices = arguments.socket.iter();
+        let devices: Result<Vec<_>, _> = devices.map(|s| Device::open(s, &wanted)).collect();
+        let start = |device: Device| {
+            let layouts = layouts(&shape, arguments.queues);
+            let memory = Memory::new(layouts.last().map_or(0, |layout| layout.end))?;
+            Ok(Self {
+                arguments,
+                shape,
+                signals: device.start(&memory, &layouts, &shape)?,
+                layouts,
+                device,
+                memory,
+            })
+        };
+        devices?.into_iter().map(start).collect()
+    }
+
+    fn target(&self) -> Result<Target<'_>, LoadError> {
+        Ok(Target {
+            arguments: self.arguments,
+            shape: self.shape,
+            name: self.device.path().display().to_string(),
+            memory: &self.memory,
+            layouts: &self.layouts,
+            signals: Some(&self.signals),
+            span: span(self.arguments, self.device.capacity_bytes())?,
+            event_idx: self.device.event_idx(),
+        })
+    }
+}
+
 fn disks(arguments: &Arguments, shape: Shape, plan: &Plan) -> Result<Report, LoadError> {
-    let wanted = Wanted {
-        packed: arguments.packed,
-        indirect: arguments.indirect,
-        event_idx: !arguments.no_event_idx,
-        queues: arguments.queues,
-        block_bytes: arguments.block_size,
-        writes: arguments.mix.writes() || arguments.verify,
-    };
-    let open = |socket| Device::open(socket, &wanted);
-    let devices = arguments.socket.iter().map(|socket| open(socket));
-    let devices = devices.collect::<Result<Vec<_>, _>>()?;
-    let layouts = layouts(&shape, arguments.queues);
-    let mut memories = Vec::new();
-    let mut signals = Vec::new();
-    for device in &devices {
-        let memory = Memory::new(layouts.last().map_or(0, |layout| layout.end))?;
-        signals.push(device.start(&memory, &layouts, &shape)?);
-        memories.push(memory);
-    }
-    let mut targets = Vec::new();
-    for ((device, memory), signals) in devices.iter().zip(&memories).zip(&signals) {
-        targets.push(Target {
-            name: device.path().display().to_string(),
-            memory,
-            layouts: &layouts,
-            signals: Some(signals),
-            span: span(arguments, device.capacity_bytes())?,
-            event_idx: device.event_idx(),
-        });
-    }
+    let neighbours = arguments.of_neighbours();
+    let mut opened = Opened::all(arguments)?;
+    opened.extend(Opened::all(&neighbours)?);
+    let targets = opened.iter().map(Opened::target);
+    let targets = targets.collect::<Result<Vec<_>, _>>()?;
     let watch = || {
-        let mut all = devices.iter().zip(&signals);
-        all.try_for_each(|(device, signals)| device.watch(signals))
+        let mut all = opened.iter();
+        all.try_for_each(|opened| opened.device.watch(&opened.signals))
     };
-    let measured = drive(arguments, shape, plan, &targets, watch)?;
-    for device in &devices {
-        device.stop(arguments.queues)?;
+    let measured = drive(arguments, plan, &targets, watch)?;
+    for opened in &opened {
+        opened.device.stop(arguments.queues)?;
     }
     Ok(Report::new(
         arguments,
         &shape,
         targets.iter().all(|target| target.event_idx),
-        memories.iter().all(Memory::is_huge),
+        opened.iter().all(|opened| opened.memory.is_huge()),
         measured,
     ))
 }
@@ -167,6 +196,8 @@ fn echo(arguments: &Arguments, shape: Shape, plan: &Plan) -> Result<Report, Load
         echoes.push(Echo::new(&memory, layout, &shape, packed, ECHO_BYTES)?);
     }
     let target = Target {
+        arguments,
+        shape,
         name: ECHO.to_owned(),
         memory: &memory,
         layouts: &layouts,
@@ -179,7 +210,7 @@ fn echo(arguments: &Arguments, shape: Shape, plan: &Plan) -> Result<Report, Load
         std::thread::scope(|scope| {
             let (peer, ended) = (arguments.peer_cpu, &stop);
             let echo = scope.spawn(move || answer(echoes, peer, ended));
-            let measured = drive(arguments, shape, plan, &[target], || {
+            let measured = drive(arguments, plan, &[target], || {
                 if echo.is_finished() {
                     Err(LoadError::Abandoned)
                 } else {
@@ -259,7 +290,6 @@ fn span(arguments: &Arguments, capacity_bytes: u64) -> Result<Span, LoadError> {
 
 fn drive(
     arguments: &Arguments,
-    shape: Shape,
     plan: &Plan,
     targets: &[Target<'_>],
     watch: impl FnMut() -> Result<(), LoadError>,
@@ -270,7 +300,6 @@ fn drive(
     })?;
     let common = Common {
         arguments,
-        shape,
         run,
         queues: targets.iter().map(|target| target.layouts.len()).sum(),
     };
@@ -329,8 +358,8 @@ fn lane<'m, R: Ring>(
     number: usize,
     ring: &impl Fn(&'m Memory, &Layout, &Requests<'_>, Events) -> Result<R, LoadError>,
 ) -> Result<Lane<'m, R>, LoadError> {
-    let arguments = common.arguments;
-    let requests = Requests::new(target.memory, *layout, common.shape)?;
+    let arguments = target.arguments;
+    let requests = Requests::new(target.memory, *layout, target.shape)?;
     requests.fill(common.run ^ number as u64);
     let events = Events {
         event_idx: target.event_idx,

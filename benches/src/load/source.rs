@@ -33,6 +33,9 @@ impl Mix {
     /// Only reads.
     pub const READ: Self = Self(100);
 
+    /// Only writes.
+    pub const WRITE: Self = Self(0);
+
     /// Percentage of reads.
     #[must_use]
     pub fn read_percent(self) -> u8 {

@@ -26,6 +26,7 @@ pub const TESTS: &[(&str, fn())] = &[
     ("load_counts_kicks_and_calls", counts_kicks_and_calls),
     ("load_null_and_the_echo", null_and_the_echo),
     ("load_at_a_rate", at_a_rate),
+    ("load_beside_a_neighbour", beside_a_neighbour),
 ];
 
 /// Each of the rings of a split-only back-end, then those that only ours has.
@@ -208,4 +209,28 @@ fn at_a_rate() {
         "{figures}"
     );
     assert_eq!(figures["latency_us"]["one_of"], 1, "all of them");
+}
+
+/// Both are loaded, each with its own requests.
+fn beside_a_neighbour() {
+    let dir = folder();
+    let _serve = serve(dir.path(), "--blk ram:64MiB --socket t --blk ram:64MiB");
+    let figures = figures(dir.path(), "--socket s --depth 8 --neighbour t");
+    let devices = figures["devices"].as_array().expect("a list");
+    let requests: Vec<_> = devices
+        .iter()
+        .map(|device| device["requests"].as_u64())
+        .collect();
+    assert!(
+        requests.len() == 2 && requests.iter().all(|n| *n > Some(0)),
+        "{figures}"
+    );
+    // The neighbour's write.
+    let (all, reads) = (figures["requests"].as_u64(), figures["reads"].as_u64());
+    assert_eq!(reads, requests[0], "{figures}");
+    assert_eq!(
+        all,
+        requests[0].zip(requests[1]).map(|(a, b)| a + b),
+        "{figures}"
+    );
 }

@@ -12,7 +12,7 @@ use bulkhead_protocol::limits::{Limits, Rate};
 
 use super::bench::Bench;
 use super::rounds;
-use super::shape::{LARGE, SMALL, Shape};
+use super::shape::{SMALL, Shape};
 use super::side::{self, Side};
 use super::{BlockError, thread};
 use crate::figures::row::{Placement, Row, Unit};
@@ -223,43 +223,24 @@ fn until_rate(device: &BlkDevice, since: Instant) -> Option<Duration> {
     None
 }
 
-/// What a volume keeps beside a neighbour on the same worker, that has as much of the most expensive requests in
-/// flight as its ring takes.
+/// What a volume keeps beside a neighbour on the same worker, that has as many of the most expensive requests in
+/// flight as its ring takes. One thread drives both: on two CPUs a second one would take the victim's driver away.
 fn neighbour(bench: &Bench) -> Result<Row, BlockError> {
     let cpu = [bench.worker_cpu];
-    let served = Served::start(bench, "neighbour", &cpu, &[Disk::Null, Disk::Encrypted])?;
+    let served = Served::start(bench, "neighbour", &cpu, &[Disk::Encrypted; 2])?;
     let [victim, hostile] = &served.sockets[..] else {
         return Err(BlockError::Cpus(0));
     };
-    let shape = Shape {
-        writes: true,
-        bytes: LARGE,
-        depth: 128,
-        sequential: false,
-    };
-    let time = (bench.pace.sample + bench.pace.warm_up) * 3;
-    let hostile = [hostile.clone()];
-    let mut noise = options(
-        &hostile,
-        shape,
-        Duration::ZERO,
-        time.max(Duration::from_millis(300)),
+    let pace = bench.pace;
+    let alone = options(
+        std::slice::from_ref(victim),
+        busy(),
+        pace.warm_up,
+        pace.sample,
     );
-    noise.extend(PAUSE.map(str::to_owned));
-    let mut sides = [
-        Side::new(|| {
-            std::thread::scope(|scope| {
-                let neighbour = scope.spawn(|| side::load(bench, &noise, 1));
-                // Its requests are there first, and last.
-                std::thread::sleep(bench.pace.warm_up);
-                let beside = mean_ns(bench, victim);
-                let lasted = !neighbour.is_finished();
-                thread::joined(neighbour)?;
-                if lasted { beside } else { Ok(f64::NAN) }
-            })
-        }),
-        Side::new(|| mean_ns(bench, victim)),
-    ];
+    let mut beside = alone.clone();
+    beside.extend(["--neighbour".to_owned(), hostile.clone()]);
+    let mut sides = [beside, alone].map(|options| Side::new(move || first_ns(bench, &options)));
     let rounds = rounds::take(bench, &mut sides)?;
     let at = |round: &[f64], side: usize| round.get(side).copied().unwrap_or(f64::NAN);
     let percent = 100.0 * rounds.median(|round| at(round, 1) / at(round, 0));
@@ -267,7 +248,7 @@ fn neighbour(bench: &Bench) -> Result<Row, BlockError> {
         placement: rounds.placement,
         target: Some(1.0),
         ..row(
-            "4 KiB reads beside a neighbour's 128 encrypted writes of 128 KiB, of what they have alone",
+            "encrypted 4 KiB reads beside a neighbour's 128 encrypted writes of 128 KiB, of what they have alone",
             Unit::Percent,
             percent,
             "45 %",
@@ -277,9 +258,10 @@ fn neighbour(bench: &Bench) -> Result<Row, BlockError> {
     })
 }
 
-/// Nanoseconds for a request of a busy volume over all of a turn.
-fn mean_ns(bench: &Bench, socket: &str) -> Result<f64, BlockError> {
-    let pace = bench.pace;
-    let options = options(&[socket.to_owned()], busy(), pace.warm_up, pace.sample);
-    Ok(1e9 / side::load(bench, &options, 1)?.mean_iops())
+/// Nanoseconds for a request of the first disk over all of a turn.
+fn first_ns(bench: &Bench, options: &[String]) -> Result<f64, BlockError> {
+    let report = side::load(bench, options, 1)?;
+    let first = report.devices().into_iter().next();
+    let iops = first.and_then(|device| device["mean_iops"].as_f64());
+    Ok(1e9 / iops.unwrap_or(f64::NAN))
 }
