@@ -10,7 +10,7 @@ mod queues;
 mod requests;
 mod support;
 
-use bulkhead_integration::arena::{Arena, Backend};
+use bulkhead_integration::arena::{Arena, Backend, MOVING, Serve};
 use bulkhead_integration::disk::feature;
 use bulkhead_integration::processes::installed;
 use bulkhead_integration::random::Random;
@@ -117,8 +117,15 @@ fn main() {
         for &backend in test.backends {
             let name = format!("block_{}_{}", test.name, label(backend));
             let skipped = backend == Backend::Qemu && !qemu;
-            let trial = Trial::test(name.clone(), move || trial(test, backend, &name));
+            let trial = Trial::test(name.clone(), move || trial(test, backend, &[], &name));
             trials.push(trial.with_ignored_flag(skipped));
+        }
+        // The same while queues move from worker to worker.
+        if test.backends.contains(&Backend::Xts(4096)) {
+            let name = format!("block_{}_moving", test.name);
+            trials.push(Trial::test(name.clone(), move || {
+                trial(test, Backend::Xts(4096), MOVING, &name)
+            }));
         }
     }
     trials.extend(conformance::trials());
@@ -134,8 +141,17 @@ fn label(backend: Backend) -> String {
     }
 }
 
-fn trial(test: &Test, backend: Backend, name: &str) -> Result<(), Failed> {
-    let mut arena = Arena::start(backend, test.queues, name)?;
+fn trial(
+    test: &Test,
+    backend: Backend,
+    options: &'static [&'static str],
+    name: &str,
+) -> Result<(), Failed> {
+    let serve = Serve {
+        options,
+        ..Serve::default()
+    };
+    let mut arena = Arena::start_with(backend, test.queues, name, &serve)?;
     let mut random = Random::named(name);
     (test.run)(&mut arena, &mut random)
         .map_err(|e| format!("{e}\n--- log:\n{}", arena.process.log()))?;

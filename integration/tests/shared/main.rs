@@ -9,7 +9,7 @@ mod log;
 
 use std::error::Error;
 
-use bulkhead_integration::arena::{Arena, Backend, Serve};
+use bulkhead_integration::arena::{Arena, Backend, MOVING, Serve};
 use bulkhead_integration::disk::{Options, feature};
 use bulkhead_integration::driver::ring::Format;
 use bulkhead_integration::frontend::message::protocol_feature;
@@ -73,18 +73,31 @@ fn main() {
             for (format, ring) in [(Format::Split, ""), (Format::Packed, "_packed")] {
                 let name = format!("shared_{}{ring}{disk}", row.name);
                 trials.push(Trial::test(name.clone(), move || {
-                    trial(row, backend, format, &name)
+                    trial(row, backend, format, &[], &name)
                 }));
             }
+        }
+        // The same while queues move from worker to worker.
+        for (format, ring) in [(Format::Split, ""), (Format::Packed, "_packed")] {
+            let name = format!("shared_{}{ring}_moving", row.name);
+            trials.push(Trial::test(name.clone(), move || {
+                trial(row, Backend::Plain, format, MOVING, &name)
+            }));
         }
     }
     libtest_mimic::run(&args, trials).exit();
 }
 
-fn trial(row: &Row, backend: Backend, format: Format, name: &str) -> Result<(), Failed> {
+fn trial(
+    row: &Row,
+    backend: Backend,
+    format: Format,
+    options: &'static [&'static str],
+    name: &str,
+) -> Result<(), Failed> {
     let serve = Serve {
         storage: row.storage,
-        ..Serve::default()
+        options,
     };
     let mut arena = Arena::start_with(backend, QUEUES, name, &serve)?;
     if format == Format::Packed {
