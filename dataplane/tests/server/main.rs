@@ -1,147 +1,24 @@
 //! The control thread with real sockets and workers: who may connect, who waits, what a detach waits for,
 //! and that nobody keeps the others from their turn.
 
+mod balance;
+mod rig;
+
+use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
-use std::{fs, io};
+use std::time::Instant;
 
 use bulkhead_dataplane::blk::{BlkDevice, Geometry};
-use bulkhead_dataplane::server::{
-    Access, DeviceStatus, Event, MANAGER_TOKENS, Manager, Server, ServerConfig,
-};
+use bulkhead_dataplane::server::{Access, DeviceStatus, Event};
 use bulkhead_dataplane::storage::StorageSpec;
 use bulkhead_dataplane::vhost_user::message::code;
-use bulkhead_dataplane::worker::WorkerConfig;
-use bulkhead_dataplane::worker::message::DeviceId;
-use mio::{Registry, Token, Waker};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-const PATIENCE: Duration = Duration::from_secs(10);
-
-/// What a test has the control thread do.
-type Job = Box<dyn FnOnce(&mut Server) + Send>;
-
-/// A manager that does as a test says, and passes on what it is told.
-struct Told {
-    jobs: Receiver<Job>,
-    events: Sender<Event>,
-    waker: Sender<Waker>,
-}
-
-impl Manager for Told {
-    fn register(&mut self, registry: &Registry) -> io::Result<()> {
-        let waker = Waker::new(registry, Token(MANAGER_TOKENS))?;
-        self.waker.send(waker).map_err(io::Error::other)
-    }
-
-    fn ready(&mut self, server: &mut Server, _: Token) {
-        for job in self.jobs.try_iter() {
-            job(server);
-        }
-    }
-
-    fn event(&mut self, _: &mut Server, event: Event) {
-        let _ = self.events.send(event);
-    }
-}
-
-struct Rig {
-    jobs: Sender<Job>,
-    events: Receiver<Event>,
-    waker: Waker,
-    thread: Option<JoinHandle<()>>,
-    dir: tempfile::TempDir,
-    count: usize,
-}
-
-impl Rig {
-    fn new() -> Self {
-        let ((jobs, jobs_in), (events_out, events)) = (channel(), channel());
-        let (waker_out, waker) = channel();
-        let thread = std::thread::spawn(move || {
-            let config = ServerConfig {
-                workers: vec![WorkerConfig::default(); 2],
-                ..ServerConfig::default()
-            };
-            let server = Server::new(&config).expect("server");
-            let mut manager = Told {
-                jobs: jobs_in,
-                events: events_out,
-                waker: waker_out,
-            };
-            server.run(&mut manager).expect("an end in order");
-        });
-        Self {
-            jobs,
-            events,
-            waker: waker.recv().expect("it runs"),
-            thread: Some(thread),
-            dir: tempfile::tempdir().expect("folder"),
-            count: 0,
-        }
-    }
-
-    /// What the control thread makes of it.
-    fn ask<T: Send + 'static>(&self, f: impl FnOnce(&mut Server) -> T + Send + 'static) -> T {
-        let (answer, answered) = channel();
-        let job = move |server: &mut Server| drop(answer.send(f(server)));
-        self.jobs.send(Box::new(job)).expect("it runs");
-        self.waker.wake().expect("it runs");
-        answered.recv_timeout(PATIENCE).expect("an answer")
-    }
-
-    fn event(&self) -> Event {
-        self.events.recv_timeout(PATIENCE).expect("an event")
-    }
-
-    fn quiet(&self) -> bool {
-        self.events.recv_timeout(Duration::from_millis(50)).is_err()
-    }
-
-    /// Offers a device on a socket of its own.
-    fn attach(&mut self, allowed_uid: Option<u32>) -> (DeviceId, PathBuf) {
-        self.count += 1;
-        let path = self.dir.path().join(format!("{}.sock", self.count));
-        let listener = UnixListener::bind(&path).expect("bind");
-        let geometry = Geometry {
-            logical_block_bytes: 512,
-            read_only: false,
-            serial: [0; 20],
-            queues: 1,
-            discard: false,
-        };
-        let device = BlkDevice::new(geometry, 2048, StorageSpec::Null, None);
-        let access = Access { allowed_uid };
-        let id = self.ask(move |server| {
-            server
-                .attach(&device, listener, access, "disk".to_owned())
-                .expect("attach")
-        });
-        assert!(matches!(self.event(), Event::Attached { id: of, result: Ok(()) } if of == id));
-        (id, path)
-    }
-
-    fn status(&self, id: DeviceId) -> DeviceStatus {
-        self.ask(move |server| server.status(id))
-    }
-}
-
-impl Drop for Rig {
-    fn drop(&mut self) {
-        let _ = self.jobs.send(Box::new(|server| server.stop()));
-        let _ = self.waker.wake();
-        if let Some(thread) = self.thread.take() {
-            let ended = thread.join();
-            assert!(std::thread::panicking() || ended.is_ok());
-        }
-    }
-}
+use rig::{PATIENCE, Rig};
 
 fn connect(path: &Path) -> UnixStream {
     let stream = UnixStream::connect(path).expect("connect");
