@@ -12,6 +12,7 @@ pub const TESTS: &[(&str, fn())] = &[
     ("load_verifies_plain_disks", verifies_plain_disks),
     ("load_verifies_encrypted_disks", verifies_encrypted_disks),
     ("load_verifies_disks_in_memory", verifies_disks_in_memory),
+    ("load_verifies_moving_queues", verifies_moving_queues),
     ("load_verifies_the_reference", verifies_the_reference),
     ("load_verifies_qemu", verifies_qemu),
     (
@@ -99,6 +100,20 @@ fn verifies_disks_in_memory() {
     for encryption in ["", "--xts"] {
         let _serve = serve(dir.path(), &format!("--blk file:{path} {encryption}"));
         verified(dir.path(), &[SPLIT, &PACKED[2..]]);
+    }
+}
+
+fn verifies_moving_queues() {
+    let dir = folder();
+    let _serve = serve(
+        dir.path(),
+        "--blk ram:4MiB --xts --queues 3 --workers 2 --shuffle 1",
+    );
+    for options in ["--depth 1", "--depth 16 --packed"] {
+        let line = format!("--socket s --verify --mix 50 --queues 3 {options}");
+        let figures = figures(dir.path(), &line);
+        let reads = figures["verified_reads"].as_u64().expect("a count");
+        assert!(reads >= FILE_BYTES / 4096 - 1, "{line}: {figures}");
     }
 }
 

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_crypto::DataUnit;
 use bulkhead_crypto::xts::KEY_BYTES;
+use bulkhead_integration::arena::MOVING;
 use bulkhead_integration::disk::PATIENCE;
 use bulkhead_integration::driver::ring::Format;
 use bulkhead_integration::processes::{Process, binary};
@@ -88,6 +89,8 @@ pub struct Lives {
     random: Random,
     /// Sequence number of the record, and the frontier, as they were found last.
     reached: (u64, u64),
+    /// In this life queues move from worker to worker.
+    moving: bool,
     figures: Figures,
 }
 
@@ -109,6 +112,7 @@ impl Lives {
             content: Content::new(VOLUME_BYTES, usize::try_from(unit.bytes())?)?,
             random,
             reached: (0, 0),
+            moving: false,
             figures: Figures::default(),
         };
         let file = File::create(lives.file())?;
@@ -170,6 +174,7 @@ impl Lives {
     fn serving_life(&mut self, how_long: Duration) -> Result<(), Box<dyn Error>> {
         let queues = 1 + u16::try_from(self.random.below(2))?;
         let storage = STORAGES[self.random.index(STORAGES.len())];
+        self.moving = self.random.below(2) == 0;
         let mut process = self.serving(queues, true, storage)?;
         let socket = self.socket();
         let (_, frontier) = self.reached;
@@ -274,6 +279,9 @@ impl Lives {
         command.args(["--queues", &queues.to_string()]);
         command.args(["--xts", "--data-unit", &self.unit.bytes().to_string()]);
         command.args(["--key-file", "key"]);
+        if self.moving {
+            command.args(MOVING);
+        }
         if rekey {
             let id = self.rekey.id.to_string();
             command.args(["--rekey-from", "previous", "--rekey-id", &id]);
