@@ -47,6 +47,7 @@ fn said(written_bytes: u64) -> Vec<VolumeStatus> {
         waits_for_volume: false,
         rekey: None,
         storage: None,
+        throttled_ms: 0,
     };
     vec![status(1), status(2)]
 }

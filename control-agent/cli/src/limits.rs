@@ -52,24 +52,31 @@ pub(crate) fn workers(status: &WorkersStatus) -> String {
 
 /// What is limited, as a table; nothing if nothing is.
 pub(crate) fn limits(status: &HostStatus) -> String {
-    let row = |cells: [&str; 3]| cells.map(str::to_owned).to_vec();
-    let mut rows = vec![row(["NAME", "GROUP", "LIMITS"])];
+    let row = |cells: [&str; 4]| cells.map(str::to_owned).to_vec();
+    let mut rows = vec![row(["NAME", "GROUP", "THROTTLED", "LIMITS"])];
     for volume in &status.volumes {
         if volume.limits.is_none() && volume.group.is_none() {
             continue;
         }
         let group = volume.group.as_ref().map_or("-", |name| name.as_str());
         let limits = volume.limits.to_string();
-        rows.push(row([&printable(&volume.name), group, &limits]));
+        let state = volume.state.as_ref();
+        let throttled = state.map_or("?".to_owned(), |state| seconds(state.throttled_ms));
+        rows.push(row([&printable(&volume.name), group, &throttled, &limits]));
     }
     for group in &status.groups {
         let limits = group.limits.to_string();
-        rows.push(row(["(all of it)", group.name.as_str(), &limits]));
+        rows.push(row(["(all of it)", group.name.as_str(), "-", &limits]));
     }
     match rows.len() {
         1 => String::new(),
         _ => format!("\nlimits\n{}", table(&rows)),
     }
+}
+
+/// A time in seconds, with one digit behind the point, rounded down.
+fn seconds(ms: u64) -> String {
+    format!("{}.{} s", ms / 1000, ms % 1000 / 100)
 }
 
 /// [`WorkersStatus`] as an object.

@@ -273,6 +273,7 @@ fn state_json(state: &VolumeStatus) -> Json {
             "storage",
             Json::or_null(state.storage.as_ref(), storage_json),
         ),
+        ("throttled_ms", Json::Number(state.throttled_ms)),
     ])
 }
 

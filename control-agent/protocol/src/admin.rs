@@ -138,3 +138,87 @@ pub struct VolumeEntry {
     #[n(7)]
     pub group: Option<GroupName>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Channel;
+    use crate::control::{Latency, RekeyProgress, RekeyState, StorageState, StorageStatus};
+    use crate::limits::Rate;
+
+    /// A volume with much to be said of it.
+    fn entry(number: u8) -> VolumeEntry {
+        let most = u64::MAX / 2;
+        let rate = Some(Rate {
+            per_second: 1 << 40,
+            burst: 1 << 50,
+        });
+        let state = VolumeStatus {
+            volume: VolumeId([number; 16]),
+            attached: true,
+            connected: true,
+            encrypted: true,
+            running_queues: 64,
+            retired_queues: 64,
+            requests_ok: most,
+            requests_failed: most,
+            read_bytes: most,
+            written_bytes: most,
+            fault: Some("x".repeat(100)),
+            capacity_bytes: most,
+            holds_volume: true,
+            waits_for_volume: false,
+            rekey: Some(RekeyProgress {
+                done_bytes: most,
+                total_bytes: most,
+                state: RekeyState::Running,
+            }),
+            storage: Some(StorageStatus {
+                state: StorageState::Hung,
+                old_requests: u32::MAX,
+                oldest_ms: most,
+                slow_after_ms: most,
+                slow_total: most,
+                latency: Some(Latency {
+                    median_us: most,
+                    p99_us: most,
+                    p999_us: most,
+                }),
+            }),
+            throttled_ms: most,
+        };
+        VolumeEntry {
+            volume: state.volume,
+            name: "n".repeat(64),
+            socket: "s".repeat(64).parse().expect("a name"),
+            socket_path: "p".repeat(107),
+            state: Some(state),
+            key_bytes: Some(most),
+            limits: Limits {
+                requests: rate,
+                bytes: rate,
+            },
+            group: Some("g".repeat(64).parse().expect("a name")),
+        }
+    }
+
+    #[test]
+    fn the_status_of_256_volumes_fits_into_a_message() {
+        let status = HostStatus {
+            host: "h".repeat(64),
+            epoch: Some(u64::MAX),
+            epoch_floor: u64::MAX,
+            digest: Some([7; 48].into()),
+            processes: Vec::new(),
+            volumes: (0..=255).map(entry).collect(),
+            pending: vec!["p".repeat(600); 4],
+            keys: None,
+            groups: Vec::new(),
+            workers: None,
+        };
+        let (a, b) = Channel::pair().expect("pair");
+        let reply = AdminReply::Status { status };
+        a.send(&reply, &[]).expect("it fits");
+        assert_eq!(b.receive::<AdminReply>().expect("received").message, reply);
+    }
+}

@@ -18,8 +18,9 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socketpair};
 
 use crate::datagram;
 
-/// Longest message in bytes.
-pub const MAX_MESSAGE_BYTES: usize = 64 * 1024;
+/// Longest message in bytes: room for what can be said of 256 volumes, and within what the kernel takes in one
+/// datagram without being asked for more (212,992 bytes, `net.core.wmem_default`).
+pub const MAX_MESSAGE_BYTES: usize = 192 * 1024;
 /// Most descriptors with one message.
 pub const MAX_FDS: usize = 4;
 

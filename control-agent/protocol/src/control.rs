@@ -217,6 +217,10 @@ pub struct VolumeStatus {
     /// How its storage does; none while it is not attached and nothing of it is left.
     #[n(15)]
     pub storage: Option<StorageStatus>,
+    /// How long its limits have let nothing pass since it was attached, whether or not a request waited, in
+    /// milliseconds, added up over the workers that serve it.
+    #[n(16)]
+    pub throttled_ms: u64,
 }
 
 /// How the storage of a volume does.

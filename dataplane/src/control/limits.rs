@@ -82,6 +82,8 @@ mod tests {
     use bulkhead_protocol::limits::{GroupGrant, Limits, Rate};
 
     use super::*;
+    use crate::control::grant::GrantedKeys;
+    use crate::control::volumes::{Held, Volume};
 
     fn grant(group: &str, per_second: u64, epoch: u64) -> VolumeGrant {
         VolumeGrant {
@@ -105,6 +107,28 @@ mod tests {
                     bytes: None,
                 },
             }),
+        }
+    }
+
+    #[test]
+    fn a_group_goes_with_its_last_member() {
+        let mut volumes = Volumes::default();
+        let members = [("a", 1), ("a", 2), ("b", 3)].map(|(group, id)| VolumeGrant {
+            volume: VolumeId([id; 16]),
+            ..grant(group, 100, 1)
+        });
+        for grant in members {
+            volumes.groups.of(&grant);
+            let held = Held {
+                grant: grant.clone(),
+                keys: GrantedKeys::default(),
+            };
+            volumes.table.insert(grant.volume, Volume::new(held));
+        }
+        for (gone, left) in [(1, 2), (2, 1), (3, 0)] {
+            volumes.table.remove(&VolumeId([gone; 16]));
+            volumes.forget_groups();
+            assert_eq!(volumes.groups.table.len(), left, "without volume {gone}");
         }
     }
 

@@ -16,11 +16,13 @@
 mod answer;
 mod attach;
 mod grant;
+mod grow;
 mod left;
 mod limits;
 mod link;
 mod peer;
 mod rekey;
+mod remove;
 mod start;
 mod status;
 mod volumes;

@@ -54,6 +54,7 @@ fn nothing(volume: VolumeId) -> VolumeStatus {
         waits_for_volume: false,
         rekey: None,
         storage: None,
+        throttled_ms: 0,
     }
 }
 
@@ -87,6 +88,8 @@ fn one(id: VolumeId, volume: &Volume, server: &Server) -> VolumeStatus {
     status.waits_for_volume = now.waits_for_volume;
     status.rekey = rekey(device);
     status.storage = Some(storage(device));
+    let throttled = device.qos().throttled().as_millis();
+    status.throttled_ms = u64::try_from(throttled).unwrap_or(u64::MAX);
     status.capacity_bytes = device.capacity_sectors() * SECTOR_BYTES;
     let counts = device.metrics.totals();
     status.requests_ok = counts.requests_ok;

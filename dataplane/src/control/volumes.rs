@@ -18,7 +18,7 @@ use bulkhead_protocol::{SocketName, VolumeId};
 
 use super::answer::{Agent, Answers, Keyd};
 use super::attach::Begun;
-use super::grant::{GrantedKeys, capacity_sectors, is_same, only_grew, only_rekeys};
+use super::grant::{GrantedKeys, is_same, only_grew, only_rekeys};
 use super::left::Left;
 use super::limits::Groups;
 use crate::blk::{BlkDevice, Cipher, Ciphers};
@@ -99,7 +99,7 @@ pub(super) struct Volume {
 }
 
 impl Volume {
-    fn new(held: Held) -> Self {
+    pub(super) fn new(held: Held) -> Self {
         Self {
             held,
             serving: Serving::No,
@@ -114,31 +114,6 @@ impl Volume {
             Serving::Yes(id, device) => Some((*id, device)),
             _ => None,
         }
-    }
-
-    /// Gives the served volume the greater capacity of a grant that is otherwise the one held: the
-    /// frontend stays, and hears of it. The key that came with the grant has to be the one in use.
-    /// On an error all is as before.
-    fn grow(&mut self, server: &mut Server, new: &Held) -> Result<(), String> {
-        let Serving::Yes(id, device) = &self.serving else {
-            return Err("it is not served".to_owned());
-        };
-        let same_key = match (device.ciphers(), &new.keys.key) {
-            (None, None) => true,
-            (Some(ciphers), Some(key)) => ciphers.cipher.key.is_same(key),
-            _ => false,
-        };
-        if !same_key {
-            return Err(
-                "its size and its key changed at once: with another key what is stored could not \
-                 be read; seal the key that it has (`bulkhead volume reseal`)"
-                    .to_owned(),
-            );
-        }
-        server.resize(*id, capacity_sectors(&new.grant))?;
-        tracing::info!(volume = %new.grant.volume, bytes = new.grant.size_bytes, "volume grew");
-        self.held.grant = new.grant.clone();
-        Ok(())
     }
 
     /// Whether its key is in memory, expanded.
@@ -302,50 +277,6 @@ impl Volumes {
     pub(super) fn serves_nothing(&self) -> bool {
         let mut volumes = self.table.values();
         volumes.all(|volume| volume.serving.device().is_none())
-    }
-
-    /// Keeps new frontends out, unless one is connected and `force` is not set.
-    pub(super) fn prepare_remove(
-        &mut self,
-        server: &mut Server,
-        id: VolumeId,
-        force: bool,
-    ) -> Result<(), String> {
-        let Some(volume) = self.table.get_mut(&id) else {
-            return Ok(()); // nobody can connect to what is not granted
-        };
-        if let Some((device, _)) = volume.serving.device() {
-            if server.is_connected(device) && !force {
-                return Err(format!(
-                    "volume {id} is in use: a frontend is connected on socket {}",
-                    volume.held.grant.socket
-                ));
-            }
-            server.refuse_new(device, true);
-        }
-        volume.removing = true;
-        Ok(())
-    }
-
-    /// Lets frontends in again.
-    pub(super) fn cancel_remove(&mut self, server: &mut Server, id: VolumeId) {
-        let Some(volume) = self.table.get_mut(&id) else {
-            return;
-        };
-        volume.removing = false;
-        let listens = self.listeners.contains_key(&volume.held.grant.socket);
-        if let Some((device, _)) = volume.serving.device().filter(|_| listens) {
-            server.refuse_new(device, false);
-        }
-    }
-
-    /// rot took a listener away: whoever is connected through it stays, nobody new comes.
-    pub(super) fn listener_gone(&mut self, server: &mut Server, name: &SocketName) {
-        self.listeners.remove(name);
-        let on_it = self.table.values().filter(|v| v.held.grant.socket == *name);
-        for (device, _) in on_it.filter_map(|volume| volume.serving.device()) {
-            server.refuse_new(device, true);
-        }
     }
 
     /// Something became of a device. What waited for it has its turn then.

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use super::{Membership, Moment, Qos};
@@ -91,6 +92,7 @@ impl Gate {
         let wait = wait.clamp(Self::SHORTEST_WAIT, Self::LONGEST_WAIT);
         let ns = u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX);
         self.shut_until = Some(now.plus_ns(ns));
+        qos.throttled_ns.fetch_add(ns, Ordering::Relaxed);
         self.refusals = self.refusals.saturating_add(1);
     }
 
@@ -185,6 +187,7 @@ mod tests {
         assert_eq!(gate.ask(&qos, now), None);
         let shut = gate.shut_until().expect("shut");
         assert_eq!(shut.since(now), Gate::LONGEST_WAIT);
+        assert_eq!(qos.throttled(), Gate::LONGEST_WAIT);
         qos.set(&limits(Some(1_000_000_000), None), None);
         let then = now.plus_ns(20_000_000);
         assert!(gate.ask(&qos, then).is_some(), "the other limit holds");

@@ -19,7 +19,7 @@ pub mod bucket;
 mod gate;
 pub mod group;
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -73,6 +73,8 @@ pub struct Qos {
     requests: Bucket,
     bytes: Bucket,
     membership: Mutex<Option<Membership>>,
+    /// How long nothing was let pass, in ns, on all workers together.
+    throttled_ns: AtomicU64,
 }
 
 /// A volume in a group.
@@ -107,6 +109,12 @@ impl Qos {
         let version = self.version.load(Ordering::Relaxed);
         let next = (version | 1).wrapping_add(if limited { 2 } else { 1 });
         self.version.store(next, Ordering::Release);
+    }
+
+    /// How long the limits have let nothing pass, whether or not a request waited, added up over the workers.
+    #[must_use]
+    pub fn throttled(&self) -> Duration {
+        Duration::from_nanos(self.throttled_ns.load(Ordering::Relaxed))
     }
 
     /// Changes with every [`Qos::set`]; even: nothing is limited.

@@ -396,7 +396,7 @@ fn garbage_is_dropped_and_too_much_of_it_costs_only_the_channel() {
     let garbage: [&[u8]; 4] = [
         &[0xff],
         &[0x82, 0x18, 0x63, 0x80],
-        &[0; 70_000],
+        &[0; 200_000],
         b"not CBOR",
     ];
     for bytes in garbage {

@@ -391,6 +391,7 @@ impl Peers {
                 slow_total: 12,
                 latency: None,
             }),
+            throttled_ms: 0,
             rekey: self.rekey_fault.clone().map(|reason| RekeyProgress {
                 done_bytes: 1,
                 total_bytes: 3,

@@ -264,6 +264,7 @@ fn status() -> HostStatus {
                 p999_us: 1024,
             }),
         }),
+        throttled_ms: 61_299,
     };
     let failed = VolumeStatus {
         volume: VolumeId([2; 16]),
@@ -420,10 +421,10 @@ fn status_is_a_table() {
          \x20 disk2: storage hung: 12 requests older than 1 s, oldest 14 s\n\
          \x20 disk2: its re-key stopped: at byte 7:\\nno\n\n\
          limits\n\
-         \x20 NAME         GROUP     LIMITS\n\
-         \x20 disk1        -         10000 requests/s (burst 1000)\n\
-         \x20 disk2        tenant-a  none\n\
-         \x20 (all of it)  tenant-a  80 MiB/s (burst 8 MiB)\n\n\
+         \x20 NAME         GROUP     THROTTLED  LIMITS\n\
+         \x20 disk1        -         61.2 s     10000 requests/s (burst 1000)\n\
+         \x20 disk2        tenant-a  61.2 s     none\n\
+         \x20 (all of it)  tenant-a  -          80 MiB/s (burst 8 MiB)\n\n\
          pending: failed, and tried again\n  attach disk3: no such file\n",
         digest = "ab".repeat(48)
     );
@@ -470,7 +471,7 @@ fn status_is_json_for_programs() {
     };
     let state = |fault: &str, holds: bool, waits: bool, rekey: &str, storage: &str| {
         format!(
-            r#"{{"attached":true,"connected":true,"capacity_bytes":67108864,"holds_volume":{holds},"waits_for_volume":{waits},"encrypted":true,"running_queues":4,"retired_queues":1,"requests_ok":12,"requests_failed":3,"read_bytes":8192,"written_bytes":1048576,"fault":{fault},"rekey":{rekey},"storage":{storage}}}"#
+            r#"{{"attached":true,"connected":true,"capacity_bytes":67108864,"holds_volume":{holds},"waits_for_volume":{waits},"encrypted":true,"running_queues":4,"retired_queues":1,"requests_ok":12,"requests_failed":3,"read_bytes":8192,"written_bytes":1048576,"fault":{fault},"rekey":{rekey},"storage":{storage},"throttled_ms":61299}}"#
         )
     };
     let fine = r#"{"state":"fine","old_requests":0,"oldest_ms":0,"slow_after_ms":1000,"slow_total":2,"latency":{"median_us":64,"p99_us":256,"p999_us":1024}}"#;

@@ -25,7 +25,7 @@ fn what_does_not_decode_is_dropped_and_its_descriptors_closed() {
     let fd = to_memfd(&envelope).expect("memfd");
     let dataplane = host.dataplane.as_ref().expect("a data plane");
     for channel in [&host.agent, dataplane] {
-        for noise in [&[0xff][..], &[0x82, 0x00], &[0; 70_000]] {
+        for noise in [&[0xff][..], &[0x82, 0x00], &[0; 200_000]] {
             nix::unistd::write(channel, noise).expect("write");
         }
         // A message of another kind, and descriptors that belong to none.
