@@ -20,4 +20,4 @@ pub mod xts;
 
 pub use check::key_check;
 pub use secret::{SecretArena, SecretMemory};
-pub use xts::{BufferError, DataUnit, Kernel, KeyError, XtsKey};
+pub use xts::{BufferError, DataUnit, Extent, Kernel, KeyError, XtsKey};

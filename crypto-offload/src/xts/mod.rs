@@ -17,17 +17,20 @@
 //! | `types` | keys' and units' lengths, what is refused |
 //! | `key` | [`XtsKey`]: expansion, the calls |
 //! | `segments` | the calls between scattered pieces of memory |
+//! | `extents` | calls for several runs of units at once |
 //! | `engine` | the walk over segments, in batches of groups |
 //! | [`Kernel`] | how AES is done on this CPU |
 //! | [`self_test()`] | whether the kernel does what it should here |
 
 mod engine;
+mod extents;
 mod kernel;
 mod key;
 mod segments;
 mod self_test;
 mod types;
 
+pub use extents::Extent;
 pub use kernel::Kernel;
 pub use key::XtsKey;
 pub use self_test::{SelfTestError, self_test};

@@ -6,7 +6,7 @@
 use std::ptr::NonNull;
 
 use bulkhead_crypto::xts::Kernel;
-use bulkhead_crypto::{DataUnit, SecretArena, XtsKey};
+use bulkhead_crypto::{DataUnit, Extent, SecretArena, XtsKey};
 
 use crate::oracle::{self, AwsLc};
 use crate::random::Random;
@@ -224,4 +224,80 @@ fn segments_that_do_not_fit_are_refused_unwritten() {
         assert_eq!((error.source_bytes, error.destination_bytes), (from, to));
         assert_eq!(destination, [0xee; 1024]);
     }
+}
+
+/// Extents of one call are what each is by itself: short and long ones, next to each other and far apart, with
+/// numbers up to the end of what there is.
+#[test]
+fn extents_are_what_each_is_alone() {
+    each_kernel("extents_are_what_each_is_alone", |kernel| {
+        let mut random = Random::new(11);
+        let key = random.key();
+        let xts = expand(&key, kernel);
+        for round in 0..60 {
+            let unit = UNITS[round % 2];
+            let bytes = |random: &mut Random| {
+                let most = [1, 2, 9, 40][random.below(4)];
+                unit.bytes() as usize * random.below(most + 1)
+            };
+            let runs: Vec<(u64, Vec<u8>)> = (0..random.below(12))
+                .map(|_| {
+                    let mut plain = vec![0; bytes(&mut random)];
+                    random.fill(&mut plain);
+                    let near_end = random.below(4) == 0;
+                    let number = if near_end {
+                        u64::MAX - 3
+                    } else {
+                        random.next()
+                    };
+                    (number, plain)
+                })
+                .collect();
+            let mut expected = Vec::new();
+            for (number, plain) in &runs {
+                let mut cipher = vec![0; plain.len()];
+                xts.encrypt_slices(unit, u128::from(*number), &[plain], &mut [&mut cipher])
+                    .expect("whole units");
+                expected.push(cipher);
+            }
+            let mut outputs: Vec<Vec<u8>> = runs.iter().map(|(_, p)| vec![0; p.len()]).collect();
+            let extents = |from: &[Vec<u8>], to: &mut [Vec<u8>]| -> Vec<Extent> {
+                let both = from.iter().zip(to).zip(&runs);
+                both.map(|((from, to), (number, _))| Extent {
+                    first_unit: *number,
+                    source: NonNull::from(from.as_slice()).cast(),
+                    destination: NonNull::from(to.as_mut_slice()).cast(),
+                    bytes: from.len(),
+                })
+                .collect()
+            };
+            let plains: Vec<Vec<u8>> = runs.iter().map(|(_, plain)| plain.clone()).collect();
+            let to_do = extents(&plains, &mut outputs);
+            // SAFETY: buffers of this test, as long on both sides, none of them twice.
+            unsafe { xts.encrypt_extents(unit, &to_do) }.expect("whole units");
+            assert!(outputs == expected, "{kernel}: round {round}");
+            let ciphers = std::mem::take(&mut outputs);
+            outputs = runs.iter().map(|(_, p)| vec![0; p.len()]).collect();
+            let to_do = extents(&ciphers, &mut outputs);
+            // SAFETY: as above.
+            unsafe { xts.decrypt_extents(unit, &to_do) }.expect("whole units");
+            assert!(outputs == plains, "{kernel}: round {round}");
+        }
+    });
+}
+
+#[test]
+fn an_extent_that_is_no_whole_units_is_refused_with_all_others() {
+    let xts = expand(&Random::new(12).key(), Kernel::chosen());
+    let (from, mut to) = (vec![7; 1024], vec![0; 1024]);
+    let mut extent = |bytes: usize| Extent {
+        first_unit: 0,
+        source: NonNull::from(from.as_slice()).cast(),
+        destination: NonNull::from(to.as_mut_slice()).cast(),
+        bytes,
+    };
+    let extents = [extent(512), extent(513)];
+    // SAFETY: buffers of this test, as long as said.
+    unsafe { xts.encrypt_extents(DataUnit::B512, &extents) }.expect_err("513 bytes");
+    assert_eq!(to, [0; 1024], "nothing was written");
 }
