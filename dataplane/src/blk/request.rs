@@ -84,7 +84,7 @@ const MAX_ID_BYTES: u64 = 512;
 ///
 /// # Errors
 /// [`RingError::NoStatus`]: there is no way to answer.
-#[inline]
+#[inline(always)]
 pub fn parse(
     chain: &mut Chain,
     device: &BlkDevice,
@@ -107,7 +107,7 @@ pub fn is_durable(device: &BlkDevice, features: u64) -> bool {
     features & feature::FLUSH == 0 || !device.writeback()
 }
 
-#[inline]
+#[inline(always)]
 fn decide(
     [kind, sector]: [u64; 2],
     chain: &Chain,

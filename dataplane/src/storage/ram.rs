@@ -15,7 +15,11 @@ use std::sync::Arc;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 use super::{Action, Begin, Buffer, Done, Storage, Transfer};
+use crate::memory::{will_read, will_write};
 use crate::worker::ring::Ring;
+
+/// Bytes of a range that are fetched ahead.
+const ANNOUNCED_BYTES: usize = 512;
 
 /// Zeroed memory, unmapped when it drops.
 #[derive(Debug)]
@@ -99,6 +103,27 @@ impl RamSpec {
         // SAFETY: as above, the other way.
         unsafe { to.copy_from_nonoverlapping(NonNull::from(from).cast(), from.len()) };
         true
+    }
+
+    /// Has the CPU fetch the first lines of a range that is going to be read, or written: the rest follows while
+    /// these are used.
+    #[inline]
+    pub(crate) fn announce(&self, offset_bytes: u64, bytes: u64, writes: bool) {
+        let bytes = usize::try_from(bytes)
+            .unwrap_or(usize::MAX)
+            .min(ANNOUNCED_BYTES);
+        let Some(at) = self.range(offset_bytes, bytes) else {
+            return;
+        };
+        for line in (0..bytes).step_by(64) {
+            // SAFETY: inside the range.
+            let line = unsafe { at.add(line) };
+            if writes {
+                will_write(line);
+            } else {
+                will_read(line);
+            }
+        }
     }
 
     /// Where a range begins; none if it does not lie inside.

@@ -23,7 +23,9 @@ use super::notify::{EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE, passed_packed};
 use super::order::Order;
 use super::park::Parked;
 use super::{QueueFeatures, RingError};
-use crate::memory::{GuestMemory, Lease, full_fence, read_words, shared_u16, shared_u32};
+use crate::memory::{
+    GuestMemory, Lease, full_fence, read_words, shared_u16, shared_u32, will_write,
+};
 use crate::worker::message::RingLayout;
 
 /// Largest queue (2.8).
@@ -383,6 +385,14 @@ impl PackedQueue {
         debug_assert!(index < self.layout.size);
         // SAFETY: the descriptor lies in the ring, which the lease keeps. Bytes need no alignment.
         Descriptor::of_packed(unsafe { read_words(self.parts.ring.add(usize::from(index)).cast()) })
+    }
+
+    /// Has the CPU fetch the place of the next used descriptor.
+    #[inline]
+    pub fn announce_used(&self) {
+        debug_assert!(self.used.index < self.layout.size);
+        // SAFETY: the descriptor lies in the ring, which the lease keeps.
+        will_write(unsafe { self.parts.ring.add(usize::from(self.used.index)) });
     }
 
     /// Gives up a chain that can't be given back: its queue retires, and shows nothing any more.

@@ -127,9 +127,15 @@ impl Virtqueue {
     ///
     /// # Errors
     /// See [`RingError`]: the driver broke the ring, nothing was taken.
-    #[inline]
+    #[inline(always)]
     pub fn pop(&mut self, chain: &mut Chain) -> Result<Option<u16>, RingError> {
         either!(self, queue => queue.pop(chain))
+    }
+
+    /// Has the CPU fetch what the next chain that is given back will be written to.
+    #[inline]
+    pub fn announce_used(&self) {
+        either!(self, queue => queue.announce_used());
     }
 
     /// Gives up a chain that can't be given back: the queue retires.
@@ -139,7 +145,7 @@ impl Virtqueue {
 
     /// Gives a chain back: `len` bytes of its writable part were written, from its front on. The
     /// driver sees it after the next [`Virtqueue::publish`].
-    #[inline]
+    #[inline(always)]
     pub fn push_used(&mut self, head: u16, len: u32) {
         either!(self, queue => queue.push_used(head, len));
     }

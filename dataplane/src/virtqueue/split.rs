@@ -21,7 +21,9 @@ use super::inflight::{QueueRegion, SplitRegion};
 use super::notify::{NO_INTERRUPT, NO_NOTIFY, passed};
 use super::order::Order;
 use super::park::Parked;
-use crate::memory::{GuestMemory, Lease, full_fence, read_words, shared_u16, will_read};
+use crate::memory::{
+    GuestMemory, Lease, full_fence, read_words, shared_u16, will_read, will_write,
+};
 use crate::worker::message::RingLayout;
 
 /// Largest queue (2.7).
@@ -319,7 +321,7 @@ impl SplitQueue {
     ///
     /// # Errors
     /// See [`RingError`]: the driver broke the ring, nothing was taken.
-    #[inline]
+    #[inline(always)]
     pub fn pop(&mut self, chain: &mut Chain) -> Result<Option<u16>, RingError> {
         if self.next_avail == self.ahead_end && !self.look_ahead()? {
             return Ok(None);
@@ -354,7 +356,7 @@ impl SplitQueue {
     }
 
     /// Follows a chain through the queue's table, and an indirect one at its end.
-    #[inline]
+    #[inline(always)]
     fn walk(&self, head: u16, chain: &mut Chain) -> Result<(), RingError> {
         chain.reset(&self.lease);
         let size = u32::from(self.layout.size);
@@ -376,6 +378,15 @@ impl SplitQueue {
             index = descriptor.next;
         }
         Err(RingError::ChainTooLong(self.longest))
+    }
+
+    /// Has the CPU fetch the place of the next used entry: the driver has read its line, if it has seen the
+    /// entry before.
+    #[inline]
+    pub fn announce_used(&self) {
+        let slot = usize::from(self.next_used & (self.layout.size - 1));
+        // SAFETY: the slot is masked to the ring's length; the lease keeps it.
+        will_write(unsafe { self.parts.used_ring.add(slot) });
     }
 
     /// Gives up a chain that can't be given back: its queue retires, and shows nothing any more.
@@ -404,7 +415,7 @@ impl SplitQueue {
     /// Gives a chain back: `len` bytes of its writable part were written, from its front on.
     /// The driver sees it after the next [`SplitQueue::publish`], in order behind what was taken
     /// before it.
-    #[inline]
+    #[inline(always)]
     pub fn push_used(&mut self, head: u16, len: u32) {
         if self.order.is_some() {
             self.push_in_order(head, len);

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use crate::blk::request::Operation;
 use crate::virtqueue::{Chain, RingError, Virtqueue};
 
 /// Requests of a batch at most: of a queue's turn.
@@ -17,6 +18,12 @@ pub struct Taken {
     pub head: u16,
     /// Its buffers.
     pub chain: Chain,
+    /// A read or write that is done together with others of the batch ([`Pipeline::gather`]).
+    ///
+    /// [`Pipeline::gather`]: crate::blk::pipeline::Pipeline::gather
+    pub work: Option<Operation>,
+    /// It was done.
+    pub done: bool,
 }
 
 /// Room for a batch; a worker has one.
@@ -31,6 +38,8 @@ impl Default for Batch {
         let place = |_| Taken {
             head: 0,
             chain: Chain::with_capacity(128),
+            work: None,
+            done: false,
         };
         Self {
             places: (0..MOST).map(place).collect(),
@@ -43,7 +52,7 @@ impl Batch {
     /// Takes what a queue has, at most `most` requests and [`MOST`], in the place of the batch before. How the
     /// driver broke it, if it did: behind what was taken. Of a `LIMITED` device no further request is taken once
     /// those that were have `most_bytes`.
-    #[inline]
+    #[inline(always)]
     pub fn take<const LIMITED: bool>(
         &mut self,
         ring: &mut Virtqueue,
@@ -70,20 +79,10 @@ impl Batch {
         None
     }
 
-    /// How many were taken.
-    #[must_use]
-    #[inline]
-    pub fn count(&self) -> usize {
-        self.count
-    }
-
     /// What was taken, in order. A chain that is under way leaves another one in its place.
     #[inline]
-    pub fn iter_mut(&mut self) -> std::slice::IterMut<'_, Taken> {
-        self.places
-            .get_mut(..self.count)
-            .unwrap_or_default()
-            .iter_mut()
+    pub fn taken(&mut self) -> &mut [Taken] {
+        self.places.get_mut(..self.count).unwrap_or_default()
     }
 
     /// Lets go of the guest memory of what was taken, of which nothing is needed any more.

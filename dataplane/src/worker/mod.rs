@@ -1,6 +1,6 @@
 //! Workers: one thread on one core each, which owns its queues and one io_uring.
 
-mod batch;
+pub(crate) mod batch;
 pub mod clock;
 pub mod load;
 pub mod message;

@@ -125,8 +125,10 @@ impl Outcome {
         }
     }
 
+    /// It succeeded, with so many bytes of data.
+    #[must_use]
     #[inline]
-    pub(super) fn ok(operation: Operation, bytes: u64) -> Self {
+    pub fn ok(operation: Operation, bytes: u64) -> Self {
         // A chain has at most 2^32 bytes, one of them the status.
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
         let (written, read_bytes, stored_bytes) = match operation {

@@ -5,12 +5,15 @@
 use super::super::batch::{Batch, Taken};
 use super::super::queue::Queue;
 use crate::blk::pipeline::{Begun, Outcome, Pipeline, Start};
-use crate::blk::request::{Operation, is_durable, parse};
+use crate::blk::request::{Operation, Status, is_durable, parse};
 use crate::virtqueue::{Chain, RingError};
 
 /// Ended requests are shown to the driver this often while more of the batch follow: it refills the ring
 /// meanwhile.
 const SHOW_EVERY: usize = 8;
+/// Requests whose data is copied or encrypted together at most: more bring little, and the first would wait for
+/// the last.
+const GATHERED: usize = 8;
 
 /// What may be taken from a queue in its turn.
 #[derive(Debug, Clone, Copy)]
@@ -38,63 +41,193 @@ pub(super) fn serve<const LIMITED: bool>(
     }
     let most = pipeline.room_for(&queue.local).min(portion.requests);
     let broken = batch.take::<LIMITED>(&mut queue.ring, most, portion.most_bytes);
-    let count = batch.count();
-    let mut requests = batch.iter_mut();
-    for served in 0..count {
-        if served % SHOW_EVERY == SHOW_EVERY - 1 {
-            queue.show();
-        }
-        let Some(taken) = requests.next() else {
-            break;
-        };
-        if let Err(error) = begin::<LIMITED>(queue, number, pipeline, taken, portion) {
-            queue.ring.abandon(taken.head);
-            requests.for_each(|taken| queue.ring.abandon(taken.head));
-            return (served, Some(error));
-        }
+    let taken = batch.taken();
+    let count = taken.len();
+    let served = if queue.local.gathers() {
+        gather::<LIMITED>(queue, number, pipeline, taken, portion)
+    } else {
+        each::<LIMITED>(queue, number, pipeline, taken, portion)
+    };
+    match served {
+        Ok(()) => (count, broken),
+        Err((served, error)) => (served, Some(error)),
     }
-    (count, broken)
 }
 
-/// Begins a request; one that ends at once is noted as ended.
+/// Begins one request after the other.
 ///
 /// # Errors
-/// [`RingError::NoStatus`]: there is no way to answer it.
-#[inline]
-fn begin<const LIMITED: bool>(
+/// How many were begun, and [`RingError::NoStatus`]: there is no way to answer the next one.
+#[inline(always)]
+fn each<const LIMITED: bool>(
     queue: &mut Queue,
     number: u32,
     pipeline: &mut Pipeline,
-    taken: &mut Taken,
+    requests: &mut [Taken],
     portion: &mut Portion,
-) -> Result<(), RingError> {
-    let Taken { head, chain } = taken;
-    let operation = match parse(chain, &queue.local.device, queue.features)? {
-        Ok(operation) => operation,
-        Err(status) => {
-            chain.writable.write_only_last_byte(status as u8);
-            queue.ended(*head, Outcome::failed(status));
-            return Ok(());
+) -> Result<(), (usize, RingError)> {
+    for (served, taken) in requests.iter_mut().enumerate() {
+        if served % SHOW_EVERY == SHOW_EVERY - 1 {
+            queue.show();
         }
-    };
-    if LIMITED {
-        portion.bytes += data_bytes(operation, chain);
-    }
-    let start = Start {
-        queue: number,
-        head: *head,
-        operation,
-        local: &queue.local,
-        durable: is_durable(&queue.local.device, queue.features),
-    };
-    if let Begun::Done(outcome) = pipeline.begin(start, chain) {
-        chain.writable.write_last_byte(outcome.status as u8);
-        queue.ended(*head, outcome);
+        match admit::<LIMITED>(queue, taken, portion) {
+            Ok(Some(operation)) => begin(queue, number, pipeline, taken, operation),
+            Ok(None) => {}
+            Err(error) => {
+                abandon(queue, requests.get(served..));
+                return Err((served, error));
+            }
+        }
     }
     Ok(())
 }
 
+/// Has the reads and writes of a device that does them at once done a few at a time. As [`each`].
+#[inline(never)]
+fn gather<const LIMITED: bool>(
+    queue: &mut Queue,
+    number: u32,
+    pipeline: &mut Pipeline,
+    requests: &mut [Taken],
+    portion: &mut Portion,
+) -> Result<(), (usize, RingError)> {
+    let mut served = 0;
+    for group in requests.chunks_mut(GATHERED) {
+        let admitted = admit_group::<LIMITED>(queue, number, pipeline, group, portion);
+        let good = admitted.map_or_else(|(good, _)| good, |()| group.len());
+        let group = group.get_mut(..good).unwrap_or_default();
+        queue.ring.announce_used();
+        pipeline.gather(&queue.local, group);
+        for taken in group {
+            finish(queue, taken);
+        }
+        served += good;
+        if let Err((_, error)) = admitted {
+            abandon(queue, requests.get(served..));
+            return Err((served, error));
+        }
+        queue.show();
+    }
+    Ok(())
+}
+
+/// Sees what each of a few requests asks for: reads and writes are noted, to be done together, others begun.
+///
+/// # Errors
+/// As [`each`].
+#[inline]
+fn admit_group<const LIMITED: bool>(
+    queue: &mut Queue,
+    number: u32,
+    pipeline: &mut Pipeline,
+    group: &mut [Taken],
+    portion: &mut Portion,
+) -> Result<(), (usize, RingError)> {
+    for (at, taken) in group.iter_mut().enumerate() {
+        taken.work = None;
+        match admit::<LIMITED>(queue, taken, portion) {
+            Ok(Some(work @ (Operation::Read { .. } | Operation::Write { .. }))) => {
+                queue.local.announce(work, &taken.chain);
+                taken.work = Some(work);
+            }
+            Ok(Some(other)) => begin_other(queue, number, pipeline, taken, other),
+            Ok(None) => {}
+            Err(error) => return Err((at, error)),
+        }
+    }
+    Ok(())
+}
+
+/// Begins a request that neither reads nor writes.
+#[inline(never)]
+fn begin_other(
+    queue: &mut Queue,
+    number: u32,
+    pipeline: &mut Pipeline,
+    taken: &mut Taken,
+    operation: Operation,
+) {
+    begin(queue, number, pipeline, taken, operation);
+}
+
+/// Ends a request that was done, or failed to be, together with others.
+#[inline]
+fn finish(queue: &mut Queue, taken: &Taken) {
+    let Some(work) = taken.work else {
+        return;
+    };
+    let outcome = if taken.done {
+        Outcome::ok(work, data_bytes(work, &taken.chain))
+    } else {
+        Outcome::failed(Status::IoError)
+    };
+    end(queue, taken, outcome);
+}
+
+/// What a request asks for; one that can't be done is noted as ended.
+///
+/// # Errors
+/// [`RingError::NoStatus`]: there is no way to answer it.
+#[inline(always)]
+fn admit<const LIMITED: bool>(
+    queue: &mut Queue,
+    taken: &mut Taken,
+    portion: &mut Portion,
+) -> Result<Option<Operation>, RingError> {
+    let Taken { head, chain, .. } = taken;
+    match parse(chain, &queue.local.device, queue.features)? {
+        Ok(operation) => {
+            if LIMITED {
+                portion.bytes += data_bytes(operation, chain);
+            }
+            Ok(Some(operation))
+        }
+        Err(status) => {
+            chain.writable.write_only_last_byte(status as u8);
+            queue.ended(*head, Outcome::failed(status));
+            Ok(None)
+        }
+    }
+}
+
+/// Begins a request; one that ends at once is noted as ended.
+#[inline(always)]
+fn begin(
+    queue: &mut Queue,
+    number: u32,
+    pipeline: &mut Pipeline,
+    taken: &mut Taken,
+    operation: Operation,
+) {
+    let start = Start {
+        queue: number,
+        head: taken.head,
+        operation,
+        local: &queue.local,
+        durable: is_durable(&queue.local.device, queue.features),
+    };
+    if let Begun::Done(outcome) = pipeline.begin(start, &mut taken.chain) {
+        end(queue, taken, outcome);
+    }
+}
+
+/// Writes the status of a request, and notes that it ended.
+#[inline(always)]
+fn end(queue: &mut Queue, taken: &Taken, outcome: Outcome) {
+    taken.chain.writable.write_last_byte(outcome.status as u8);
+    queue.ended(taken.head, outcome);
+}
+
+/// Gives up requests that nobody will answer: the queue retires.
+#[cold]
+fn abandon(queue: &mut Queue, requests: Option<&[Taken]>) {
+    for taken in requests.unwrap_or_default() {
+        queue.ring.abandon(taken.head);
+    }
+}
+
 /// What a request costs of a limit of bytes.
+#[inline]
 fn data_bytes(operation: Operation, chain: &Chain) -> u64 {
     match operation {
         Operation::Read { .. } => chain.writable.bytes(),
