@@ -352,11 +352,15 @@ mod tests {
         let mut writes = Together::new(true);
         assert!(!writes.add(span(&scattered, 0), &cipher, Place::Ram(&together, 0)));
         assert!(!writes.add(span(&long, 0), &cipher, Place::Ram(&together, 0)));
-        for (n, buffer) in (0..).zip(&buffers) {
+        for (n, buffer) in (0u32..).zip(&buffers) {
             // Far apart, and the last ones first.
-            let at = (9 - n) * 0x10000;
+            let at = u64::from(9 - n) * 0x10000;
             let added = writes.add(span(buffer, at), &cipher, Place::Ram(&together, at));
-            assert_eq!(added, (n as usize) < MOST_TOGETHER, "{n}");
+            assert_eq!(
+                added,
+                usize::try_from(n).is_ok_and(|n| n < MOST_TOGETHER),
+                "{n}"
+            );
             if added {
                 assert!(store(
                     span(buffer, at),
