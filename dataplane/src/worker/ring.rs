@@ -234,8 +234,9 @@ impl Ring {
     }
 
     /// Queues a transfer with a file; it is submitted by the next [`Ring::turn`] or [`Ring::wait`], with what
-    /// else is queued until then, unless nothing is in flight: storage that is idle gets the first at once,
-    /// and works on it while the rest of the batch comes together.
+    /// else is queued until then; or at once, if there are then no fewer in the queue than the storage has: the
+    /// first, the second, two, four, and so on. Storage that ran dry works on those while the rest of a batch
+    /// comes together.
     ///
     /// # Errors
     /// Gives the transfer back when as many are in flight as can be; the caller tries again
@@ -247,13 +248,13 @@ impl Ring {
         file: FixedFile,
         transfer: Transfer,
     ) -> Result<EntryId, Transfer> {
-        let idle = self.in_flight() == 0;
         let Some(id) = self.free.pop() else {
             return Err(transfer);
         };
         let job = Job::Transfer(transfer);
         let entry = self.enqueue(id, InFlight { token, file, job });
-        if idle {
+        let queued = self.uring.submission().len();
+        if queued * 2 >= self.in_flight() {
             self.enter();
         }
         Ok(entry)
