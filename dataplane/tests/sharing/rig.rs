@@ -288,6 +288,15 @@ impl Disk {
         (0..self.kicks.len() as u64).map(used).sum()
     }
 
+    /// Waits until its first queue asks for a kick.
+    pub fn wait_until_parked(&self) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while self.u16_at(USED) & 1 != 0 {
+            assert!(Instant::now() < deadline, "it is polled still");
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+
     /// Waits until so many were.
     pub fn wait_for(&self, requests: u64) {
         let deadline = Instant::now() + Duration::from_secs(60);
