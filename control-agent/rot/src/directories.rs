@@ -9,12 +9,15 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, Flock, FlockArg, OFlag, openat};
 use nix::sys::stat::{FileStat, Mode, fchmod, fstat, mkdirat};
 use nix::unistd::{Gid, Uid, fchown, geteuid};
 
+/// How long a lock that is taken is waited for.
+const LOCK_WITHIN: Duration = Duration::from_secs(1);
 /// Name of the lock file in the run directory.
 const LOCK_FILE: &str = "lock";
 /// Group and others may not have these bits on a directory of rot's.
@@ -110,7 +113,9 @@ impl Directory {
         Ok(directory)
     }
 
-    /// The lock of this directory, held for as long as the file lives.
+    /// The lock of this directory, held for as long as the file lives. One that is taken is waited
+    /// for, [`LOCK_WITHIN`]: a rot that was killed as it started a child leaves the lock to that child
+    /// until it notices.
     ///
     /// # Errors
     /// [`DirectoryError::InUse`] if another process holds it.
@@ -119,12 +124,21 @@ impl Directory {
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let file = openat(self, LOCK_FILE, flags, Mode::from_bits_truncate(0o600))
             .map_err(|e| failed(&path, "open the lock file", e))?;
-        Flock::lock(File::from(file), FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
-            Errno::EWOULDBLOCK => DirectoryError::InUse {
-                path: self.path.clone(),
-            },
-            e => failed(&path, "lock", e),
-        })
+        let mut file = File::from(file);
+        let end = Instant::now() + LOCK_WITHIN;
+        loop {
+            file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) => return Ok(lock),
+                Err((file, Errno::EWOULDBLOCK)) if Instant::now() < end => file,
+                Err((_, Errno::EWOULDBLOCK)) => {
+                    return Err(DirectoryError::InUse {
+                        path: self.path.clone(),
+                    });
+                }
+                Err((_, e)) => return Err(failed(&path, "lock", e)),
+            };
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 
