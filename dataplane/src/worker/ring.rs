@@ -28,6 +28,10 @@ use submission::submission;
 
 /// Transfers that can be in flight, and the completion queue's length, so that it can't overflow.
 pub const MAX_IN_FLIGHT: u32 = 4096;
+/// Events in flight up to which another kick may be waited for, and another call be made: whoever has very many
+/// queues must leave room for calls, and all of them for transfers.
+const MAX_KICKS: u32 = MAX_IN_FLIGHT / 2;
+const MAX_CALLS: u32 = MAX_IN_FLIGHT / 4 * 3;
 /// Entries of the submission queue: it is submitted when it is full.
 const SUBMISSION_ENTRIES: u32 = 256;
 /// Segments of a transfer that each entry has room for from the start, so that a busier moment than
@@ -258,6 +262,19 @@ impl Ring {
             self.enter();
         }
         Ok(entry)
+    }
+
+    /// Whether there is room for another kick to be waited for.
+    #[must_use]
+    pub fn takes_kick(&self) -> bool {
+        self.events < MAX_KICKS
+    }
+
+    /// Whether there is room for another call.
+    #[must_use]
+    #[inline]
+    pub fn takes_call(&self) -> bool {
+        self.events < MAX_CALLS
     }
 
     /// Queues something with an eventfd, as [`Ring::push`] does; none: there is no room.

@@ -168,6 +168,9 @@ fn a_full_ring_gives_the_transfer_back_and_a_drop_waits() {
         rig.ring
             .push_event(token, fixed, Event::Wait)
             .expect("room");
+        // Events of queues are refused long before transfers are.
+        assert_eq!(rig.ring.takes_kick(), token + 1 < 2048, "{token}");
+        assert_eq!(rig.ring.takes_call(), token + 1 < 3072, "{token}");
     }
     assert!(rig.ring.push_event(0, fixed, Event::Wait).is_none());
     let back = rig.ring.push(0, fixed, Transfer::flush());

@@ -119,10 +119,10 @@ impl Worker {
             return;
         }
         let file = call.file;
-        let entry = self
-            .pipeline
-            .ring
-            .push_event(token(CALL, number, serial), file, Event::Signal);
+        let ring = &mut self.pipeline.ring;
+        let entry = (ring.takes_call())
+            .then(|| ring.push_event(token(CALL, number, serial), file, Event::Signal))
+            .flatten();
         self.called = true;
         self.call_is_due |= entry.is_none();
         if let Some(call) = self.queue(number).and_then(|queue| queue.call.as_mut()) {
@@ -221,7 +221,11 @@ impl Worker {
         }
         let serial = self.next_serial();
         let wait = token(KICK, number, serial);
-        let Some(entry) = self.pipeline.ring.push_event(wait, file, Event::Wait) else {
+        let ring = &mut self.pipeline.ring;
+        let entry = (ring.takes_kick())
+            .then(|| ring.push_event(wait, file, Event::Wait))
+            .flatten();
+        let Some(entry) = entry else {
             return Armed::Unkicked;
         };
         if let Some(kick) = self.queue(number).and_then(|queue| queue.kick.as_mut()) {

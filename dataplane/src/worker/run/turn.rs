@@ -212,7 +212,8 @@ impl Worker {
         // A message that came before the wait is in the channel; one that comes later wakes.
         if self.receiver.is_empty() && self.wake_is_awaited {
             let since = Instant::now();
-            let briefly = self.pipeline.has_waiting().then_some(SHORT_SLEEP);
+            let briefly = self.pipeline.has_waiting() || self.call_is_due;
+            let briefly = briefly.then_some(SHORT_SLEEP);
             // What is under way grows old while nothing happens.
             let watchful = self.pipeline.watches().then_some(LOOK_EVERY);
             let timeout = [briefly, longest, watchful].into_iter().flatten().min();
