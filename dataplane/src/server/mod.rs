@@ -371,7 +371,7 @@ impl Server {
                     token if token.0 >= MANAGER_TOKENS => manager.ready(&mut self, token),
                     token => {
                         let gone = event.is_write_closed() && device::is_connection(token);
-                        self.ready(token, gone);
+                        self.ready(token, gone && !self.is_fresh(token));
                     }
                 }
             }
@@ -386,6 +386,15 @@ impl Server {
         self.rekeyer.end();
         self.workers.drain(..).for_each(WorkerHandle::end);
         Ok(())
+    }
+
+    /// Whether a connection was accepted since the loop's last wait, and not reported yet. What the loop heard then
+    /// under its token is about the connection before it: that of a frontend that has come back, for which something else
+    /// it heard has made room.
+    fn is_fresh(&self, token: Token) -> bool {
+        let of = device::id_of(token);
+        let is_its = |event: &Event| matches!(event, Event::Connected { id } if *id == of);
+        self.events.iter().any(is_its)
     }
 
     /// Tries everything again that nothing announces.

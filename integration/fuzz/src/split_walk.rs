@@ -3,7 +3,7 @@
 //! The model is virtio 1.2, 2.7, as slow as it reads: it copies all memory and walks the copy.
 
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 
 use bulkhead_dataplane::virtqueue::{Chain, QueueFeatures, SplitQueue};
 use bulkhead_dataplane::worker::message::RingLayout;
@@ -20,6 +20,9 @@ const USED: u64 = 0x2000;
 const TABLES: u64 = 0x4000;
 /// Longest chain that is followed in a short queue: what a device says it takes (SEG_MAX), header and status.
 const LEAST_LONGEST: u32 = 128;
+/// Avail entries that are read together at most. A driver may not change one that it has made available (2.7.13); of
+/// one that does, what was read ahead counts.
+const AHEAD: u16 = 16;
 
 thread_local! {
     static GUEST: RefCell<Guest> = RefCell::new(Guest::new());
@@ -90,6 +93,8 @@ struct Driver<'a> {
     /// The model's state.
     next_avail: u16,
     seen_avail: u16,
+    /// Entries that were read and not taken.
+    ahead: VecDeque<u16>,
     in_flight: BTreeSet<u16>,
     order: Order,
     /// Used entries that were given back since the last publish.
@@ -125,6 +130,7 @@ impl<'a> Driver<'a> {
             indirect: features.indirect,
             next_avail,
             seen_avail: next_avail,
+            ahead: VecDeque::new(),
             in_flight: BTreeSet::new(),
             order: Order::new(features.in_order),
             given_back: Vec::new(),
@@ -247,11 +253,18 @@ impl<'a> Driver<'a> {
     }
 
     fn model_take(&mut self, copy: &Copy) -> Result<Option<Taken>, Broken> {
-        if !self.model_has_work(copy)? {
-            return Ok(None);
+        if self.ahead.is_empty() {
+            if !self.model_has_work(copy)? {
+                return Ok(None);
+            }
+            let count = self.seen_avail.wrapping_sub(self.next_avail).min(AHEAD);
+            let slot = |step| u64::from(self.next_avail.wrapping_add(step) % self.size);
+            let entry = |step| copy.u16(AVAIL + 4 + 2 * slot(step));
+            self.ahead = (0..count).map(entry).collect();
         }
-        let slot = u64::from(self.next_avail % self.size);
-        let head = copy.u16(AVAIL + 4 + 2 * slot);
+        let Some(head) = self.ahead.pop_front() else {
+            return Ok(None);
+        };
         if head >= self.size || self.in_flight.contains(&head) {
             return Err(Broken);
         }
