@@ -2,17 +2,18 @@
 //! io_uring workers, encrypted on the way.
 //!
 //! **A block request** in at most six steps, each a function that can be named:
-//! 1. a worker sees that the avail index moved and takes a chain as checked buffers
+//! 1. a worker sees that the avail index moved and takes up to 16 chains as checked buffers
 //!    ([`virtqueue::Virtqueue::pop`]);
 //! 2. the chain is parsed once into a typed operation ([`blk::request::parse`]): every range, length
 //!    and permission is decided there;
 //! 3. it begins ([`blk::pipeline::Pipeline::begin`]): plain and aligned, the kernel transfers guest
 //!    memory itself; else through staging, where a write is encrypted in the same pass
 //!    ([`blk::transform::store`]);
-//! 4. one submission a turn gives everything to the kernel ([`worker::ring::Ring::turn`]);
+//! 4. one submission a turn gives everything to the kernel ([`worker::ring::Ring::turn`]), and storage that runs
+//!    dry gets what there is before that ([`worker::ring::Ring::push`]);
 //! 5. a completion comes back with its buffer ([`blk::pipeline::Pipeline::land`]); a read is decrypted
 //!    into guest memory in one pass ([`blk::transform::load`]) and the status byte written;
-//! 6. the used ring is published once a batch, with at most one call ([`virtqueue::Virtqueue::publish`]).
+//! 6. the used ring is shown every few requests and published once a batch, with at most one call ([`virtqueue::Virtqueue::publish`]).
 //!
 //! | module | owns |
 //! | --- | --- |
