@@ -76,6 +76,36 @@ fn a_second_frontend_waits_until_the_first_is_gone() {
     assert!(rig.status(id).connected);
 }
 
+/// The loop hears of the listener and of the frontend that left in one wait. The listener comes first: the connection
+/// is looked at, found closed, and the next frontend accepted. What follows is about the one that left.
+#[test]
+fn what_is_heard_of_a_frontend_that_left_is_not_held_against_the_next() {
+    const QUESTIONS: usize = 4000;
+    let mut rig = Rig::new();
+    let (_, path) = rig.attach(None);
+    let mut frontend = connect(&path);
+    assert!(is_answered(&frontend));
+    for round in 0..5 {
+        let (leaving, path) = (frontend, path.clone());
+        frontend = rig.ask(move |_| {
+            let next = connect(&path);
+            leaving
+                .shutdown(std::net::Shutdown::Both)
+                .expect("connected");
+            next
+        });
+        assert!(is_answered(&frontend), "round {round}");
+        // More answers than its socket takes: it is owed some, which one that is gone is not.
+        let questions = question(code::GET_QUEUE_NUM).repeat(QUESTIONS);
+        (&frontend).write_all(&questions).expect("open");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        let mut answers = vec![0; 20 * QUESTIONS];
+        (&frontend)
+            .read_exact(&mut answers)
+            .unwrap_or_else(|error| panic!("round {round}: {error}"));
+    }
+}
+
 #[test]
 fn a_detach_ends_the_connection_and_whoever_waits() {
     let mut rig = Rig::new();
