@@ -50,7 +50,14 @@ impl Local {
     #[must_use]
     #[inline]
     pub fn is_clogged(&self) -> bool {
-        self.zone.parked.get() >= MOST_PARKED
+        self.may_park() == 0
+    }
+
+    /// How many more requests may be parked, and so be taken together.
+    #[must_use]
+    #[inline]
+    pub fn may_park(&self) -> usize {
+        MOST_PARKED.saturating_sub(self.zone.parked.get()) as usize
     }
 
     /// None of its requests is parked any more.

@@ -36,10 +36,14 @@ pub(super) fn serve<const LIMITED: bool>(
     portion: &mut Portion,
 ) -> (usize, Option<RingError>) {
     queue.ring.disarm();
-    if queue.local.is_clogged() {
+    let may = queue.local.may_park();
+    if may == 0 {
         return (0, None);
     }
-    let most = pipeline.room_for(&queue.local).min(portion.requests);
+    let most = pipeline
+        .room_for(&queue.local)
+        .min(portion.requests)
+        .min(may);
     let broken = batch.take::<LIMITED>(&mut queue.ring, most, portion.most_bytes);
     let taken = batch.taken();
     let count = taken.len();

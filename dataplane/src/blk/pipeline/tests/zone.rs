@@ -207,12 +207,15 @@ fn a_device_with_many_that_wait_is_left_alone() {
     let mut rig = Rig::new(Limits::NONE);
     let _owner = rig.lock(ZONE);
     let mut heads = Vec::new();
+    let most = rig.local.may_park();
     while !rig.local.is_clogged() {
         heads.push(rig.begin(read(8192), 512));
+        // So a batch is never larger than what may be parked.
+        assert_eq!(rig.local.may_park(), most - heads.len());
         assert!(heads.len() < MAX_IN_FLIGHT as usize / 2, "others have room");
     }
     rig.unlock();
-    assert!(!rig.local.is_clogged());
+    assert_eq!(rig.local.may_park(), most);
     rig.go_on();
     assert_eq!(rig.statuses(&heads), vec![Status::Ok; heads.len()]);
 }
