@@ -153,7 +153,7 @@ impl Child {
             }
             Err(error) => {
                 self.vain_starts = self.vain_starts.saturating_add(1);
-                let wait = self.backoff.after(Duration::ZERO);
+                let wait = self.backoff.after(Duration::ZERO, false);
                 let wait = wait.max(Duration::from_millis(100));
                 tracing::error!(role = %self.program.role, "can't start: {error}; again in {wait:?}");
                 self.state = State::Waiting(now + wait);
@@ -210,11 +210,12 @@ impl Child {
             self.state = State::Waiting(now);
             return Ok(());
         }
-        self.vain_starts = match running.hello {
+        let hello = running.hello;
+        self.vain_starts = match hello {
             true => 0,
             false => self.vain_starts.saturating_add(1),
         };
-        let wait = self.backoff.after(now - running.started);
+        let wait = self.backoff.after(now - running.started, hello);
         tracing::warn!(%role, pid, generation, "ended: {how}; next start in {wait:?}");
         self.state = State::Waiting(now + wait);
         Ok(())

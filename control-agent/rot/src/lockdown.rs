@@ -64,9 +64,9 @@ fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
     }
 }
 
-/// Open files that 256 devices ask for: what is stored of them, and as many again in the data
-/// plane, with its listeners and what a frontend may send in one message.
-const WANTED_FILES: u64 = 16_384;
+/// Open files that 256 devices with 16 queues each ask for: what is stored of them (16,384), and in
+/// the data plane as many again, the rings' own, and two more for each queue that has moved.
+const WANTED_FILES: u64 = 65_536;
 
 /// The limits that rot has and its children inherit.
 #[derive(Debug, Clone, Copy)]
@@ -94,7 +94,7 @@ pub fn raise_limits() -> io::Result<Limits> {
     };
     if files < WANTED_FILES {
         tracing::warn!(
-            "the limit on open files is {files}: too low for 256 devices, raise it to {WANTED_FILES} (LimitNOFILE=, ulimit -Hn)"
+            "the limit on open files is {files}: too low for 256 devices with 16 queues each, raise it to {WANTED_FILES} (LimitNOFILE=, ulimit -Hn)"
         );
     }
     Ok(Limits {

@@ -16,8 +16,9 @@ use bulkhead_protocol::rot::Role;
 
 use crate::upstream::{Found, Mark, Upstream};
 
-/// Most descriptors of the data plane: 256 devices with 16 each.
-const MOST_OF_DATAPLANE: u64 = 4096;
+/// Most descriptors of the data plane: 256 devices with 64 each, which is one of 16 queues (three
+/// eventfds each) with its file, key, state, connection, in-flight region and some guest memory.
+const MOST_OF_DATAPLANE: u64 = 16_384;
 /// Most descriptors of another role.
 const MOST_OF_OTHERS: u64 = 256;
 
@@ -194,7 +195,8 @@ mod tests {
 
     #[test]
     fn limits_leave_rot_room() {
-        assert_eq!(limit(Role::Dataplane, 524_288), 4096);
+        assert_eq!(limit(Role::Dataplane, 524_288), 16_384);
+        assert_eq!(limit(Role::Dataplane, 20_000), 10_000);
         assert_eq!(limit(Role::Dataplane, 1024), 512);
         assert_eq!(limit(Role::Keyd, 524_288), 256);
         assert_eq!(limit(Role::Agent, 1024), 64);

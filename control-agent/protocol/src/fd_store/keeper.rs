@@ -18,6 +18,10 @@ use crate::datagram;
 /// cuts it to `net.core.wmem_max` and then doubles it for its own overhead.
 const SEND_BUFFER_BYTES: usize = 1 << 20;
 
+/// Descriptors of one datagram that is handed over: as many as, with names of full length, still
+/// lie in 2 KiB of the kernel's, so that 16,384 fit the socket of a kernel with default limits.
+const HAND_OVER_FDS: usize = 96;
+
 /// Words of control data: a header and [`MAX_FDS`] descriptors. More make the datagram refused.
 const CONTROL_WORDS: usize = 2 + MAX_FDS / 2;
 
@@ -82,11 +86,11 @@ impl Keeper {
     /// Puts what is stored into the socket, for a process that need not exist yet.
     ///
     /// # Errors
-    /// [`io::ErrorKind::WouldBlock`] if it does not fit (5,000 do, unless `net.core.wmem_max` was
+    /// [`io::ErrorKind::WouldBlock`] if it does not fit (17,000 do, unless `net.core.wmem_max` was
     /// lowered below its default); ETOOMANYREFS if this user
     /// has more descriptors in sockets than `RLIMIT_NOFILE` allows.
     pub fn hand_over(&self, stored: &[(FdName, BorrowedFd<'_>)]) -> io::Result<()> {
-        for part in stored.chunks(MAX_FDS) {
+        for part in stored.chunks(HAND_OVER_FDS) {
             let (names, fds): (Vec<FdName>, Vec<BorrowedFd<'_>>) = part.iter().copied().unzip();
             let text = hand_over_text(&names);
             let flags = MsgFlags::MSG_DONTWAIT;

@@ -24,7 +24,7 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 /// Rows: more than all roles together may store.
-pub const ROWS: usize = 8192;
+pub const ROWS: usize = 20_480;
 const ROW_BYTES: usize = 64;
 /// The head's first bytes: what this is, and the version of its format.
 const MAGIC: [u8; 8] = *b"BHFDTAB1";
