@@ -20,6 +20,7 @@
 //! | [`server`] | the control thread: listeners, connections, workers' answers |
 //! | [`vhost_user`] | the protocol: bytes and descriptors to typed requests, a connection's state |
 //! | [`fds`] | descriptors from a frontend |
+//! | [`fence`] | how a process knows that the last request of the one before it has ended |
 //! | [`memory`] | guest memory and the only ways to its bytes |
 //! | [`virtqueue`] | rings: from what a driver wrote to checked buffers |
 //! | [`blk`] | virtio-blk: device, configuration space, requests, pipeline |
@@ -34,6 +35,7 @@
 pub mod blk;
 pub mod control;
 pub mod fds;
+pub mod fence;
 pub mod log_limit;
 pub mod memory;
 pub mod qos;

@@ -78,7 +78,11 @@ fn run(host: Option<Workers>) -> Result<(), Failure> {
 }
 
 fn worker(cpu: Option<usize>) -> WorkerConfig {
-    WorkerConfig { cpu, lock_in: true }
+    WorkerConfig {
+        cpu,
+        lock_in: true,
+        fence: None,
+    }
 }
 
 /// A panic in one thread ends the process, never leaves half of it serving; and no backtrace, for

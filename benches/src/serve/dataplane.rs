@@ -66,7 +66,11 @@ impl ServeError {
 /// moved from one to another each time so many milliseconds have passed.
 #[must_use]
 pub fn config(cpus: &[usize], workers: u16, shuffle: Option<u16>) -> ServerConfig {
-    let worker = |cpu| WorkerConfig { cpu, lock_in: true };
+    let worker = |cpu| WorkerConfig {
+        cpu,
+        lock_in: true,
+        ..WorkerConfig::default()
+    };
     let workers = if cpus.is_empty() {
         vec![worker(None); usize::from(workers)]
     } else {

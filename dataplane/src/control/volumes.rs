@@ -286,7 +286,10 @@ impl Volumes {
             Event::Detached { id } if self.ended(id, answers) => return,
             Event::Detached { id } => (id, None),
             Event::GivenUp { id, requests } => return self.given_up(server, id, requests, answers),
-            Event::Connected { .. } | Event::Disconnected { .. } | Event::Health { .. } => return,
+            Event::Connected { .. }
+            | Event::Disconnected { .. }
+            | Event::FenceGone { .. }
+            | Event::Health { .. } => return,
         };
         let has = |v: &Volume| v.serving.device().is_some_and(|(id, _)| id == device);
         let Some((id, volume)) = self.table.iter_mut().find(|(_, volume)| has(volume)) else {

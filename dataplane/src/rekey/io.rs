@@ -4,12 +4,14 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::collections::VecDeque;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::left::{Flush, Left};
 use crate::blk::BlkDevice;
 use crate::blk::pipeline::{MAX_RETRIES, is_temporary};
+use crate::fence::Fence;
 use crate::storage::{Action, Begin, Buffer, Completion, Polled, Storage, Transfer};
 use crate::worker::message::DeviceId;
 use crate::worker::ring::Ring;
@@ -67,9 +69,13 @@ impl std::fmt::Debug for Io {
 }
 
 impl Io {
-    pub(super) fn new() -> std::io::Result<Self> {
+    /// With a fence for the ring to keep.
+    pub(super) fn new(fence: Option<Fence>) -> std::io::Result<Self> {
         let staging = Staging::new()?;
-        let ring = Ring::new(&staging)?;
+        let mut ring = Ring::new(&staging)?;
+        if let Some(fence) = fence {
+            ring.keep_fence(fence.as_fd())?;
+        }
         Ok(Self {
             ring,
             staging,

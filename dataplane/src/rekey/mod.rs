@@ -36,6 +36,7 @@ use std::thread::JoinHandle;
 use crossbeam_channel::Sender;
 
 use crate::blk::BlkDevice;
+use crate::fence::Fence;
 use crate::worker::message::DeviceId;
 #[cfg(doc)]
 use crate::worker::message::ZoneChange;
@@ -112,7 +113,7 @@ pub struct Rekeyer {
 }
 
 impl Rekeyer {
-    /// Starts it; returns once it has its ring and, with `lock_in`, is locked in.
+    /// Starts it; returns once it has its ring, which keeps the fence, and, with `lock_in`, is locked in.
     ///
     /// # Errors
     /// What the thread, its memory or its ring can't be made with.
@@ -120,13 +121,14 @@ impl Rekeyer {
         workers: Vec<Mailbox>,
         replies: ReplySender,
         lock_in: bool,
+        fence: Option<Fence>,
     ) -> std::io::Result<Self> {
         let (sender, receiver) = crossbeam_channel::unbounded();
         let (ready, is_ready) = crossbeam_channel::bounded(1);
         let thread = std::thread::Builder::new()
             .name("rekeyer".to_owned())
-            .spawn(
-                move || match thread::Thread::prepare(workers, replies, receiver, lock_in) {
+            .spawn(move || {
+                match thread::Thread::prepare(workers, replies, receiver, (lock_in, fence)) {
                     Ok(prepared) => {
                         let _ = ready.send(Ok(()));
                         prepared.run();
@@ -134,8 +136,8 @@ impl Rekeyer {
                     Err(error) => {
                         let _ = ready.send(Err(error));
                     }
-                },
-            )?;
+                }
+            })?;
         is_ready
             .recv()
             .unwrap_or_else(|_| Err(std::io::Error::other("the rekeyer ended at its start")))?;

@@ -176,7 +176,7 @@ fn check(io: &mut Io, image: &[u8]) -> u64 {
 
 #[test]
 fn the_power_may_be_cut_at_any_moment() {
-    let mut io = Io::new().expect("ring");
+    let mut io = Io::new(None).expect("ring");
     let cache = cache(&image());
     let device = device(StorageSpec::Volatile(Arc::clone(&cache)), rekeyed());
     let left: Rc<RefCell<Vec<Vec<u8>>>> = Rc::default();
@@ -202,7 +202,7 @@ fn the_power_may_be_cut_at_any_moment() {
         "each zone has five steps: {}",
         images.len()
     );
-    let mut other = Io::new().expect("ring");
+    let mut other = Io::new(None).expect("ring");
     let mut frontiers: Vec<u64> = images
         .iter()
         .map(|image| check(&mut other, image))
@@ -216,7 +216,7 @@ fn the_power_may_be_cut_at_any_moment() {
 /// takes the volume then finds everything.
 #[test]
 fn whatever_fails_nothing_is_lost() {
-    let mut io = Io::new().expect("ring");
+    let mut io = Io::new(None).expect("ring");
     for kind in [Kind::Read, Kind::Write, Kind::Flush] {
         for what in [What::Errno(libc::EIO), What::Short] {
             let mut failures = 0;
@@ -254,7 +254,7 @@ fn whatever_fails_nothing_is_lost() {
 
 #[test]
 fn keys_and_records_have_to_belong_together() {
-    let mut io = Io::new().expect("ring");
+    let mut io = Io::new(None).expect("ring");
     let fresh = cache(&image());
     let on = |ciphers: Ciphers| device(StorageSpec::Volatile(Arc::clone(&fresh)), ciphers);
     let refused = |io: &mut Io, ciphers: Ciphers, part: &str| {
@@ -327,7 +327,7 @@ fn keys_and_records_have_to_belong_together() {
 /// Wherever the power goes while a record is closed, what is left says that everything is under the key.
 #[test]
 fn a_record_that_is_closed_is_done_or_over_at_any_moment() {
-    let mut io = Io::new().expect("ring");
+    let mut io = Io::new(None).expect("ring");
     let cache = cache(&image());
     let on = |ciphers| device(StorageSpec::Volatile(Arc::clone(&cache)), ciphers);
     let mut begun = job(&mut io, &on(rekeyed())).expect("prepared");
@@ -368,7 +368,7 @@ fn a_record_that_is_closed_is_done_or_over_at_any_moment() {
 
 #[test]
 fn what_is_no_record_is_none_and_what_is_broken_is_refused() {
-    let mut io = Io::new().expect("ring");
+    let mut io = Io::new(None).expect("ring");
     let mut broken = image();
     let [one, two] = layout(BYTES).expect("layout").copies;
     for at in [one, two] {

@@ -16,6 +16,7 @@ use super::io::Io;
 use super::record::{State, Stuck, Volume, is_with};
 use super::zone::{Job, Step, tell};
 use crate::blk::{BlkDevice, SECTOR_BYTES};
+use crate::fence::Fence;
 use crate::worker::message::{DeviceId, FromWorker, ZoneChange};
 use crate::worker::{Mailbox, ReplySender};
 
@@ -47,9 +48,9 @@ impl Thread {
         workers: Vec<Mailbox>,
         replies: ReplySender,
         receiver: Receiver<ToRekeyer>,
-        lock_in: bool,
+        (lock_in, fence): (bool, Option<Fence>),
     ) -> std::io::Result<Self> {
-        let io = Io::new()?;
+        let io = Io::new(fence)?;
         if lock_in {
             crate::sandbox::lock_worker_thread().map_err(std::io::Error::other)?;
         }
@@ -401,7 +402,7 @@ mod tests {
     fn thread() -> Thread {
         let (_, replies) = start(&[]).expect("no workers");
         let (_, receiver) = crossbeam_channel::unbounded();
-        Thread::prepare(Vec::new(), replies.sender(), receiver, false).expect("ring")
+        Thread::prepare(Vec::new(), replies.sender(), receiver, (false, None)).expect("ring")
     }
 
     /// A guest whose requests stay in a zone, and a volume that is not prepared, keep nobody else waiting.

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-use crate::vhost_user::{Facts, Framing, Incoming, Outbox, ProtocolError, Session};
+use crate::vhost_user::{Facts, Framing, Incoming, Message, Outbox, ProtocolError, Session};
 use crate::worker::message::{FromWorker, QueueId, ToWorker};
 
 /// Whether the frontend is there.
@@ -42,6 +42,10 @@ pub(super) struct Connection {
     framing: Option<Framing>,
     pub(super) session: Session,
     stage: Stage,
+    /// What it said last, if that waits for the fence.
+    held: Option<Message>,
+    /// The volume is to be taken as soon as the session waits for nothing else.
+    retry_due: bool,
     /// The frontend has closed its end, whatever of what it said was not read yet.
     peer_gone: bool,
 }
@@ -55,6 +59,8 @@ impl Connection {
             framing: Some(Framing::new(stream)?),
             session: Session::new(facts),
             stage: Stage::Open,
+            held: None,
+            retry_due: false,
             peer_gone: false,
         })
     }
@@ -112,7 +118,16 @@ impl Connection {
                     Driven::Waits
                 });
             }
-            match framing.receive()? {
+            let held = self.held.take().map(Incoming::Message);
+            match held.map_or_else(|| framing.receive(), Ok)? {
+                Incoming::Message(message) if self.session.waits_for_fence(&message) => {
+                    self.held = Some(message);
+                    return Ok(if self.peer_gone {
+                        Driven::Ended(None)
+                    } else {
+                        Driven::Waits
+                    });
+                }
                 Incoming::Message(message) => {
                     let mut outbox = Outbox::default();
                     let handled = self.session.handle(message, &mut outbox);
@@ -138,10 +153,15 @@ impl Connection {
                 return Driven::Waits;
             }
             Ok(false) if self.stage != Stage::Open => return Driven::Waits,
-            Ok(false) => match &mut self.framing {
-                Some(framing) => framing.send(&outbox.replies, outbox.reply_fd),
-                None => Ok(()),
-            },
+            Ok(false) => {
+                if self.retry_due && !self.session.is_pending() {
+                    self.retry(out);
+                }
+                match &mut self.framing {
+                    Some(framing) => framing.send(&outbox.replies, outbox.reply_fd),
+                    None => Ok(()),
+                }
+            }
             Err(error) => Err(error),
         };
         match sent {
@@ -155,10 +175,18 @@ impl Connection {
 
     /// Tries again what nothing announces.
     pub(super) fn retry(&mut self, out: &mut ToWorkers) {
+        self.retry_due = self.session.is_pending();
         let mut outbox = Outbox::default();
         self.session.retry_volume(&mut outbox);
         self.session.retry_backend();
         out.append(&mut outbox.to_workers);
+    }
+
+    /// No request of an earlier process is under way any more: the volume is taken, and what waited goes on.
+    pub(super) fn fence_is_gone(&mut self, out: &mut ToWorkers) -> Driven {
+        self.session.set_fenced(false);
+        self.retry(out);
+        self.drive(out)
     }
 
     /// Sends the frontend away; its queues stop, and when they have, it is closed.

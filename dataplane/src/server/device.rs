@@ -55,6 +55,8 @@ pub(super) struct Device {
     failure: Option<String>,
     connection: Option<Connection>,
     pub(super) refuse_new: bool,
+    /// Requests of an earlier process may still be under way.
+    pub(super) fenced: bool,
     /// The detach is to be sent to the workers.
     detach_due: bool,
     /// The connection has had its turn, and there may be more to read.
@@ -114,6 +116,7 @@ impl Device {
             failure: None,
             connection: None,
             refuse_new: false,
+            fenced: false,
             detach_due: false,
             look_again: false,
             accept_failed: false,
@@ -182,6 +185,15 @@ impl Device {
     pub(super) fn retry(&mut self, out: &mut ToWorkers) {
         if let Some(connection) = &mut self.connection {
             connection.retry(out);
+        }
+    }
+
+    /// No request of an earlier process is under way any more.
+    pub(super) fn fence_is_gone(&mut self, out: &mut ToWorkers) {
+        self.fenced = false;
+        if let Some(connection) = &mut self.connection {
+            let driven = connection.fence_is_gone(out);
+            self.note(driven);
         }
     }
 
@@ -286,7 +298,7 @@ impl Device {
             Stage::Attached if self.connection.is_none() && !self.refuse_new => {
                 self.accept(registry, out, events)
             }
-            Stage::Leaving if self.connection.is_none() => {
+            Stage::Leaving if self.connection.is_none() && !self.fenced => {
                 let _ = registry.deregister(&mut SourceFd(&self.listener.as_raw_fd()));
                 // The rekeyer is one more.
                 self.stage = Stage::Detaching(self.workers + 1);
@@ -390,7 +402,8 @@ impl Device {
     }
 
     fn connect(&self, stream: UnixStream, registry: &Registry) -> io::Result<Connection> {
-        let connection = Connection::new(stream, self.facts.clone())?;
+        let mut connection = Connection::new(stream, self.facts.clone())?;
+        connection.session.set_fenced(self.fenced);
         let (_, token) = tokens(self.facts.id);
         if let Some(fd) = connection.fd() {
             registry.register(&mut SourceFd(&fd), token, CONNECTION)?;

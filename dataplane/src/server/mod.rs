@@ -17,6 +17,7 @@ mod alarm;
 mod balance;
 mod connection;
 mod device;
+mod fenced;
 mod moves;
 mod patience;
 mod placement;
@@ -38,6 +39,7 @@ use crate::worker::message::{DeviceId, FromWorker, QueueId, ToWorker, ZoneChange
 use crate::worker::{Replies, WorkerConfig, WorkerHandle, start};
 use connection::ToWorkers;
 use device::Device;
+use fenced::Fences;
 use moves::Watch;
 pub use moves::WorkerStatus;
 pub use placement::Moves;
@@ -120,6 +122,11 @@ pub enum Event {
         /// What is under way for too long.
         summary: Summary,
     },
+    /// Nothing of an earlier process that kept this fence is under way any more.
+    FenceGone {
+        /// As it was given to [`Server::wait_for_fence`].
+        number: u64,
+    },
     /// A frontend connected.
     Connected {
         /// To which.
@@ -157,6 +164,7 @@ pub struct Server {
     placement: Placement,
     watch: Watch,
     rekeyer: Rekeyer,
+    fences: Fences,
     replies: Replies,
     devices: HashMap<DeviceId, Device>,
     last_id: u64,
@@ -181,7 +189,11 @@ impl Server {
         let (workers, replies) = start(&config.workers)?;
         let mailboxes = workers.iter().map(WorkerHandle::mailbox).collect();
         let lock_in = config.workers.iter().any(|worker| worker.lock_in);
-        let rekeyer = match Rekeyer::start(mailboxes, replies.sender(), lock_in) {
+        let fence = config
+            .workers
+            .iter()
+            .find_map(|worker| worker.fence.clone());
+        let rekeyer = match Rekeyer::start(mailboxes, replies.sender(), lock_in, fence) {
             Ok(rekeyer) => rekeyer,
             Err(error) => {
                 workers.into_iter().for_each(WorkerHandle::end);
@@ -200,6 +212,7 @@ impl Server {
             cpus: config.workers.iter().map(|worker| worker.cpu).collect(),
             placement: Placement::default(),
             rekeyer,
+            fences: Fences::default(),
             replies,
             devices: HashMap::new(),
             last_id: 0,
@@ -232,7 +245,8 @@ impl Server {
         self.last_id += 1;
         let id = DeviceId(self.last_id);
         let waits = self.workers.len();
-        let device_state = Device::new(device, id, listener, access, label, waits)?;
+        let mut device_state = Device::new(device, id, listener, access, label, waits)?;
+        device_state.fenced = self.fences.is_up();
         device_state.register(self.poll.registry())?;
         self.devices.insert(id, device_state);
         self.rekeyer.send(ToRekeyer::Look {
@@ -369,6 +383,7 @@ impl Server {
                 match event.token() {
                     REPLIES => self.take_replies(),
                     token if token.0 >= MANAGER_TOKENS => manager.ready(&mut self, token),
+                    token if fenced::is_fence(token) => self.fence_is_ready(event),
                     token => {
                         let gone = event.is_write_closed() && device::is_connection(token);
                         self.ready(token, gone && !self.is_fresh(token));

@@ -22,6 +22,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::unistd::Pid;
 
 use crate::blk::pipeline::Pipeline;
+use crate::fence::Fence;
 use load::{Load, Meter};
 use message::{FromWorker, ToWorker};
 use ring::Ring;
@@ -35,6 +36,8 @@ pub struct WorkerConfig {
     pub cpu: Option<usize>,
     /// Lock the thread in (`sandbox`) before it serves.
     pub lock_in: bool,
+    /// What its ring keeps, to tell a successor of the end of its last request.
+    pub fence: Option<Fence>,
 }
 
 /// A way to a worker.
@@ -192,7 +195,7 @@ fn start_one(
     let wake_in = Arc::clone(&wake);
     let thread = std::thread::Builder::new()
         .name(format!("worker-{index}"))
-        .spawn(move || match prepare(index, &config, &wake_in, ends) {
+        .spawn(move || match prepare(index, config, &wake_in, ends) {
             Ok(worker) => {
                 let _ = ready.send(Ok(()));
                 worker.run();
@@ -211,15 +214,19 @@ fn start_one(
     })
 }
 
-/// On the worker's own thread: everything that needs system calls it will not have later.
-fn prepare(index: usize, config: &WorkerConfig, wake: &EventFd, ends: Ends) -> io::Result<Worker> {
+/// On the worker's own thread: everything that needs system calls it will not have later. The fence is the
+/// ring's alone afterwards.
+fn prepare(index: usize, config: WorkerConfig, wake: &EventFd, ends: Ends) -> io::Result<Worker> {
     if let Some(cpu) = config.cpu {
         let mut set = CpuSet::new();
         set.set(cpu)?;
         sched_setaffinity(Pid::from_raw(0), &set)?;
     }
     let staging = Staging::new()?;
-    let ring = Ring::new(&staging)?;
+    let mut ring = Ring::new(&staging)?;
+    if let Some(fence) = config.fence {
+        ring.keep_fence(fence.as_fd())?;
+    }
     let worker = Worker::new(index, Pipeline::new(ring, staging), wake, ends)?;
     if config.lock_in {
         crate::sandbox::lock_worker_thread().map_err(io::Error::other)?;

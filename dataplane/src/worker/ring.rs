@@ -132,6 +132,8 @@ pub struct Ring {
     events: u32,
     /// The staging memory is registered as buffer 0.
     registered: bool,
+    /// Kept in its table, so that it is open as long as a request is in flight.
+    fence: Option<FixedFile>,
 }
 
 impl std::fmt::Debug for Ring {
@@ -191,6 +193,7 @@ impl Ring {
             free_files: (0..files).rev().collect(),
             events: 0,
             registered,
+            fence: None,
         })
     }
 
@@ -234,6 +237,23 @@ impl Ring {
             Ok(_) => self.free_files.push(file.number),
             // The number is lost, the file stays open: better than using it for another one.
             Err(error) => tracing::error!("a fixed file can't be taken off its ring: {error}"),
+        }
+    }
+
+    /// Keeps the process's fence until the ring is gone with its last request, or [`Ring::let_go_of_fence`].
+    ///
+    /// # Errors
+    /// As [`Ring::register_file`].
+    pub fn keep_fence(&mut self, fence: BorrowedFd<'_>) -> io::Result<()> {
+        self.fence = Some(self.register_file(fence)?);
+        Ok(())
+    }
+
+    /// Lets go of the fence: whoever waits for it takes it that nothing of this ring is in flight any more. The
+    /// kernel doesn't wait for requests here, so the caller has.
+    pub fn let_go_of_fence(&mut self) {
+        if let Some(fence) = self.fence.take() {
+            self.forget_file(fence);
         }
     }
 

@@ -2,6 +2,7 @@
 //! and that nobody keeps the others from their turn.
 
 mod balance;
+mod fence;
 mod rig;
 
 use std::fs;

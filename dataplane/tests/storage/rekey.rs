@@ -146,7 +146,7 @@ fn under_load(seed: u64) {
     let configs = vec![WorkerConfig::default(); 2];
     let (workers, replies) = start(&configs).expect("workers");
     let mailboxes = workers.iter().map(WorkerHandle::mailbox).collect();
-    let rekeyer = Rekeyer::start(mailboxes, replies.sender(), false).expect("rekeyer");
+    let rekeyer = Rekeyer::start(mailboxes, replies.sender(), false, None).expect("rekeyer");
     let shape = Shape {
         unit: Some(4096),
         queues: 2,
@@ -219,7 +219,7 @@ fn a_storage_that_hangs_holds_the_rekeyer_up_for_a_while_only() {
     });
     let (workers, replies) = start(&[WorkerConfig::default()]).expect("a worker");
     let mailboxes = workers.iter().map(WorkerHandle::mailbox).collect();
-    let rekeyer = Rekeyer::start(mailboxes, replies.sender(), false).expect("rekeyer");
+    let rekeyer = Rekeyer::start(mailboxes, replies.sender(), false, None).expect("rekeyer");
     let mut rig = Rig::of(
         workers,
         replies,

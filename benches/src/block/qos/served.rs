@@ -73,6 +73,7 @@ impl Served {
         let worker = |cpu: &usize| WorkerConfig {
             cpu: Some(*cpu),
             lock_in: false,
+            ..WorkerConfig::default()
         };
         let config = ServerConfig {
             workers: cpus.iter().map(worker).collect(),

@@ -16,7 +16,7 @@ fn random(state: &mut u64, below: usize) -> usize {
 /// in the middle of it, the one before would count, whose zone is long under the other key.
 #[test]
 fn the_whole_copy_of_a_record_outlives_a_failed_one() {
-    let mut io = Io::new().expect("ring");
+    let mut io = Io::new(None).expect("ring");
     let [first, _] = layout(BYTES).expect("layout").copies;
     for nth in 1..16 {
         let cache = cache(&image());
@@ -56,7 +56,7 @@ fn the_whole_copy_of_a_record_outlives_a_failed_one() {
 
 #[test]
 fn a_volume_whose_flush_failed_is_left_as_it_is() {
-    let mut io = Io::new().expect("ring");
+    let mut io = Io::new(None).expect("ring");
     let cache = cache(&image());
     let device = device(StorageSpec::Volatile(Arc::clone(&cache)), rekeyed());
     let mut job = job(&mut io, &device).expect("prepared");
@@ -78,7 +78,7 @@ fn a_volume_whose_flush_failed_is_left_as_it_is() {
 /// Guests that have a flush in flight all the time: one that began later does.
 #[test]
 fn a_later_flush_of_somebody_elses_will_do() {
-    let mut io = Io::new().expect("ring");
+    let mut io = Io::new(None).expect("ring");
     let device = device(StorageSpec::Volatile(cache(&image())), rekeyed());
     let storage = device.storage.open(&mut io.ring).expect("open");
     assert!(device.take_flush_turn(), "and never given back");
@@ -99,7 +99,7 @@ fn a_later_flush_of_somebody_elses_will_do() {
 /// The zone that a crash has left can't be written to its place: requests for it fail, and the rest is served.
 #[test]
 fn a_zone_that_cannot_be_finished_is_all_that_fails() {
-    let mut io = Io::new().expect("ring");
+    let mut io = Io::new(None).expect("ring");
     let cache = cache(&image());
     let spec = ErrorSpec::new(StorageSpec::Volatile(Arc::clone(&cache)));
     let rotten = Fault {

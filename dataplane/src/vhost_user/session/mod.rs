@@ -94,6 +94,8 @@ pub struct Session {
     /// SET_STATUS.
     status: u8,
     hold: Hold,
+    /// Requests of an earlier process may still be under way: the volume is not taken.
+    fenced: bool,
     /// A queue has started since the volume was flushed last.
     ran: bool,
     /// Flushes of the volume under way, before it is let go of.
@@ -139,6 +141,7 @@ impl Session {
             backend: None,
             status: 0,
             hold: Hold::default(),
+            fenced: false,
             ran: false,
             flushes: 0,
             asked_rekeyer: false,

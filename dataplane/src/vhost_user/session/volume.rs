@@ -12,6 +12,7 @@ use super::{Outbox, Pending, Session, Waiting};
 use crate::blk::SECTOR_BYTES;
 use crate::log_limit::LogLimit;
 use crate::storage::FileSpec;
+use crate::vhost_user::message::{Message, code};
 use crate::worker::message::ToWorker;
 
 /// A line that a frontend can cause again and again; at most a few a second.
@@ -77,6 +78,23 @@ impl Session {
         }
     }
 
+    /// Whether requests of an earlier process may still be under way: until that ends, the volume waits
+    /// ([`Session::retry_volume`] takes it), and so does what would stop a queue.
+    pub fn set_fenced(&mut self, fenced: bool) {
+        self.fenced = fenced;
+    }
+
+    /// Whether a message has to wait until no request of an earlier process is under way: it would tell the
+    /// frontend that a queue has stopped, whose memory such a request may still write to.
+    #[must_use]
+    pub fn waits_for_fence(&self, message: &Message) -> bool {
+        let stops = matches!(
+            message.header.code,
+            code::GET_VRING_BASE | code::RESET_OWNER | code::RESET_DEVICE | code::SET_STATUS
+        );
+        self.fenced && stops && self.runs()
+    }
+
     fn runs(&self) -> bool {
         self.vrings.iter().any(super::Vring::is_started)
     }
@@ -95,6 +113,9 @@ impl Session {
     }
 
     fn try_hold(&mut self, out: &mut Outbox) {
+        if self.fenced {
+            return;
+        }
         match self.file().map(FileSpec::try_hold) {
             None | Some(Ok(true)) => self.prepare(out),
             Some(Ok(false)) => self.refusal = None,
