@@ -12,9 +12,11 @@
 //! | child -> rot | `FDSTOREREMOVE=1`, `FDNAME=<name>` | none: all of that name are dropped |
 //! | child -> rot | `BARRIER=1` | one, which is closed when everything before it was handled |
 //! | rot -> child | `LISTEN_FDS=<n>`, `LISTEN_FDNAMES=<name>:<name>…` | those n |
+//! | rot -> candidate | `FDSTOREREMOVE=1`, `FDNAME=<name>` | none |
 //!
 //! rot puts the last into the socket before the process exists, all of it: [`Store::inherited`]
-//! never waits. They are messages and not inherited descriptors with an environment because
+//! never waits. (To a candidate of a live upgrade it goes on to say what the process that
+//! still serves stores and removes: [`Store::follow`].) They are messages and not inherited descriptors with an environment because
 //! rot's table of descriptors is then no concern of the child's, and no number is fixed but one.
 //!
 //! What was sent is stored, even if the sender dies at once: rot reads the socket to its end
@@ -55,7 +57,7 @@ use std::os::fd::RawFd;
 
 pub use keeper::Keeper;
 pub use name::FdName;
-pub use store::{Barrier, Store, StoreError};
+pub use store::{Barrier, Change, Store, StoreError};
 
 /// Number of the descriptor that a child inherits for its store.
 pub const STORE_FD: RawFd = 4;

@@ -36,6 +36,7 @@ pub mod keys;
 pub mod limits;
 pub mod process;
 pub mod rekey;
+pub mod release;
 pub mod rot;
 pub mod workers;
 

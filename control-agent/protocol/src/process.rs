@@ -21,6 +21,17 @@ pub const ROT_FD: RawFd = 3;
 /// Environment variable that rot sets for its children: `1` when they inherited [`ROT_FD`].
 pub const ROT_ENV: &str = "BULKHEAD_ROT";
 
+/// Environment variable that rot sets for a candidate: a data plane that is to take over from one
+/// that serves.
+pub const CANDIDATE_ENV: &str = "BULKHEAD_CANDIDATE";
+
+/// Did rot start this process beside the one that serves, to take over from it
+/// ([`crate::rot`] has the steps)?
+#[must_use]
+pub fn is_candidate() -> bool {
+    std::env::var_os(CANDIDATE_ENV).is_some_and(|v| v == "1")
+}
+
 /// Why a process can't start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {

@@ -6,10 +6,29 @@
 //! [`ToRot::Hello`] from the child, then [`FromRot::Peer`] for each peer that is
 //! alive. When a child is restarted, the survivors get a new `Peer` for its role with
 //! a higher generation and drop the channel they had.
+//!
+//! # A live upgrade of the data plane
+//! rot starts the new process, the candidate ([`crate::process::is_candidate`]), beside the old one,
+//! with a duplicate of what the old one stored. What the old one stores and removes from then on
+//! reaches it too ([`crate::fd_store::Store::follow`]).
+//!
+//! | step | message | what the sender did before it, and what follows |
+//! | --- | --- | --- |
+//! | 1 | candidate: [`ToRot::Ready`] | it has mapped, prefaulted, made its threads and rings; it serves nothing, stores nothing, takes nothing out of a connection |
+//! | 2 | rot to the old: [`FromRot::Freeze`] | the old one takes no more messages and requests, drains, writes its state, takes the fence out of its rings |
+//! | 3 | the old: [`ToRot::Frozen`] | all that it stored is with rot; it touches nothing any more |
+//! | 4 | rot to the candidate: [`FromRot::Go`] | what step 3 stored lies in its store's socket; it reads the states again, starts its queues |
+//! | 5 | candidate: [`ToRot::Hello`] | from here on it is the data plane like any other; rot kills the old one |
+//!
+//! Whatever fails before step 4 (a process ends, says something else, or is not done in time; or
+//! the old one answers [`ToRot::CantFreeze`]): rot kills the candidate and says [`FromRot::Thaw`] to
+//! the old one if it was told to freeze, and that goes on. What fails after step 4 is a crash: rot
+//! ends both and starts the old binary with what is stored.
 
 use minicbor::{Decode, Encode};
 
 use crate::identity::SocketName;
+use crate::release::{Component, ProgramStatus, Release};
 
 /// Which process is meant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Encode, Decode)]
@@ -114,6 +133,47 @@ pub enum FromRot {
     /// End in good order.
     #[n(7)]
     Stop,
+    /// To the data plane: a candidate is ready; stop serving and answer [`ToRot::Frozen`] or
+    /// [`ToRot::CantFreeze`].
+    #[n(8)]
+    Freeze,
+    /// To a candidate: everything is yours.
+    #[n(9)]
+    Go,
+    /// To the data plane, frozen or on the way there: the candidate is gone; serve again.
+    #[n(10)]
+    Thaw,
+    /// To the agent: the binary was verified and the upgrade goes on; it ends with
+    /// [`FromRot::Upgraded`] or [`FromRot::Failed`], unless the agent itself is what is upgraded: then
+    /// the next [`FromRot::Programs`] tells.
+    #[n(11)]
+    Upgrading {
+        /// Of the request.
+        #[n(0)]
+        request_id: u64,
+    },
+    /// To the agent: the new binary runs.
+    #[n(12)]
+    Upgraded {
+        /// Of the request.
+        #[n(0)]
+        request_id: u64,
+    },
+    /// To keyd: this release runs from now on; nothing older may be approved any more. Said again at
+    /// each start of keyd.
+    #[n(13)]
+    Runs {
+        /// Which.
+        #[n(0)]
+        release: Release,
+    },
+    /// To the agent, after its Hello and after each upgrade: what runs.
+    #[n(14)]
+    Programs {
+        /// One for each component.
+        #[n(0)]
+        programs: Vec<ProgramStatus>,
+    },
 }
 
 /// From a child to rot.
@@ -152,5 +212,35 @@ pub enum ToRot {
         /// The name.
         #[n(1)]
         name: SocketName,
+    },
+    /// From a candidate: it has prepared all that it can while the old data plane serves.
+    #[n(3)]
+    Ready,
+    /// From the data plane: it serves nothing any more, and all that its successor needs is stored.
+    #[n(4)]
+    Frozen,
+    /// From the data plane: it can't freeze, or can't yet, and goes on.
+    #[n(5)]
+    CantFreeze {
+        /// For the operator.
+        #[n(0)]
+        reason: String,
+    },
+    /// From keyd: operators released this binary. The last one of each component counts.
+    #[n(6)]
+    Approve {
+        /// Which.
+        #[n(0)]
+        release: Release,
+    },
+    /// From the agent: run what lies in `--bin-dir` now, if keyd approved exactly that.
+    #[n(7)]
+    Upgrade {
+        /// Chosen by the agent, repeated in the answer.
+        #[n(0)]
+        request_id: u64,
+        /// Which program.
+        #[n(1)]
+        component: Component,
     },
 }

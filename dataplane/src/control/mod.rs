@@ -168,10 +168,7 @@ impl Control {
                 server.stop();
                 Ok(())
             }
-            FromRot::AdminListener
-            | FromRot::Bound { .. }
-            | FromRot::Unbound { .. }
-            | FromRot::Failed { .. } => Err("it is not for the data plane".to_owned()),
+            _ => Err("it is not for the data plane".to_owned()),
         }
     }
 

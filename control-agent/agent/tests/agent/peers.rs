@@ -135,6 +135,7 @@ impl Peers {
                     request_id: *request_id,
                 },
             ),
+            other => panic!("an agent does not say {other:?}"),
         };
         let (handle, reply) = self.note(line);
         match message {

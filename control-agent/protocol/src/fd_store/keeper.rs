@@ -83,6 +83,15 @@ impl Keeper {
         }))
     }
 
+    /// Tells a candidate that every descriptor of a name was dropped.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::WouldBlock`] if it does not fit; any other failure of `sendmsg`.
+    pub fn hand_removal(&self, name: FdName) -> io::Result<()> {
+        let text = Notification::Remove { name }.text();
+        datagram::send(self.as_fd(), text.as_bytes(), &[], MsgFlags::MSG_DONTWAIT)
+    }
+
     /// Puts what is stored into the socket, for a process that need not exist yet.
     ///
     /// # Errors

@@ -28,6 +28,29 @@ pub enum Notification {
     Barrier,
 }
 
+/// What rot tells a candidate of what the process before it did meanwhile.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Followed {
+    /// Descriptors of these names were stored, in this order.
+    Stored(Vec<FdName>),
+    /// Every descriptor of a name was dropped.
+    Removed(FdName),
+}
+
+impl Followed {
+    /// Reads a message of rot's; none if it makes no sense.
+    #[must_use]
+    pub fn parse(message: &[u8]) -> Option<Self> {
+        if let Some(names) = parse_hand_over(message) {
+            return Some(Self::Stored(names));
+        }
+        match Notification::parse(message, 0) {
+            Ok(Notification::Remove { name }) => Some(Self::Removed(name)),
+            _ => None,
+        }
+    }
+}
+
 /// A message that is refused, with its descriptors.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the store refuses a message: {0}")]

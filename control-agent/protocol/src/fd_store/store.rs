@@ -13,7 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::MsgFlags;
 use nix::unistd::pipe2;
 
-use super::message::{MAX_HAND_OVER_BYTES, Notification, parse_hand_over};
+use super::message::{Followed, MAX_HAND_OVER_BYTES, Notification};
 use super::name::FdName;
 use super::{MAX_FDS, STORE_ENV};
 use crate::datagram;
@@ -50,6 +50,15 @@ pub enum StoreError {
     /// `RLIMIT_NOFILE` allows; wait for a barrier.
     #[error("the descriptor store failed: {0}")]
     Io(#[from] io::Error),
+}
+
+/// What the process before a candidate did to the store.
+#[derive(Debug)]
+pub enum Change {
+    /// It stored these, behind all others and in this order.
+    Stored(Vec<(FdName, OwnedFd)>),
+    /// It dropped every descriptor of that name.
+    Removed(FdName),
 }
 
 /// The store. One thread uses it: what is sent is handled in that order.
@@ -100,27 +109,46 @@ impl Store {
             stored: BTreeMap::new(),
             taken: Vec::new(),
         };
-        while store.take_one()? {}
+        while let Some(change) = store.follow()? {
+            match change {
+                Change::Stored(fds) => store.taken.extend(fds),
+                Change::Removed(name) => store.taken.retain(|(taken, _)| *taken != name),
+            }
+        }
         Ok(store)
     }
 
-    fn take_one(&mut self) -> Result<bool, StoreError> {
+    /// For a candidate: the next thing that the process before it has stored or removed since
+    /// this one was started; none if there is nothing more for now. Poll [`Self::as_fd`] for input, and once
+    /// [`crate::rot::FromRot::Go`] has come read to the end: everything is there then.
+    ///
+    /// # Errors
+    /// [`StoreError::Malformed`], [`StoreError::Closed`] or [`StoreError::Io`].
+    pub fn follow(&mut self) -> Result<Option<Change>, StoreError> {
         let mut buffer = [0u8; MAX_HAND_OVER_BYTES];
         let mut control = [0u64; CONTROL_WORDS];
         let flags = MsgFlags::MSG_DONTWAIT;
         let got = match datagram::receive(self.socket.as_fd(), &mut buffer, &mut control, flags) {
             Ok(got) if got.bytes == 0 => return Err(StoreError::Closed),
             Ok(got) => got,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        let names = parse_hand_over(buffer.get(..got.bytes).unwrap_or_default());
-        let names = names.filter(|names| !got.truncated && names.len() == got.fds.len());
-        for (name, fd) in names.ok_or(StoreError::Malformed)?.into_iter().zip(got.fds) {
-            *self.stored.entry(name).or_default() += 1;
-            self.taken.push((name, fd));
+        let followed = Followed::parse(buffer.get(..got.bytes).unwrap_or_default());
+        match followed.filter(|_| !got.truncated) {
+            Some(Followed::Stored(names)) if names.len() == got.fds.len() => {
+                for name in &names {
+                    *self.stored.entry(*name).or_default() += 1;
+                }
+                let fds = names.into_iter().zip(got.fds).collect();
+                Ok(Some(Change::Stored(fds)))
+            }
+            Some(Followed::Removed(name)) if got.fds.is_empty() => {
+                self.stored.remove(&name);
+                Ok(Some(Change::Removed(name)))
+            }
+            _ => Err(StoreError::Malformed),
         }
-        Ok(true)
     }
 
     /// What the processes before this one stored and did not remove, in the order in which it was
@@ -229,7 +257,8 @@ impl Store {
 }
 
 impl AsFd for Store {
-    /// Polls as hung up (`POLLHUP`) once rot is gone. Nothing else arrives.
+    /// Polls as hung up (`POLLHUP`) once rot is gone. Input arrives at a candidate alone
+    /// ([`Store::follow`]).
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }

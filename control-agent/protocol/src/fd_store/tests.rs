@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use super::message::Notification;
-use super::{FdName, Keeper, MAX_FDS, Store, StoreError};
+use super::{Change, FdName, Keeper, MAX_FDS, Store, StoreError};
 
 fn name(text: &str) -> FdName {
     text.parse().unwrap()
@@ -93,4 +93,44 @@ fn what_a_process_sent_is_there_after_its_end() {
     let stored = Notification::Store { name: name("last") };
     assert_eq!(next(&keeper), (stored, 1));
     assert!(keeper.receive().unwrap().is_none());
+}
+
+#[test]
+fn a_candidate_follows_what_the_process_before_it_does() {
+    let (keeper, theirs) = Keeper::pair().unwrap();
+    let file = null();
+    let (a, b) = (name("a"), name("b"));
+    let entry = |name| (name, file.as_fd());
+    keeper.hand_over(&[entry(a), entry(b), entry(a)]).unwrap();
+    // What was removed before it looked is not there at all.
+    keeper.hand_removal(b).unwrap();
+    let mut store = Store::new(theirs, 100).unwrap();
+    let names: Vec<FdName> = store.taken().into_iter().map(|(name, _)| name).collect();
+    assert_eq!(names, [a, a]);
+    assert!(store.follow().unwrap().is_none());
+    keeper.hand_over(&[entry(b)]).unwrap();
+    keeper.hand_removal(a).unwrap();
+    match store.follow().unwrap().unwrap() {
+        Change::Stored(fds) => assert_eq!((fds.len(), fds[0].0), (1, b)),
+        Change::Removed(name) => panic!("{name} was not removed"),
+    }
+    match store.follow().unwrap().unwrap() {
+        Change::Removed(name) => assert_eq!(name, a),
+        Change::Stored(fds) => panic!("{fds:?} were not stored"),
+    }
+    assert!(store.follow().unwrap().is_none());
+    assert_eq!(store.len(), 1, "what it counts by itself follows too");
+}
+
+#[test]
+fn what_rot_can_not_have_sent_is_no_change() {
+    let (keeper, theirs) = Keeper::pair().unwrap();
+    let mut store = Store::new(theirs, 100).unwrap();
+    for text in ["FDSTORE=1", "LISTEN_FDS=1\nLISTEN_FDNAMES=a", "x"] {
+        nix::unistd::write(&keeper, text.as_bytes()).unwrap();
+        assert!(
+            matches!(store.follow(), Err(StoreError::Malformed)),
+            "{text}"
+        );
+    }
 }

@@ -35,6 +35,13 @@ impl Supervisor {
                 };
                 (*request_id, outcome)
             }
+            ToRot::Upgrade { request_id, .. } => {
+                (*request_id, Err("nothing is upgraded yet".to_owned()))
+            }
+            ToRot::Ready | ToRot::Frozen | ToRot::CantFreeze { .. } | ToRot::Approve { .. } => {
+                self.children.get_mut(role).complain("nothing is upgraded");
+                return;
+            }
         };
         let reply = outcome.unwrap_or_else(|reason| {
             let child = self.children.get_mut(role);
@@ -133,7 +140,7 @@ impl Supervisor {
                     request_id: *request_id,
                 })
             }
-            ToRot::Hello => Err("Hello is no request".to_owned()),
+            _ => Err("it is no request".to_owned()),
         }
     }
 
