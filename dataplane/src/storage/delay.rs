@@ -134,7 +134,9 @@ impl Storage for DelayStorage {
             transfer,
         } = state.held.swap_remove(at);
         match self.inner.begin(ring, token, transfer) {
-            Begin::Later | Begin::Held => Some(Polled::Passed),
+            Begin::Later => Some(Polled::Passed),
+            // It is held there now.
+            Begin::Held => None,
             Begin::Done(transfer, done) => Some(Polled::Ended(Completion {
                 token,
                 transfer,
@@ -152,7 +154,9 @@ impl Storage for DelayStorage {
     }
 
     fn cancel(&self) -> Option<Completion> {
-        let held = self.state.borrow_mut().held.pop()?;
+        let Some(held) = self.state.borrow_mut().held.pop() else {
+            return self.inner.cancel();
+        };
         Some(Completion {
             token: held.token,
             transfer: held.transfer,

@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{Action, Begin, Limits, Polled, Storage, StorageSpec, Transfer};
+use super::{Action, Begin, Completion, Limits, Polled, Storage, StorageSpec, Transfer};
 use crate::worker::ring::Ring;
 
 /// Which transfers a fault is for.
@@ -180,6 +180,10 @@ impl Storage for ErrorStorage {
 
     fn poll(&self, ring: &mut Ring) -> Option<Polled> {
         self.inner.poll(ring)
+    }
+
+    fn cancel(&self) -> Option<Completion> {
+        self.inner.cancel()
     }
 
     fn close(&self, ring: &mut Ring) {

@@ -3,13 +3,17 @@
 //! A write stays in the cache until a flush or a durable write of the same sectors. [`VolatileCache::cut`]
 //! shows what a power cut may leave: of each sector that was in the cache, by itself, what was stable or
 //! any of what was written to it since, so that writes are dropped, reordered and torn.
+//!
+//! A flush promises as little as a disk's does: it is for what was written when it began, is stable only when it
+//! ends, and ends a look later than it began, so that whoever takes it for more than that loses something.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{Action, Begin, Done, RamSpec, Storage, Transfer};
+use super::{Action, Begin, Completion, Done, Polled, RamSpec, Storage, Transfer};
 use crate::blk::SECTOR_BYTES;
 use crate::worker::ring::Ring;
 
@@ -25,10 +29,19 @@ pub struct VolatileCache {
     cache: Mutex<Cache>,
 }
 
+/// What was written to a sector, and by the how manieth write of all.
+#[derive(Debug)]
+struct Version {
+    number: u64,
+    bytes: Sector,
+}
+
 #[derive(Debug, Default)]
 struct Cache {
     /// What was written to a sector since it was stable, in order; never empty.
-    versions: BTreeMap<u64, Vec<Sector>>,
+    versions: BTreeMap<u64, Vec<Version>>,
+    /// Writes until now.
+    written: u64,
     /// The next flush loses what it should have made stable, and says so once.
     loss: Option<i32>,
 }
@@ -65,9 +78,10 @@ impl VolatileCache {
             let at = usize::try_from(sector * SECTOR_BYTES).unwrap_or(usize::MAX);
             let chosen = choose(versions.len() + 1).checked_sub(1);
             let chosen = chosen.and_then(|index| versions.get(index));
-            if let (Some(bytes), Some(to)) = (chosen, image.get_mut(at..at.saturating_add(SECTOR)))
+            if let (Some(version), Some(to)) =
+                (chosen, image.get_mut(at..at.saturating_add(SECTOR)))
             {
-                to.copy_from_slice(bytes);
+                to.copy_from_slice(&version.bytes);
             }
         }
         image
@@ -88,9 +102,9 @@ impl VolatileCache {
         let length = usize::try_from(transfer.bytes).map_err(|_| libc::EINVAL)?;
         let mut cache = self.lock();
         match transfer.action {
-            Action::Flush => self.flush(&mut cache)?,
-            // What is discarded may stay as it is.
-            Action::Discard => {}
+            Action::Flush => return Err(libc::EINVAL),
+            // What is discarded may become anything.
+            Action::Discard => cache.write(sectors, &vec![0xdb; length]),
             Action::Zero { .. } => cache.write(sectors, &vec![0; length]),
             Action::Read => {
                 let mut bytes = vec![0; length];
@@ -118,33 +132,46 @@ impl VolatileCache {
         Ok(transfer.bytes)
     }
 
-    fn flush(&self, cache: &mut Cache) -> Result<(), i32> {
-        let versions = std::mem::take(&mut cache.versions);
-        if let Some(errno) = cache.loss.take() {
-            return Err(errno);
-        }
-        for (sector, versions) in versions {
-            if let Some(last) = versions.last()
-                && !self.stable.copy_in(sector * SECTOR_BYTES, last)
-            {
-                return Err(libc::EIO);
+    /// How many writes a flush that begins now is for.
+    fn begin_flush(&self) -> u64 {
+        self.lock().written
+    }
+
+    /// Ends a flush that is for so many writes.
+    fn end_flush(&self, covers: u64) -> Done {
+        let mut cache = self.lock();
+        let loss = cache.loss.take();
+        let mut stable = true;
+        cache.versions.retain(|sector, versions| {
+            let count = versions.partition_point(|version| version.number <= covers);
+            if let (Some(last), None) = (versions.drain(..count).next_back(), loss) {
+                stable &= self.stable.copy_in(sector * SECTOR_BYTES, &last.bytes);
             }
+            !versions.is_empty()
+        });
+        match loss {
+            Some(errno) => Err(errno),
+            None if stable => Ok(0),
+            None => Err(libc::EIO),
         }
-        Ok(())
     }
 }
 
 impl Cache {
     fn write(&mut self, sectors: std::ops::Range<u64>, bytes: &[u8]) {
+        self.written += 1;
         for (sector, part) in sectors.zip(bytes.as_chunks::<SECTOR>().0) {
-            self.versions.entry(sector).or_default().push(*part);
+            self.versions.entry(sector).or_default().push(Version {
+                number: self.written,
+                bytes: *part,
+            });
         }
     }
 
     fn read(&self, sectors: std::ops::Range<u64>, bytes: &mut [u8]) {
         for (sector, part) in sectors.zip(bytes.as_chunks_mut::<SECTOR>().0) {
             if let Some(last) = self.versions.get(&sector).and_then(|v| v.last()) {
-                *part = *last;
+                *part = last.bytes;
             }
         }
     }
@@ -152,17 +179,49 @@ impl Cache {
 
 /// A worker's way to it.
 #[derive(Debug)]
-pub(super) struct VolatileStorage(Arc<VolatileCache>);
+pub(super) struct VolatileStorage {
+    cache: Arc<VolatileCache>,
+    /// Flushes that have begun: tokens, transfers, and how many writes they are for.
+    flushes: RefCell<VecDeque<(u64, Transfer, u64)>>,
+}
 
 impl VolatileStorage {
     pub(super) fn new(cache: &Arc<VolatileCache>) -> Self {
-        Self(Arc::clone(cache))
+        Self {
+            cache: Arc::clone(cache),
+            flushes: RefCell::default(),
+        }
     }
 }
 
 impl Storage for VolatileStorage {
-    fn begin(&self, _ring: &mut Ring, _token: u64, mut transfer: Transfer) -> Begin {
-        let done = self.0.run(&mut transfer);
+    fn begin(&self, _ring: &mut Ring, token: u64, mut transfer: Transfer) -> Begin {
+        if transfer.action == Action::Flush {
+            let covers = self.cache.begin_flush();
+            let mut flushes = self.flushes.borrow_mut();
+            flushes.push_back((token, transfer, covers));
+            return Begin::Held;
+        }
+        let done = self.cache.run(&mut transfer);
         Begin::Done(transfer, done)
+    }
+
+    fn poll(&self, _ring: &mut Ring) -> Option<Polled> {
+        let (token, transfer, covers) = self.flushes.borrow_mut().pop_front()?;
+        let done = self.cache.end_flush(covers);
+        Some(Polled::Ended(Completion {
+            token,
+            transfer,
+            done,
+        }))
+    }
+
+    fn cancel(&self) -> Option<Completion> {
+        let (token, transfer, _) = self.flushes.borrow_mut().pop_front()?;
+        Some(Completion {
+            token,
+            transfer,
+            done: Err(libc::ECANCELED),
+        })
     }
 }
