@@ -1,5 +1,6 @@
 //! What waits: for room in a storage, for staging, for a flush. With storages that do as a test says.
 
+mod crash;
 mod zone;
 
 use std::cell::{Cell, RefCell};
