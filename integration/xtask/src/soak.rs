@@ -7,12 +7,46 @@ use std::process::{Command, ExitCode};
 use crate::report::step;
 use crate::workspace;
 
-/// Suites, each with what asks it for its full numbers. (500 times the rounds of the storage tests are
-/// a million crash images.)
-const SUITES: [(&str, &str, (&str, &str)); 3] = [
-    ("bulkhead-integration", "endurance", ("BULKHEAD_SOAK", "1")),
-    ("bulkhead-integration", "rekey", ("BULKHEAD_SOAK", "1")),
-    ("bulkhead-dataplane", "storage", ("BULKHEAD_ROUNDS", "500")),
+/// Tests with full numbers.
+struct Suite {
+    package: &'static str,
+    /// Which of its tests, as cargo takes it.
+    target: &'static [&'static str],
+    /// What its tests' names contain.
+    names: Option<&'static str>,
+    /// What asks for the full numbers.
+    full: (&'static str, &'static str),
+}
+
+const SOAK: (&str, &str) = ("BULKHEAD_SOAK", "1");
+/// 500 times the rounds of the storage tests are a million crash images; the short workloads have a step more.
+const ROUNDS: (&str, &str) = ("BULKHEAD_ROUNDS", "500");
+
+const SUITES: [Suite; 4] = [
+    Suite {
+        package: "bulkhead-integration",
+        target: &["--test", "endurance"],
+        names: None,
+        full: SOAK,
+    },
+    Suite {
+        package: "bulkhead-integration",
+        target: &["--test", "rekey"],
+        names: None,
+        full: SOAK,
+    },
+    Suite {
+        package: "bulkhead-dataplane",
+        target: &["--test", "storage"],
+        names: None,
+        full: ROUNDS,
+    },
+    Suite {
+        package: "bulkhead-dataplane",
+        target: &["--lib"],
+        names: Some("short_workloads"),
+        full: ROUNDS,
+    },
 ];
 
 /// Runs those whose name contains `name`, or all; one after the other, so that none slows another down.
@@ -41,12 +75,13 @@ pub fn run(name: Option<&str>) -> Result<ExitCode, Box<dyn Error>> {
         Err(String::from_utf8_lossy(&output.stderr).into_owned().into())
     })?;
     let mut all = true;
-    for (package, test, full) in SUITES {
-        let mut tests = cargo(&["test", "-p", package, "--test", test, "--"]);
+    for suite in SUITES {
+        let mut tests = cargo(&["test", "-p", suite.package]);
         tests
-            .args(["--test-threads", "1", "--nocapture"])
-            .args(name)
-            .env(full.0, full.1);
+            .args(suite.target)
+            .args(["--", "--test-threads", "1", "--nocapture"])
+            .args(name.or(suite.names))
+            .env(suite.full.0, suite.full.1);
         all &= tests.status()?.success();
     }
     Ok(if all {
