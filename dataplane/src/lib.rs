@@ -28,6 +28,7 @@
 //! | [`storage`] | where blocks live |
 //! | [`qos`] | how much a volume, and a group of volumes, may do in a second |
 //! | [`rekey`] | another key for a volume, zone by zone, while it is served |
+//! | [`stored`] | what survives this process, in rot's descriptor store |
 //! | [`sandbox`] | how the process and its threads lock themselves in |
 //! | [`worker`] | a thread on a core: its queues, its ring, polling |
 //! | [`log_limit`] | how often a guest can make us log |
@@ -44,6 +45,7 @@ pub mod sandbox;
 pub mod serve;
 pub mod server;
 pub mod storage;
+pub mod stored;
 pub mod vhost_user;
 pub mod virtqueue;
 pub mod worker;

@@ -15,6 +15,7 @@
 mod area;
 mod buffer;
 mod dirty;
+mod flag;
 mod lease;
 mod mapping;
 mod prefetch;
@@ -28,6 +29,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 pub use area::SharedArea;
 pub use buffer::{GuestBuffer, OutsideMemory, Piece, Runs, USUAL_MOST_PIECES};
 pub use dirty::DirtyLog;
+pub use flag::SharedFlag;
 pub use lease::Lease;
 use lease::Window;
 use mapping::Mapping;

@@ -49,7 +49,7 @@ const BOTH: [c_long; 17] = [
 ];
 
 /// The control thread alone, whatever the arguments.
-const CONTROL: [c_long; 12] = [
+const CONTROL: [c_long; 13] = [
     libc::SYS_read, // eventfds: the event loop's and that of the workers' answers
     // The event loop.
     libc::SYS_epoll_ctl,
@@ -62,6 +62,7 @@ const CONTROL: [c_long; 12] = [
     libc::SYS_fstat,
     libc::SYS_fstatfs,
     libc::SYS_pread64,   // the trial read of a volume
+    libc::SYS_pwrite64,  // a volume's state, for the next process
     libc::SYS_mlock,     // a key's page that is not memfd_secret
     libc::SYS_ftruncate, // an in-flight region's length
     libc::SYS_flock,     // whose a volume is

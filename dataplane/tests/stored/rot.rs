@@ -1,0 +1,87 @@
+//! rot's end of the store: keeps what is sent, and gives it to the next process.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use bulkhead_protocol::fd_store::message::Notification;
+use bulkhead_protocol::fd_store::{self, FdName, Store};
+
+/// A message and what came with it.
+pub type Sent = (Notification, Vec<OwnedFd>);
+
+pub fn copy(fd: &OwnedFd) -> OwnedFd {
+    fd.try_clone().expect("dup")
+}
+
+pub struct Rot {
+    socket: Option<fd_store::Keeper>,
+    pub stored: Vec<(FdName, OwnedFd)>,
+    pub limit: usize,
+}
+
+impl Rot {
+    pub fn new() -> Self {
+        Self {
+            socket: None,
+            stored: Vec::new(),
+            limit: 4096,
+        }
+    }
+
+    /// Takes what was sent; the messages, in words.
+    pub fn settle(&mut self) -> Vec<String> {
+        let sent = self.receive();
+        sent.into_iter().map(|sent| self.apply(sent)).collect()
+    }
+
+    /// What was sent, before anything is done about it.
+    pub fn receive(&mut self) -> Vec<Sent> {
+        let mut sent = Vec::new();
+        if let Some(socket) = &self.socket {
+            while let Ok(Some(received)) = socket.receive() {
+                sent.push((received.notification.expect("a message"), received.fds));
+            }
+        }
+        sent
+    }
+
+    /// Does what a message says.
+    pub fn apply(&mut self, (notification, fds): Sent) -> String {
+        match notification {
+            Notification::Store { name } => {
+                self.stored.extend(fds.into_iter().map(|fd| (name, fd)));
+                format!("+{name}")
+            }
+            Notification::Remove { name } => {
+                self.stored.retain(|(other, _)| *other != name);
+                format!("-{name}")
+            }
+            Notification::Barrier => "barrier".to_owned(),
+        }
+    }
+
+    /// One that keeps the same.
+    pub fn try_clone(&self) -> Self {
+        Self {
+            socket: None,
+            stored: self.stored.iter().map(|(n, fd)| (*n, copy(fd))).collect(),
+            limit: self.limit,
+        }
+    }
+
+    /// The store of the next process.
+    pub fn start(&mut self) -> Store {
+        self.settle();
+        let (socket, theirs) = fd_store::Keeper::pair().expect("a pair");
+        let all: Vec<_> = self.stored.iter().map(|(n, fd)| (*n, fd.as_fd())).collect();
+        socket.hand_over(&all).expect("room");
+        self.socket = Some(socket);
+        Store::new(theirs, self.limit).expect("a store")
+    }
+
+    pub fn names(&mut self) -> Vec<String> {
+        self.settle();
+        let mut names: Vec<_> = self.stored.iter().map(|(n, _)| n.to_string()).collect();
+        names.sort();
+        names
+    }
+}

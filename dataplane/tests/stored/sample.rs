@@ -1,0 +1,134 @@
+//! Volumes to be remembered.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use bulkhead_dataplane::stored::{
+    Fd, FdNumber, Reply, Step, StoredCache, StoredConnection, StoredInflight, StoredLog,
+    StoredPhase, StoredRegion, StoredRing, StoredVolume, StoredVring,
+};
+use bulkhead_protocol::keys::VolumeGrant;
+use bulkhead_protocol::limits::{GroupGrant, Limits, Rate};
+use bulkhead_protocol::{DiscardPolicy, RekeyId, VolumeId};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+pub fn fd() -> Fd {
+    Arc::new(memfd_create("test", MFdFlags::MFD_CLOEXEC).expect("memfd"))
+}
+
+/// Whether two are the same file.
+pub fn same(one: impl AsFd, other: impl AsFd) -> bool {
+    let inode = |fd: &dyn AsFd| nix::sys::stat::fstat(fd.as_fd()).expect("stat").st_ino;
+    inode(&one) == inode(&other)
+}
+
+pub fn grant(queues: u16) -> VolumeGrant {
+    let limits = Limits {
+        requests: Some(Rate::with_default_burst(10_000)),
+        ..Limits::default()
+    };
+    VolumeGrant {
+        volume: VolumeId([7; 16]),
+        socket: "disk".parse().expect("a name"),
+        allowed_uid: 1000,
+        size_bytes: 1 << 30,
+        logical_block_bytes: 4096,
+        data_unit_bytes: Some(4096),
+        read_only: false,
+        serial: "serial".to_owned(),
+        queues,
+        discard: DiscardPolicy::Ignore,
+        epoch: 3,
+        rekey: Some(RekeyId([9; 16])),
+        limits,
+        group: Some(GroupGrant {
+            name: "tenant-a".parse().expect("a name"),
+            limits,
+        }),
+    }
+}
+
+/// Nobody is connected to it. Each descriptor is a new one.
+pub fn idle<F>(queues: u16, fd: &mut impl FnMut() -> F) -> StoredVolume<F> {
+    StoredVolume {
+        grant: grant(queues),
+        file: fd(),
+        listener: fd(),
+        key: Some(fd()),
+        previous_key: Some(fd()),
+        refuses_new: false,
+        cache: StoredCache {
+            writeback: false,
+            chosen: true,
+        },
+        connection: None,
+    }
+}
+
+pub fn connection<F>(queues: u16, regions: u64, fd: &mut impl FnMut() -> F) -> StoredConnection<F> {
+    let ring = StoredRing {
+        desc: u64::MAX - 1,
+        avail: u64::MAX - 2,
+        used: u64::MAX - 3,
+    };
+    StoredConnection {
+        socket: fd(),
+        features: u64::MAX,
+        protocol_features: u64::MAX,
+        status: 0xff,
+        memory: (0..regions)
+            .map(|i| StoredRegion {
+                guest_addr: i << 40,
+                bytes: 1 << 36,
+                user_addr: u64::MAX - i,
+                file_offset: 1 << 40,
+                fd: fd(),
+            })
+            .collect(),
+        vrings: (0..queues)
+            .map(|_| StoredVring {
+                size: 32768,
+                addresses: Some(ring),
+                log: Some(u64::MAX),
+                base: Some(0x8000_8000),
+                enabled: true,
+                phase: StoredPhase::Running,
+                running: Some(ring),
+                kick: Some(fd()),
+                call: Some(fd()),
+                error: Some(fd()),
+            })
+            .collect(),
+        inflight: Some(StoredInflight {
+            fd: fd(),
+            bytes: 1 << 30,
+            offset: 1 << 40,
+            queues,
+            queue_size: 32768,
+            private: true,
+        }),
+        log: Some(StoredLog {
+            fd: fd(),
+            bytes: 1 << 30,
+            offset: 1 << 40,
+        }),
+        backend: Some(fd()),
+        step: Step::Applied {
+            bytes: 20,
+            reply: Reply::Owed,
+        },
+        told_sectors: Some(1 << 40),
+    }
+}
+
+/// As it is written, with everything that there can be.
+pub fn full(queues: u16, regions: u64) -> StoredVolume<FdNumber> {
+    let mut next = u32::MAX - 10_000;
+    let mut number = || {
+        next += 1;
+        FdNumber(next)
+    };
+    let mut volume = idle(queues, &mut number);
+    volume.connection = Some(connection(queues, regions, &mut number));
+    volume
+}
