@@ -523,7 +523,11 @@ impl Disk {
     }
 }
 
-fn negotiate_features(frontend: &mut Frontend, options: &Options) -> Result<u64, DiskError> {
+/// Negotiates what the options ask for on a new connection; the virtio features.
+pub(crate) fn negotiate_features(
+    frontend: &mut Frontend,
+    options: &Options,
+) -> Result<u64, DiskError> {
     frontend.set(request::SET_OWNER, &[], &[])?;
     let offered = frontend.ask_u64(request::GET_FEATURES)?;
     // What changes how rings are read can't be left out quietly: the test would be another one.

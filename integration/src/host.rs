@@ -382,6 +382,13 @@ impl Host {
         self.rot.as_ref().map(Process::log).unwrap_or_default()
     }
 
+    /// The lines of that from number `from` on, each with the moment at which it came.
+    #[must_use]
+    pub fn log_from(&self, from: usize) -> Vec<(Instant, String)> {
+        let rot = self.rot.as_ref();
+        rot.map(|rot| rot.log_from(from)).unwrap_or_default()
+    }
+
     /// rot's process id.
     #[must_use]
     pub fn rot_pid(&self) -> u32 {

@@ -9,6 +9,7 @@
 //! - [`guest`]: a Linux guest in QEMU.
 //! - [`host`]: a complete host, as an operator makes it.
 //! - [`processes`]: programs under test.
+//! - [`survive`]: a verified load, and kills under it.
 //! - [`workload`]: what guests do with a disk, and what its file looks like afterwards.
 
 pub mod aes_schedule;
@@ -20,4 +21,5 @@ pub mod guest;
 pub mod host;
 pub mod processes;
 pub mod random;
+pub mod survive;
 pub mod workload;

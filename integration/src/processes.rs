@@ -106,12 +106,15 @@ pub fn end_all(patience: Duration) {
     }
 }
 
+/// Lines of a log, each with the moment at which it came.
+type Log = Arc<Mutex<Vec<(Instant, String)>>>;
+
 /// A running program. Dropped, it is killed by its process id and waited for.
 #[derive(Debug)]
 pub struct Process {
     name: String,
     child: Child,
-    log: Arc<Mutex<Vec<String>>>,
+    log: Log,
     readers: Vec<JoinHandle<()>>,
 }
 
@@ -189,10 +192,16 @@ impl Process {
     /// What it printed so far.
     #[must_use]
     pub fn log(&self) -> String {
-        self.log
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .join("\n")
+        let lines = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        let lines: Vec<&str> = lines.iter().map(|(_, line)| line.as_str()).collect();
+        lines.join("\n")
+    }
+
+    /// The lines of its log from number `from` on, each with the moment at which it came.
+    #[must_use]
+    pub fn log_from(&self, from: usize) -> Vec<(Instant, String)> {
+        let lines = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        lines.get(from..).unwrap_or_default().to_vec()
     }
 
     /// Waits until a line of its log contains `text`.
@@ -205,7 +214,7 @@ impl Process {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .iter()
-                .any(|line| line.contains(text));
+                .any(|(_, line)| line.contains(text));
             if found || Instant::now() >= deadline {
                 return found;
             }
@@ -276,12 +285,13 @@ impl Drop for Process {
     }
 }
 
-fn collect(from: impl io::Read + Send + 'static, log: Arc<Mutex<Vec<String>>>) -> JoinHandle<()> {
+fn collect(from: impl io::Read + Send + 'static, log: Log) -> JoinHandle<()> {
     std::thread::spawn(move || {
         for line in BufReader::new(from).split(b'\n').map_while(Result::ok) {
+            let line = (Instant::now(), String::from_utf8_lossy(&line).into_owned());
             log.lock()
                 .unwrap_or_else(PoisonError::into_inner)
-                .push(String::from_utf8_lossy(&line).into_owned());
+                .push(line);
         }
     })
 }
