@@ -5,11 +5,11 @@
 //! any of what was written to it since, so that writes are dropped, reordered and torn.
 //!
 //! A flush promises as little as a disk's does: it is for what was written when it began, is stable only when it
-//! ends, and ends a look later than it began, so that whoever takes it for more than that loses something.
+//! ends, and ends some looks later than it began, so that whoever takes it for more than that loses something.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -181,15 +181,31 @@ impl Cache {
 #[derive(Debug)]
 pub(super) struct VolatileStorage {
     cache: Arc<VolatileCache>,
-    /// Flushes that have begun: tokens, transfers, and how many writes they are for.
-    flushes: RefCell<VecDeque<(u64, Transfer, u64)>>,
+    flushes: RefCell<VecDeque<Flush>>,
+    /// For their times (a multiplicative generator): the same in each run.
+    random: Cell<u32>,
 }
+
+/// A flush that has begun.
+#[derive(Debug)]
+struct Flush {
+    token: u64,
+    transfer: Transfer,
+    /// How many writes it is for.
+    covers: u64,
+    /// How many looks it still takes.
+    looks: u32,
+}
+
+/// A flush takes fewer looks than that.
+const MOST_LOOKS: u32 = 16;
 
 impl VolatileStorage {
     pub(super) fn new(cache: &Arc<VolatileCache>) -> Self {
         Self {
             cache: Arc::clone(cache),
             flushes: RefCell::default(),
+            random: Cell::new(1),
         }
     }
 }
@@ -197,9 +213,14 @@ impl VolatileStorage {
 impl Storage for VolatileStorage {
     fn begin(&self, _ring: &mut Ring, token: u64, mut transfer: Transfer) -> Begin {
         if transfer.action == Action::Flush {
-            let covers = self.cache.begin_flush();
-            let mut flushes = self.flushes.borrow_mut();
-            flushes.push_back((token, transfer, covers));
+            self.random.update(|n| n.wrapping_mul(0x915f_77f5));
+            let looks = (self.random.get() >> 16) % MOST_LOOKS;
+            self.flushes.borrow_mut().push_back(Flush {
+                token,
+                transfer,
+                covers: self.cache.begin_flush(),
+                looks,
+            });
             return Begin::Held;
         }
         let done = self.cache.run(&mut transfer);
@@ -207,20 +228,25 @@ impl Storage for VolatileStorage {
     }
 
     fn poll(&self, _ring: &mut Ring) -> Option<Polled> {
-        let (token, transfer, covers) = self.flushes.borrow_mut().pop_front()?;
-        let done = self.cache.end_flush(covers);
+        let mut flushes = self.flushes.borrow_mut();
+        let first = flushes.front_mut()?;
+        if first.looks > 0 {
+            first.looks -= 1;
+            return None;
+        }
+        let flush = flushes.pop_front()?;
         Some(Polled::Ended(Completion {
-            token,
-            transfer,
-            done,
+            token: flush.token,
+            transfer: flush.transfer,
+            done: self.cache.end_flush(flush.covers),
         }))
     }
 
     fn cancel(&self) -> Option<Completion> {
-        let (token, transfer, _) = self.flushes.borrow_mut().pop_front()?;
+        let flush = self.flushes.borrow_mut().pop_front()?;
         Some(Completion {
-            token,
-            transfer,
+            token: flush.token,
+            transfer: flush.transfer,
             done: Err(libc::ECANCELED),
         })
     }

@@ -96,9 +96,9 @@ impl Storage for Stepped {
     fn poll(&self, ring: &mut Ring) -> Option<Polled> {
         let next = self.held.next.take()?;
         let (token, transfer) = self.held.transfers.borrow_mut().remove(next);
-        // A device has one flush in flight at a time.
+        // A device has one flush in flight at a time, which takes some looks.
         let Some(transfer) = transfer else {
-            return self.inner.poll(ring);
+            return (0..100).find_map(|_| self.inner.poll(ring));
         };
         match self.inner.begin(ring, token, transfer) {
             Begin::Done(transfer, done) => Some(Polled::Ended(Completion {
