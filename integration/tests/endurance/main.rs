@@ -4,6 +4,7 @@
 //! Each row has a number for every run of the tests and a full one, which `BULKHEAD_SOAK=1`
 //! asks for. What must hold at the end is that of every [`Arena`]; rows add their own.
 
+mod deaths;
 mod endless;
 mod heads;
 mod moves;
@@ -172,6 +173,18 @@ const ROWS: &[Row] = &[
         run: truncated::run,
     },
     Row {
+        // T39: over all of its forms 1,000 deaths and 20,000 connections.
+        name: "frontend_deaths",
+        rounds: (250, 2_000),
+        formats: BOTH,
+        backends: XTS,
+        serve: Serve {
+            storage: "delay=2000:",
+            ..USUAL
+        },
+        run: deaths::run,
+    },
+    Row {
         // T92
         name: "index_wraps",
         rounds: (400_000, 4_000_000),
@@ -183,6 +196,12 @@ const ROWS: &[Row] = &[
 ];
 
 fn main() {
+    if let Ok(told) = std::env::var(deaths::FRONTEND) {
+        if let Err(error) = deaths::child(&told) {
+            eprintln!("a frontend that was to be killed: {error}");
+        }
+        return;
+    }
     let args = Arguments::from_args();
     let mut trials = Vec::new();
     for row in ROWS {

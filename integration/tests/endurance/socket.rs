@@ -18,7 +18,7 @@ use crate::Outcome;
 /// The most descriptors that one message can carry (SCM_MAX_FD).
 const MOST_FDS: u64 = 253;
 /// What the process may grow by, after a tenth of the rounds.
-const GROWTH_KIB: u64 = 1024;
+pub const GROWTH_KIB: u64 = 1024;
 
 /// So many messages.
 pub fn run(arena: &mut Arena, random: &mut Random, rounds: u64) -> Outcome {
@@ -117,7 +117,7 @@ fn body_len(random: &mut Random) -> usize {
 }
 
 /// KiB of memory that is the process's own.
-fn resident_kib(arena: &Arena) -> Result<u64, Box<dyn Error>> {
+pub fn resident_kib(arena: &Arena) -> Result<u64, Box<dyn Error>> {
     let status = fs::read_to_string(format!("/proc/{}/status", arena.process.pid()))?;
     let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));
     let text = line.ok_or("no RssAnon")?.trim().trim_end_matches(" kB");
