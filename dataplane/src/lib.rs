@@ -25,6 +25,7 @@
 //! | [`virtqueue`] | rings: from what a driver wrote to checked buffers |
 //! | [`blk`] | virtio-blk: device, configuration space, requests, pipeline |
 //! | [`control`] | what rot, keyd and the agent say becomes what is served |
+//! | [`crash`] | where tests have the process die |
 //! | [`storage`] | where blocks live |
 //! | [`qos`] | how much a volume, and a group of volumes, may do in a second |
 //! | [`rekey`] | another key for a volume, zone by zone, while it is served |
@@ -35,6 +36,7 @@
 
 pub mod blk;
 pub mod control;
+pub mod crash;
 pub mod fds;
 pub mod fence;
 pub mod log_limit;

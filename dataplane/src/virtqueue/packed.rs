@@ -13,6 +13,7 @@
 #![expect(unsafe_code, reason = "rings in guest memory")]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use crate::crash_point;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
@@ -492,8 +493,10 @@ impl PackedQueue {
         if let Some(region) = &mut self.region {
             region.publishes(self.used);
         }
+        crash_point!("publish.noted");
         // Release: the other descriptors and everything that the requests wrote come before.
         self.flags(index).store(flags, Ordering::Release);
+        crash_point!("publish.shown");
         self.mark(index);
         if let Some(region) = &mut self.region {
             region.published(self.used);

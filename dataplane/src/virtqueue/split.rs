@@ -10,6 +10,7 @@
 #![expect(unsafe_code, reason = "rings in guest memory")]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use crate::crash_point;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -470,8 +471,10 @@ impl SplitQueue {
             return;
         }
         self.published = self.next_used;
+        crash_point!("publish.noted");
         // Release: the entries and everything that the requests wrote come before the index.
         self.used(1).store(self.published, Ordering::Release);
+        crash_point!("publish.shown");
         self.mark(2, 2);
         if let Some(region) = &mut self.region {
             region.published(self.published);

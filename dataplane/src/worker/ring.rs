@@ -22,6 +22,7 @@ use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode};
 
 use super::staging::Staging;
+use crate::crash_point;
 use crate::memory::USUAL_MOST_PIECES;
 use crate::storage::{Done, Transfer};
 use submission::submission;
@@ -392,6 +393,7 @@ impl Ring {
         drop(queue);
         if needed {
             self.enter();
+            crash_point!("submit.turn");
         }
     }
 

@@ -29,6 +29,7 @@ use super::ring::{Completion, FixedFile};
 use super::turns::Turns;
 use crate::blk::BlkDevice;
 use crate::blk::pipeline::{Local, Outcome, Pipeline, TOKEN_BITS};
+use crate::crash_point;
 use crate::virtqueue::RingError;
 use flush::Flushes;
 
@@ -384,6 +385,7 @@ impl Worker {
             return self.retire(number, RingError::MemoryLost);
         }
         if queue.publish() {
+            crash_point!("publish.done");
             self.call(number);
         }
     }
@@ -423,6 +425,7 @@ impl Worker {
         // The driver waits for these.
         if std::mem::take(&mut self.called) {
             self.pipeline.ring.turn();
+            crash_point!("call.made");
         }
         any
     }
@@ -435,6 +438,7 @@ impl Worker {
             .then(|| Some((self.pipeline.queue_of(completion.token)?, clock::now())))
             .flatten();
         if let Some(landed) = self.pipeline.land(completion) {
+            crash_point!("complete.landed");
             let (queues, touched) = (&mut self.queues, &mut self.touched);
             note(queues, touched, landed.queue, landed.head, landed.outcome);
         }
@@ -451,6 +455,7 @@ impl Worker {
     fn take_completion(&mut self, completion: Completion) -> bool {
         match completion.token >> TOKEN_BITS {
             0 => {
+                crash_point!("complete.came");
                 self.land(completion);
                 return true;
             }

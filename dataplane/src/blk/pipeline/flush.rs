@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use crate::crash_point;
 use std::rc::Rc;
 
 use super::flight::{Landed, Local, Stage};
@@ -54,6 +55,7 @@ impl Pipeline {
             Some(leader) => {
                 local.settling.set(local.device.settle_wanted());
                 local.flush_number.set(local.device.begin_flush());
+                crash_point!("flush.begun");
                 self.submit(leader, 0, Transfer::flush());
             }
             None => local.device.give_flush_turn(),
@@ -69,6 +71,7 @@ impl Pipeline {
 
     /// A flush ended, and with it every request that it was for.
     pub(super) fn flushed(&mut self, local: &Rc<Local>, result: Result<(), i32>) {
+        crash_point!("flush.done");
         match result {
             Ok(()) => {
                 local.device.settle(local.settling.get());

@@ -4,6 +4,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use super::{QueueRegion, VERSION};
+use crate::crash_point;
 use crate::virtqueue::chain::Descriptor;
 use crate::virtqueue::packed::Cursor;
 
@@ -144,7 +145,9 @@ impl PackedRegion {
     pub(in crate::virtqueue) fn published(&mut self, used: Cursor) {
         for (first, _) in self.batch.drain(..) {
             self.region.store_u8(entry(first, ENTRY_INFLIGHT), 0);
+            crash_point!("publish.clearing");
         }
+        crash_point!("publish.cleared");
         self.region.store_u16(OLD_FREE_HEAD, self.free_head);
         self.region.store_u16(OLD_USED_IDX, used.index);
         self.region.store_u8(OLD_USED_WRAP, u8::from(used.wrap));

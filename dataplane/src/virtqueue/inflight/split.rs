@@ -3,6 +3,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use super::{QueueRegion, VERSION};
+use crate::crash_point;
 
 pub(super) const HEADER_BYTES: u64 = 16;
 pub(super) const ENTRY_BYTES: u64 = 16;
@@ -83,7 +84,9 @@ impl SplitRegion {
     pub(in crate::virtqueue) fn published(&mut self, used_idx: u16) {
         for head in self.batch.drain(..) {
             self.region.store_u8(entry(head, ENTRY_INFLIGHT), 0);
+            crash_point!("publish.clearing");
         }
+        crash_point!("publish.cleared");
         self.region.store_u16(USED_IDX, used_idx);
     }
 

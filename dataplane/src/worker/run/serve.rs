@@ -6,6 +6,7 @@ use super::super::batch::{Batch, Taken};
 use super::super::queue::Queue;
 use crate::blk::pipeline::{Begun, Outcome, Pipeline, Start};
 use crate::blk::request::{Operation, Status, is_durable, parse};
+use crate::crash_point;
 use crate::virtqueue::{Chain, RingError};
 
 /// Ended requests are shown to the driver this often while more of the batch follow: it refills the ring
@@ -47,6 +48,9 @@ pub(super) fn serve<const LIMITED: bool>(
     let broken = batch.take::<LIMITED>(&mut queue.ring, most, portion.most_bytes);
     let taken = batch.taken();
     let count = taken.len();
+    if count > 0 {
+        crash_point!("fetch.taken");
+    }
     let served = if queue.local.gathers() {
         gather::<LIMITED>(queue, number, pipeline, taken, portion)
     } else {
@@ -210,7 +214,9 @@ fn begin(
         local: &queue.local,
         durable: is_durable(&queue.local.device, queue.features),
     };
-    if let Begun::Done(outcome) = pipeline.begin(start, &mut taken.chain) {
+    let begun = pipeline.begin(start, &mut taken.chain);
+    crash_point!("submit.begun");
+    if let Begun::Done(outcome) = begun {
         end(queue, taken, outcome);
     }
 }
