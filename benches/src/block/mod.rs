@@ -11,6 +11,7 @@
 //! | [`side`] | what is measured: a back-end under load, the ring echo, `fio`, the cipher or a copy alone |
 //! | [`alone`] | the cipher and a copy, without rings |
 //! | [`fio`] | `fio` on a bare file |
+//! | [`deciphered`] | a bare file that is deciphered as it is read |
 //! | [`rounds`] | sides in turns |
 //! | [`shape`] | requests that are measured |
 //! | [`storages`] | null, ram, a file and tmpfs, plain and encrypted, and their targets |
@@ -24,6 +25,7 @@ pub mod alone;
 pub mod arguments;
 pub mod backend;
 pub mod bench;
+pub mod deciphered;
 pub mod devices;
 pub mod fio;
 pub mod header;

@@ -20,7 +20,7 @@ use crate::figures::row::{Placement, Point, Row, Unit};
 mod targets;
 
 use targets::Peer;
-pub use targets::{FIO, FLOOR, QEMU, REFERENCE};
+pub use targets::{DECIPHERED, FIO, FLOOR, QEMU, REFERENCE};
 
 /// Bytes of the disk in memory.
 const RAM_BYTES: usize = 256 << 20;
@@ -329,6 +329,10 @@ fn peers<'a>(
     }
     if let Some(file) = served.file.as_deref().filter(|_| bench.has_fio) {
         sides.push((Peer::Fio, Side::fio(bench, file, shape)));
+        if group.xts {
+            let side = Side::deciphered(bench, file, shape);
+            sides.push((Peer::Deciphered, side));
+        }
     }
     if let Some(qemu) = &served.qemu {
         sides.push((Peer::Qemu, backend(qemu)));

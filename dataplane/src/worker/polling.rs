@@ -1,4 +1,5 @@
-//! Adaptive polling (DESIGN D6): how long a worker looks for work before it sleeps.
+//! Adaptive polling (DESIGN D6): how long a worker looks for work before it sleeps. `docs/performance.md` has the
+//! figures that led to one pause between looks and at most 100 us of them.
 #![forbid(unsafe_code)]
 
 use std::time::{Duration, Instant};

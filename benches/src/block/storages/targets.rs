@@ -14,6 +14,9 @@ pub const REFERENCE: &str = "serve --reference";
 /// The generator of load on bare files.
 pub const FIO: &str = "fio";
 
+/// A bare file, read or written with each request's bytes deciphered or enciphered.
+pub const DECIPHERED: &str = "io_uring and the cipher on the bare file";
+
 /// Who takes turns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Peer {
@@ -26,6 +29,7 @@ pub(super) enum Peer {
     Copy,
     Cipher,
     Fio,
+    Deciphered,
     Qemu,
     Reference,
     /// Another build of ours.
@@ -117,6 +121,9 @@ fn beside_fio(case: &Case) -> Vec<Row> {
         let target = (small(case) && depth == 32).then_some(1.0);
         let sum = |ns: &dyn Fn(Peer) -> f64| ns(Peer::Fio) + ns(Peer::Cipher);
         rows.push(case.beside_sum("fio + the cipher alone", target, sum));
+    }
+    if case.has(Peer::Deciphered) {
+        rows.push(case.beside(Peer::Deciphered, DECIPHERED, None));
     }
     if depth == 1 {
         let sum = |ns: &dyn Fn(Peer) -> f64| {
