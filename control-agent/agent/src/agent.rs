@@ -14,6 +14,7 @@ use bulkhead_bundle::{SocketSpec, TrustRoot};
 use bulkhead_protocol::admin::{AdminReply, ProcessStatus};
 use bulkhead_protocol::control::WorkersStatus;
 use bulkhead_protocol::keys::HostKeys;
+use bulkhead_protocol::release::ProgramStatus;
 use bulkhead_protocol::rot::Role;
 use bulkhead_protocol::{SocketName, VolumeId};
 
@@ -105,6 +106,8 @@ pub struct Agent {
     pub(crate) store: Store,
     pub(crate) known: Known,
     pub(crate) processes: Vec<ProcessStatus>,
+    /// The programs that run, as rot said last.
+    pub(crate) programs: Vec<ProgramStatus>,
     pub(crate) pending: Vec<String>,
     pub(crate) job: Job,
     pub(crate) question: Option<Question>,
@@ -148,6 +151,7 @@ impl Agent {
             store,
             known,
             processes: Vec::new(),
+            programs: Vec::new(),
             pending: Vec::new(),
             job: Job::Idle,
             question: None,
@@ -171,6 +175,7 @@ impl Agent {
     pub fn handle(&mut self, now: Instant, event: Event) {
         match event {
             Event::Started(process) => self.started(now, process),
+            Event::Programs(programs) => self.programs = programs,
             Event::Ended(peer) => self.ended(now, peer),
             Event::Answered {
                 peer,

@@ -53,6 +53,13 @@ impl EventLoop {
                 (request_id, Answer::Done)
             }
             FromRot::Failed { request_id, reason } => (request_id, Answer::Refused(plain(&reason))),
+            FromRot::Programs { mut programs } => {
+                for program in &mut programs {
+                    program.failed = program.failed.as_deref().map(plain);
+                }
+                self.event(Event::Programs(programs));
+                return Ok(());
+            }
             FromRot::Stop => {
                 self.stop = true;
                 return Ok(());

@@ -8,6 +8,7 @@ use bulkhead_protocol::control::{
     AgentToDataplane, DataplaneToAgent, StorageStatus, VolumeStatus, WorkersStatus,
 };
 use bulkhead_protocol::keys::{AgentToKeyd, HostKeys, KeydToAgent, MAX_SHREDS, Undelivered};
+use bulkhead_protocol::release::ProgramStatus;
 use bulkhead_protocol::rot::ToRot;
 
 use crate::text::plain;
@@ -66,6 +67,8 @@ pub enum Answer {
 pub enum Event {
     /// rot announced a process; for keyd and the data plane the channel to it stands.
     Started(ProcessStatus),
+    /// rot said which programs run.
+    Programs(Vec<ProgramStatus>),
     /// A peer's channel is closed.
     Ended(Peer),
     /// A peer answered.

@@ -79,6 +79,7 @@ impl Agent {
             keys: self.known.keys.clone().map(Box::new),
             groups: groups.iter().map(group).collect(),
             workers: workers.map(Box::new),
+            programs: self.programs.clone(),
         }
     }
 }

@@ -19,6 +19,7 @@
 //! | `admin` | talking to a host's agent |
 //! | `status` | what the agent answers, as a table or JSON |
 //! | `host_keys` | of that: the host's key, and what was shredded |
+//! | `programs` | of that: which releases run |
 //! | `output` | files written, times and texts for people |
 //! | `failure` | the one error type: a text for the operator |
 //!
@@ -36,6 +37,7 @@ mod json;
 mod limits;
 mod operator;
 mod output;
+mod programs;
 mod recipient;
 mod record;
 mod recover;

@@ -12,6 +12,7 @@ use crate::host_keys;
 use crate::json::Json;
 use crate::limits;
 use crate::output::{printable, rounded, size, table};
+use crate::programs;
 
 /// Digits of a measurement in the table; `--json` has all of them.
 const SHORT_DIGITS: usize = 16;
@@ -41,6 +42,7 @@ pub(crate) fn to_text(status: &HostStatus) -> String {
     }
     out.push_str("\nprocesses\n");
     out.push_str(&processes(&status.processes));
+    out.push_str(&programs::to_text(&status.programs));
     out.push_str("\nvolumes\n");
     out.push_str(&volumes(&status.volumes));
     out.push_str(&limits::limits(status));
@@ -227,6 +229,7 @@ pub(crate) fn to_json(status: &HostStatus) -> String {
             "workers",
             Json::or_null(status.workers.as_deref(), limits::workers_json),
         ),
+        ("programs", programs::to_json(&status.programs)),
     ])
     .to_line()
 }

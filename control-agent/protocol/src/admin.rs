@@ -6,6 +6,7 @@ use crate::control::{VolumeStatus, WorkersStatus};
 use crate::identity::{GroupName, SocketName, VolumeId};
 use crate::keys::{EnvelopeDigest, HostKeys};
 use crate::limits::{GroupGrant, Limits};
+use crate::release::ProgramStatus;
 use crate::rot::{Measurement, Role};
 
 /// From the CLI to the agent; one request per connection.
@@ -89,6 +90,10 @@ pub struct HostStatus {
     /// The data plane's workers; none while it does not answer.
     #[n(9)]
     pub workers: Option<Box<WorkersStatus>>,
+    /// The programs that run, as rot measured them.
+    #[n(10)]
+    #[cbor(skip_if = "Vec::is_empty")]
+    pub programs: Vec<ProgramStatus>,
 }
 
 /// A process on the host.
@@ -145,6 +150,7 @@ mod tests {
     use crate::Channel;
     use crate::control::{Latency, RekeyProgress, RekeyState, StorageState, StorageStatus};
     use crate::limits::Rate;
+    use crate::release::Component;
 
     /// A volume with much to be said of it.
     fn entry(number: u8) -> VolumeEntry {
@@ -215,6 +221,14 @@ mod tests {
             keys: None,
             groups: Vec::new(),
             workers: None,
+            programs: Component::ALL
+                .map(|component| ProgramStatus {
+                    component,
+                    measurement: [7; 48].into(),
+                    version: Some(u64::MAX),
+                    failed: Some("f".repeat(300)),
+                })
+                .into(),
         };
         let (a, b) = Channel::pair().expect("pair");
         let reply = AdminReply::Status { status };

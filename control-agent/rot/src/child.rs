@@ -2,50 +2,30 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod running;
+
+use std::ffi::CString;
 use std::io;
+use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use bulkhead_protocol::channel::{Channel, ChannelError};
 use bulkhead_protocol::fd_store::{FdName, Keeper};
+use bulkhead_protocol::process::CANDIDATE_ENV;
 use bulkhead_protocol::rot::{FromRot, Role};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 
 use crate::backoff::Backoff;
 use crate::execute::{self, Start};
 use crate::link::Link;
 use crate::programs::Program;
+pub use running::{END_WITHIN, HELLO_WITHIN, READ_WITHIN, READY_WITHIN, Running, TAKE_OVER_WITHIN};
 
-/// How long a child may take to its `Hello`.
-pub const HELLO_WITHIN: Duration = Duration::from_secs(15);
-/// How long a child may leave what waits for it unread.
-pub const READ_WITHIN: Duration = Duration::from_secs(5);
-/// How long a child may live on after it closed its channel.
-pub const END_WITHIN: Duration = Duration::from_secs(1);
 /// Complaints about one process that are logged.
 const LOGGED_COMPLAINTS: u32 = 20;
-
-/// A process that was started and not reaped yet.
-#[derive(Debug)]
-pub struct Running {
-    /// Its process id, for people to read.
-    pub pid: u32,
-    /// Readable once it has ended.
-    pub pidfd: Rc<OwnedFd>,
-    /// The channel; none once either side gave it up.
-    pub link: Option<Link>,
-    /// The end of its store; none once it closed its own.
-    pub keeper: Option<Keeper>,
-    /// It said so.
-    pub hello: bool,
-    started: Instant,
-    /// When the channel was given up.
-    closed: Option<Instant>,
-    /// SIGKILL was sent.
-    condemned: bool,
-    complaints: u32,
-}
 
 #[derive(Debug)]
 enum State {
@@ -78,10 +58,50 @@ impl Child {
         }
     }
 
+    /// A child of the same role with another program, to be started beside this one.
+    #[must_use]
+    pub fn candidate(&self, program: Program, now: Instant) -> Self {
+        Self {
+            generation: self.generation,
+            ..Self::new(program, now)
+        }
+    }
+
     /// Which.
     #[must_use]
     pub fn role(&self) -> Role {
         self.program.role
+    }
+
+    /// How many times it was started.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// What its processes execute.
+    #[must_use]
+    pub fn program(&self) -> &Program {
+        &self.program
+    }
+
+    /// From its next start on it executes another program; gives back the one until now.
+    pub fn replace_program(&mut self, program: Program) -> Program {
+        mem::replace(&mut self.program, program)
+    }
+
+    /// The candidate is ready, and waits for what others do.
+    pub fn is_ready(&mut self, now: Instant) {
+        if let Some(running) = self.running_mut() {
+            running.due.0 = now + READY_WITHIN;
+        }
+    }
+
+    /// The candidate was told to go: its `Hello` is due soon.
+    pub fn takes_over(&mut self, now: Instant) {
+        if let Some(running) = self.running_mut() {
+            running.due = (now + TAKE_OVER_WITHIN, "it took over and said no Hello");
+        }
     }
 
     /// Its process, if there is one.
@@ -99,6 +119,22 @@ impl Child {
             State::Running(running) => Some(running),
             State::Waiting(_) => None,
         }
+    }
+
+    /// The process id; none if there is no process.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        self.running().map(|running| running.pid)
+    }
+
+    /// Has its process ended, or is there none?
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        let Some(running) = self.running() else {
+            return true;
+        };
+        let mut fds = [PollFd::new(running.pidfd.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
     }
 
     /// It said `Hello` and has its channel.
@@ -139,18 +175,9 @@ impl Child {
 
     /// Starts the process with what is stored of its role; a failure counts as a death.
     pub fn start(&mut self, stored: &[(FdName, BorrowedFd<'_>)], now: Instant) {
-        match self.execute(stored, now) {
-            Ok(running) => {
-                self.generation += 1;
-                tracing::info!(
-                    role = %self.program.role,
-                    pid = running.pid,
-                    generation = self.generation,
-                    stored = stored.len(),
-                    "started"
-                );
-                self.state = State::Running(Box::new(running));
-            }
+        let due = (now + HELLO_WITHIN, "it said no Hello");
+        match self.execute(stored, &self.program.environment, due, now) {
+            Ok(running) => self.is_running(running, stored.len(), "started"),
             Err(error) => {
                 self.vain_starts = self.vain_starts.saturating_add(1);
                 let wait = self.backoff.after(Duration::ZERO, false);
@@ -161,7 +188,37 @@ impl Child {
         }
     }
 
-    fn execute(&self, stored: &[(FdName, BorrowedFd<'_>)], now: Instant) -> io::Result<Running> {
+    /// Starts the process as a candidate, with a duplicate of what the process that serves stored.
+    ///
+    /// # Errors
+    /// What the start fails with; nothing runs then.
+    pub fn start_as_candidate(
+        &mut self,
+        stored: &[(FdName, BorrowedFd<'_>)],
+        now: Instant,
+    ) -> io::Result<()> {
+        let mut environment = self.program.environment.clone();
+        environment.push(CString::new(format!("{CANDIDATE_ENV}=1"))?);
+        let due = (now + READY_WITHIN, "it was not ready in time");
+        let running = self.execute(stored, &environment, due, now)?;
+        self.is_running(running, stored.len(), "started beside the one that serves");
+        Ok(())
+    }
+
+    fn is_running(&mut self, running: Running, stored: usize, how: &str) {
+        self.generation += 1;
+        let (role, pid, generation) = (self.program.role, running.pid, self.generation);
+        tracing::info!(%role, pid, generation, stored, "{how}");
+        self.state = State::Running(Box::new(running));
+    }
+
+    fn execute(
+        &self,
+        stored: &[(FdName, BorrowedFd<'_>)],
+        environment: &[CString],
+        due: (Instant, &'static str),
+        now: Instant,
+    ) -> io::Result<Running> {
         let (ours, theirs) = Channel::pair()?;
         let link = Link::new(ours)?;
         let (keeper, store) = Keeper::pair()?;
@@ -174,7 +231,7 @@ impl Child {
             channel: theirs.as_fd(),
             store: store.as_fd(),
             arguments: &self.program.arguments,
-            environment: &self.program.environment,
+            environment,
             uid: self.program.uid,
             keeps_ipc_lock: self.program.keeps_ipc_lock,
         })?;
@@ -185,30 +242,32 @@ impl Child {
             keeper: Some(keeper),
             hello: false,
             started: now,
+            due,
             closed: None,
             condemned: false,
             complaints: 0,
         })
     }
 
-    /// Reaps the process, which has ended, and sets when the next one is due.
+    /// Reaps the process, which has ended, and sets when the next one is due, unless there is
+    /// none to be (`last`). Says how it ended; none if it has not.
     ///
     /// # Errors
     /// What `waitid` fails with.
-    pub fn reap(&mut self, now: Instant, stopping: bool) -> io::Result<()> {
+    pub fn reap(&mut self, now: Instant, last: bool) -> io::Result<Option<String>> {
         let State::Running(running) = &self.state else {
-            return Ok(());
+            return Ok(None);
         };
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
         let how = match waitid(Id::PIDFd(running.pidfd.as_fd()), flags)? {
-            WaitStatus::StillAlive => return Ok(()),
+            WaitStatus::StillAlive => return Ok(None),
             how => describe(how),
         };
         let (role, pid, generation) = (self.program.role, running.pid, self.generation);
-        if stopping {
+        if last {
             tracing::info!(%role, pid, generation, "ended: {how}");
             self.state = State::Waiting(now);
-            return Ok(());
+            return Ok(Some(how));
         }
         let hello = running.hello;
         self.vain_starts = match hello {
@@ -218,7 +277,7 @@ impl Child {
         let wait = self.backoff.after(now - running.started, hello);
         tracing::warn!(%role, pid, generation, "ended: {how}; next start in {wait:?}");
         self.state = State::Waiting(now + wait);
-        Ok(())
+        Ok(Some(how))
     }
 
     /// Sends a message, if there is a channel. A channel that fails is given up.
@@ -300,72 +359,10 @@ impl Child {
     }
 }
 
-impl Running {
-    /// The first moment at which it is killed if nothing changes, and why.
-    fn deadline(&self) -> Option<(Instant, &'static str)> {
-        if self.condemned {
-            return None;
-        }
-        let hello = (!self.hello).then(|| (self.started + HELLO_WITHIN, "it said no Hello"));
-        let closed = self
-            .closed
-            .map(|at| (at + END_WITHIN, "it closed its channel"));
-        let unread = self.link.as_ref().and_then(Link::blocked_since);
-        let unread = unread.map(|at| (at + READ_WITHIN, "it does not read what rot sends"));
-        [hello, closed, unread]
-            .into_iter()
-            .flatten()
-            .min_by_key(|(at, _)| *at)
-    }
-}
-
 fn describe(how: WaitStatus) -> String {
     match how {
         WaitStatus::Exited(_, code) => format!("exit status {code}"),
         WaitStatus::Signaled(_, signal, _) => format!("killed by {signal}"),
         other => format!("{other:?}"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn running(started: Instant) -> (Running, Channel) {
-        let (ours, theirs) = Channel::pair().unwrap();
-        let running = Running {
-            pid: 1,
-            pidfd: Rc::new(std::fs::File::open("/dev/null").unwrap().into()),
-            link: Some(Link::new(ours).unwrap()),
-            keeper: None,
-            hello: false,
-            started,
-            closed: None,
-            condemned: false,
-            complaints: 0,
-        };
-        (running, theirs)
-    }
-
-    #[test]
-    fn the_first_deadline_counts_and_each_says_why() {
-        let t = Instant::now();
-        let (mut r, _theirs) = running(t);
-        assert_eq!(r.deadline(), Some((t + HELLO_WITHIN, "it said no Hello")));
-        r.hello = true;
-        assert_eq!(r.deadline(), None);
-        let link = r.link.as_mut().unwrap();
-        while link.blocked_since().is_none() {
-            link.send(FromRot::Stop, Vec::new(), t).unwrap();
-        }
-        let unread = "it does not read what rot sends";
-        assert_eq!(r.deadline(), Some((t + READ_WITHIN, unread)));
-        r.closed = Some(t);
-        assert_eq!(
-            r.deadline(),
-            Some((t + END_WITHIN, "it closed its channel"))
-        );
-        r.condemned = true;
-        assert_eq!(r.deadline(), None);
     }
 }

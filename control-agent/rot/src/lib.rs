@@ -10,6 +10,7 @@ pub mod arguments;
 pub mod backoff;
 pub mod binary;
 pub mod child;
+pub mod children;
 pub mod directories;
 pub mod execute;
 pub mod inherited;
@@ -38,13 +39,13 @@ use nix::unistd::{getegid, geteuid};
 
 pub use arguments::Arguments;
 use child::Child;
+use children::Children;
 use directories::{Directory, DirectoryError};
 use listeners::Listeners;
-use lockdown::Limits;
-use programs::{Program, ProgramError};
+use programs::{Loader, ProgramError};
 use socket_file::{Access, SocketFileError, listen_at, remove_socket};
 use stores::Stores;
-use supervisor::{Children, Supervisor};
+use supervisor::Supervisor;
 
 /// File name of the operator's socket in the run directory.
 pub const ADMIN_SOCKET: &str = "admin.sock";
@@ -99,7 +100,8 @@ pub fn run(arguments: Arguments) -> Result<(), RotError> {
     let run_dir = Directory::own(&arguments.run_dir)?;
     let _lock = run_dir.lock()?;
     let limits = lockdown::raise_limits().map_err(failed("raise the limits"))?;
-    let children = load_programs(&arguments, limits)?;
+    let loader = Loader::new(arguments.clone(), limits);
+    let children = load_programs(&loader)?;
     make_state(&arguments)?;
     let listeners = Listeners::new(run_dir.own_inside("vhost")?)
         .map_err(failed("clear the directory of the vhost-user sockets"))?;
@@ -109,7 +111,7 @@ pub fn run(arguments: Arguments) -> Result<(), RotError> {
     lockdown::lock_in()?;
     let (upstream, found) = systemd.unzip();
     let stores = Stores::new(limits.files, upstream, found.unwrap_or_default());
-    let ended = Supervisor::new(children, listeners, stores, admin, signals)
+    let ended = Supervisor::new(children, loader, listeners, stores, admin, signals)
         .run()
         .map_err(failed("supervise the children"));
     remove_socket(&run_dir, ADMIN_SOCKET).map_err(RotError::AdminSocket)?;
@@ -163,21 +165,14 @@ fn take_signals() -> Result<SignalFd, RotError> {
         .map_err(failed("make a signalfd"))
 }
 
-fn load_programs(arguments: &Arguments, limits: Limits) -> Result<Children, RotError> {
+fn load_programs(loader: &Loader) -> Result<Children, RotError> {
     let now = Instant::now();
-    let load = |role| -> Result<Child, RotError> {
-        let stored = stores::limit(role, limits.files);
-        let mut program = Program::load(role, arguments, stored)?;
-        program.keeps_ipc_lock =
-            role == Role::Dataplane && !limits.memory_unlimited && lockdown::holds_ipc_lock();
-        tracing::info!(%role, sha384 = program.measurement_text(), "measured");
-        Ok(Child::new(program, now))
-    };
-    Ok(Children {
-        keyd: load(Role::Keyd)?,
-        dataplane: load(Role::Dataplane)?,
-        agent: load(Role::Agent)?,
-    })
+    let load = |role| -> Result<Child, RotError> { Ok(Child::new(loader.load(role)?, now)) };
+    Ok(Children::new(
+        load(Role::Keyd)?,
+        load(Role::Dataplane)?,
+        load(Role::Agent)?,
+    ))
 }
 
 fn make_state(arguments: &Arguments) -> Result<(), RotError> {

@@ -4,13 +4,16 @@
 
 use std::ffi::{CString, NulError, OsStr};
 use std::os::unix::ffi::OsStrExt;
+use std::rc::Rc;
 
 use bulkhead_protocol::fd_store::STORE_ENV;
 use bulkhead_protocol::process::ROT_ENV;
-use bulkhead_protocol::rot::Role;
+use bulkhead_protocol::rot::{Measurement, Role};
 
 use crate::arguments::Arguments;
 use crate::binary::{BinaryError, MeasuredBinary};
+use crate::lockdown::{self, Limits};
+use crate::stores;
 
 /// The log filter, passed on to the children.
 const LOG_ENV: &str = "BULKHEAD_LOG";
@@ -32,12 +35,12 @@ pub enum ProgramError {
 }
 
 /// What is needed to start a role, as often as it dies.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Program {
     /// Which.
     pub role: Role,
     /// Its sealed binary.
-    pub binary: MeasuredBinary,
+    pub binary: Rc<MeasuredBinary>,
     /// Its command line, the name first.
     pub arguments: Vec<CString>,
     /// Its whole environment.
@@ -65,7 +68,7 @@ impl Program {
         let own = nix::unistd::geteuid().as_raw();
         Ok(Self {
             role,
-            binary,
+            binary: Rc::new(binary),
             arguments: line.map_err(|source| ProgramError::Argument { role, source })?,
             environment: environment(stored)
                 .map_err(|source| ProgramError::Argument { role, source })?,
@@ -77,8 +80,42 @@ impl Program {
     /// The measurement as hex digits.
     #[must_use]
     pub fn measurement_text(&self) -> String {
-        let bytes = self.binary.measurement();
-        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&self.binary.measurement())
+    }
+}
+
+/// A measurement as hex digits.
+#[must_use]
+pub fn hex(measurement: &Measurement) -> String {
+    let bytes = measurement.iter();
+    bytes.map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Loads programs, at the start and again for an upgrade.
+#[derive(Debug)]
+pub struct Loader {
+    arguments: Arguments,
+    limits: Limits,
+}
+
+impl Loader {
+    /// A loader for this command line and these limits.
+    #[must_use]
+    pub fn new(arguments: Arguments, limits: Limits) -> Self {
+        Self { arguments, limits }
+    }
+
+    /// The program that lies in the directory of the binaries now.
+    ///
+    /// # Errors
+    /// See [`ProgramError`].
+    pub fn load(&self, role: Role) -> Result<Program, ProgramError> {
+        let stored = stores::limit(role, self.limits.files);
+        let mut program = Program::load(role, &self.arguments, stored)?;
+        program.keeps_ipc_lock =
+            role == Role::Dataplane && !self.limits.memory_unlimited && lockdown::holds_ipc_lock();
+        tracing::info!(%role, sha384 = program.measurement_text(), "measured");
+        Ok(program)
     }
 }
 

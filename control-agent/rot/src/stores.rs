@@ -33,6 +33,17 @@ pub fn limit(role: Role, files: u64) -> usize {
     usize::try_from(limit).unwrap_or(usize::MAX)
 }
 
+/// What a message of a child's changed, for a candidate that follows it.
+#[derive(Debug)]
+pub enum Change {
+    /// Nothing that is stored.
+    Nothing,
+    /// These were stored under a name.
+    Stored(FdName, Vec<Rc<OwnedFd>>),
+    /// Everything of a name was dropped.
+    Removed(FdName),
+}
+
 /// One stored descriptor.
 #[derive(Debug)]
 struct Entry {
@@ -133,25 +144,33 @@ impl Stores {
     ///
     /// # Errors
     /// Why it is refused. Nothing has changed then, and what came with it is closed.
-    pub fn handle(&mut self, role: Role, received: Received) -> Result<(), String> {
+    pub fn handle(&mut self, role: Role, received: Received) -> Result<Change, String> {
         let Received { notification, fds } = received;
         match notification.map_err(|error| error.to_string())? {
-            Notification::Store { name } => self.store(role, name, fds),
+            Notification::Store { name } => {
+                let stored = self.store(role, name, fds)?;
+                Ok(Change::Stored(name, stored))
+            }
             Notification::Remove { name } => {
                 self.remove(role, |entry| entry.name == name);
-                Ok(())
+                Ok(Change::Removed(name))
             }
             Notification::Barrier => {
                 // Without systemd everything before was handled: it closes here.
                 if let Some(upstream) = &mut self.upstream {
                     fds.into_iter().for_each(|fd| upstream.barrier(fd));
                 }
-                Ok(())
+                Ok(Change::Nothing)
             }
         }
     }
 
-    fn store(&mut self, role: Role, name: FdName, fds: Vec<OwnedFd>) -> Result<(), String> {
+    fn store(
+        &mut self,
+        role: Role,
+        name: FdName,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Vec<Rc<OwnedFd>>, String> {
         let RoleStore { limit, entries, .. } = self.of(role);
         let stored = entries.len();
         if stored.saturating_add(fds.len()) > *limit {
@@ -160,13 +179,14 @@ impl Stores {
                 fds.len()
             ));
         }
-        for fd in fds {
-            let fd = Rc::new(fd);
+        let fds: Vec<Rc<OwnedFd>> = fds.into_iter().map(Rc::new).collect();
+        for fd in &fds {
             let upstream = self.upstream.as_mut();
-            let mark = upstream.and_then(|upstream| upstream.add(role, name, &fd));
+            let mark = upstream.and_then(|upstream| upstream.add(role, name, fd));
+            let fd = Rc::clone(fd);
             self.of_mut(role).push(Entry { name, fd, mark });
         }
-        Ok(())
+        Ok(fds)
     }
 
     fn remove(&mut self, role: Role, which: impl Fn(&Entry) -> bool) {

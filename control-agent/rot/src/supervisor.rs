@@ -1,12 +1,13 @@
 //! The one loop: starts what is due, connects who has said `Hello`, carries out the agent's
 //! requests, keeps what the children store, reaps what died, and ends all of it on a signal.
 //!
-//! `poll(2)` over at most eleven descriptors: level-triggered, nothing to register, nothing more to
+//! `poll(2)` over at most sixteen descriptors: level-triggered, nothing to register, nothing more to
 //! trust. A turn takes one message of each child's (of its store's a few), so that no child keeps rot from the others.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 mod requests;
+mod upgrade;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,16 +15,20 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use bulkhead_protocol::channel::ChannelError;
+use bulkhead_protocol::fd_store::keeper;
 use bulkhead_protocol::rot::{FromRot, Role};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 
 use crate::child::Child;
+use crate::children::{Children, Seat};
 use crate::link::Link;
 use crate::listeners::Listeners;
+use crate::programs::Loader;
 use crate::stores::Stores;
 use crate::upstream::Upstream;
+use upgrade::Upgrades;
 
 /// How long the children may take to end in good order.
 const STOP_WITHIN: Duration = Duration::from_secs(5);
@@ -35,45 +40,12 @@ const LEFT_BEHIND: usize = 4096;
 /// Starts with what is stored that may come to nothing, in a row (3 s), before it is dropped.
 const VAIN_STARTS: u32 = 6;
 
-/// The three children.
-#[derive(Debug)]
-pub struct Children {
-    /// Key service.
-    pub keyd: Child,
-    /// Data plane.
-    pub dataplane: Child,
-    /// Control agent.
-    pub agent: Child,
-}
-
-impl Children {
-    fn get(&self, role: Role) -> &Child {
-        match role {
-            Role::Keyd => &self.keyd,
-            Role::Dataplane => &self.dataplane,
-            Role::Agent => &self.agent,
-        }
-    }
-
-    fn get_mut(&mut self, role: Role) -> &mut Child {
-        match role {
-            Role::Keyd => &mut self.keyd,
-            Role::Dataplane => &mut self.dataplane,
-            Role::Agent => &mut self.agent,
-        }
-    }
-
-    fn all(&self) -> impl Iterator<Item = &Child> {
-        Role::ALL.into_iter().map(|role| self.get(role))
-    }
-}
-
 #[derive(Debug, Clone, Copy)]
 enum Event {
     Signal,
-    Ended(Role),
-    Channel(Role, PollFlags),
-    Store(Role),
+    Ended(Seat),
+    Channel(Seat, PollFlags),
+    Store(Seat),
     Upstream,
 }
 
@@ -81,6 +53,7 @@ enum Event {
 #[derive(Debug)]
 pub struct Supervisor {
     children: Children,
+    upgrades: Upgrades,
     listeners: Listeners,
     stores: Stores,
     admin: Rc<OwnedFd>,
@@ -95,6 +68,7 @@ impl Supervisor {
     #[must_use]
     pub fn new(
         children: Children,
+        loader: Loader,
         listeners: Listeners,
         stores: Stores,
         admin: OwnedFd,
@@ -102,6 +76,7 @@ impl Supervisor {
     ) -> Self {
         Self {
             children,
+            upgrades: Upgrades::new(loader),
             listeners,
             stores,
             admin: Rc::new(admin),
@@ -126,9 +101,9 @@ impl Supervisor {
                 let now = Instant::now();
                 match event {
                     Event::Signal => self.on_signal(now)?,
-                    Event::Ended(role) => self.on_end(role, now)?,
-                    Event::Channel(role, flags) => self.on_channel(role, flags, now),
-                    Event::Store(role) => self.on_store(role, STORED_A_TURN),
+                    Event::Ended(seat) => self.on_end(seat, now)?,
+                    Event::Channel(seat, flags) => self.on_channel(seat, flags, now),
+                    Event::Store(seat) => self.on_store(seat, STORED_A_TURN, now),
                     Event::Upstream => {}
                 }
             }
@@ -139,13 +114,18 @@ impl Supervisor {
     }
 
     fn timers(&mut self, now: Instant) {
-        for role in Role::ALL {
-            let child = self.children.get_mut(role);
-            match self.stop_by {
-                None if child.is_due(now) => child.start(&self.stores.stored(role), now),
-                None => {}
-                Some(by) if by <= now => child.kill("it did not stop in time"),
-                Some(_) => {}
+        self.upgrade_overdue(now);
+        for seat in self.children.seats() {
+            let Some(child) = self.children.at_mut(seat) else {
+                continue;
+            };
+            match (self.stop_by, seat) {
+                (None, Seat::Of(role)) if child.is_due(now) => {
+                    child.start(&self.stores.stored(role), now);
+                }
+                (None, _) => {}
+                (Some(by), _) if by <= now => child.kill("it did not stop in time"),
+                (Some(_), _) => {}
             }
             child.kill_if_overdue(now);
         }
@@ -153,7 +133,7 @@ impl Supervisor {
 
     /// Says `ready` each time all three have come up.
     fn note_readiness(&mut self) {
-        let ready = self.children.all().all(Child::is_up);
+        let ready = self.children.of_roles().all(Child::is_up);
         if ready && !self.ready {
             tracing::info!("ready");
         }
@@ -162,14 +142,14 @@ impl Supervisor {
 
     fn timeout(&self) -> PollTimeout {
         let wakes = self.children.all().filter_map(|child| match self.stop_by {
-            // A role that has ended is not started again.
+            // Who has ended is not started again.
             Some(_) if child.running().is_none() => None,
             _ => child.wake_at(),
         });
         // Past its time there is nothing to do but wait for the ends.
         let now = Instant::now();
         let stop = self.stop_by.filter(|&by| by > now);
-        let Some(first) = wakes.chain(stop).min() else {
+        let Some(first) = wakes.chain(stop).chain(self.upgrades.wake_at()).min() else {
             return PollTimeout::NONE;
         };
         // Rounded up, so that the deadline has passed at the wake-up.
@@ -180,19 +160,23 @@ impl Supervisor {
     fn wait(&self) -> io::Result<Vec<Event>> {
         let mut of = vec![Event::Signal];
         let mut fds = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
-        for child in self.children.all() {
-            let Some(running) = child.running() else {
+        for seat in self.children.seats() {
+            let Some(running) = self.children.at(seat).and_then(Child::running) else {
                 continue;
             };
-            of.push(Event::Ended(child.role()));
+            of.push(Event::Ended(seat));
             fds.push(PollFd::new(running.pidfd.as_fd(), PollFlags::POLLIN));
+            // What it says counts no more.
+            if matches!(seat, Seat::Retired(_)) {
+                continue;
+            }
             if let Some(link) = &running.link {
-                let flags = self.interest(child.role(), link);
-                of.push(Event::Channel(child.role(), flags));
+                let flags = self.interest(seat, link);
+                of.push(Event::Channel(seat, flags));
                 fds.push(PollFd::new(link.as_fd(), flags));
             }
             if let Some(keeper) = running.keeper.as_ref().filter(|_| self.stores.takes()) {
-                of.push(Event::Store(child.role()));
+                of.push(Event::Store(seat));
                 fds.push(PollFd::new(keeper.as_fd(), PollFlags::POLLIN));
             }
         }
@@ -207,7 +191,7 @@ impl Supervisor {
         let happened = fds.iter().zip(of).filter_map(|(fd, event)| {
             let flags = fd.revents().filter(|flags| !flags.is_empty())?;
             Some(match event {
-                Event::Channel(role, _) => Event::Channel(role, flags),
+                Event::Channel(seat, _) => Event::Channel(seat, flags),
                 event => event,
             })
         });
@@ -216,13 +200,13 @@ impl Supervisor {
 
     /// A child that doesn't read its answers is not read either, and the agent is not read while
     /// the data plane has not taken what the agent caused: so no queue grows without bound.
-    fn interest(&self, role: Role, link: &Link) -> PollFlags {
+    fn interest(&self, seat: Seat, link: &Link) -> PollFlags {
         if link.blocked_since().is_some() {
             return PollFlags::POLLOUT;
         }
-        let dataplane = self.children.dataplane.running();
+        let dataplane = self.children.get(Role::Dataplane).running();
         let dataplane = dataplane.and_then(|r| r.link.as_ref());
-        if role == Role::Agent && dataplane.is_some_and(|l| l.blocked_since().is_some()) {
+        if seat == Seat::Of(Role::Agent) && dataplane.is_some_and(|l| l.blocked_since().is_some()) {
             return PollFlags::empty();
         }
         PollFlags::POLLIN
@@ -237,6 +221,7 @@ impl Supervisor {
             }
             tracing::info!("signal {}: stopping", signal.ssi_signo);
             self.stop_by = Some(now + STOP_WITHIN);
+            self.abort_upgrade("rot stops", now);
             for role in [Role::Agent, Role::Dataplane, Role::Keyd] {
                 self.children
                     .get_mut(role)
@@ -247,10 +232,17 @@ impl Supervisor {
     }
 
     /// What it stored last is read before the next of its role can start.
-    fn on_end(&mut self, role: Role, now: Instant) -> io::Result<()> {
-        self.on_store(role, LEFT_BEHIND);
+    fn on_end(&mut self, seat: Seat, now: Instant) -> io::Result<()> {
+        let Seat::Of(role) = seat else {
+            return self.on_end_beside(seat, now);
+        };
+        self.on_store(seat, LEFT_BEHIND, now);
         let child = self.children.get_mut(role);
-        child.reap(now, self.stop_by.is_some())?;
+        let Some(how) = child.reap(now, self.stop_by.is_some())? else {
+            return Ok(());
+        };
+        self.ended_in_upgrade(role, &how, now);
+        let child = self.children.get_mut(role);
         if child.vain_starts() >= VAIN_STARTS {
             child.forgive_vain_starts();
             let dropped = self.stores.clear(role);
@@ -264,35 +256,68 @@ impl Supervisor {
         Ok(())
     }
 
+    /// The end of a candidate, or of one that was taken over from.
+    fn on_end_beside(&mut self, seat: Seat, now: Instant) -> io::Result<()> {
+        let Some(child) = self.children.at_mut(seat) else {
+            return Ok(());
+        };
+        let Some(how) = child.reap(now, true)? else {
+            return Ok(());
+        };
+        self.children.drop_ended();
+        if seat == Seat::Candidate {
+            self.abort_upgrade(
+                &format!("the new one ended before it took over: {how}"),
+                now,
+            );
+        }
+        Ok(())
+    }
+
     /// At most `most` messages of a child's store.
-    fn on_store(&mut self, role: Role, most: usize) {
-        let child = self.children.get_mut(role);
+    fn on_store(&mut self, seat: Seat, most: usize, now: Instant) {
         for _ in 0..most {
-            let Some(keeper) = child.running().and_then(|r| r.keeper.as_ref()) else {
+            let child = self.children.at_mut(seat);
+            let Some(keeper) = child.and_then(|c| c.running()?.keeper.as_ref()) else {
                 return;
             };
-            match keeper.receive() {
-                Ok(Some(received)) => {
-                    if let Err(reason) = self.stores.handle(role, received) {
-                        child.complain(&reason);
-                    }
+            let received = keeper.receive();
+            match (received, seat) {
+                (Ok(Some(received)), Seat::Of(role)) => self.store(role, received, now),
+                (Err(error), _) if error.kind() == io::ErrorKind::WouldBlock => return,
+                (Ok(Some(_)), _) => {
+                    let reason = "the new one stored something before it was told to go";
+                    return self.abort_upgrade(reason, now);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                end => {
-                    if let Err(error) = end {
-                        child.complain(&format!("its store is given up: {error}"));
-                    }
-                    if let Some(running) = child.running_mut() {
-                        running.keeper = None;
-                    }
-                    return;
-                }
+                (end, _) => return self.give_up_store(seat, end.err()),
             }
         }
     }
 
-    fn on_channel(&mut self, role: Role, flags: PollFlags, now: Instant) {
-        let child = self.children.get_mut(role);
+    fn store(&mut self, role: Role, received: keeper::Received, now: Instant) {
+        match self.stores.handle(role, received) {
+            Ok(change) if role == Role::Dataplane => self.follow(&change, now),
+            Ok(_) => {}
+            Err(reason) => self.children.get_mut(role).complain(&reason),
+        }
+    }
+
+    fn give_up_store(&mut self, seat: Seat, error: Option<io::Error>) {
+        let Some(child) = self.children.at_mut(seat) else {
+            return;
+        };
+        if let Some(error) = error {
+            child.complain(&format!("its store is given up: {error}"));
+        }
+        if let Some(running) = child.running_mut() {
+            running.keeper = None;
+        }
+    }
+
+    fn on_channel(&mut self, seat: Seat, flags: PollFlags, now: Instant) {
+        let Some(child) = self.children.at_mut(seat) else {
+            return;
+        };
         if flags.contains(PollFlags::POLLOUT) {
             child.flush(now);
         }
@@ -307,7 +332,10 @@ impl Supervisor {
                 if !received.fds.is_empty() {
                     child.complain("it sent descriptors, which are closed: rot takes none");
                 }
-                self.on_message(role, &received.message, now);
+                match seat {
+                    Seat::Of(role) => self.on_message(role, &received.message, now),
+                    _ => self.on_candidate(&received.message, now),
+                }
             }
             Err(ChannelError::WouldBlock) => {}
             Err(error @ (ChannelError::Malformed(_) | ChannelError::TooLarge)) => {

@@ -15,6 +15,7 @@ use bulkhead_protocol::control::{
 };
 use bulkhead_protocol::keys::{HostKeys, Shred, ShredState};
 use bulkhead_protocol::limits::{GroupGrant, Limits, Rate};
+use bulkhead_protocol::release::{Component, ProgramStatus};
 use bulkhead_protocol::rot::Role;
 use bulkhead_protocol::workers::Workers;
 use bulkhead_protocol::{Channel, VolumeId, envelope};
@@ -333,6 +334,20 @@ fn status() -> HostStatus {
             queue_moves: 12,
             queue_moves_given_up: 1,
         })),
+        programs: vec![
+            ProgramStatus {
+                component: Component::Dataplane,
+                measurement: [0x22; 48].into(),
+                version: Some(41),
+                failed: None,
+            },
+            ProgramStatus {
+                component: Component::Keyd,
+                measurement: [0x11; 48].into(),
+                version: None,
+                failed: Some("it\nended".to_owned()),
+            },
+        ],
     }
 }
 
@@ -412,6 +427,10 @@ fn status_is_a_table() {
          \x20       worker 1: 100 % busy, 1 queue\n\
          \x20       queues moved from one to another: 12 (1 given up)\n\n\
          processes\n  ROLE  PID   GENERATION  MEASUREMENT\n  keyd  4242  2           1111111111111111\n\n\
+         programs\n  PROGRAM    RELEASE  MEASUREMENT\n\
+         \x20 dataplane  41       2222222222222222\n\
+         \x20 keyd       -        1111111111111111\n\
+         \x20 keyd: its upgrade came to nothing: it\\nended\n\n\
          volumes\n\
          \x20 NAME   STATE      HELD   SIZE    KEY   UNDER KEY  REKEY         QUEUES         OK  FAILED  READ   WRITTEN  SOCKET\n\
          \x20 disk1  connected  yes    64 MiB  held  1.5 TiB    37 %          4 (1 retired)  12  3       8 KiB  1 MiB    /run/bulkhead/vhost/vm1.sock\n\
@@ -480,8 +499,13 @@ fn status_is_json_for_programs() {
         r#"{"state":"running","done_bytes":25165824,"total_bytes":67108864,"reason":null}"#;
     let failed =
         r#"{"state":"failed","done_bytes":1,"total_bytes":2,"reason":"at byte 7:\u000ano"}"#;
+    let programs = format!(
+        r#"{{"program":"dataplane","release":41,"measurement":"{}","failed":null}},{{"program":"keyd","release":null,"measurement":"{}","failed":"it\u000aended"}}"#,
+        "22".repeat(48),
+        "11".repeat(48)
+    );
     let expected = format!(
-        r#"{{"host":"host-a","epoch":7,"epoch_floor":7,"digest":"{}","processes":[{{"role":"keyd","pid":4242,"generation":2,"measurement":"{}"}}],"volumes":[{},{},{}],"pending":["attach disk3: no such file"],"keys":null,"groups":[{{"name":"tenant-a","limits":{{"requests":null,"bytes":{{"per_second":83886080,"burst":8388608}}}}}}],"workers":{{"workers":{{"count":2,"cpus":[2,9]}},"by_host":false,"pending":{{"count":4,"cpus":[]}},"problem":"CPU 9 is\u000anot there","loads":[{{"cpu":2,"busy_permille":346,"queues":5}},{{"cpu":null,"busy_permille":1000,"queues":1}}],"queue_moves":12,"queue_moves_given_up":1}}}}"#,
+        r#"{{"host":"host-a","epoch":7,"epoch_floor":7,"digest":"{}","processes":[{{"role":"keyd","pid":4242,"generation":2,"measurement":"{}"}}],"volumes":[{},{},{}],"pending":["attach disk3: no such file"],"keys":null,"groups":[{{"name":"tenant-a","limits":{{"requests":null,"bytes":{{"per_second":83886080,"burst":8388608}}}}}}],"workers":{{"workers":{{"count":2,"cpus":[2,9]}},"by_host":false,"pending":{{"count":4,"cpus":[]}},"problem":"CPU 9 is\u000anot there","loads":[{{"cpu":2,"busy_permille":346,"queues":5}},{{"cpu":null,"busy_permille":1000,"queues":1}}],"queue_moves":12,"queue_moves_given_up":1}},"programs":[{programs}]}}"#,
         "ab".repeat(48),
         "11".repeat(48),
         volume(1, &state("null", true, false, running, fine)),

@@ -35,12 +35,30 @@ impl Supervisor {
                 };
                 (*request_id, outcome)
             }
-            ToRot::Upgrade { request_id, .. } => {
-                (*request_id, Err("nothing is upgraded yet".to_owned()))
+            ToRot::Upgrade {
+                request_id,
+                component,
+            } => {
+                let outcome = match (role, hello) {
+                    (Role::Agent, true) => self.begin_upgrade(*component, *request_id, now),
+                    (Role::Agent, false) => Err("say Hello first".to_owned()),
+                    _ => Err("only the agent may ask for upgrades".to_owned()),
+                };
+                match outcome {
+                    Ok(()) => return,
+                    Err(reason) => (*request_id, Err(reason)),
+                }
+            }
+            ToRot::Approve { release } if role == Role::Keyd && hello => {
+                return self.approve(*release);
+            }
+            ToRot::Frozen if role == Role::Dataplane => return self.on_frozen(now),
+            ToRot::CantFreeze { reason } if role == Role::Dataplane => {
+                return self.on_cant_freeze(reason, now);
             }
             ToRot::Ready | ToRot::Frozen | ToRot::CantFreeze { .. } | ToRot::Approve { .. } => {
-                self.children.get_mut(role).complain("nothing is upgraded");
-                return;
+                let child = self.children.get_mut(role);
+                return child.complain("it says what is not its to say");
             }
         };
         let reply = outcome.unwrap_or_else(|reason| {
@@ -64,11 +82,13 @@ impl Supervisor {
                 self.connect(role, peer, now);
             }
         }
+        self.up_in_upgrade(role, now);
         let child = self.children.get_mut(role);
         match role {
-            Role::Keyd => {}
+            Role::Keyd => self.tell_keyd_what_runs(now),
             Role::Agent => {
                 child.send(FromRot::AdminListener, vec![Rc::clone(&self.admin)], now);
+                self.tell_programs(now);
             }
             Role::Dataplane => {
                 for (name, socket) in self.listeners.iter() {
@@ -146,8 +166,9 @@ impl Supervisor {
 
     /// Before its `Hello` it needs no news: it gets all listeners then.
     fn tell_dataplane(&mut self, message: FromRot, fds: Vec<Rc<OwnedFd>>, now: Instant) {
-        if self.children.dataplane.is_up() {
-            self.children.dataplane.send(message, fds, now);
+        let dataplane = self.children.get_mut(Role::Dataplane);
+        if dataplane.is_up() {
+            dataplane.send(message, fds, now);
         }
     }
 }

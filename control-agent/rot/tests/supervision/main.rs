@@ -10,6 +10,7 @@ mod puppet;
 mod setup;
 mod storing;
 mod systemd;
+mod upgrading;
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -48,6 +49,7 @@ fn main() {
         setup::CASES,
         storing::CASES,
         systemd::CASES,
+        upgrading::CASES,
     ];
     let trials = groups.into_iter().flatten().map(|case| {
         let run = case.run;

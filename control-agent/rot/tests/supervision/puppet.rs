@@ -7,8 +7,9 @@ use std::path::PathBuf;
 use std::process::exit;
 
 use bulkhead_protocol::channel::{Channel, ChannelError};
-use bulkhead_protocol::fd_store::{FdName, Store};
+use bulkhead_protocol::fd_store::{Change, FdName, Store};
 use bulkhead_protocol::process::inherited_channel;
+use bulkhead_protocol::release::ProgramStatus;
 use bulkhead_protocol::rot::{FromRot, ToRot};
 use minicbor::{Decode, Encode};
 use nix::errno::Errno;
@@ -78,6 +79,12 @@ pub enum Order {
     /// Compare what was taken with what `StoreMany` stores.
     #[n(17)]
     CheckMany(#[n(0)] u32),
+    /// Report what the process before it stored and removed meanwhile.
+    #[n(18)]
+    ReportFollowed,
+    /// Report what rot said last of the programs that run.
+    #[n(19)]
+    ReportPrograms,
 }
 
 /// From the puppet to the test.
@@ -101,6 +108,12 @@ pub enum Report {
     /// The number of the file that was stored last.
     #[n(5)]
     Stored(#[n(0)] u32),
+    /// What the process before it did: `+` or `-` and a name each.
+    #[n(6)]
+    Followed(#[n(0)] Vec<String>),
+    /// What rot said last of the programs that run.
+    #[n(7)]
+    Programs(#[n(0)] Vec<ProgramStatus>),
 }
 
 /// What a puppet knows of itself at its start.
@@ -177,6 +190,7 @@ struct Puppet {
     rot: Option<Channel>,
     reads: bool,
     ignores_stop: bool,
+    programs: Vec<ProgramStatus>,
     test: Channel,
     store: Store,
 }
@@ -188,6 +202,7 @@ pub fn main() -> ! {
         rot: Some(inherited_channel().expect("a channel to rot")),
         reads: true,
         ignores_stop: false,
+        programs: Vec::new(),
         test: connect_to_test(),
         store: Store::inherited().expect("a store"),
     };
@@ -227,6 +242,12 @@ impl Puppet {
     fn pass_on(&mut self) {
         let Some(rot) = &self.rot else { return };
         match rot.receive::<FromRot>() {
+            // Not passed on: it comes at moments that most tests don't care for.
+            Ok(got) if matches!(got.message, FromRot::Programs { .. }) => {
+                if let FromRot::Programs { programs } = got.message {
+                    self.programs = programs;
+                }
+            }
             Ok(got) => {
                 let stop = got.message == FromRot::Stop;
                 self.report(&Report::FromRot(got.message), &got.fds);
@@ -258,6 +279,9 @@ impl Puppet {
                 self.report(&Report::Obeyed, &[]);
             }
             Order::IgnoreStop => self.ignores_stop = true,
+            Order::ReportPrograms => {
+                self.report(&Report::Programs(self.programs.clone()), &[]);
+            }
             Order::MakeInternetSocket => {
                 let made = TcpListener::bind("127.0.0.1:0");
                 unreachable!("the filter should have ended this process: {made:?}");
@@ -271,6 +295,7 @@ impl Puppet {
         let name = |text: String| text.parse::<FdName>().expect("a name");
         match order {
             Order::ReportTaken => return self.report_taken(),
+            Order::ReportFollowed => return self.report_followed(),
             Order::Push(text) => {
                 let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
                 self.store.push(name(text), &fds).expect("push");
@@ -317,6 +342,19 @@ impl Puppet {
             self.report(&Report::Taken(names), &fds);
         }
         self.report(&Report::Taken(Vec::new()), &[]);
+    }
+
+    fn report_followed(&mut self) {
+        let mut followed = Vec::new();
+        while let Some(change) = self.store.follow().expect("rot lives") {
+            match change {
+                Change::Removed(name) => followed.push(format!("-{name}")),
+                Change::Stored(fds) => {
+                    followed.extend(fds.iter().map(|(name, _)| format!("+{name}")));
+                }
+            }
+        }
+        self.report(&Report::Followed(followed), &[]);
     }
 
     fn store_bytes(&self, bytes: &[u8], count: u32) {
