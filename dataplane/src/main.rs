@@ -2,15 +2,19 @@
 //! volumes that keyd grants.
 #![forbid(unsafe_code)]
 
+use std::os::fd::AsFd;
 use std::process::ExitCode;
 
 use bulkhead_crypto::SecretArena;
 use bulkhead_crypto::xts::Kernel;
 use bulkhead_dataplane::control::{Control, KEY_SLOTS, Staff, Start};
+use bulkhead_dataplane::fence::Fence;
 use bulkhead_dataplane::sandbox;
 use bulkhead_dataplane::server::{Server, ServerConfig};
+use bulkhead_dataplane::stored::{Found, Keeper};
 use bulkhead_dataplane::worker::WorkerConfig;
-use bulkhead_protocol::process::{inherited_channel, init_logging};
+use bulkhead_protocol::fd_store::{Store, StoreError};
+use bulkhead_protocol::process::{StartError, inherited_channel, init_logging};
 use bulkhead_protocol::workers::{MAX_CPU, Workers, parse_cpus};
 use nix::sched::sched_getaffinity;
 use nix::unistd::Pid;
@@ -46,6 +50,7 @@ fn main() -> ExitCode {
 fn run(host: Option<Workers>) -> Result<(), Failure> {
     bulkhead_crypto::xts::self_test()?;
     let mut start = Start::new(inherited_channel()?);
+    let (keeper, found) = inherited_store()?;
     let arena = SecretArena::new(KEY_SLOTS)
         .map_err(|e| format!("can't make secret memory for keys: {e}; raise RLIMIT_MEMLOCK"))?;
     sandbox::lock_process()?;
@@ -60,29 +65,54 @@ fn run(host: Option<Workers>) -> Result<(), Failure> {
     if let Some(problem) = staff.problem() {
         tracing::error!("{problem}");
     }
-    let workers: Vec<_> = staff.cpus().map(worker).collect();
-    let count = workers.len();
-    let server = Server::new(&ServerConfig {
-        workers,
-        ..ServerConfig::default()
-    })?;
-    let mut control = Control::new(start, arena, &server, staff)?;
+    let count = staff.cpus().count();
+    let mut server = serve(&staff, fence(&keeper, &found)?)?;
+    let mut control = Control::new(start, arena, &server, staff, keeper)?;
+    control.resume(&mut server, found);
     sandbox::lock_control_thread()?;
     let cipher = Kernel::chosen();
     tracing::info!(workers = count, %cipher, "locked in and serving");
-    server.run(&mut control)?;
+    let ended = server.run(&mut control);
+    control.leave();
+    ended?;
     match control.failure() {
         None => Ok(()),
         Some(reason) => Err(reason.into()),
     }
 }
 
-fn worker(cpu: Option<usize>) -> WorkerConfig {
-    WorkerConfig {
+/// What predecessors left with rot, and where this process's own goes. A process that rot did not start keeps
+/// nothing.
+fn inherited_store() -> Result<(Keeper, Found), Failure> {
+    match Store::inherited() {
+        Ok(store) => Ok(Keeper::take(store)?),
+        Err(StoreError::Start(StartError::NotAChild)) => Ok((Keeper::none(), Found::default())),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// This process's fence, stored before anything is submitted; none where there is no store.
+fn fence(keeper: &Keeper, found: &Found) -> Result<Option<Fence>, Failure> {
+    if !keeper.keeps() {
+        return Ok(None);
+    }
+    let earlier = found.fences.iter().map(|(number, _)| *number).max();
+    let (fence, end) = Fence::new()?;
+    keeper.keep_fence(earlier.map_or(1, |number| number + 1), end.as_fd())?;
+    Ok(Some(fence))
+}
+
+/// The threads and their rings. The fence is theirs alone afterwards.
+fn serve(staff: &Staff, fence: Option<Fence>) -> std::io::Result<Server> {
+    let worker = |cpu| WorkerConfig {
         cpu,
         lock_in: true,
-        fence: None,
-    }
+        fence: fence.clone(),
+    };
+    Server::new(&ServerConfig {
+        workers: staff.cpus().map(worker).collect(),
+        ..ServerConfig::default()
+    })
 }
 
 /// A panic in one thread ends the process, never leaves half of it serving; and no backtrace, for

@@ -328,11 +328,6 @@ impl Custody {
         }
     }
 
-    /// A data plane that was just started holds nothing.
-    pub(crate) fn nothing_held(&mut self) {
-        self.keep_held(|_| false);
-    }
-
     /// If it can't be kept, more volumes are remembered than are held, and revoked once more.
     fn keep_held(&mut self, keep: impl Fn(&VolumeId) -> bool) {
         let Some(state) = self.file.state() else {

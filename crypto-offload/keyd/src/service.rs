@@ -188,10 +188,7 @@ impl KeyService {
 
     fn new_dataplane(&mut self, dataplane: Dataplane) -> Result<(), ChannelError> {
         newer(dataplane.link.generation, self.dataplane_generation)?;
-        // The first one may be older than this keyd, and hold what an earlier keyd granted.
-        if self.dataplane_generation != 0 {
-            self.custody.nothing_held();
-        }
+        // It may hold what its predecessor was granted: that is revoked once more where it has to be.
         self.drop_dataplane();
         if let Some(delivery) = &mut self.delivery {
             delivery.dataplane_is_back();

@@ -44,8 +44,8 @@ pub enum StateError {
     },
     /// More than is ever read again.
     #[error(
-        "keyd can't remember more: {held} volumes wait for their revocation (restart the data \
-         plane, which forgets them all), and {shredded} were shredded"
+        "keyd can't remember more: {held} volumes wait for their revocation, which the data plane has to \
+         confirm, and {shredded} were shredded"
     )]
     TooLong {
         /// Volumes that may be held.

@@ -4,7 +4,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use bulkhead_protocol::control::{RekeyProgress, RekeyState};
 
@@ -13,8 +13,10 @@ use super::config_space::feature;
 use super::health::Health;
 use super::metrics::Metrics;
 use crate::log_limit::LogLimit;
+use crate::memory::SharedFlag;
 use crate::qos::Qos;
 use crate::storage::StorageSpec;
+use crate::stored::StoredCache;
 
 /// Bytes of a sector, always (virtio 1.2, 5.2).
 pub const SECTOR_BYTES: u64 = 512;
@@ -129,6 +131,8 @@ pub struct BlkDevice {
     lacks: AtomicU8,
     /// A flush failed: what was written before may be lost, and no later flush can say otherwise.
     flush_failed: AtomicBool,
+    /// The same, where a successor finds it.
+    kept_flush_failure: OnceLock<Arc<SharedFlag>>,
     /// Length of its storage when it was looked at last: the rekeyer can't ask the kernel.
     storage_bytes: AtomicU64,
     /// The record of a re-key that is over is being closed, behind the end that it has now.
@@ -186,6 +190,7 @@ impl BlkDevice {
             flushes_done: AtomicU64::new(0),
             lacks: AtomicU8::new(0),
             flush_failed: AtomicBool::new(false),
+            kept_flush_failure: OnceLock::new(),
             storage_bytes,
             closing: AtomicBool::new(false),
             wiped: AtomicBool::new(false),
@@ -347,6 +352,22 @@ impl BlkDevice {
         }
     }
 
+    /// The cache mode that a predecessor left. In write-through the first write makes stable what was written
+    /// before: nobody knows whether the predecessor did.
+    pub fn resume_cache_mode(&self, left: StoredCache) {
+        self.writeback_chosen.store(left.chosen, Ordering::Release);
+        self.change_writeback(left.writeback);
+    }
+
+    /// Has a failed flush known to whoever comes after this process, and takes over that one failed before. To
+    /// be called once, before it is served.
+    pub fn keep_flush_failure(&self, flag: Arc<SharedFlag>) {
+        if flag.is_raised() {
+            self.flush_failed.store(true, Ordering::Release);
+        }
+        let _ = self.kept_flush_failure.set(flag);
+    }
+
     /// Whether what was written before a change to write-through may still be volatile.
     #[inline]
     pub(super) fn is_unsettled(&self) -> bool {
@@ -419,6 +440,10 @@ impl BlkDevice {
 
     /// From now on every flush fails, until the volume is attached anew.
     pub fn latch_flush_failure(&self) {
+        // First: before any worker answers a flush by it.
+        if let Some(flag) = self.kept_flush_failure.get() {
+            flag.raise();
+        }
         self.flush_failed.store(true, Ordering::Release);
     }
 }

@@ -12,10 +12,11 @@ use bulkhead_protocol::{SocketName, VolumeId};
 
 use super::answer::Agent;
 use super::grant::{capacity_sectors, geometry};
-use super::volumes::{Serving, Volume, Volumes, into_keys};
+use super::volumes::{Serving, Volume, Volumes};
 use crate::blk::{BlkDevice, Cipher, Ciphers, Rekey};
-use crate::server::{Access, Server};
+use crate::server::{Access, Offer, Server};
 use crate::storage::{FileSpec, StorageSpec};
+use crate::stored::{Fd, Place, StoredCache, StoredVolume};
 
 /// Where an attach is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,13 +59,18 @@ impl Volumes {
         let listener = self.listener_for(id, socket)?;
         let file = self.check_file(&grant, file)?;
         let removing = volume.removing;
+        let socket_fd = self.listeners.get(socket).map(Arc::clone);
+        let stored = socket_fd.and_then(|listener| self.to_store(&grant, &file, listener));
         let device = self.take_device(&grant, file)?;
         self.groups.limit(&device, &grant);
-        let access = Access {
-            allowed_uid: Some(grant.allowed_uid),
-        };
-        let label = format!("volume {id} on {socket}");
-        let attached = server.attach(&device, listener, access, label);
+        let place = self.place(stored, &device);
+        let attached = server.offer(Offer {
+            device: Arc::clone(&device),
+            listener,
+            access: access(&grant),
+            label: label(&grant),
+            place,
+        });
         let volume = self.table.get_mut(&id).ok_or("it is gone")?;
         match attached {
             Ok(device_id) => {
@@ -75,7 +81,7 @@ impl Volumes {
                 Ok(Begun::Now)
             }
             Err(error) => {
-                volume.held.keys = into_keys(device);
+                volume.held.keys.take_back(device);
                 Err(format!("the listener can't be watched: {error}"))
             }
         }
@@ -90,14 +96,68 @@ impl Volumes {
         }
         let listener = self.listeners.get(socket);
         let listener = listener.ok_or_else(|| format!("rot has sent no listener {socket}"))?;
-        listener
-            .try_clone()
+        let ours = listener.try_clone();
+        ours.map(UnixListener::from)
             .map_err(|e| format!("the listener {socket} can't be duplicated: {e}"))
+    }
+
+    /// What a successor is to know of a volume that is about to be served; none: nothing. What would hold up whoever
+    /// closes it is not stored.
+    fn to_store(
+        &self,
+        grant: &VolumeGrant,
+        file: &FileSpec,
+        listener: Fd,
+    ) -> Option<StoredVolume<Fd>> {
+        let volume = self.table.get(&grant.volume)?;
+        if !self.keeper.keeps() || file.off_thread {
+            return None;
+        }
+        let (key, previous_key) = volume.held.keys.pages.stored();
+        Some(StoredVolume {
+            grant: grant.clone(),
+            file: file.shared_fd(),
+            listener,
+            key,
+            previous_key,
+            refuses_new: volume.removing,
+            cache: StoredCache::default(),
+            connection: None,
+        })
+    }
+
+    /// A place in the store. A volume that finds none is served all the same.
+    fn place(&self, stored: Option<StoredVolume<Fd>>, device: &BlkDevice) -> Place {
+        let Some(stored) = stored else {
+            return Place::none();
+        };
+        let id = stored.grant.volume;
+        match self.keeper.place(stored) {
+            Ok(place) => {
+                if let Some(flag) = place.flush_failed() {
+                    device.keep_flush_failure(flag);
+                }
+                place
+            }
+            Err(error) => {
+                tracing::error!(volume = %id, "its frontend will not outlive this process: {error}");
+                Place::none()
+            }
+        }
     }
 
     /// Looks at the file through its descriptor alone.
     fn check_file(&self, grant: &VolumeGrant, file: OwnedFd) -> Result<FileSpec, String> {
-        let file = FileSpec::from_fd(file, grant.read_only, grant.logical_block_bytes)
+        self.check_shared_file(grant, Arc::new(file))
+    }
+
+    /// The same of a file that is stored.
+    pub(super) fn check_shared_file(
+        &self,
+        grant: &VolumeGrant,
+        file: Fd,
+    ) -> Result<FileSpec, String> {
+        let file = FileSpec::from_shared(file, grant.read_only, grant.logical_block_bytes)
             .map_err(|e| e.to_string())?;
         if file.bytes < grant.size_bytes {
             return Err(format!(
@@ -114,23 +174,26 @@ impl Volumes {
     }
 
     /// Moves the keys into a device.
-    fn take_device(
+    pub(super) fn take_device(
         &mut self,
         grant: &VolumeGrant,
         file: FileSpec,
     ) -> Result<Arc<BlkDevice>, String> {
         let volume = self.table.get_mut(&grant.volume).ok_or("it is gone")?;
         let unit = grant.data_unit_bytes.and_then(DataUnit::new);
-        let keys = std::mem::take(&mut volume.held.keys);
-        let ciphers = match (unit, keys.key) {
+        let keys = &mut volume.held.keys;
+        let ciphers = match (unit, keys.key.take()) {
             (None, _) => None,
             (Some(unit), Some(key)) => Some(Ciphers {
                 cipher: Arc::new(Cipher { key, unit }),
                 volume: Some(grant.volume),
-                rekey: grant.rekey.zip(keys.previous).map(|(id, key)| Rekey {
-                    id,
-                    previous: Arc::new(Cipher { key, unit }),
-                }),
+                rekey: grant
+                    .rekey
+                    .zip(keys.previous.take())
+                    .map(|(id, key)| Rekey {
+                        id,
+                        previous: Arc::new(Cipher { key, unit }),
+                    }),
             }),
             (Some(_), None) => return Err("its key is not there".to_owned()),
         };
@@ -141,4 +204,16 @@ impl Volumes {
             ciphers,
         ))
     }
+}
+
+/// Who may connect to a volume.
+pub(super) fn access(grant: &VolumeGrant) -> Access {
+    Access {
+        allowed_uid: Some(grant.allowed_uid),
+    }
+}
+
+/// Its name in log lines.
+pub(super) fn label(grant: &VolumeGrant) -> String {
+    format!("volume {} on {}", grant.volume, grant.socket)
 }

@@ -1,15 +1,16 @@
-//! A grant as it arrives from keyd: every field checked, its key expanded, the page it came in wiped.
+//! A grant as it arrives from keyd: every field checked, its key expanded, the page it came in wiped, or kept
+//! for a successor.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use bulkhead_crypto::xts::KEY_BYTES;
-use bulkhead_crypto::{DataUnit, SecretArena, SecretMemory, XtsKey};
+use bulkhead_crypto::{DataUnit, SecretArena, XtsKey};
 use bulkhead_protocol::keys::{KeydToDataplane, VolumeGrant, XTS_KEY_BYTES};
 use bulkhead_protocol::{DiscardPolicy, Received};
 
+use super::page::{Pages, expand};
 use crate::blk::Geometry;
 
 const _: () = assert!(KEY_BYTES == XTS_KEY_BYTES);
@@ -84,14 +85,17 @@ pub(super) struct GrantedKeys {
     pub(super) key: Option<XtsKey>,
     /// What a re-key replaces.
     pub(super) previous: Option<XtsKey>,
+    /// What they came in; kept where a successor is to have it.
+    pub(super) pages: Pages,
 }
 
-/// Takes the keys that came with a grant: none for a plain volume.
+/// Takes the keys that came with a grant: none for a plain volume. With `keep` their pages stay as they
+/// are until they drop.
 ///
 /// # Errors
-/// What is wrong with the descriptors or the key. A page that was secret memory is wiped all the same.
+/// What is wrong with the descriptors or the key. A page that was secret memory is wiped then.
 pub(super) fn take_keys(
-    arena: &Arc<SecretArena>,
+    (arena, keep): (&Arc<SecretArena>, bool),
     grant: &VolumeGrant,
     received: &mut Received<KeydToDataplane>,
 ) -> Result<GrantedKeys, String> {
@@ -101,35 +105,32 @@ pub(super) fn take_keys(
     }
     if grant.rekey.is_none() {
         let [page] = received.take_fds().map_err(|e| e.to_string())?;
+        let (key, page) = expand(arena, page, keep)?;
         return Ok(GrantedKeys {
-            key: Some(expand(arena, page)?),
+            key: Some(key),
             previous: None,
+            pages: Pages {
+                key: page,
+                previous: None,
+            },
         });
     }
     let [page, previous] = received.take_fds().map_err(|e| e.to_string())?;
     // Both pages are wiped, whatever is wrong with one of them.
-    let (key, previous) = (expand(arena, page), expand(arena, previous));
-    let (key, previous) = (
-        key?,
-        previous.map_err(|e| format!("its previous key: {e}"))?,
-    );
+    let (key, previous) = (expand(arena, page, keep), expand(arena, previous, keep));
+    let (key, page) = key?;
+    let (previous, previous_page) = previous.map_err(|e| format!("its previous key: {e}"))?;
     if key.is_same(&previous) {
         return Err("its key and its previous key are the same".to_owned());
     }
     Ok(GrantedKeys {
         key: Some(key),
         previous: Some(previous),
+        pages: Pages {
+            key: page,
+            previous: previous_page,
+        },
     })
-}
-
-fn expand(arena: &Arc<SecretArena>, page: OwnedFd) -> Result<XtsKey, String> {
-    // Wiped when it drops, here and for whoever else maps it.
-    let page = SecretMemory::from_fd(page, KEY_BYTES).map_err(|e| format!("its key: {e}"))?;
-    let key = page
-        .as_bytes()
-        .as_array()
-        .ok_or("its key has another length")?;
-    XtsKey::new(arena, key).map_err(|e| e.to_string())
 }
 
 /// Whether a grant says the same as another of what is served: the epoch and the limits aside, which a

@@ -29,6 +29,7 @@ impl Volume {
         server.resize(*id, capacity_sectors(&new.grant))?;
         tracing::info!(volume = %new.grant.volume, bytes = new.grant.size_bytes, "volume grew");
         self.held.grant = new.grant.clone();
+        self.remember_grant(server);
         Ok(())
     }
 }

@@ -80,10 +80,17 @@ impl Volumes {
     /// As when nothing is left of the device, but that its keys can't be had back.
     fn let_go(&mut self, id: VolumeId, then: Then, requests: u32, answers: &mut Answers) {
         match then {
-            Then::Wipe(agent) => answers.given_up(agent, requests),
+            Then::Wipe(agent) => {
+                self.wipe(id);
+                answers.given_up(agent, requests);
+            }
             Then::Forget(keyd) => self.forget(keyd, id, answers),
             Then::Replace(keyd, new) => self.replace(keyd, *new, answers),
             Then::Restore(agent, reason) => answers.refused(agent, reason),
+            Then::GiveUp(reason) => {
+                self.wipe(id);
+                tracing::error!(volume = %id, "it can't be served on: {reason}");
+            }
         }
     }
 

@@ -84,6 +84,7 @@ mod tests {
     use super::*;
     use crate::control::grant::GrantedKeys;
     use crate::control::volumes::{Held, Volume};
+    use crate::stored::Keeper;
 
     fn grant(group: &str, per_second: u64, epoch: u64) -> VolumeGrant {
         VolumeGrant {
@@ -112,7 +113,7 @@ mod tests {
 
     #[test]
     fn a_group_goes_with_its_last_member() {
-        let mut volumes = Volumes::default();
+        let mut volumes = Volumes::kept_by(Keeper::none());
         let members = [("a", 1), ("a", 2), ("b", 3)].map(|(group, id)| VolumeGrant {
             volume: VolumeId([id; 16]),
             ..grant(group, 100, 1)

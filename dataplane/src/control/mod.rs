@@ -3,6 +3,7 @@
 //! | from | what | handled in |
 //! | --- | --- | --- |
 //! | rot | who the others are, listeners, the end | here |
+//! | a predecessor | what it served, by rot's descriptor store | [`resume`] |
 //! | keyd | which workers: at the start, and others later | [`start`], [`workers`] |
 //! | keyd | grants with their keys and limits, revocations | [`grant`], [`volumes`], [`limits`] |
 //! | agent | which file, what is it doing, may it go | [`attach`], [`volumes`], [`status`] |
@@ -20,17 +21,19 @@ mod grow;
 mod left;
 mod limits;
 mod link;
+mod page;
 mod peer;
 mod rekey;
 mod remove;
+mod resume;
 mod start;
 mod status;
 mod volumes;
 mod workers;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use bulkhead_crypto::SecretArena;
@@ -41,6 +44,7 @@ use bulkhead_protocol::rot::{FromRot, Role, ToRot};
 use mio::{Registry, Token};
 
 use crate::server::{Event, MANAGER_TOKENS, Manager, Server};
+use crate::stored::Keeper;
 use crate::worker::message::DeviceId;
 use answer::{Agent, Answers, Keyd};
 use link::{Link, Read};
@@ -74,6 +78,9 @@ pub struct Control {
     staff: Staff,
     /// What was learnt at the start and is not taken in yet.
     early: Option<Early>,
+    /// Devices whose predecessor's connections are not served yet: hello is said after them.
+    resuming: BTreeSet<DeviceId>,
+    hello_due: bool,
     /// Nothing more is taken from anybody.
     ended: bool,
     failure: Option<String>,
@@ -81,7 +88,8 @@ pub struct Control {
 
 impl Control {
     /// A manager that knows whom the start met, and says hello to rot when the loop runs, if it was not
-    /// said before. `arena` has [`KEY_SLOTS`] slots; `staff` are the server's workers.
+    /// said before. `arena` has [`KEY_SLOTS`] slots; `staff` are the server's workers; what is to outlive the
+    /// process is kept by `keeper`.
     ///
     /// # Errors
     /// When rot's channel can't be watched.
@@ -90,6 +98,7 @@ impl Control {
         arena: Arc<SecretArena>,
         server: &Server,
         staff: Staff,
+        keeper: Keeper,
     ) -> io::Result<Self> {
         let registry = server.registry()?;
         let rot = Link::new(start.rot, None, "rot", 0, (&registry, ROT))?;
@@ -99,9 +108,11 @@ impl Control {
             rot,
             keyd: Peer::default(),
             agent: Peer::default(),
-            volumes: Volumes::default(),
+            volumes: Volumes::kept_by(keeper),
             staff,
             early: Some(start.early),
+            resuming: BTreeSet::new(),
+            hello_due: false,
             ended: false,
             failure: None,
         })
@@ -153,9 +164,7 @@ impl Control {
             FromRot::Listener { name } => {
                 let name = name.clone();
                 let [socket] = received.take_fds().map_err(|e| e.to_string())?;
-                self.volumes
-                    .listeners
-                    .insert(name, UnixListener::from(socket));
+                self.volumes.new_listener(server, name, socket);
                 Ok(())
             }
             FromRot::ListenerGone { name } => {
@@ -223,7 +232,11 @@ impl Control {
         match received.message.clone() {
             KeydToDataplane::Grant { grant } => {
                 let volume = grant.volume;
-                let keys = grant::take_keys(&self.arena, &grant, &mut received);
+                let keys = grant::take_keys(
+                    (&self.arena, self.volumes.keeper.keeps()),
+                    &grant,
+                    &mut received,
+                );
                 match grant::check(&grant).and(keys) {
                     Ok(keys) => {
                         let task = Task::Grant(keyd, Box::new(Held { grant, keys }));
@@ -373,8 +386,11 @@ impl Manager for Control {
 
     fn event(&mut self, server: &mut Server, event: Event) {
         let mut answers = Answers::default();
-        if let Event::Health { id, .. } = event {
-            return self.tell_of_storage(id);
+        match event {
+            Event::Health { id, .. } => return self.tell_of_storage(id),
+            Event::FenceGone { number } => return self.fence_is_gone(number),
+            Event::Resumed { id } | Event::Detached { id } => self.has_resumed(id),
+            _ => {}
         }
         self.volumes.event(server, event, &mut answers);
         self.send(answers);

@@ -27,9 +27,16 @@ impl Volume {
             (None, Some(key), None) => over(&now, &key)?,
             _ => return Err("its keys are not those of a re-key".to_owned()),
         };
+        // First, so that no successor finds a re-key under way of which it does not know.
+        let (key, previous_key) = new.keys.pages.stored();
+        let grant = new.grant.clone();
+        server.remember(*id, |volume| {
+            (volume.grant, volume.key, volume.previous_key) = (grant, key, previous_key);
+        })?;
         server.set_ciphers(*id, &ciphers)?;
         tracing::info!(volume = %new.grant.volume, rekey = ?new.grant.rekey, "other keys for the volume");
         self.held.grant = new.grant;
+        self.held.keys.pages = new.keys.pages;
         Ok(())
     }
 

@@ -3,10 +3,17 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
 use bulkhead_protocol::{SocketName, VolumeId};
+use nix::sys::stat::fstat;
 
 use super::volumes::Volumes;
 use crate::server::Server;
+use crate::stored::Fd;
+use crate::worker::message::DeviceId;
 
 impl Volumes {
     /// Keeps new frontends out, unless one is connected and `force` is not set.
@@ -29,6 +36,7 @@ impl Volumes {
             server.refuse_new(device, true);
         }
         volume.removing = true;
+        volume.remember_removing(server);
         Ok(())
     }
 
@@ -38,10 +46,30 @@ impl Volumes {
             return;
         };
         volume.removing = false;
+        volume.remember_removing(server);
         let listens = self.listeners.contains_key(&volume.held.grant.socket);
         if let Some((device, _)) = volume.serving.device().filter(|_| listens) {
             server.refuse_new(device, false);
         }
+    }
+
+    /// rot gives a listener. A volume that is served on that name takes it, unless it is the one it has: rot may have
+    /// been started anew, and bound another.
+    pub(super) fn new_listener(&mut self, server: &mut Server, name: SocketName, socket: OwnedFd) {
+        let socket: Fd = Arc::new(socket);
+        for volume in self.table.values() {
+            let serves = volume.held.grant.socket == name;
+            let Some((device, _)) = volume.serving.device().filter(|_| serves) else {
+                continue;
+            };
+            if let Err(reason) = take_listener(server, device, &socket) {
+                tracing::error!(%name, "the listener can't be taken: {reason}");
+            }
+            if !volume.removing {
+                server.refuse_new(device, false);
+            }
+        }
+        self.listeners.insert(name, socket);
     }
 
     /// rot took a listener away: whoever is connected through it stays, nobody new comes.
@@ -52,4 +80,18 @@ impl Volumes {
             server.refuse_new(device, true);
         }
     }
+}
+
+/// Has a device listen there, and remembers it, if that is another socket than before.
+fn take_listener(server: &mut Server, device: DeviceId, socket: &Fd) -> Result<(), String> {
+    let inode = |fd: &Fd| fstat(fd).map(|stat| stat.st_ino);
+    if server.listener_inode(device) == inode(socket).ok() {
+        return Ok(());
+    }
+    let ours = socket.try_clone().map_err(|e| e.to_string())?;
+    let listener = UnixListener::from(ours);
+    server
+        .set_listener(device, listener)
+        .map_err(|e| e.to_string())?;
+    server.remember(device, |volume| volume.listener = Arc::clone(socket))
 }

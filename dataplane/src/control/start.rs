@@ -202,9 +202,8 @@ impl Control {
         let Some(early) = self.early.take() else {
             return;
         };
-        if !early.said_hello {
-            self.rot.send(ToRot::Hello);
-        }
+        self.hello_due = !early.said_hello;
+        self.say_hello();
         if let Some(keyd) = early.keyd {
             let socket = OwnedFd::from(keyd.channel);
             let met = self.meet(Role::Keyd, keyd.generation, socket, keyd.process);

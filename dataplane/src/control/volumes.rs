@@ -10,7 +10,6 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use bulkhead_protocol::keys::VolumeGrant;
@@ -24,6 +23,7 @@ use super::limits::Groups;
 use crate::blk::{BlkDevice, Cipher, Ciphers};
 use crate::server::{Event, Server};
 use crate::storage::FileSpec;
+use crate::stored::{Fd, Keeper};
 use crate::worker::message::DeviceId;
 
 /// Volumes that can be granted at a time.
@@ -63,12 +63,16 @@ pub(super) enum Then {
     Replace(Keyd, Box<Held>),
     /// Workers could not serve it: all is as before the attach.
     Restore(Agent, String),
+    /// Workers could not go on with what a predecessor served: its key is wiped.
+    GiveUp(String),
 }
 
 #[derive(Debug)]
 pub(super) enum Serving {
     No,
     Attaching(DeviceId, Arc<BlkDevice>, Agent),
+    /// A predecessor served it; the agent did not ask.
+    Resuming(DeviceId, Arc<BlkDevice>),
     Yes(DeviceId, Arc<BlkDevice>),
     Detaching(DeviceId, Arc<BlkDevice>, Then),
 }
@@ -78,6 +82,7 @@ impl Serving {
         match self {
             Self::No => None,
             Self::Attaching(id, device, _)
+            | Self::Resuming(id, device)
             | Self::Yes(id, device)
             | Self::Detaching(id, device, _) => Some((*id, device)),
         }
@@ -128,16 +133,29 @@ impl Volume {
 }
 
 /// All volumes, the groups they are in, and the listeners from rot.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Volumes {
     pub(super) table: BTreeMap<VolumeId, Volume>,
-    pub(super) listeners: BTreeMap<SocketName, UnixListener>,
+    pub(super) listeners: BTreeMap<SocketName, Fd>,
     /// Devices that were taken away and not waited for.
     pub(super) left: Vec<Left>,
     pub(super) groups: Groups,
+    /// What is to outlive this process.
+    pub(super) keeper: Keeper,
 }
 
 impl Volumes {
+    /// No volumes yet.
+    pub(super) fn kept_by(keeper: Keeper) -> Self {
+        Self {
+            table: BTreeMap::new(),
+            listeners: BTreeMap::new(),
+            left: Vec::new(),
+            groups: Groups::default(),
+            keeper,
+        }
+    }
+
     /// Does what is asked of a volume, or lets it wait until the volume is settled.
     pub(super) fn ask(
         &mut self,
@@ -201,6 +219,7 @@ impl Volumes {
         };
         if is_same(&volume.held.grant, &new.grant) {
             volume.held.grant = new.grant;
+            volume.remember_grant(server);
             if !volume.has_key() {
                 // It was wiped by a detach. (A key that is held already is wiped here.)
                 volume.held.keys = new.keys;
@@ -289,6 +308,7 @@ impl Volumes {
             Event::Connected { .. }
             | Event::Disconnected { .. }
             | Event::FenceGone { .. }
+            | Event::Resumed { .. }
             | Event::Health { .. } => return,
         };
         let has = |v: &Volume| v.serving.device().is_some_and(|(id, _)| id == device);
@@ -304,7 +324,14 @@ impl Volumes {
                 tracing::info!(volume = %id, socket = %volume.held.grant.socket, "volume attached");
                 answers.done(agent);
             }
+            (Serving::Resuming(device, served), Some(Ok(()))) => {
+                volume.serving = Serving::Yes(device, served);
+                tracing::info!(volume = %id, socket = %volume.held.grant.socket, "volume taken over");
+            }
             // The server takes it away again, and says so.
+            (Serving::Resuming(device, served), Some(Err(reason))) => {
+                volume.serving = Serving::Detaching(device, served, Then::GiveUp(reason));
+            }
             (Serving::Attaching(device, served, agent), Some(Err(reason))) => {
                 volume.serving = Serving::Detaching(device, served, Then::Restore(agent, reason));
             }
@@ -319,6 +346,13 @@ impl Volumes {
         }
     }
 
+    /// The volume stays granted, without a key.
+    pub(super) fn wipe(&mut self, id: VolumeId) {
+        if let Some(volume) = self.table.get_mut(&id) {
+            volume.held.keys = GrantedKeys::default();
+        }
+    }
+
     /// Nothing of a device is left but what this thread has of it.
     fn detached(
         &mut self,
@@ -330,6 +364,7 @@ impl Volumes {
         match then {
             Then::Wipe(agent) => {
                 drop(device);
+                self.wipe(id);
                 answers.done(agent);
             }
             Then::Forget(keyd) => {
@@ -342,23 +377,28 @@ impl Volumes {
             }
             Then::Restore(agent, reason) => {
                 if let Some(volume) = self.table.get_mut(&id) {
-                    volume.held.keys = into_keys(device);
+                    volume.held.keys.take_back(device);
                 }
                 answers.refused(agent, reason);
+            }
+            Then::GiveUp(reason) => {
+                drop(device);
+                self.wipe(id);
+                tracing::error!(volume = %id, "it can't be served on: {reason}");
             }
         }
     }
 }
 
-/// The keys of a device that nobody else has any more.
-pub(super) fn into_keys(device: Arc<BlkDevice>) -> GrantedKeys {
-    let ciphers = Arc::into_inner(device).and_then(BlkDevice::into_ciphers);
-    let Some(Ciphers { cipher, rekey, .. }) = ciphers else {
-        return GrantedKeys::default();
-    };
-    let key = |cipher| Arc::into_inner(cipher).map(|cipher: Cipher| cipher.key);
-    GrantedKeys {
-        key: key(cipher),
-        previous: rekey.and_then(|rekey| key(rekey.previous)),
+impl GrantedKeys {
+    /// Takes the keys of a device back that nobody else has any more.
+    pub(super) fn take_back(&mut self, device: Arc<BlkDevice>) {
+        let ciphers = Arc::into_inner(device).and_then(BlkDevice::into_ciphers);
+        let Some(Ciphers { cipher, rekey, .. }) = ciphers else {
+            return;
+        };
+        let key = |cipher| Arc::into_inner(cipher).map(|cipher: Cipher| cipher.key);
+        self.key = key(cipher);
+        self.previous = rekey.and_then(|rekey| key(rekey.previous));
     }
 }

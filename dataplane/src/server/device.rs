@@ -18,9 +18,10 @@ use super::alarm::{Alarm, InWords};
 use super::balance::Weights;
 use super::connection::{Connection, Driven, ToWorkers};
 use super::patience::{Due, Waiting};
-use super::{Access, DeviceStatus, Event};
+use super::{Access, DeviceStatus, Event, Offer};
 use crate::blk::{BlkDevice, Level, QueueMetrics, ResizeError, config_space};
 use crate::log_limit::LogLimit;
+use crate::stored::Place;
 use crate::vhost_user::Facts;
 use crate::worker::message::{DeviceId, FromWorker};
 
@@ -49,6 +50,8 @@ pub(super) struct Device {
     listener: UnixListener,
     access: Access,
     label: String,
+    /// Where it is remembered for a successor.
+    pub(super) place: Place,
     stage: Stage,
     workers: usize,
     /// Why a worker can't serve it.
@@ -57,6 +60,8 @@ pub(super) struct Device {
     pub(super) refuse_new: bool,
     /// Requests of an earlier process may still be under way.
     pub(super) fenced: bool,
+    /// A predecessor's connection is to go on, or its queues are starting.
+    resumes: bool,
     /// The detach is to be sent to the workers.
     detach_due: bool,
     /// The connection has had its turn, and there may be more to read.
@@ -91,32 +96,28 @@ pub(super) fn id_of(token: Token) -> DeviceId {
 }
 
 impl Device {
-    pub(super) fn new(
-        device: &Arc<BlkDevice>,
-        id: DeviceId,
-        listener: UnixListener,
-        access: Access,
-        label: String,
-        workers: usize,
-    ) -> io::Result<Self> {
-        listener.set_nonblocking(true)?;
+    pub(super) fn new(offer: Offer, id: DeviceId, workers: usize) -> Self {
         let facts = Facts {
             id,
-            features: config_space::features(&device.geometry),
-            queues: device.geometry.queues,
-            device: Arc::clone(device),
+            features: config_space::features(&offer.device.geometry),
+            queues: offer.device.geometry.queues,
+            device: offer.device,
         };
-        Ok(Self {
+        let stored = offer.place.volume();
+        let resumes = stored.is_some_and(|volume| volume.connection.is_some());
+        Self {
             facts,
-            listener,
-            access,
-            label,
+            listener: offer.listener,
+            access: offer.access,
+            label: offer.label,
+            place: offer.place,
             stage: Stage::Attaching(workers),
             workers,
             failure: None,
             connection: None,
             refuse_new: false,
             fenced: false,
+            resumes,
             detach_due: false,
             look_again: false,
             accept_failed: false,
@@ -125,13 +126,37 @@ impl Device {
             give_up_due: None,
             comings: LogLimit::new(),
             warnings: LogLimit::new(),
-        })
+        }
     }
 
     pub(super) fn register(&self, registry: &Registry) -> io::Result<()> {
+        self.listener.set_nonblocking(true)?;
         let (listener, _) = tokens(self.facts.id);
         let fd = self.listener.as_raw_fd();
         registry.register(&mut SourceFd(&fd), listener, Interest::READABLE)
+    }
+
+    pub(super) fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+
+    /// Takes another listener.
+    pub(super) fn set_listener(
+        &mut self,
+        listener: UnixListener,
+        registry: &Registry,
+    ) -> io::Result<()> {
+        let before = std::mem::replace(&mut self.listener, listener);
+        let _ = registry.deregister(&mut SourceFd(&before.as_raw_fd()));
+        self.register(registry).or_else(|error| {
+            self.listener = before;
+            self.register(registry).and(Err(error))
+        })
+    }
+
+    /// No successor is to know of it any more.
+    pub(super) fn forget(&mut self) {
+        std::mem::replace(&mut self.place, Place::none()).remove();
     }
 
     /// Whether the volume is this host's, or is being taken.
@@ -285,6 +310,14 @@ impl Device {
             events.push(Event::Disconnected { id });
             return true;
         }
+        let starts = self
+            .connection
+            .as_ref()
+            .is_some_and(|c| c.session.is_pending());
+        if self.resumes && self.stage == Stage::Attached && !starts {
+            self.resumes = false;
+            events.push(Event::Resumed { id });
+        }
         match self.stage {
             Stage::Attaching(0) => {
                 let result = self.failure.take().map_or(Ok(()), Err);
@@ -306,6 +339,7 @@ impl Device {
                 false
             }
             Stage::Detaching(0) => {
+                self.forget();
                 self.stage = Stage::Gone;
                 events.push(Event::Detached { id });
                 false
@@ -328,10 +362,13 @@ impl Device {
                 self.give_up_due = Some(wipe);
                 self.hang_up(registry);
             }
-            Some(Due::Tell) => events.push(Event::GivenUp {
-                id: self.facts.id,
-                requests: self.facts.device.health.summary().old,
-            }),
+            Some(Due::Tell) => {
+                self.forget();
+                events.push(Event::GivenUp {
+                    id: self.facts.id,
+                    requests: self.facts.device.health.summary().old,
+                });
+            }
         }
     }
 

@@ -19,6 +19,7 @@ mod connection;
 mod device;
 mod fenced;
 mod moves;
+mod offer;
 mod patience;
 mod placement;
 
@@ -26,14 +27,12 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::net::UnixListener;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Registry, Token};
 
-use crate::blk::{BlkDevice, Ciphers, Level, Summary};
+use crate::blk::{Ciphers, Level, Summary};
 use crate::rekey::{Rekeyer, ToRekeyer};
 use crate::worker::message::{DeviceId, FromWorker, QueueId, ToWorker, ZoneChange};
 use crate::worker::{Replies, WorkerConfig, WorkerHandle, start};
@@ -42,6 +41,7 @@ use device::Device;
 use fenced::Fences;
 use moves::Watch;
 pub use moves::WorkerStatus;
+pub use offer::Offer;
 pub use placement::Moves;
 use placement::Placement;
 
@@ -121,6 +121,12 @@ pub enum Event {
         level: Level,
         /// What is under way for too long.
         summary: Summary,
+    },
+    /// What a predecessor served of it goes on: its queues have started, and wait for the fence at most. Or the
+    /// connection could not be taken over, and is closed.
+    Resumed {
+        /// Which.
+        id: DeviceId,
     },
     /// Nothing of an earlier process that kept this fence is under way any more.
     FenceGone {
@@ -228,38 +234,6 @@ impl Server {
     /// What duplicating the epoll descriptor fails with.
     pub fn registry(&self) -> io::Result<Registry> {
         self.poll.registry().try_clone()
-    }
-
-    /// Offers a device on a listener. [`Event::Attached`] says when, or why not; frontends wait in the
-    /// listener's backlog until then, and while another is connected.
-    ///
-    /// # Errors
-    /// When the listener can't be added to the loop.
-    pub fn attach(
-        &mut self,
-        device: &Arc<BlkDevice>,
-        listener: UnixListener,
-        access: Access,
-        label: String,
-    ) -> io::Result<DeviceId> {
-        self.last_id += 1;
-        let id = DeviceId(self.last_id);
-        let waits = self.workers.len();
-        let mut device_state = Device::new(device, id, listener, access, label, waits)?;
-        device_state.fenced = self.fences.is_up();
-        device_state.register(self.poll.registry())?;
-        self.devices.insert(id, device_state);
-        self.rekeyer.send(ToRekeyer::Look {
-            id,
-            device: Arc::clone(device),
-        });
-        for worker in &self.workers {
-            worker.send(ToWorker::Attach {
-                id,
-                device: Arc::clone(device),
-            });
-        }
-        Ok(id)
     }
 
     /// Takes a device away: its connection is closed once nothing is in flight, and

@@ -86,6 +86,18 @@ impl FileSpec {
         read_only: bool,
         logical_block_bytes: u32,
     ) -> Result<Self, StorageError> {
+        Self::from_shared(Arc::new(fd), read_only, logical_block_bytes)
+    }
+
+    /// As [`FileSpec::from_fd`], of a descriptor that others have, too.
+    ///
+    /// # Errors
+    /// See [`StorageError`].
+    pub fn from_shared(
+        fd: Arc<OwnedFd>,
+        read_only: bool,
+        logical_block_bytes: u32,
+    ) -> Result<Self, StorageError> {
         let (kind, stat, bytes) = measure(&fd)?;
         let identity = match kind {
             SFlag::S_IFBLK => (stat.st_rdev, u64::MAX),
@@ -109,7 +121,7 @@ impl FileSpec {
             });
         }
         Ok(Self {
-            fd: Arc::new(fd),
+            fd,
             read_only,
             bytes,
             identity,
@@ -122,8 +134,8 @@ impl FileSpec {
         })
     }
 
-    /// The descriptor, for a worker that makes system calls with it.
-    pub(super) fn shared_fd(&self) -> Arc<OwnedFd> {
+    /// The descriptor, for a worker that makes system calls with it, and to be stored.
+    pub(crate) fn shared_fd(&self) -> Arc<OwnedFd> {
         Arc::clone(&self.fd)
     }
 

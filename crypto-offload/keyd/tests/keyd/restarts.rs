@@ -106,12 +106,13 @@ fn what_an_earlier_keyd_granted_is_revoked_by_the_next() {
 }
 
 #[test]
-fn a_new_data_plane_holds_nothing_that_could_be_revoked() {
+fn what_a_new_data_plane_may_have_taken_over_is_revoked() {
     let mut host = Host::new();
     host.apply(&signed(&bundle(1, vec![plain(1), plain(2)])), 2);
     host.new_dataplane();
-    let got = host.apply(&signed(&bundle(2, vec![plain(2)])), 1);
-    assert_eq!(volume_of(&got[0].message), id(2));
+    let got = host.apply(&signed(&bundle(2, vec![plain(2)])), 2);
+    assert!(matches!(got[0].message, KeydToDataplane::Revoke { volume } if volume == id(1)));
+    assert_eq!(volume_of(&got[1].message), id(2));
 }
 
 #[test]

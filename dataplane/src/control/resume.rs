@@ -1,0 +1,238 @@
+//! What a predecessor served is served on as soon as this process runs: before hello is said to rot, which drops what
+//! kills whoever takes it over, and before keyd and the agent are there. They find it served; what keyd no longer
+//! grants it takes back as always.
+//!
+//! The grant, the keys, the file and the connection come from the store; nothing of it is trusted more than
+//! when it came: the grant is checked as keyd's are, the file as the agent's are, the connection as a
+//! frontend's messages are. (Only this role could store it.)
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use bulkhead_crypto::SecretArena;
+use bulkhead_protocol::rot::ToRot;
+
+use super::Control;
+use super::grant::{GrantedKeys, check};
+use super::page::{Page, Pages, expand_stored};
+use super::volumes::{Held, Serving, Volume, Volumes};
+use crate::server::{Offer, Server};
+use crate::storage::FileSpec;
+use crate::stored::{Fd, Found, Place, StoredVolume};
+use crate::worker::message::DeviceId;
+
+impl Control {
+    /// Takes over what a predecessor served. To be called once, before the server runs.
+    pub fn resume(&mut self, server: &mut Server, found: Found) {
+        for reason in &found.lost {
+            tracing::error!("lost with the process before this one: {reason}");
+        }
+        for (number, end) in found.fences {
+            let watched =
+                crate::fence::earlier(end).and_then(|end| server.wait_for_fence(number, end));
+            if let Err(error) = watched {
+                tracing::error!(
+                    "fence {number} of an earlier process can't be waited for: {error}"
+                );
+                self.fence_is_gone(number);
+            }
+        }
+        for place in found.volumes {
+            let Some(stored) = place.volume().cloned() else {
+                continue;
+            };
+            let volume = stored.grant.volume;
+            let connected = stored.connection.is_some();
+            match self.volumes.resume(server, &self.arena, stored, place) {
+                Ok(device) if connected => {
+                    self.resuming.insert(device);
+                }
+                Ok(_) => {}
+                Err(reason) => tracing::error!(%volume, "it can't be served on: {reason}"),
+            }
+        }
+    }
+
+    /// Leaves what is stored as it is, keys and all: whoever comes after this process goes on with it. Where rot and
+    /// its store end, too, the kernel frees it.
+    pub fn leave(&mut self) {
+        for volume in self.volumes.table.values_mut() {
+            volume.held.keys.pages.leave();
+        }
+    }
+
+    /// Nothing of the process that kept this fence is under way any more.
+    pub(super) fn fence_is_gone(&self, number: u64) {
+        if let Err(error) = self.volumes.keeper.remove_fence(number) {
+            tracing::error!("fence {number}, which is gone, stays in the store: {error}");
+        }
+    }
+
+    /// What a predecessor served of a device goes on, or can't.
+    pub(super) fn has_resumed(&mut self, device: DeviceId) {
+        if self.resuming.remove(&device) {
+            self.say_hello();
+        }
+    }
+
+    /// Says hello if it is due and everything that was taken over is served.
+    pub(super) fn say_hello(&mut self) {
+        if self.resuming.is_empty() && std::mem::take(&mut self.hello_due) {
+            self.rot.send(ToRot::Hello);
+        }
+    }
+}
+
+impl Volumes {
+    /// Serves a volume on. If that can't be, nothing of it is remembered, and its key is wiped.
+    fn resume(
+        &mut self,
+        server: &mut Server,
+        arena: &Arc<SecretArena>,
+        stored: StoredVolume<Fd>,
+        place: Place,
+    ) -> Result<DeviceId, String> {
+        let id = stored.grant.volume;
+        match self.prepare(arena, &stored) {
+            Ok((listener, file)) => self.offer(server, &stored, (listener, file), place),
+            Err(reason) => {
+                place.remove();
+                Err(reason)
+            }
+        }
+        .inspect_err(|_| {
+            // Its keys' pages are wiped with it.
+            self.table.remove(&id);
+        })
+    }
+
+    /// Everything but the device: the volume stands in the table then, granted.
+    fn prepare(
+        &mut self,
+        arena: &Arc<SecretArena>,
+        stored: &StoredVolume<Fd>,
+    ) -> Result<(UnixListener, FileSpec), String> {
+        // First of all: from here on they are wiped when something fails.
+        let keys = expand_all(arena, stored)?;
+        let grant = &stored.grant;
+        check(grant)?;
+        if self.table.contains_key(&grant.volume) {
+            return Err("it is stored twice".to_owned());
+        }
+        let file = self.check_shared_file(grant, Arc::clone(&stored.file))?;
+        let listener = stored.listener.try_clone();
+        let listener = listener.map_err(|e| format!("its listener can't be duplicated: {e}"))?;
+        let held = Held {
+            grant: grant.clone(),
+            keys,
+        };
+        let mut volume = Volume::new(held);
+        volume.removing = stored.refuses_new;
+        self.table.insert(grant.volume, volume);
+        Ok((UnixListener::from(listener), file))
+    }
+
+    fn offer(
+        &mut self,
+        server: &mut Server,
+        stored: &StoredVolume<Fd>,
+        (listener, file): (UnixListener, FileSpec),
+        place: Place,
+    ) -> Result<DeviceId, String> {
+        let grant = &stored.grant;
+        let device = match self.take_device(grant, file) {
+            Ok(device) => device,
+            Err(reason) => {
+                place.remove();
+                return Err(reason);
+            }
+        };
+        if let Some(flag) = place.flush_failed() {
+            device.keep_flush_failure(flag);
+        }
+        device.resume_cache_mode(stored.cache);
+        if let Some(told) = stored.connection.as_ref().and_then(|c| c.told_sectors) {
+            // What a frontend was told of stays there, if the file has it.
+            let _ = device.resize(told.max(device.capacity_sectors()));
+        }
+        self.groups.limit(&device, grant);
+        let offered = server.offer(Offer {
+            device: Arc::clone(&device),
+            listener,
+            access: super::attach::access(grant),
+            label: super::attach::label(grant),
+            place,
+        });
+        let device_id = offered.map_err(|e| format!("its listener can't be watched: {e}"))?;
+        if stored.refuses_new {
+            server.refuse_new(device_id, true);
+        }
+        if let Some(volume) = self.table.get_mut(&grant.volume) {
+            volume.serving = Serving::Resuming(device_id, device);
+        }
+        Ok(device_id)
+    }
+}
+
+/// The keys of a stored volume. All pages are wiped if one of them is of no use.
+fn expand_all(arena: &Arc<SecretArena>, stored: &StoredVolume<Fd>) -> Result<GrantedKeys, String> {
+    let one = |page: &Option<Fd>| {
+        page.as_ref()
+            .map(|page| expand_stored(arena, page))
+            .transpose()
+    };
+    let (key, previous) = (one(&stored.key), one(&stored.previous_key));
+    let (key, key_page) = key?.unzip();
+    let (previous, previous_page) = previous?.unzip();
+    let keys = GrantedKeys {
+        key,
+        previous,
+        pages: Pages {
+            key: key_page,
+            previous: previous_page,
+        },
+    };
+    let grant = &stored.grant;
+    let right = keys.key.is_some() == grant.data_unit_bytes.is_some()
+        && keys.previous.is_some() == grant.rekey.is_some();
+    right
+        .then_some(keys)
+        .ok_or_else(|| "its keys are not those of its grant".to_owned())
+}
+
+impl Volume {
+    /// Remembers the grant as it is now.
+    pub(super) fn remember_grant(&self, server: &mut Server) {
+        let grant = self.held.grant.clone();
+        self.remember(server, |volume| volume.grant = grant);
+    }
+
+    /// Remembers whether its removal is prepared.
+    pub(super) fn remember_removing(&self, server: &mut Server) {
+        let removing = self.removing;
+        self.remember(server, |volume| volume.refuses_new = removing);
+    }
+
+    /// Changes what a successor will find. What can't be remembered is what was before.
+    fn remember(&self, server: &mut Server, change: impl FnOnce(&mut StoredVolume<Fd>)) {
+        let Some((device, _)) = self.serving.device() else {
+            return;
+        };
+        if let Err(error) = server.remember(device, change) {
+            tracing::error!(
+                volume = %self.held.grant.volume,
+                "a successor will find it as it was before: {error}"
+            );
+        }
+    }
+}
+
+impl Pages {
+    /// Their descriptors, as they are stored.
+    pub(super) fn stored(&self) -> (Option<Fd>, Option<Fd>) {
+        let fd = |page: &Option<Page>| page.as_ref().and_then(Page::fd);
+        (fd(&self.key), fd(&self.previous))
+    }
+}
