@@ -13,6 +13,7 @@ use minicbor::{Decode, Encode};
 use mio::unix::SourceFd;
 use mio::{Interest, Registry, Token};
 
+use super::spare::Spare;
 use crate::log_limit::LogLimit;
 
 /// Messages in a row that make no sense before a peer loses its channel.
@@ -39,6 +40,7 @@ pub(super) struct Link<Out> {
     pub(super) generation: u64,
     unsent: VecDeque<Out>,
     garbage: u32,
+    spare: Spare,
 }
 
 impl<Out: Encode<()>> Link<Out> {
@@ -56,6 +58,8 @@ impl<Out: Encode<()>> Link<Out> {
         channel.set_nonblocking(true)?;
         let interest = Interest::READABLE | Interest::WRITABLE;
         registry.register(&mut SourceFd(&channel.as_raw_fd()), token, interest)?;
+        let mut spare = Spare::new();
+        spare.take_back(channel.as_fd());
         Ok(Self {
             channel,
             peer,
@@ -63,6 +67,7 @@ impl<Out: Encode<()>> Link<Out> {
             generation,
             unsent: VecDeque::new(),
             garbage: 0,
+            spare,
         })
     }
 
@@ -89,14 +94,12 @@ impl<Out: Encode<()>> Link<Out> {
             if !self.unsent.is_empty() {
                 return Read::Later;
             }
-            let problem = match self.channel.receive() {
-                Ok(received) => match self.check_sender(&received) {
-                    Ok(()) => {
-                        self.garbage = 0;
-                        return Read::Message(received);
-                    }
-                    Err(problem) => problem,
-                },
+            let problem = match self.receive() {
+                Ok(Ok(received)) => {
+                    self.garbage = 0;
+                    return Read::Message(received);
+                }
+                Ok(Err(problem)) => problem,
                 Err(ChannelError::WouldBlock) => return Read::Later,
                 Err(error @ (ChannelError::Closed | ChannelError::Io(_))) => {
                     return Read::Broken(error.to_string());
@@ -107,6 +110,22 @@ impl<Out: Encode<()>> Link<Out> {
                 return Read::Broken(format!("{MAX_GARBAGE} messages in a row make no sense"));
             }
         }
+    }
+
+    /// A message, however few descriptors are free; or what is wrong with its sender.
+    fn receive<In: for<'b> Decode<'b, ()>>(
+        &mut self,
+    ) -> Result<Result<Received<In>, String>, ChannelError> {
+        self.spare.make_room();
+        let received = self.channel.receive();
+        let checked = received.map(|mut received| {
+            let checked = self.check_sender(&received);
+            // It has been looked at, and would take the room of another.
+            received.sender = None;
+            checked.map(|()| received)
+        });
+        self.spare.take_back(self.channel.as_fd());
+        checked
     }
 
     /// Drops a message that makes no sense; false if it was one too many.

@@ -26,6 +26,7 @@ mod peer;
 mod rekey;
 mod remove;
 mod resume;
+mod spare;
 mod start;
 mod status;
 mod volumes;

@@ -66,7 +66,7 @@ pub enum ProtocolError {
     #[error("a message header is not valid: {0}")]
     Header(&'static str),
     /// The frontend sent more descriptors than any message has, or they were cut off.
-    #[error("a message came with too many descriptors")]
+    #[error("a message came with more descriptors than it may have, or than are free here")]
     TooManyFds,
     /// A request was refused that asked for no acknowledgement: the frontend could not know.
     #[error("request {code} was refused: {reason}")]

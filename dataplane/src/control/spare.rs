@@ -1,0 +1,36 @@
+//! Descriptors kept for the messages of rot, keyd and the agent: each of these brings some (its sender's pidfd, a key,
+//! a file), and is lost where the process has none free. Frontends decide how many they open, and must not decide what
+//! the others can still say.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+
+/// The most that a message brings: a pidfd and two keys, or three of rot's.
+const COUNT: usize = 4;
+
+/// Descriptors that are there to be closed before a message is received.
+#[derive(Debug)]
+pub(super) struct Spare([Option<OwnedFd>; COUNT]);
+
+impl Spare {
+    /// None yet.
+    pub(super) fn new() -> Self {
+        Self([const { None }; COUNT])
+    }
+
+    /// Makes room for a message's descriptors.
+    pub(super) fn make_room(&mut self) {
+        self.0 = [const { None }; COUNT];
+    }
+
+    /// Takes back what room is left, before anybody else can. Where that is less than before, the next call may find
+    /// more.
+    pub(super) fn take_back(&mut self, any: BorrowedFd<'_>) {
+        for place in &mut self.0 {
+            if place.is_none() {
+                *place = any.try_clone_to_owned().ok();
+            }
+        }
+    }
+}
