@@ -1,6 +1,7 @@
 //! The data plane's process as rot, keyd and the agent see it: a volume is served where all three agree,
 //! every request has one answer, and nobody's nonsense or restart ends what is served.
 
+mod faults;
 mod files;
 mod harness;
 mod hung;

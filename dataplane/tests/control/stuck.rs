@@ -1,4 +1,5 @@
-//! A file system that stops answering when it is told to, as a network's does: one file, in memory, behind FUSE.
+//! A file system that stops answering, fails or goes when it is told to, as a network's does: one file, in memory,
+//! behind FUSE.
 
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
@@ -29,13 +30,31 @@ pub enum Sticks {
     All,
 }
 
-/// What is done once it answers again.
-type Later = Box<dyn FnOnce(&mut Vec<u8>) + Send>;
+/// What somebody asks of the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    Read,
+    Write,
+    Flush,
+}
+
+/// How an answer is wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wrong {
+    /// It is this errno, and nothing is done.
+    Errno(i32),
+    /// Half of the bytes are done.
+    Half,
+}
+
+/// What is done once it answers again: with the bytes, or what is wrong with it.
+type Later = Box<dyn FnOnce(&mut Vec<u8>, Option<Wrong>) + Send>;
 
 #[derive(Default)]
 struct State {
     bytes: Vec<u8>,
     stuck: Sticks,
+    wrong: Option<(Asked, Wrong)>,
     later: Vec<Later>,
 }
 
@@ -50,14 +69,20 @@ pub struct Stuck {
 struct OneFile(Arc<Mutex<State>>);
 
 impl OneFile {
-    fn answer(&self, is_write: bool, answer: impl FnOnce(&mut Vec<u8>) + Send + 'static) {
+    fn answer(
+        &self,
+        asked: Asked,
+        answer: impl FnOnce(&mut Vec<u8>, Option<Wrong>) + Send + 'static,
+    ) {
         let mut state = self.0.lock().expect("nobody panicked");
+        let is_write = asked == Asked::Write;
         let stuck = state.stuck == Sticks::All || is_write && state.stuck == Sticks::Writes;
         if stuck {
             state.later.push(Box::new(answer));
-        } else {
-            answer(&mut state.bytes);
+            return;
         }
+        let wrong = state.wrong.filter(|(of, _)| *of == asked);
+        answer(&mut state.bytes, wrong.map(|(_, wrong)| wrong));
     }
 
     fn attributes(&self, node: INodeNo) -> FileAttr {
@@ -112,8 +137,13 @@ impl Filesystem for OneFile {
         reply: ReplyData,
     ) {
         let at = usize::try_from(offset).expect("small");
-        self.answer(false, move |bytes| {
-            reply.data(&bytes[at..bytes.len().min(at + size as usize)])
+        self.answer(Asked::Read, move |bytes, wrong| {
+            let end = bytes.len().min(at + size as usize);
+            match wrong {
+                None => reply.data(&bytes[at..end]),
+                Some(Wrong::Half) => reply.data(&bytes[at..at + (end - at) / 2]),
+                Some(Wrong::Errno(errno)) => reply.error(Errno::from_i32(errno)),
+            }
         });
     }
 
@@ -130,14 +160,22 @@ impl Filesystem for OneFile {
         reply: ReplyWrite,
     ) {
         let (at, data) = (usize::try_from(offset).expect("small"), data.to_vec());
-        self.answer(true, move |bytes| {
-            bytes[at..at + data.len()].copy_from_slice(&data);
-            reply.written(u32::try_from(data.len()).expect("short"));
+        self.answer(Asked::Write, move |bytes, wrong| {
+            let count = match wrong {
+                None => data.len(),
+                Some(Wrong::Half) => data.len() / 2,
+                Some(Wrong::Errno(errno)) => return reply.error(Errno::from_i32(errno)),
+            };
+            bytes[at..at + count].copy_from_slice(&data[..count]);
+            reply.written(u32::try_from(count).expect("short"));
         });
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        self.answer(false, move |_| reply.ok());
+        self.answer(Asked::Flush, move |_, wrong| match wrong {
+            Some(Wrong::Errno(errno)) => reply.error(Errno::from_i32(errno)),
+            _ => reply.ok(),
+        });
     }
 
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
@@ -177,8 +215,21 @@ impl Stuck {
             let later = std::mem::take(&mut state.later);
             later
                 .into_iter()
-                .for_each(|answer| answer(&mut state.bytes));
+                .for_each(|answer| answer(&mut state.bytes, None));
         }
+    }
+
+    /// From now on what is asked is answered like this; none: rightly.
+    pub fn go_wrong(&self, wrong: Option<(Asked, Wrong)>) {
+        self.state.lock().expect("nobody panicked").wrong = wrong;
+    }
+
+    /// The disk is gone: who waits for an answer, or asks for one later, gets an error from the kernel.
+    pub fn go_away(&self) {
+        // The file is open, so that it can't be unmounted; but nobody is waited for any more.
+        let mut by_force = std::process::Command::new("umount");
+        by_force.arg("-f").arg(self.dir.path());
+        by_force.output().expect("umount runs");
     }
 
     /// It answers when this goes: to be dropped before whoever has its file open.

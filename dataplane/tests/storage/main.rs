@@ -6,6 +6,7 @@ mod crash;
 mod faults;
 mod flush;
 mod hung;
+mod kernel;
 mod moves;
 mod rekey;
 mod rig;
