@@ -56,8 +56,11 @@ fn region(format: Format) -> (QueueRegion, File) {
     let bytes = format.region_bytes(ENTRIES) * 2;
     let fd = memfd_create("inflight", MFdFlags::MFD_CLOEXEC).expect("memfd");
     let file = File::from(fd);
-    // What was there before means nothing.
-    let noise = vec![0xa5; usize::try_from(bytes).expect("small")];
+    // What was there before means nothing, but for the version that says so.
+    let mut noise = vec![0xa5; usize::try_from(bytes).expect("small")];
+    let version =
+        usize::try_from(format.region_bytes(ENTRIES) * u64::from(INDEX)).expect("small") + 8;
+    noise[version..version + 2].fill(0);
     file.write_all_at(&noise, 0).expect("write");
     let area = SharedArea::map(file.as_fd(), 0, bytes).expect("mapped");
     let region = QueueRegion::new(&Arc::new(area), format, INDEX, ENTRIES).expect("it fits");

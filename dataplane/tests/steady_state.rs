@@ -293,6 +293,7 @@ fn allocations(packed: bool, storage: StorageSpec, cipher: Option<Cipher>, round
         base: if packed { 0x8000_8000 } else { 0 },
         log: None,
         region: None,
+        anew: false,
         features: (1 << 9) | if packed { feature::RING_PACKED } else { 0 },
         enabled: true,
         kick: dup(&kick),

@@ -132,6 +132,7 @@ impl Rig {
             base: u32::from(self.avail),
             log: None,
             region: None,
+            anew: false,
             features,
             enabled: true,
             kick: dup(&self.kick),

@@ -47,6 +47,10 @@ pub struct Vring {
     pub phase: Phase,
     /// Where its ring lies, while a worker has it.
     pub running: Option<RingLayout>,
+    /// It was stopped on this connection: nothing of it is in flight, and `base` counts.
+    pub anew: bool,
+    /// When it started, its in-flight region had something of whoever served it before.
+    pub owes: bool,
     /// It is not served for as long as its ring is in no region of the memory.
     pub rests: bool,
 }

@@ -9,13 +9,15 @@
 //! | `chain` | a descriptor chain, and indirect tables |
 //! | `notify` | when a driver wants to be called |
 //! | `order` | VIRTIO_F_IN_ORDER |
-//! | [`inflight`] | the in-flight region |
+//! | [`inflight`] | the in-flight region, and what a queue finds in it when it starts |
+//! | `dying` | deaths between two stores, for tests |
 //! | `park` | a queue on its way from one worker to another |
 //! | [`queue`] | a queue of either format |
 //!
 //! UNSAFETY: see [`split`] and [`packed`].
 
 mod chain;
+mod dying;
 pub mod inflight;
 mod notify;
 mod order;
@@ -25,7 +27,7 @@ pub mod queue;
 pub mod split;
 
 pub use chain::{Chain, Descriptor};
-pub use inflight::{Format, QueueRegion};
+pub use inflight::{Format, QueueRegion, Recovered};
 pub use packed::PackedQueue;
 pub use park::ParkedQueue;
 pub use queue::Virtqueue;
@@ -92,6 +94,17 @@ pub enum RingError {
         entries: u16,
         /// Of the queue.
         size: u16,
+    },
+    /// The in-flight region was kept in a way that is not known here: what is in flight in it can't be told.
+    #[error(
+        "the in-flight region has version {version} and features {features:#x}, and only version 1 without features \
+         is known: start a backend that knows them, or reset the device with a fresh region"
+    )]
+    RegionVersion {
+        /// Of the region.
+        version: u16,
+        /// Of the region.
+        features: u64,
     },
     /// More descriptors of a packed ring were made available than it has.
     #[error("more descriptors were made available than the ring's {0}")]

@@ -64,6 +64,11 @@ impl Order {
         }
     }
 
+    /// The `count` chains that were taken last are not in flight any more; none of them has ended.
+    pub(super) fn forget_last(&mut self, count: usize) {
+        self.count = self.count.saturating_sub(count);
+    }
+
     /// One chain will never end: those that have ended and wait behind it, one by one.
     pub(super) fn dissolve(&mut self) -> Option<u16> {
         while self.count > 0 {

@@ -13,17 +13,20 @@
 #![expect(unsafe_code, reason = "rings in guest memory")]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use crate::crash_point;
+mod again;
+
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
 use super::chain::{Chain, DESCRIPTOR_BYTES, Descriptor, INDIRECT, NEXT, WRITE, longest, table};
-use super::inflight::{PackedRegion, QueueRegion};
+use super::dying;
+use super::inflight::{Kept, PackedRegion, QueueRegion};
 use super::notify::{EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE, passed_packed};
 use super::order::Order;
 use super::park::Parked;
 use super::{QueueFeatures, RingError};
+use crate::crash_point;
 use crate::memory::{
     GuestMemory, Lease, full_fence, read_words, shared_u16, shared_u32, will_write,
 };
@@ -62,7 +65,7 @@ impl Cursor {
 
     /// `by` places further in a ring of `size`; at most once around.
     #[inline]
-    fn advanced(self, by: u16, size: u16) -> Self {
+    pub(super) fn advanced(self, by: u16, size: u16) -> Self {
         let index = u32::from(self.index) + u32::from(by);
         match u16::try_from(index) {
             Ok(index) if index < size => Self { index, ..self },
@@ -76,9 +79,14 @@ impl Cursor {
 
     /// Whether flags say that the driver has made the descriptor here available.
     #[inline]
-    fn is_available(self, flags: u16) -> bool {
+    pub(super) fn is_available(self, flags: u16) -> bool {
         let (avail, used) = (flags & AVAIL != 0, flags & USED != 0);
         avail == self.wrap && used != self.wrap
+    }
+
+    /// Whether flags say that the driver has made it available in this turn: it may be used since.
+    pub(super) fn was_made_available(self, flags: u16) -> bool {
+        (flags & AVAIL != 0) == self.wrap
     }
 
     /// What shows a descriptor here as used.
@@ -131,6 +139,9 @@ pub struct PackedQueue {
     taken: Vec<Descriptor>,
     /// Writes to the ring are marked in the memory's dirty log.
     log: bool,
+    /// Chains in flight that whoever served the ring before had taken, and that are to be taken again: the next
+    /// one is the last.
+    again: Vec<Kept>,
 }
 
 fn locate(memory: &GuestMemory, layout: &RingLayout) -> Result<Parts, RingError> {
@@ -209,6 +220,7 @@ impl PackedQueue {
             region: None,
             taken: Vec::new(),
             log: false,
+            again: Vec::new(),
         };
         queue.disarm();
         Ok(queue)
@@ -452,6 +464,7 @@ impl PackedQueue {
         }
         let at = self.used;
         debug_assert!(at.index < self.layout.size);
+        dying::step();
         // SAFETY: the descriptor lies in the ring, which the lease keeps, and is aligned to 16.
         unsafe {
             let descriptor = self.parts.ring.add(usize::from(at.index)).cast::<u8>();
@@ -462,6 +475,7 @@ impl PackedQueue {
         if self.held_back.is_none() {
             self.held_back = Some((at.index, flags));
         } else {
+            dying::step();
             // The driver looks here after it has seen the batch's first.
             self.flags(at.index).store(flags, Ordering::Relaxed);
             self.mark(at.index);
@@ -494,12 +508,13 @@ impl PackedQueue {
             region.publishes(self.used);
         }
         crash_point!("publish.noted");
+        dying::step();
         // Release: the other descriptors and everything that the requests wrote come before.
         self.flags(index).store(flags, Ordering::Release);
         crash_point!("publish.shown");
         self.mark(index);
         if let Some(region) = &mut self.region {
-            region.published(self.used);
+            region.published();
         }
         self.descriptors -= std::mem::take(&mut self.unpublished);
     }

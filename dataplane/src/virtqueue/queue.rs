@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::{Chain, PackedQueue, QueueFeatures, QueueRegion, RingError, SplitQueue};
+use super::{Chain, PackedQueue, QueueFeatures, QueueRegion, Recovered, RingError, SplitQueue};
 use crate::memory::GuestMemory;
 use crate::worker::message::RingLayout;
 
@@ -64,17 +64,56 @@ impl Virtqueue {
         SplitQueue::new(memory, layout, next_avail, features).map(Self::Split)
     }
 
-    /// Keeps what is in flight there, from now on; nothing is in flight yet.
+    /// Keeps what is in flight there, from now on; nothing is in flight yet, and what the region has of
+    /// another time is forgotten.
     ///
     /// # Errors
     /// [`RingError::Region`].
     pub fn track(&mut self, region: QueueRegion) -> Result<(), RingError> {
+        self.fits(&region)?;
+        either!(self, queue => queue.track(region));
+        Ok(())
+    }
+
+    /// As [`Virtqueue::track`], of a queue that has just been made, in a region where what was in flight may
+    /// have been kept by whoever served the ring before: that is in flight again, to be taken by
+    /// [`Virtqueue::pop_again`], and the queue goes on behind it, whatever base it was given.
+    ///
+    /// # Errors
+    /// [`RingError::Region`], [`RingError::RegionVersion`]; the region is then as it was.
+    pub fn recover(&mut self, region: QueueRegion) -> Result<Recovered, RingError> {
+        self.fits(&region)?;
+        either!(self, queue => queue.recover(region))
+    }
+
+    fn fits(&self, region: &QueueRegion) -> Result<(), RingError> {
         let (entries, size) = (region.entries(), self.size());
         if entries < size {
             return Err(RingError::Region { entries, size });
         }
-        either!(self, queue => queue.track(region));
         Ok(())
+    }
+
+    /// Chains that are to be taken again. They are in flight.
+    #[must_use]
+    pub fn left_again(&self) -> usize {
+        either!(self, queue => queue.left_again())
+    }
+
+    /// Takes the next chain that is to be taken again, in the order in which they were taken first; its head
+    /// (of a packed ring, its buffer ID), or none if there is none. All the checks of [`Virtqueue::pop`] hold:
+    /// the driver may have changed it since.
+    ///
+    /// # Errors
+    /// As of [`Virtqueue::pop`].
+    pub fn pop_again(&mut self, chain: &mut Chain) -> Result<Option<u16>, RingError> {
+        either!(self, queue => queue.pop_again(chain))
+    }
+
+    /// Leaves what is to be taken again to whoever serves the ring next: it is not in flight here any more, and
+    /// the region keeps it.
+    pub fn leave_again(&mut self) {
+        either!(self, queue => queue.leave_again());
     }
 
     /// Marks writes to the ring in the memory's dirty log, or no longer. `used_guest_addr` is the used

@@ -10,18 +10,20 @@
 #![expect(unsafe_code, reason = "rings in guest memory")]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use crate::crash_point;
+mod again;
+
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
-use super::QueueFeatures;
-use super::RingError;
 use super::chain::{Chain, Descriptor, INDIRECT, NEXT, longest, table};
+use super::dying;
 use super::inflight::{QueueRegion, SplitRegion};
 use super::notify::{NO_INTERRUPT, NO_NOTIFY, passed};
 use super::order::Order;
 use super::park::Parked;
+use super::{QueueFeatures, RingError};
+use crate::crash_point;
 use crate::memory::{
     GuestMemory, Lease, full_fence, read_words, shared_u16, will_read, will_write,
 };
@@ -87,6 +89,9 @@ pub struct SplitQueue {
     region: Option<SplitRegion>,
     /// Where writes to the used ring are marked: its guest address.
     log: Option<u64>,
+    /// Heads in flight that whoever served the ring before had taken, and that are to be taken again: the next
+    /// one is the last.
+    again: Vec<u16>,
 }
 
 fn locate(memory: &GuestMemory, layout: &RingLayout) -> Result<Parts, RingError> {
@@ -159,6 +164,7 @@ impl SplitQueue {
             order: features.in_order.then(|| Order::new(layout.size)),
             region: None,
             log: None,
+            again: Vec::new(),
         };
         // The driver's view of the used ring is the truth about it (a restart goes on there).
         queue.published = queue.used(1).load(Ordering::Relaxed);
@@ -179,16 +185,7 @@ impl SplitQueue {
     }
 
     /// Keeps what is in flight there, from now on; nothing is in flight yet.
-    ///
-    /// Where it was kept before and nothing was in flight, the queue goes on at the used index, whatever
-    /// base was given: cloud-hypervisor gives the avail index after a reconnect, and what was made
-    /// available meanwhile would be lost.
     pub fn track(&mut self, region: QueueRegion) {
-        if SplitRegion::was_left_idle(&region, self.layout.size) {
-            self.next_avail = self.published;
-            self.seen_avail = self.published;
-            self.ahead_end = self.published;
-        }
         self.region = Some(SplitRegion::new(region, self.layout.size, self.published));
     }
 
@@ -446,6 +443,7 @@ impl SplitQueue {
             id: u32::from(head),
             len,
         };
+        dying::step();
         // SAFETY: the slot is masked to the ring's length; the lease keeps it.
         unsafe { self.parts.used_ring.add(slot).write_volatile(entry) };
         self.mark(4 + 8 * slot as u64, 8);
@@ -472,6 +470,7 @@ impl SplitQueue {
         }
         self.published = self.next_used;
         crash_point!("publish.noted");
+        dying::step();
         // Release: the entries and everything that the requests wrote come before the index.
         self.used(1).store(self.published, Ordering::Release);
         crash_point!("publish.shown");

@@ -79,6 +79,21 @@ impl Batch {
         None
     }
 
+    /// As [`Batch::take`], of what was in flight when the queue started.
+    #[cold]
+    pub fn take_again(&mut self, ring: &mut Virtqueue, most: usize) -> Option<RingError> {
+        self.count = 0;
+        for place in self.places.iter_mut().take(most) {
+            match ring.pop_again(&mut place.chain) {
+                Ok(Some(head)) => place.head = head,
+                Ok(None) => return None,
+                Err(error) => return Some(error),
+            }
+            self.count += 1;
+        }
+        None
+    }
+
     /// What was taken, in order. A chain that is under way leaves another one in its place.
     #[inline]
     pub fn taken(&mut self) -> &mut [Taken] {

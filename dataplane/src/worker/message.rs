@@ -55,6 +55,9 @@ pub struct QueueStart {
     pub log: Option<u64>,
     /// Where what is in flight is kept for a successor.
     pub region: Option<QueueRegion>,
+    /// Nothing is in flight, and `base` says where the ring goes on: it was stopped on this connection. Else the
+    /// region says both, if somebody has kept it: who served the ring before may have died.
+    pub anew: bool,
     /// Negotiated virtio features.
     pub features: u64,
     /// Nothing is served while false (SET_VRING_ENABLE).
@@ -115,8 +118,15 @@ pub enum ToWorker {
     },
     /// Serve a queue. Answered by [`FromWorker::Started`] or [`FromWorker::StartFailed`].
     Start(Box<QueueStart>),
+    /// The volume is this host's: take what was in flight when the queue started, though it is not enabled. Not
+    /// answered; a stop follows.
+    Finish {
+        /// Which.
+        queue: QueueId,
+    },
     /// Take no more requests, finish what is in flight, give the queue up. Answered by
-    /// [`FromWorker::Stopped`], also for a queue that does not run or is retired.
+    /// [`FromWorker::Stopped`], also for a queue that does not run or is retired. What was in flight when the
+    /// queue started and was not taken again is left in its region, unless it is told to [`ToWorker::Finish`].
     Stop {
         /// Which.
         queue: QueueId,

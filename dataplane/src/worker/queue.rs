@@ -10,7 +10,7 @@ use super::ring::{EntryId, FixedFile};
 use crate::blk::Counts;
 use crate::blk::pipeline::{Local, Outcome};
 use crate::blk::request::Status;
-use crate::virtqueue::{QueueFeatures, RingError, Virtqueue};
+use crate::virtqueue::{QueueFeatures, Recovered, RingError, Virtqueue};
 
 /// Where the driver kicks.
 #[derive(Debug)]
@@ -53,10 +53,18 @@ pub struct Queue {
     pub leaving: bool,
     /// The driver broke it: no requests are taken, and none are given back.
     pub retired: bool,
+    /// What was in flight when it started is taken first, and nothing else before all of it is.
+    pub recovers: bool,
+    /// It is taken even if the queue is not enabled, or stops.
+    pub finishes: bool,
+    /// What it found in its region when it started.
+    pub recovered: Recovered,
     /// Where the driver kicks; none: it is polled.
     pub kick: Option<Kick>,
     /// Where the driver is called; none: it polls.
     pub call: Option<Call>,
+    /// The driver is to be called as soon as it says where.
+    pub call_due: bool,
     /// Where the frontend hears that it retired.
     pub error: Option<OwnedFd>,
     /// Negotiated features.
@@ -74,21 +82,32 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// A queue as it starts, without kick and call.
+    /// A queue as it starts, without kick and call. Where its region was kept, its driver is to be called: it may
+    /// not have been for what it was shown last.
     ///
     /// # Errors
-    /// [`RingError`]: its ring can't lie where it was said to.
+    /// [`RingError`]: its ring can't lie where it was said to, or its region is not for it.
     pub fn new(start: QueueStart, local: Rc<Local>) -> Result<Self, RingError> {
         let features = QueueFeatures::of(start.features);
         let mut ring = Virtqueue::new(&start.memory, start.layout, start.base, features)?;
-        if let Some(region) = start.region {
-            ring.track(region)?;
-        }
         ring.set_log(start.log);
+        let mut recovered = Recovered::Fresh;
+        match start.region {
+            Some(region) if start.anew => ring.track(region)?,
+            Some(region) => recovered = ring.recover(region)?,
+            None => {}
+        }
+        if ring.is_lost() {
+            return Err(RingError::MemoryLost);
+        }
         let (id, features) = (start.queue, start.features);
+        let recovers = ring.left_again() > 0;
         let queue = Self::with_ring(id, local, ring, features);
         Ok(Self {
             enabled: start.enabled,
+            recovers,
+            recovered,
+            call_due: recovered != Recovered::Fresh,
             error: start.error,
             ..queue
         })
@@ -115,8 +134,12 @@ impl Queue {
             stopping: false,
             leaving: false,
             retired: false,
+            recovers: false,
+            finishes: false,
+            recovered: Recovered::Fresh,
             kick: None,
             call: None,
+            call_due: false,
             error: None,
             features,
             seat: 0,
@@ -137,7 +160,7 @@ impl Queue {
             enabled: self.enabled,
             kick: None,
             call: None,
-            call_due: false,
+            call_due: self.call_due,
             error: self.error,
         }
     }
@@ -146,7 +169,21 @@ impl Queue {
     #[must_use]
     #[inline]
     pub fn is_served(&self) -> bool {
-        self.enabled && !self.stopping && !self.leaving && !self.retired
+        let stands = self.stopping | self.leaving | self.retired | self.recovers;
+        self.enabled & !stands
+    }
+
+    /// Whether what was in flight when it started is to be taken.
+    #[must_use]
+    pub fn is_recovered(&self) -> bool {
+        self.recovers && !self.retired && (self.finishes || (self.enabled && !self.stopping))
+    }
+
+    /// Leaves what was in flight when it started, and was not taken since, to whoever serves it next.
+    pub fn leave_again(&mut self) {
+        if std::mem::take(&mut self.recovers) {
+            self.ring.leave_again();
+        }
     }
 
     /// Notes the end of a request whose status is written.

@@ -8,6 +8,7 @@
 mod events;
 mod flush;
 mod moving;
+mod recovery;
 mod serve;
 mod turn;
 
@@ -179,9 +180,11 @@ impl Worker {
             ToWorker::GiveUp { id, wipe } => {
                 if let Some(local) = self.devices.get(&id).map(Rc::clone) {
                     self.pipeline.give_up(&local, wipe);
+                    self.leave_all_again(&local);
                 }
             }
             ToWorker::Start(start) => self.start(*start),
+            ToWorker::Finish { queue } => self.finish(queue),
             ToWorker::Stop { queue } => self.stop(queue),
             ToWorker::Move { queue } => self.begin_move(queue),
             ToWorker::Stay { queue } => self.stay(queue),
@@ -294,6 +297,7 @@ impl Worker {
             Ok(queue) => queue,
             Err(reason) => return self.reply(FromWorker::StartFailed { queue: id, reason }),
         };
+        recovery::report(&queue);
         let number = self.place(queue);
         self.numbers.insert(id, number);
         self.set_kick(id, kick);
@@ -325,6 +329,9 @@ impl Worker {
         self.stay(id);
         if let Some(queue) = self.queue(number) {
             queue.stopping = true;
+            if !queue.finishes {
+                queue.leave_again();
+            }
         }
         self.give_up_if_drained(number);
     }
@@ -359,6 +366,7 @@ impl Worker {
             return;
         };
         queue.retired = true;
+        queue.leave_again();
         let leaving = std::mem::take(&mut queue.leaving);
         let event = queue.error.take();
         let id = queue.id;

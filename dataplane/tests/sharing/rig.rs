@@ -208,6 +208,7 @@ impl Disk {
             base: 0,
             log: None,
             region: None,
+            anew: false,
             features: INDIRECT_FEATURE,
             enabled: true,
             kick: dup(&self.kicks[usize::from(index)]),

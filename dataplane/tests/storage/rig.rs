@@ -228,6 +228,7 @@ impl Rig {
                 base: 0,
                 log: None,
                 region: None,
+                anew: false,
                 features: shape.features,
                 enabled: true,
                 kick: dup(&queue.kick),

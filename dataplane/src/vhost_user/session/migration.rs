@@ -119,6 +119,19 @@ impl Session {
         Ok(Handled::Done)
     }
 
+    /// The device was reset, and no queue runs: nothing of any is in flight.
+    pub(super) fn forget_in_flight(&self) {
+        let Some(regions) = &self.regions else {
+            return;
+        };
+        for index in 0..regions.queues {
+            let of = QueueRegion::new(&regions.area, self.format(), index, regions.queue_size);
+            if let Some(region) = of {
+                region.forget();
+            }
+        }
+    }
+
     /// The region of a queue that starts.
     pub(super) fn region_of(&self, index: u16, size: u16) -> Result<Option<QueueRegion>, String> {
         let Some(regions) = self.regions.as_ref().filter(|r| index < r.queues) else {
@@ -132,6 +145,8 @@ impl Session {
         }
         QueueRegion::new(&regions.area, self.format(), index, regions.queue_size)
             .map(Some)
-            .ok_or_else(|| "the in-flight region has no room for the queue".to_owned())
+            .ok_or_else(|| {
+                "the in-flight region has no room for the queue at a multiple of 8 bytes".to_owned()
+            })
     }
 }

@@ -14,6 +14,7 @@ mod waiting;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Weak};
+use std::time::Instant;
 
 use super::message::{MAX_REGIONS, Message, ProtocolError, Request, code, config_body, reply};
 use super::vring::{Phase, Vring};
@@ -55,6 +56,9 @@ pub struct Outbox {
 enum Pending {
     /// The start of a queue.
     Start { index: u16 },
+    /// The volume, since a queue that is to stop for GET_VRING_BASE has requests from before it started; no longer
+    /// than until then.
+    Owed { index: u16, until: Instant },
     /// The end of a queue, for GET_VRING_BASE.
     Base { index: u16 },
     /// Messages that change running queues: memory, eventfds, whether they are served.

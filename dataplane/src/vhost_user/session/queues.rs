@@ -5,12 +5,14 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::{Handled, Outbox, Outcome, Pending, Session, base_body};
 use crate::fds::as_event;
 use crate::memory::{GuestMemory, RegionSpec};
 use crate::vhost_user::message::{MAX_REGIONS, VringAddresses};
 use crate::vhost_user::vring::Phase;
+use crate::virtqueue::QueueRegion;
 use crate::worker::message::{QueueStart, ToWorker};
 
 /// Earlier tables of regions that requests in flight may still use.
@@ -126,9 +128,28 @@ impl Session {
             let base = vring.base(features);
             return Ok(Handled::Reply(base_body(index, base)));
         }
-        let queue = self.queue(index);
+        let owes = vring.owes;
+        let index = self.queue(index).index;
+        if owes && !self.holds_volume() {
+            let until = Instant::now() + self.facts.device.health.patience().give_up;
+            return Ok(Handled::Pending(Pending::Owed { index, until }));
+        }
+        Ok(Handled::Pending(self.finish_and_stop(index, out)))
+    }
+
+    /// A queue stops once what was in flight when it started has been done, which the next who serves the ring,
+    /// elsewhere maybe, could not know.
+    pub(super) fn finish_and_stop(&self, index: u16, out: &mut Outbox) -> Pending {
+        let queue = self.queue(u32::from(index));
+        let owes = self
+            .vrings
+            .get(usize::from(index))
+            .is_some_and(|vring| vring.owes);
+        if owes && self.may_finish() {
+            out.to_workers.push((queue, ToWorker::Finish { queue }));
+        }
         out.to_workers.push((queue, ToWorker::Stop { queue }));
-        Ok(Handled::Pending(Pending::Base { index: queue.index }))
+        Pending::Base { index }
     }
 
     /// SET_VRING_KICK starts a queue. (The specification starts it at its first kick; a queue that
@@ -151,7 +172,9 @@ impl Session {
         let layout = vring.layout(&memory)?;
         let (call, error) = (copy(vring.call.as_ref())?, copy(vring.error.as_ref())?);
         let (base, log) = (vring.base(features), vring.addresses.and_then(|a| a.log));
+        let anew = vring.anew;
         let region = self.region_of(queue.index, layout.size)?;
+        let owes = !anew && region.as_ref().is_some_and(QueueRegion::was_kept);
         self.take_volume(out);
         let start = QueueStart {
             queue,
@@ -160,6 +183,7 @@ impl Session {
             base,
             log,
             region,
+            anew,
             features,
             enabled: self.serves(queue.index),
             kick,
@@ -169,6 +193,7 @@ impl Session {
         let vring = self.vring(index)?;
         vring.phase = Phase::Running;
         vring.running = Some(layout);
+        vring.owes = owes;
         out.to_workers
             .push((queue, ToWorker::Start(Box::new(start))));
         Ok(Handled::Pending(Pending::Start { index: queue.index }))

@@ -8,6 +8,8 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use std::time::Instant;
+
 use super::{Outbox, Pending, Session, Waiting};
 use crate::blk::SECTOR_BYTES;
 use crate::log_limit::LogLimit;
@@ -67,6 +69,11 @@ impl Session {
     #[must_use]
     pub fn waits_for_volume(&self) -> bool {
         matches!(self.hold, Hold::Waits | Hold::Ready)
+    }
+
+    /// Whether requests of queues that are not served may be done.
+    pub(super) fn may_finish(&self) -> bool {
+        matches!(self.hold, Hold::Ours | Hold::Ready)
     }
 
     /// Whether the volume is on its way to be nobody's.
@@ -175,26 +182,49 @@ impl Session {
     /// Has the queues served, now that the volume is ready, unless the session waits for something: then it
     /// is asked again.
     pub(super) fn serve_if_ready(&mut self, out: &mut Outbox) {
-        if self.hold == Hold::Ready && !self.is_pending() {
+        if self.hold != Hold::Ready {
+            return;
+        }
+        self.stop_owing(out);
+        if !self.is_pending() {
             self.hold = Hold::Ours;
             self.enable_all(out);
+        }
+    }
+
+    /// Stops the queue that waits for the volume to do that.
+    fn stop_owing(&mut self, out: &mut Outbox) {
+        if let Some(&Pending::Owed { index, .. }) = self.waiting.as_ref().map(|w| &w.what) {
+            let what = self.finish_and_stop(index, out);
+            if let Some(waiting) = &mut self.waiting {
+                waiting.what = what;
+            }
         }
     }
 
     /// Tries again to take a volume that somebody else had; its queues are served from then on. Does
     /// nothing while the session waits for a worker.
     pub fn retry_volume(&mut self, out: &mut Outbox) {
-        if self.is_pending() {
-            return;
-        }
-        match self.hold {
-            Hold::Waits => {
-                self.try_hold(out);
-                if self.hold == Hold::Ours {
-                    self.enable_all(out);
-                }
+        let owed_until = match self.waiting.as_ref().map(|waiting| &waiting.what) {
+            Some(Pending::Owed { until, .. }) => Some(*until),
+            Some(_) => return,
+            None => None,
+        };
+        if self.hold == Hold::Waits {
+            self.try_hold(out);
+            if self.hold == Hold::Ours {
+                self.hold = Hold::Ready;
             }
-            _ => self.serve_if_ready(out),
+        }
+        self.serve_if_ready(out);
+        if owed_until.is_some_and(|until| Instant::now() >= until) {
+            static LIMIT: LogLimit = LogLimit::new();
+            if LIMIT.allows() {
+                tracing::warn!(
+                    "the volume does not come: a queue stops with requests in flight from before"
+                );
+            }
+            self.stop_owing(out);
         }
     }
 
@@ -225,7 +255,7 @@ impl Session {
         match self.hold {
             // Only for what a queue may have written. Nobody waits for a start that failed: a frontend
             // whose starts all fail would have a worker flush as often as it asks.
-            Hold::Ours if ran && self.file().is_some() => {
+            Hold::Ours | Hold::Ready if ran && self.file().is_some() => {
                 let queue = self.queue(u32::from(index));
                 self.hold = Hold::Flushing;
                 self.flushes += 1;

@@ -42,6 +42,7 @@ impl Session {
                 ..Vring::default()
             };
         }
+        self.forget_in_flight();
     }
 
     /// The connection ended: every queue stops. Whether something has to be waited for.
@@ -169,6 +170,8 @@ impl Session {
         self.set_phase(index, Phase::Stopped);
         if let Some(vring) = self.vrings.get_mut(usize::from(index)) {
             vring.base = base.or(vring.base);
+            vring.anew |= base.is_some();
+            vring.owes = false;
         }
         if let Some(Pending::Reset { left } | Pending::Close { left }) =
             self.waiting.as_mut().map(|w| &mut w.what)

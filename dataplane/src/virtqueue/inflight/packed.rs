@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use super::{QueueRegion, VERSION};
+use super::{DESC_NUM, FEATURES, QueueRegion, VERSION, VERSION_AT};
 use crate::crash_point;
 use crate::virtqueue::chain::Descriptor;
 use crate::virtqueue::packed::Cursor;
@@ -11,73 +11,82 @@ use crate::virtqueue::packed::Cursor;
 pub(super) const HEADER_BYTES: u64 = 32;
 pub(super) const ENTRY_BYTES: u64 = 32;
 
-const FEATURES: u64 = 0;
-const VERSION_AT: u64 = 8;
-const DESC_NUM: u64 = 10;
-const FREE_HEAD: u64 = 12;
-const OLD_FREE_HEAD: u64 = 14;
-const USED_IDX: u64 = 16;
-const OLD_USED_IDX: u64 = 18;
-const USED_WRAP: u64 = 20;
-const OLD_USED_WRAP: u64 = 21;
+/// `free_head`, and behind it `old_free_head`.
+pub(super) const FREE_HEAD: u64 = 12;
+/// `used_idx`, `old_used_idx`, `used_wrap_counter`, `old_used_wrap_counter`.
+pub(super) const USED: u64 = 16;
 
-const ENTRY_INFLIGHT: u64 = 0;
-const ENTRY_NEXT: u64 = 2;
-const ENTRY_LAST: u64 = 4;
-const ENTRY_NUM: u64 = 6;
-const ENTRY_COUNTER: u64 = 8;
-const ENTRY_ID: u64 = 16;
-const ENTRY_FLAGS: u64 = 18;
-const ENTRY_LEN: u64 = 20;
-const ENTRY_ADDR: u64 = 24;
+pub(super) const ENTRY_INFLIGHT: u64 = 0;
+pub(super) const ENTRY_NEXT: u64 = 2;
+pub(super) const ENTRY_LAST: u64 = 4;
+pub(super) const ENTRY_NUM: u64 = 6;
+pub(super) const ENTRY_COUNTER: u64 = 8;
+pub(super) const ENTRY_ID: u64 = 16;
+pub(super) const ENTRY_FLAGS: u64 = 18;
+pub(super) const ENTRY_LEN: u64 = 20;
+pub(super) const ENTRY_ADDR: u64 = 24;
 
 /// What is kept of a running packed queue.
 #[derive(Debug)]
 pub(in crate::virtqueue) struct PackedRegion {
-    region: QueueRegion,
+    pub(super) region: QueueRegion,
     /// Number of the next request.
-    counter: u64,
-    free_head: u16,
+    pub(super) counter: u64,
+    pub(super) free_head: u16,
+    /// Where the next used descriptor is, as the driver sees it.
+    pub(super) used: Cursor,
     /// For each entry the one that follows it in its chain, or on the free list.
-    next: Box<[u16]>,
+    pub(super) next: Box<[u16]>,
     /// For each buffer ID in flight the first and the last entry of its chain.
-    ends: Box<[(u16, u16)]>,
+    pub(super) ends: Box<[(u16, u16)]>,
     /// First and last entries of chains that are shown with the next publish. They are not free before:
     /// a successor that finds the batch unfinished takes it back.
-    batch: Vec<(u16, u16)>,
+    pub(super) batch: Vec<(u16, u16)>,
 }
 
-fn entry(index: u16, field: u64) -> u64 {
+/// Where a field of an entry lies.
+pub(super) fn entry(index: u16, field: u64) -> u64 {
     HEADER_BYTES + ENTRY_BYTES * u64::from(index) + field
 }
 
+/// Both used cursors, stored at once: who finds the index of one finds its wrap counter.
+pub(super) fn store_used(region: &QueueRegion, used: Cursor, old: Cursor) {
+    let word = u64::from(used.index)
+        | u64::from(old.index) << 16
+        | u64::from(used.wrap) << 32
+        | u64::from(old.wrap) << 40;
+    region.store_u64(USED, word);
+}
+
+/// Both heads of the free list, stored at once.
+pub(super) fn store_free(region: &QueueRegion, head: u16, old: u16) {
+    region.store_u32(FREE_HEAD, u32::from(head) | u32::from(old) << 16);
+}
+
 impl PackedRegion {
-    /// Begins with nothing in flight.
+    /// Begins with nothing in flight. Who finds it half done finds that nobody has used it.
     pub(in crate::virtqueue) fn new(region: QueueRegion, size: u16, used: Cursor) -> Self {
+        region.forget();
         for index in 0..region.entries() {
-            region.store(entry(index, 0), [0; 32]);
+            for word in (0..ENTRY_BYTES).step_by(8) {
+                region.store_u64(entry(index, word), 0);
+            }
             region.store_u16(entry(index, ENTRY_NEXT), index.wrapping_add(1));
         }
         region.store_u64(FEATURES, 0);
         region.store_u16(DESC_NUM, size);
-        let mut this = Self {
+        store_free(&region, 0, 0);
+        store_used(&region, used, used);
+        region.store_u16(VERSION_AT, VERSION);
+        Self {
             region,
             counter: 0,
             free_head: 0,
+            used,
             next: (1..=size).collect(),
             ends: vec![(0, 0); usize::from(size)].into_boxed_slice(),
             batch: Vec::with_capacity(usize::from(size)),
-        };
-        this.region.store_u16(FREE_HEAD, 0);
-        this.store_used(used);
-        this.published(used);
-        this.region.store_u16(VERSION_AT, VERSION);
-        this
-    }
-
-    fn store_used(&self, used: Cursor) {
-        self.region.store_u16(USED_IDX, used.index);
-        self.region.store_u8(USED_WRAP, u8::from(used.wrap));
+        }
     }
 
     fn follower(&self, index: u16) -> u16 {
@@ -93,9 +102,8 @@ impl PackedRegion {
         let (mut last, mut at) = (first, first);
         for descriptor in descriptors {
             self.region
-                .store(entry(at, ENTRY_ADDR), descriptor.addr.to_le_bytes());
-            self.region
-                .store(entry(at, ENTRY_LEN), descriptor.len.to_le_bytes());
+                .store_u64(entry(at, ENTRY_ADDR), descriptor.addr);
+            self.region.store_u32(entry(at, ENTRY_LEN), descriptor.len);
             self.region
                 .store_u16(entry(at, ENTRY_FLAGS), descriptor.flags);
             // Of a packed descriptor, what follows is its buffer ID.
@@ -113,8 +121,7 @@ impl PackedRegion {
         }
         self.region.store_u8(entry(first, ENTRY_INFLIGHT), 1);
         self.free_head = at;
-        self.region.store_u16(FREE_HEAD, at);
-        self.region.store_u16(OLD_FREE_HEAD, at);
+        store_free(&self.region, at, at);
     }
 
     /// Its used descriptor is written, all but what shows it.
@@ -128,6 +135,7 @@ impl PackedRegion {
     /// The batch is about to be shown: where the next used descriptor will be.
     #[inline]
     pub(in crate::virtqueue) fn publishes(&mut self, used: Cursor) {
+        let old = self.free_head;
         for &(first, last) in &self.batch {
             self.region
                 .store_u16(entry(last, ENTRY_NEXT), self.free_head);
@@ -135,22 +143,22 @@ impl PackedRegion {
                 *next = self.free_head;
             }
             self.free_head = first;
-            self.region.store_u16(FREE_HEAD, first);
         }
-        self.store_used(used);
+        store_free(&self.region, self.free_head, old);
+        store_used(&self.region, used, self.used);
+        self.used = used;
     }
 
     /// The batch is shown.
     #[inline]
-    pub(in crate::virtqueue) fn published(&mut self, used: Cursor) {
+    pub(in crate::virtqueue) fn published(&mut self) {
         for (first, _) in self.batch.drain(..) {
             self.region.store_u8(entry(first, ENTRY_INFLIGHT), 0);
             crash_point!("publish.clearing");
         }
         crash_point!("publish.cleared");
-        self.region.store_u16(OLD_FREE_HEAD, self.free_head);
-        self.region.store_u16(OLD_USED_IDX, used.index);
-        self.region.store_u8(OLD_USED_WRAP, u8::from(used.wrap));
+        store_free(&self.region, self.free_head, self.free_head);
+        store_used(&self.region, self.used, self.used);
     }
 
     /// Whether the frontend took the region away.

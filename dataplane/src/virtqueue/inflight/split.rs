@@ -2,21 +2,18 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use super::{QueueRegion, VERSION};
+use super::{DESC_NUM, FEATURES, QueueRegion, VERSION, VERSION_AT};
 use crate::crash_point;
 
 pub(super) const HEADER_BYTES: u64 = 16;
 pub(super) const ENTRY_BYTES: u64 = 16;
 
-const FEATURES: u64 = 0;
-const VERSION_AT: u64 = 8;
-const DESC_NUM: u64 = 10;
-const LAST_BATCH_HEAD: u64 = 12;
-const USED_IDX: u64 = 14;
+pub(super) const LAST_BATCH_HEAD: u64 = 12;
+pub(super) const USED_IDX: u64 = 14;
 
-const ENTRY_INFLIGHT: u64 = 0;
-const ENTRY_NEXT: u64 = 6;
-const ENTRY_COUNTER: u64 = 8;
+pub(super) const ENTRY_INFLIGHT: u64 = 0;
+pub(super) const ENTRY_NEXT: u64 = 6;
+pub(super) const ENTRY_COUNTER: u64 = 8;
 
 /// What is kept of a running split queue.
 #[derive(Debug)]
@@ -29,33 +26,38 @@ pub(in crate::virtqueue) struct SplitRegion {
     batch: Vec<u16>,
 }
 
-fn entry(head: u16, field: u64) -> u64 {
+/// Where a field of a head's entry lies.
+pub(super) fn entry(head: u16, field: u64) -> u64 {
     HEADER_BYTES + ENTRY_BYTES * u64::from(head) + field
 }
 
 impl SplitRegion {
-    /// Whether a backend has kept this region for such a queue, and left nothing in flight: what was
-    /// taken is used, so that the used index says where the queue goes on.
-    pub(in crate::virtqueue) fn was_left_idle(region: &QueueRegion, size: u16) -> bool {
-        let half = |at: u64| u16::from_le_bytes(region.load(at));
-        let idle = |head: u16| region.load::<1>(entry(head, ENTRY_INFLIGHT)) == [0];
-        half(VERSION_AT) == VERSION && half(DESC_NUM) == size && (0..size).all(idle)
-    }
-
-    /// Begins with nothing in flight.
+    /// Begins with nothing in flight. Who finds it half done finds that nobody has used it.
     pub(in crate::virtqueue) fn new(region: QueueRegion, size: u16, used_idx: u16) -> Self {
+        region.forget();
         for head in 0..region.entries() {
-            region.store(entry(head, 0), [0; 16]);
+            region.store_u64(entry(head, 0), 0);
+            region.store_u64(entry(head, ENTRY_COUNTER), 0);
         }
         region.store_u64(FEATURES, 0);
         region.store_u16(DESC_NUM, size);
         region.store_u16(LAST_BATCH_HEAD, 0);
         region.store_u16(USED_IDX, used_idx);
         region.store_u16(VERSION_AT, VERSION);
+        Self::go_on(region, size, 0, 0)
+    }
+
+    /// Goes on with what is in it: the next request's number, and the head that was used last.
+    pub(super) fn go_on(
+        region: QueueRegion,
+        size: u16,
+        counter: u64,
+        last_batch_head: u16,
+    ) -> Self {
         Self {
             region,
-            counter: 0,
-            last_batch_head: 0,
+            counter,
+            last_batch_head,
             batch: Vec::with_capacity(usize::from(size)),
         }
     }

@@ -77,9 +77,11 @@ impl Worker {
         let Some(number) = self.numbers.get(&id).copied() else {
             return;
         };
-        let due = self.drop_call(number).is_some_and(|(_, due)| due);
+        let mut due = self.drop_call(number).is_some_and(|(_, due)| due);
         let call = self.register(fd, "a driver can't be called, it has to poll");
         if let Some(queue) = self.queue(number) {
+            due |= queue.call_due;
+            queue.call_due = due && call.is_none();
             queue.call = call.map(|(file, fd)| Call {
                 file,
                 signal: None,
@@ -195,11 +197,15 @@ impl Worker {
         let pipeline = &self.pipeline;
         let takes = |queue: &&mut Queue| {
             let local = &queue.local;
-            queue.is_served() && !local.is_clogged() && pipeline.room_for(local) > 0
+            let takes = queue.is_served() || queue.is_recovered();
+            takes && !local.is_clogged() && pipeline.room_for(local) > 0
         };
         let Some(queue) = place.filter(takes) else {
             return Armed::Idle;
         };
+        if queue.recovers {
+            return Armed::Work;
+        }
         match queue.ring.arm() {
             Ok(true) => return Armed::Work,
             // The zeroes in the place of a ring that went away can look like one without requests.

@@ -18,7 +18,7 @@ impl Worker {
     /// A queue is to leave.
     pub(super) fn begin_move(&mut self, id: QueueId) {
         let number = self.numbers.get(&id).copied();
-        let can = |queue: &&mut Queue| !queue.stopping && !queue.retired;
+        let can = |queue: &&mut Queue| !queue.stopping && !queue.retired && !queue.recovers;
         let Some(number) = number.filter(|n| self.queue(*n).filter(can).is_some()) else {
             return self.reply(FromWorker::Stays { queue: id });
         };
@@ -65,12 +65,13 @@ impl Worker {
         self.turns.unpoll(queue.seat, number);
         // It may hold on to the guest memory of requests that ended at once.
         self.batch.release();
-        let (call, call_due) = call.map_or((None, false), |(fd, due)| (Some(fd), due));
+        let (call, due) = call.map_or((None, false), |(fd, due)| (Some(fd), due));
+        let parked = queue.park();
         let moved = MovedQueue {
             kick,
             call,
-            call_due,
-            ..queue.park()
+            call_due: due || parked.call_due,
+            ..parked
         };
         self.reply(FromWorker::Moved(Box::new(moved)));
     }
@@ -101,12 +102,10 @@ impl Worker {
             }
         };
         queue.error = error;
+        queue.call_due = call_due;
         let number = self.place(queue);
         self.numbers.insert(id, number);
         self.set_kick(id, kick);
         self.set_call(id, call);
-        if call_due {
-            self.call(number);
-        }
     }
 }

@@ -27,9 +27,10 @@ pub(super) struct Portion {
     pub(super) bytes: u64,
 }
 
-/// Takes some requests from a queue: how many, and how its driver broke it, if it did.
+/// Takes some requests from a queue: how many, and how its driver broke it, if it did. `AGAIN`: of those that were
+/// in flight when it started.
 #[inline]
-pub(super) fn serve<const LIMITED: bool>(
+pub(super) fn serve<const LIMITED: bool, const AGAIN: bool>(
     queue: &mut Queue,
     number: u32,
     pipeline: &mut Pipeline,
@@ -45,7 +46,11 @@ pub(super) fn serve<const LIMITED: bool>(
         .room_for(&queue.local)
         .min(portion.requests)
         .min(may);
-    let broken = batch.take::<LIMITED>(&mut queue.ring, most, portion.most_bytes);
+    let broken = if AGAIN {
+        batch.take_again(&mut queue.ring, most)
+    } else {
+        batch.take::<LIMITED>(&mut queue.ring, most, portion.most_bytes)
+    };
     let taken = batch.taken();
     let count = taken.len();
     if count > 0 {

@@ -79,11 +79,14 @@ impl Worker {
                 self.turns.unpoll(turn.seat, number);
                 continue;
             };
-            if !queue.is_served() {
+            let again = !queue.is_served();
+            if again && !queue.is_recovered() {
                 continue;
             }
             let limited = Gate::is_limited(queue.local.device.qos());
-            let taken = if limited {
+            let taken = if again {
+                self.serve_again(number, turn.batch)
+            } else if limited {
                 let Some(taken) = self.serve_limited(turn, number, now) else {
                     break;
                 };
@@ -109,7 +112,7 @@ impl Worker {
             most_bytes: u64::MAX,
             bytes: 0,
         };
-        self.serve_queue::<false>(number, &mut portion)
+        self.serve_queue::<false, false>(number, &mut portion)
     }
 
     /// As far as the device's limits allow; none: they don't allow anything now.
@@ -120,13 +123,17 @@ impl Worker {
             most_bytes: allowance.bytes,
             bytes: 0,
         };
-        let taken = self.serve_queue::<true>(number, &mut portion);
+        let taken = self.serve_queue::<true, false>(number, &mut portion);
         self.turns.passed(turn.seat, taken, portion.bytes);
         Some(taken)
     }
 
     #[inline]
-    fn serve_queue<const LIMITED: bool>(&mut self, number: u32, portion: &mut Portion) -> usize {
+    pub(super) fn serve_queue<const LIMITED: bool, const AGAIN: bool>(
+        &mut self,
+        number: u32,
+        portion: &mut Portion,
+    ) -> usize {
         let Some(queue) = self
             .queues
             .get_mut(number as usize)
@@ -134,8 +141,8 @@ impl Worker {
         else {
             return 0;
         };
-        let (taken, broken) =
-            serve::<LIMITED>(queue, number, &mut self.pipeline, &mut self.batch, portion);
+        let (pipeline, batch) = (&mut self.pipeline, &mut self.batch);
+        let (taken, broken) = serve::<LIMITED, AGAIN>(queue, number, pipeline, batch, portion);
         if taken > 0 {
             queue.empty_since = 0;
         }

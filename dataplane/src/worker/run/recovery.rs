@@ -1,0 +1,73 @@
+//! What was in flight of a queue when whoever served it before died: taken again first, in order, through the way of
+//! every request. It passed the limits of its device when it was taken first.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::rc::Rc;
+
+use super::Worker;
+use super::serve::Portion;
+use crate::blk::pipeline::Local;
+use crate::log_limit::LogLimit;
+use crate::virtqueue::Recovered;
+use crate::worker::message::QueueId;
+use crate::worker::queue::Queue;
+
+/// Says what a queue found in its region, if that is worth a line; at most a few a second.
+pub(super) fn report(queue: &Queue) {
+    static LIMIT: LogLimit = LogLimit::new();
+    let index = queue.id.index;
+    let device = String::from_utf8_lossy(&queue.local.device.geometry.serial);
+    let device = device.trim_end_matches('\0');
+    match queue.recovered {
+        Recovered::Stale { why } if LIMIT.allows() => tracing::warn!(
+            "queue {index} of {device}: its in-flight region is of another life of the ring and does not count: {why}"
+        ),
+        Recovered::Kept { chains } if chains > 0 && LIMIT.allows() => {
+            tracing::info!(
+                "queue {index} of {device}: {chains} requests were in flight, and are done again"
+            );
+        }
+        Recovered::Fresh | Recovered::Kept { .. } | Recovered::Stale { .. } => {}
+    }
+}
+
+impl Worker {
+    /// Takes some of what was in flight: how many.
+    #[cold]
+    pub(super) fn serve_again(&mut self, number: u32, requests: usize) -> usize {
+        let mut portion = Portion {
+            requests,
+            most_bytes: u64::MAX,
+            bytes: 0,
+        };
+        let taken = self.serve_queue::<false, true>(number, &mut portion);
+        if let Some(queue) = self.queue(number) {
+            queue.recovers &= queue.ring.left_again() > 0;
+        }
+        // All of it may have ended at once, and its queue may have waited for that to stop.
+        self.give_up_if_drained(number);
+        taken
+    }
+
+    /// What was in flight is taken, whatever is said of the queue from now on.
+    pub(super) fn finish(&mut self, id: QueueId) {
+        if let Some(number) = self.numbers.get(&id).copied()
+            && let Some(queue) = self.queue(number)
+        {
+            queue.finishes = true;
+            self.poll(number);
+        }
+    }
+
+    /// A device is given up: nothing that was in flight of it is taken again.
+    pub(super) fn leave_all_again(&mut self, local: &Rc<Local>) {
+        for number in 0..u32::try_from(self.queues.len()).unwrap_or(u32::MAX) {
+            let its = |queue: &&mut Queue| Rc::ptr_eq(&queue.local, local);
+            if let Some(queue) = self.queue(number).filter(its) {
+                queue.leave_again();
+                self.give_up_if_drained(number);
+            }
+        }
+    }
+}
