@@ -54,9 +54,11 @@ fn run(host: Option<Workers>) -> Result<(), Failure> {
     let arena = SecretArena::new(KEY_SLOTS)
         .map_err(|e| format!("can't make secret memory for keys: {e}; raise RLIMIT_MEMLOCK"))?;
     sandbox::lock_process()?;
-    let bundle = match host {
-        Some(_) => None,
-        None => start.ask_for_workers()?,
+    let bundle = match (&host, &found.workers) {
+        (Some(_), _) => None,
+        // Guests wait: others than these come with a later start.
+        (None, Some(before)) if !found.volumes.is_empty() => Some(before.clone()),
+        (None, _) => start.ask_for_workers()?,
     };
     if start.is_stopped() {
         return Ok(());
@@ -66,6 +68,9 @@ fn run(host: Option<Workers>) -> Result<(), Failure> {
         tracing::error!("{problem}");
     }
     let count = staff.cpus().count();
+    if found.workers.as_ref() != Some(staff.asked()) {
+        keeper.keep_workers(staff.asked())?;
+    }
     let mut server = serve(&staff, fence(&keeper, &found)?)?;
     let mut control = Control::new(start, arena, &server, staff, keeper)?;
     control.resume(&mut server, found);

@@ -26,6 +26,8 @@ pub struct Staff {
     problem: Option<String>,
     /// What the bundle asks for by now, if that is something else.
     pending: Option<Workers>,
+    /// What a successor was told of last, if that is not what there is.
+    told: Option<Workers>,
 }
 
 impl Staff {
@@ -61,7 +63,14 @@ impl Staff {
             cpus,
             problem,
             pending: None,
+            told: None,
         }
+    }
+
+    /// What was asked for.
+    #[must_use]
+    pub fn asked(&self) -> &Workers {
+        &self.asked
     }
 
     /// The CPU of each worker; none: any.
@@ -80,6 +89,15 @@ impl Staff {
         let wanted = bundle.unwrap_or_default();
         self.pending = (!self.by_host && wanted != self.asked).then_some(wanted);
         self.pending.is_some()
+    }
+
+    /// The workers that the next start is to have, if they are others than was said last.
+    fn next_if_changed(&mut self) -> Option<&Workers> {
+        if self.told == self.pending {
+            return None;
+        }
+        self.told = self.pending.clone();
+        Some(self.pending.as_ref().unwrap_or(&self.asked))
     }
 
     /// For the agent.
@@ -122,6 +140,11 @@ impl Control {
     /// nobody anything.
     pub(super) fn hear_workers(&mut self, server: &Server, keyd: Keyd, workers: Option<Workers>) {
         let others = self.staff.hear(workers);
+        if let Some(next) = self.staff.next_if_changed()
+            && let Err(error) = self.volumes.keeper.keep_workers(next)
+        {
+            tracing::error!("a successor will have the workers that there are: {error}");
+        }
         let restarts = others && self.volumes.serves_nothing();
         if let Some(link) = self.keyd.link_of(keyd.0) {
             link.send(DataplaneToKeyd::WorkersHeard { restarts });
@@ -179,8 +202,11 @@ mod tests {
         assert!(!staff.hear(None) && !staff.hear(Some(workers(&[]))));
         assert!(staff.hear(Some(workers(&[0, 1]))));
         assert_eq!(staff.wanted().pending, Some(workers(&[0, 1])));
+        assert_eq!(staff.next_if_changed(), Some(&workers(&[0, 1])));
+        assert_eq!(staff.next_if_changed(), None, "said already");
         assert!(!staff.hear(None), "taken back");
         assert_eq!(staff.wanted().pending, None);
+        assert_eq!(staff.next_if_changed(), Some(&Workers::default()));
         let mut host = Staff::new(Some(workers(&[0])), None, &[0, 1]);
         assert!(!host.hear(Some(workers(&[0, 1]))), "the host's own hold");
     }

@@ -15,11 +15,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_protocol::fd_store::{FdName, Store, StoreError};
 use bulkhead_protocol::identity::InvalidName;
+use bulkhead_protocol::workers::Workers;
 
 use super::Fd;
 use super::file::{FileError, StateFile};
 use super::names::{Name, SLOTS};
 use super::volume::{FdNumber, Step, StoredCache, StoredConnection, StoredVolume};
+use super::workers;
 use crate::memory::SharedFlag;
 
 /// Why something is not remembered. What was remembered before still is.
@@ -65,6 +67,8 @@ pub struct Found {
     pub volumes: Vec<Place>,
     /// The read ends of earlier processes' fences, with their generations. They stay stored.
     pub fences: Vec<(u64, OwnedFd)>,
+    /// The workers that it had. They stay stored.
+    pub workers: Option<Workers>,
     /// What can't be taken over, for the log. It is no longer stored.
     pub lost: Vec<String>,
 }
@@ -93,6 +97,7 @@ impl Keeper {
         let shared = Arc::new(Mutex::new(shared));
         let mut found = Found {
             fences: remains.fences,
+            workers: remains.workers,
             ..Found::default()
         };
         for (slot, fd) in remains.states {
@@ -160,6 +165,21 @@ impl Keeper {
         Ok(lock(shared).store.push(name, &[read_end])?)
     }
 
+    /// Stores how many workers there are, in the place of what was stored of that.
+    ///
+    /// # Errors
+    /// [`KeepError`]; nothing of it is stored then.
+    pub fn keep_workers(&self, now: &Workers) -> Result<(), KeepError> {
+        let Some(shared) = &self.shared else {
+            return Ok(());
+        };
+        let name = Name::Workers.name()?;
+        let fd = workers::write(now).map_err(FileError::from)?;
+        let mut shared = lock(shared);
+        shared.store.remove(name)?;
+        Ok(shared.store.push(name, &[fd.as_fd()])?)
+    }
+
     /// Removes a fence that has hung up.
     ///
     /// # Errors
@@ -179,6 +199,7 @@ struct Remains {
     states: BTreeMap<u16, OwnedFd>,
     numbered: BTreeMap<u16, BTreeMap<FdNumber, Fd>>,
     fences: Vec<(u64, OwnedFd)>,
+    workers: Option<Workers>,
     unknown: Vec<FdName>,
 }
 
@@ -193,6 +214,7 @@ impl Remains {
                 slot.insert(number, Arc::new(fd));
             }
             Some(Name::Fence(generation)) => self.fences.push((generation, fd)),
+            Some(Name::Workers) => self.workers = workers::read(&fd),
             _ => self.unknown.push(name),
         }
     }

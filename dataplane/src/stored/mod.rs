@@ -6,6 +6,7 @@
 //! | [`volume`] | what is remembered of a volume and of its frontend's connection |
 //! | [`format`] | the bytes of that: versions, digest, which of two copies counts |
 //! | [`file`] | the memfd that they lie in, and the flag that a worker raises in it |
+//! | `workers` | how many workers there are |
 //! | `names` | the names in the store |
 //! | [`keeper`] | which descriptors are stored, in which order they come and go |
 //!
@@ -20,6 +21,7 @@ pub mod format;
 pub mod keeper;
 mod names;
 pub mod volume;
+mod workers;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;

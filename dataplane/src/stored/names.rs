@@ -5,6 +5,7 @@
 //! | `v<slot>.state` | a volume's state memfd |
 //! | `v<slot>.<number>` | a descriptor that this state names |
 //! | `fence.<generation>` | the read end of a process's fence |
+//! | `all.workers` | how many workers the process has |
 //!
 //! A slot is a small number, not the volume's id: it is free again when the volume is served no more.
 #![forbid(unsafe_code)]
@@ -24,12 +25,14 @@ pub(super) enum Name {
     State(u16),
     Numbered(u16, FdNumber),
     Fence(u64),
+    Workers,
 }
 
 impl Name {
     /// None: another's name, or one of a later version.
     pub(super) fn parse(name: FdName) -> Option<Self> {
         let parsed = match name.as_str().split_once('.')? {
+            ("all", "workers") => Self::Workers,
             ("fence", generation) => Self::Fence(generation.parse().ok()?),
             (slot, what) => {
                 let slot = slot.strip_prefix('v')?.parse().ok()?;
@@ -52,6 +55,7 @@ impl Name {
             Self::State(slot) => format!("v{slot}.state"),
             Self::Numbered(slot, FdNumber(number)) => format!("v{slot}.{number}"),
             Self::Fence(generation) => format!("fence.{generation}"),
+            Self::Workers => "all.workers".to_owned(),
         }
         .parse()
     }
@@ -70,6 +74,7 @@ mod tests {
             Name::Numbered(SLOTS - 1, last),
             Name::Numbered(0, FdNumber(0)),
             Name::Fence(0),
+            Name::Workers,
             Name::Fence(9_999_999_999),
         ] {
             let text = name.name().expect("16 characters are enough");
