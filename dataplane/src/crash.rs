@@ -23,6 +23,13 @@
 //! | `call.made` | the driver was called |
 //! | `flush.begun` | a flush was asked for, the storage was not |
 //! | `flush.done` | the storage has flushed, nobody was told |
+//! | `message.looked` | a frontend's message was looked at |
+//! | `message.applied` | what it asks for is done, nothing is remembered of it |
+//! | `state.stored` | what a volume's state is to name is stored, the state is not written |
+//! | `message.recorded` | the state says that it is done, and what its reply is |
+//! | `message.sent` | the reply is sent |
+//! | `message.marked` | the state says so |
+//! | `message.taken` | it is out of the socket, the state does not say so |
 #![forbid(unsafe_code)]
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};

@@ -1,10 +1,10 @@
 //! Descriptors from a frontend: taken over once, and known for what they are before they are used.
 //!
-//! UNSAFETY: `recvmsg` is called through libc, because nix's gives up the control message when it was
-//! cut short (as at the limit on open files), and with it the descriptors that did arrive. The
-//! kernel must get buffers that live through the call, with their true lengths, and each descriptor
+//! UNSAFETY: `SO_PEEK_OFF` is set and read through libc, as nix does not know it. So is `recvmsg` called, because
+//! nix's gives up the control message when it was cut short (as at the limit on open files), and with it the
+//! descriptors that did arrive. The kernel must get buffers that live through the call, with their true lengths, and each descriptor
 //! that it gives must be owned exactly once.
-#![expect(unsafe_code, reason = "recvmsg with descriptors")]
+#![expect(unsafe_code, reason = "recvmsg with descriptors, SO_PEEK_OFF")]
 
 use std::io;
 use std::mem;
@@ -15,6 +15,8 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::stat::fstat;
 
+/// Length of an option of a socket that is a C `int`.
+const INT_BYTES: libc::socklen_t = 4;
 /// Words of a control buffer with room for one header and the most descriptors that the kernel passes
 /// at once (253, `SCM_MAX_FD`); words for its alignment.
 const CONTROL_WORDS: usize = 2 + 253_usize.div_ceil(2);
@@ -40,11 +42,13 @@ pub(crate) struct Received {
     pub cut_short: bool,
 }
 
-/// Reads bytes and descriptors from a stream, without waiting.
+/// Looks at bytes of a stream, from where [`peek_from`] said and behind what was looked at since, and at the
+/// descriptors that came with them: copies of them. Everything stays in the socket. Never waits, and never
+/// goes past bytes that descriptors came with in one call.
 ///
 /// # Errors
 /// What `recvmsg` fails with; no descriptor has arrived then.
-pub(crate) fn receive(
+pub(crate) fn peek(
     socket: BorrowedFd<'_>,
     buffer: &mut [u8],
     control: &mut ControlBuffer,
@@ -59,7 +63,7 @@ pub(crate) fn receive(
     header.msg_iovlen = 1;
     header.msg_control = control.0.as_mut_ptr().cast();
     header.msg_controllen = mem::size_of_val(&*control.0);
-    let flags = libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT;
+    let flags = libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT | libc::MSG_PEEK;
     // SAFETY: the header names live buffers with their lengths.
     let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut header, flags) };
     let bytes = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
@@ -68,6 +72,51 @@ pub(crate) fn receive(
         fds: adopt(&header),
         cut_short: header.msg_flags & libc::MSG_CTRUNC != 0,
     })
+}
+
+/// The socket is looked at from this byte on, counted from the first that was not read. It is the socket's
+/// own, and outlives the process: looking moves it on, and reading moves it back by as much as is read.
+///
+/// # Errors
+/// What `setsockopt` fails with.
+pub(crate) fn peek_from(socket: BorrowedFd<'_>, byte: i32) -> io::Result<()> {
+    // SAFETY: the value lives through the call, and has that length.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEEK_OFF,
+            (&raw const byte).cast(),
+            INT_BYTES,
+        )
+    };
+    if result == 0 {
+        return Ok(());
+    }
+    Err(io::Error::last_os_error())
+}
+
+/// From which byte on the socket is looked at; negative: [`peek_from`] was never called.
+///
+/// # Errors
+/// What `getsockopt` fails with.
+pub(crate) fn peeks_from(socket: BorrowedFd<'_>) -> io::Result<i32> {
+    let mut byte = 0_i32;
+    let mut length = INT_BYTES;
+    // SAFETY: both values live through the call, and the length is that of the first.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEEK_OFF,
+            (&raw mut byte).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 {
+        return Ok(byte);
+    }
+    Err(io::Error::last_os_error())
 }
 
 /// Owns the descriptors that the kernel has just made for us.

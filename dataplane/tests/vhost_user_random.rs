@@ -6,11 +6,13 @@
 #[allow(dead_code, reason = "shared with the other tests of the protocol")]
 mod messages;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
-use bulkhead_dataplane::vhost_user::message::code;
+use bulkhead_dataplane::stored::{self, Fd, StoredConnection};
+use bulkhead_dataplane::vhost_user::message::{ProtocolError, code};
 use bulkhead_dataplane::vhost_user::{Outbox, Session, feature, protocol_feature};
 use bulkhead_dataplane::worker::message::{FromWorker, QueueId, ToWorker};
 use messages::{
@@ -33,6 +35,8 @@ enum Step {
     Worker { fails: bool },
     /// The worker retires a queue.
     Retire { index: u16 },
+    /// The process dies, and another goes on.
+    Die,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -43,6 +47,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
             }),
         4 => prop::bool::weighted(0.1).prop_map(|fails| Step::Worker { fails }),
         1 => (0u16..2).prop_map(|index| Step::Retire { index }),
+        1 => Just(Step::Die),
     ];
     prop::collection::vec(step, 1..120)
 }
@@ -128,6 +133,8 @@ fn request(which: u8, index: u32, value: u64) -> (u32, Vec<u8>, Vec<OwnedFd>) {
 struct Worker {
     to_do: VecDeque<ToWorker>,
     has: HashMap<QueueId, Box<bulkhead_dataplane::worker::message::QueueStart>>,
+    /// Queues of the process before that did not start again: retired, or their ring is in no region.
+    left: HashSet<QueueId>,
 }
 
 impl Worker {
@@ -167,7 +174,7 @@ impl Worker {
             | ToWorker::SetLog { queue, .. }
             | ToWorker::SetError { queue, .. } => {
                 assert!(
-                    self.has.contains_key(&queue),
+                    self.has.contains_key(&queue) || self.left.contains(&queue),
                     "a change of a queue that does not run"
                 );
                 FromWorker::Changed { queue }
@@ -176,6 +183,38 @@ impl Worker {
             other => panic!("a session does not say {other:?}"),
         })
     }
+}
+
+/// Any socket.
+fn socket() -> Fd {
+    Arc::new(event())
+}
+
+/// What is remembered, with which value it is in place of each descriptor.
+fn remembered(session: &Session, socket: &Fd) -> StoredConnection<usize> {
+    let left = session.remembered(socket, stored::Step::Idle);
+    let numbers = left.try_map(&mut |fd: Fd| Ok::<_, ()>(Arc::as_ptr(&fd).addr()));
+    numbers.expect("no failure")
+}
+
+/// The session of the next process, and its workers'.
+fn die(session: Session, worker: &mut Worker) -> Result<Session, ProtocolError> {
+    let socket = socket();
+    let left = session.remembered(&socket, stored::Step::Idle);
+    let before = remembered(&session, &socket);
+    let had: HashSet<_> = worker.has.drain().map(|(queue, _)| queue).collect();
+    drop(session);
+    let mut session = Session::resumed(facts(), left)?;
+    assert_eq!(remembered(&session, &socket), before);
+    let mut out = Outbox::default();
+    session.start_again(&mut out)?;
+    assert_eq!(remembered(&session, &socket), before);
+    assert!(out.replies.is_empty() && out.reply_fd.is_none());
+    let started = out.to_workers.iter().map(|(queue, _)| *queue);
+    let started: HashSet<_> = started.collect();
+    worker.left.extend(had.difference(&started));
+    worker.take(&mut out);
+    Ok(session)
 }
 
 /// Runs the steps until the connection ends or they are over; then ends it.
@@ -216,6 +255,18 @@ fn converse(steps: &[Step]) {
                     .map(|gone| assert!(!gone)),
                 None => continue,
             },
+            Step::Die => {
+                if session.is_pending() || !worker.to_do.is_empty() {
+                    continue;
+                }
+                match die(session, &mut worker) {
+                    Ok(next) => {
+                        session = next;
+                        Ok(())
+                    }
+                    Err(error) => panic!("{error}"),
+                }
+            }
             Step::Retire { index } => {
                 let queue = QueueId {
                     device: facts().id,

@@ -352,6 +352,15 @@ impl BlkDevice {
         }
     }
 
+    /// The cache mode, for a successor.
+    #[must_use]
+    pub fn cache_mode(&self) -> StoredCache {
+        StoredCache {
+            writeback: self.writeback(),
+            chosen: self.writeback_chosen.load(Ordering::Acquire),
+        }
+    }
+
     /// The cache mode that a predecessor left. In write-through the first write makes stable what was written
     /// before: nobody knows whether the predecessor did.
     pub fn resume_cache_mode(&self, left: StoredCache) {

@@ -174,13 +174,18 @@ fn restricted_control() -> Result<Calls, BackendError> {
             libc::SYS_memfd_create,
             vec![one_of(1, u64::from(inflight_flags().bits()))?],
         ),
-        // Who a frontend is.
+        // Who a frontend is; how much of its first message is left.
         (
             libc::SYS_getsockopt,
-            vec![SeccompRule::new(vec![
-                equals(1, number(libc::SOL_SOCKET))?,
-                equals(2, number(libc::SO_PEERCRED))?,
-            ])?],
+            vec![
+                socket_option(libc::SO_PEERCRED)?,
+                socket_option(libc::SO_PEEK_OFF)?,
+            ],
+        ),
+        // Where a frontend's messages are looked at.
+        (
+            libc::SYS_setsockopt,
+            vec![socket_option(libc::SO_PEEK_OFF)?],
         ),
         // `send`: replies to frontends, to no address but the socket's peer.
         (
@@ -207,6 +212,14 @@ fn restricted_control() -> Result<Calls, BackendError> {
 
 fn one_of(argument: u8, value: u64) -> Result<SeccompRule, BackendError> {
     SeccompRule::new(vec![equals(argument, value)?])
+}
+
+/// An option of sockets of any kind.
+fn socket_option(option: i32) -> Result<SeccompRule, BackendError> {
+    SeccompRule::new(vec![
+        equals(1, number(libc::SOL_SOCKET))?,
+        equals(2, number(option))?,
+    ])
 }
 
 /// The kernel takes these arguments as 32 bits.

@@ -1,11 +1,27 @@
-//! One frontend's connection: its stream and its session, driven together.
+//! One frontend's connection: its stream and its session, driven together, and remembered for a successor.
+//!
+//! A message goes through these steps, and wherever the process dies, its successor does the rest once
+//! ([`Framing::resumed`]):
+//!
+//! | step | what a successor finds and does |
+//! | --- | --- |
+//! | 1. it is looked at, and stays in the socket | nothing is remembered of it: reads it again |
+//! | 2. the session and workers do what it asks for | the same |
+//! | 3. new descriptors are stored | the same; what no state names is removed |
+//! | 4. the state is written: done, and whether a reply is owed | without a reply: takes it out |
+//! | 5. the reply is sent | **owed: nobody knows whether it was sent, and the connection ends** |
+//! | 6. the state is marked: sent | takes it out |
+//! | 7. it is taken out of the socket, and the state says so | goes on with what is left of it, if anything |
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
+use crate::crash_point;
+use crate::stored::{Place, Reply, Step};
 use crate::vhost_user::{Facts, Framing, Incoming, Message, Outbox, ProtocolError, Session};
 use crate::worker::message::{FromWorker, QueueId, ToWorker};
 
@@ -18,6 +34,17 @@ enum Stage {
     Closing,
     /// Nothing of it is left.
     Closed,
+}
+
+/// The message that lies first in the socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hand {
+    /// None was looked at.
+    Empty,
+    /// It is being done; the session may wait for workers.
+    Doing,
+    /// It is done, and the frontend does not take all of its reply yet.
+    Replying,
 }
 
 /// Messages taken from one frontend before others have their turn.
@@ -42,6 +69,7 @@ pub(super) struct Connection {
     framing: Option<Framing>,
     pub(super) session: Session,
     stage: Stage,
+    hand: Hand,
     /// What it said last, if that waits for the fence.
     held: Option<Message>,
     /// The volume is to be taken as soon as the session waits for nothing else.
@@ -54,15 +82,71 @@ pub(super) struct Connection {
 pub(super) type ToWorkers = Vec<(QueueId, ToWorker)>;
 
 impl Connection {
-    pub(super) fn new(stream: UnixStream, facts: Facts) -> io::Result<Self> {
-        Ok(Self {
-            framing: Some(Framing::new(stream)?),
-            session: Session::new(facts),
+    /// A frontend has connected.
+    pub(super) fn new(stream: UnixStream, facts: Facts, place: &mut Place) -> io::Result<Self> {
+        let (framing, session) = (Framing::new(stream)?, Session::new(facts));
+        let connection = Self::over(framing, session);
+        connection.remember(place);
+        Ok(connection)
+    }
+
+    fn over(framing: Framing, session: Session) -> Self {
+        Self {
+            framing: Some(framing),
+            session,
             stage: Stage::Open,
+            hand: Hand::Empty,
             held: None,
             retry_due: false,
             peer_gone: false,
-        })
+        }
+    }
+
+    /// The connection that a predecessor left in this place, if it left one; its queues run from
+    /// [`Connection::start_again`] on.
+    ///
+    /// # Errors
+    /// It can't go on, and is to be forgotten.
+    pub(super) fn resumed(place: &mut Place, facts: Facts) -> Result<Option<Self>, ProtocolError> {
+        let left = place.volume().and_then(|volume| volume.connection.clone());
+        let Some(left) = left else {
+            return Ok(None);
+        };
+        let (socket, step) = (Arc::clone(&left.socket), left.step);
+        let framing = Framing::resumed(socket, step)?;
+        let connection = Self::over(framing, Session::resumed(facts, left)?);
+        connection.remember(place);
+        Ok(Some(connection))
+    }
+
+    /// Starts what a predecessor's workers had.
+    pub(super) fn start_again(&mut self, place: &mut Place, out: &mut ToWorkers) -> Driven {
+        let mut outbox = Outbox::default();
+        let started = self.session.start_again(&mut outbox);
+        out.append(&mut outbox.to_workers);
+        match started {
+            Ok(()) => self.drive(place, out),
+            Err(error) => {
+                self.close(out);
+                Driven::Ended(Some(error))
+            }
+        }
+    }
+
+    /// Remembers the session as it is, unless a message is on its way: it is as it was before that for a
+    /// successor then.
+    pub(super) fn remember(&self, place: &mut Place) {
+        if self.hand == Hand::Empty {
+            self.put(place, Step::Idle);
+        }
+    }
+
+    fn put(&self, place: &mut Place, step: Step) {
+        let open = self.stage == Stage::Open && !self.session.is_pending();
+        if let Some(framing) = self.framing.as_ref().filter(|_| open && place.keeps()) {
+            let now = self.session.remembered(framing.socket(), step);
+            place.put_connection(self.session.cache_mode(), Some(now));
+        }
     }
 
     /// Its socket, unless it was hung up.
@@ -76,9 +160,11 @@ impl Connection {
         self.stage == Stage::Closing
     }
 
-    /// Closes the socket of a connection that is being closed anyway, before its queues have stopped.
-    pub(super) fn hang_up(&mut self) {
+    /// Closes the socket of a connection that is being closed anyway, before its queues have stopped. A successor
+    /// has nothing of it.
+    pub(super) fn hang_up(&mut self, place: &mut Place) {
         self.framing = None;
+        place.put_connection(self.session.cache_mode(), None);
     }
 
     /// The frontend has closed its end. What it said before is handled, unless a worker has to answer first: nobody
@@ -92,9 +178,9 @@ impl Connection {
     }
 
     /// Reads and handles what there is, for one turn.
-    pub(super) fn drive(&mut self, out: &mut ToWorkers) -> Driven {
+    pub(super) fn drive(&mut self, place: &mut Place, out: &mut ToWorkers) -> Driven {
         let driven = self
-            .exchange(out)
+            .exchange(place, out)
             .unwrap_or_else(|e| Driven::Ended(Some(e)));
         if matches!(driven, Driven::Ended(_)) {
             self.close(out);
@@ -102,15 +188,19 @@ impl Connection {
         driven
     }
 
-    fn exchange(&mut self, out: &mut ToWorkers) -> Result<Driven, ProtocolError> {
+    fn exchange(
+        &mut self,
+        place: &mut Place,
+        out: &mut ToWorkers,
+    ) -> Result<Driven, ProtocolError> {
         if self.stage != Stage::Open {
             return Ok(Driven::Waits);
         }
-        let Some(framing) = &mut self.framing else {
-            return Ok(Driven::Waits);
-        };
-        framing.flush()?;
+        self.finish(place)?;
         for _ in 0..MESSAGES_PER_TURN {
+            let Some(framing) = &mut self.framing else {
+                return Ok(Driven::Waits);
+            };
             if self.session.is_pending() || framing.has_unsent() {
                 return Ok(if self.peer_gone {
                     Driven::Ended(None)
@@ -129,11 +219,18 @@ impl Connection {
                     });
                 }
                 Incoming::Message(message) => {
+                    crash_point!("message.looked");
+                    self.hand = Hand::Doing;
                     let mut outbox = Outbox::default();
                     let handled = self.session.handle(message, &mut outbox);
+                    for (queue, message) in &outbox.to_workers {
+                        if matches!(message, ToWorker::Start(start) if start.anew) {
+                            place.begins(queue.index);
+                        }
+                    }
                     out.append(&mut outbox.to_workers);
                     handled?;
-                    framing.send(&outbox.replies, outbox.reply_fd)?;
+                    self.reply(place, outbox)?;
                 }
                 Incoming::Later => return Ok(Driven::Waits),
                 Incoming::End => return Ok(Driven::Ended(None)),
@@ -142,30 +239,89 @@ impl Connection {
         Ok(Driven::HadItsTurn)
     }
 
+    /// The message in hand is done, unless the session waits for workers: it is remembered and answered.
+    fn reply(&mut self, place: &mut Place, outbox: Outbox) -> Result<(), ProtocolError> {
+        if self.session.is_pending() {
+            return Ok(());
+        }
+        let reply = match outbox.replies.is_empty() {
+            true => Reply::None,
+            false => Reply::Owed,
+        };
+        let bytes = self.framing.as_ref().map_or(0, Framing::in_hand);
+        crash_point!("message.applied");
+        self.put(place, Step::Applied { bytes, reply });
+        crash_point!("message.recorded");
+        self.hand = Hand::Replying;
+        if let Some(framing) = &mut self.framing {
+            framing.send(&outbox.replies, outbox.reply_fd)?;
+        }
+        if reply == Reply::None {
+            return self.take_out(place);
+        }
+        self.finish(place)
+    }
+
+    /// The reply is sent as far as the frontend takes it, and then the message is over.
+    fn finish(&mut self, place: &mut Place) -> Result<(), ProtocolError> {
+        let Some(framing) = &mut self.framing else {
+            return Ok(());
+        };
+        framing.flush()?;
+        if self.hand != Hand::Replying || framing.has_unsent() {
+            return Ok(());
+        }
+        crash_point!("message.sent");
+        let bytes = framing.in_hand();
+        let reply = Reply::Sent;
+        place.mark(Step::Applied { bytes, reply });
+        crash_point!("message.marked");
+        self.take_out(place)
+    }
+
+    fn take_out(&mut self, place: &mut Place) -> Result<(), ProtocolError> {
+        if let Some(framing) = &mut self.framing {
+            framing.consume()?;
+        }
+        crash_point!("message.taken");
+        self.hand = Hand::Empty;
+        self.remember(place);
+        Ok(())
+    }
+
     /// Passes on what a worker says, and goes on with what waited for it.
-    pub(super) fn on_worker(&mut self, message: FromWorker, out: &mut ToWorkers) -> Driven {
+    pub(super) fn on_worker(
+        &mut self,
+        message: FromWorker,
+        place: &mut Place,
+        out: &mut ToWorkers,
+    ) -> Driven {
         let mut outbox = Outbox::default();
         let result = self.session.on_worker(message, &mut outbox);
         out.append(&mut outbox.to_workers);
-        let sent = match result {
+        let done = match result {
             Ok(true) => {
                 self.stage = Stage::Closed;
                 return Driven::Waits;
             }
             Ok(false) if self.stage != Stage::Open => return Driven::Waits,
             Ok(false) => {
+                let replied = match self.hand {
+                    Hand::Doing => self.reply(place, outbox),
+                    Hand::Empty | Hand::Replying => {
+                        self.remember(place);
+                        Ok(())
+                    }
+                };
                 if self.retry_due && !self.session.is_pending() {
-                    self.retry(out);
+                    self.retry(place, out);
                 }
-                match &mut self.framing {
-                    Some(framing) => framing.send(&outbox.replies, outbox.reply_fd),
-                    None => Ok(()),
-                }
+                replied
             }
             Err(error) => Err(error),
         };
-        match sent {
-            Ok(()) => self.drive(out),
+        match done {
+            Ok(()) => self.drive(place, out),
             Err(error) => {
                 self.close(out);
                 Driven::Ended(Some(error))
@@ -174,19 +330,20 @@ impl Connection {
     }
 
     /// Tries again what nothing announces.
-    pub(super) fn retry(&mut self, out: &mut ToWorkers) {
+    pub(super) fn retry(&mut self, place: &mut Place, out: &mut ToWorkers) {
         self.retry_due = self.session.is_pending();
         let mut outbox = Outbox::default();
         self.session.retry_volume(&mut outbox);
         self.session.retry_backend();
         out.append(&mut outbox.to_workers);
+        self.remember(place);
     }
 
     /// No request of an earlier process is under way any more: the volume is taken, and what waited goes on.
-    pub(super) fn fence_is_gone(&mut self, out: &mut ToWorkers) -> Driven {
+    pub(super) fn fence_is_gone(&mut self, place: &mut Place, out: &mut ToWorkers) -> Driven {
         self.session.set_fenced(false);
-        self.retry(out);
-        self.drive(out)
+        self.retry(place, out);
+        self.drive(place, out)
     }
 
     /// Sends the frontend away; its queues stop, and when they have, it is closed.

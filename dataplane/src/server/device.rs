@@ -209,7 +209,7 @@ impl Device {
     /// Tries again.
     pub(super) fn retry(&mut self, out: &mut ToWorkers) {
         if let Some(connection) = &mut self.connection {
-            connection.retry(out);
+            connection.retry(&mut self.place, out);
         }
     }
 
@@ -217,7 +217,7 @@ impl Device {
     pub(super) fn fence_is_gone(&mut self, out: &mut ToWorkers) {
         self.fenced = false;
         if let Some(connection) = &mut self.connection {
-            let driven = connection.fence_is_gone(out);
+            let driven = connection.fence_is_gone(&mut self.place, out);
             self.note(driven);
         }
     }
@@ -227,6 +227,7 @@ impl Device {
         self.facts.device.resize(capacity_sectors)?;
         if let Some(connection) = &mut self.connection {
             connection.session.config_changed();
+            connection.remember(&mut self.place);
         }
         Ok(())
     }
@@ -252,7 +253,7 @@ impl Device {
             if frontend_gone {
                 connection.peer_is_gone();
             }
-            let driven = connection.drive(out);
+            let driven = connection.drive(&mut self.place, out);
             self.note(driven);
         }
     }
@@ -278,7 +279,7 @@ impl Device {
                     self.report_retired(queue.index, reason);
                 }
                 if let Some(connection) = &mut self.connection {
-                    let driven = connection.on_worker(message, out);
+                    let driven = connection.on_worker(message, &mut self.place, out);
                     self.note(driven);
                 }
             }
@@ -325,7 +326,11 @@ impl Device {
                     Ok(()) => Stage::Attached,
                     Err(_) => Stage::Leaving,
                 };
+                let attached = result.is_ok();
                 events.push(Event::Attached { id, result });
+                if attached {
+                    self.go_on(registry, out, events);
+                }
                 true
             }
             Stage::Attached if self.connection.is_none() && !self.refuse_new => {
@@ -377,7 +382,7 @@ impl Device {
             if let Some(fd) = connection.fd() {
                 let _ = registry.deregister(&mut SourceFd(&fd));
             }
-            connection.hang_up();
+            connection.hang_up(&mut self.place);
         }
     }
 
@@ -430,22 +435,59 @@ impl Device {
                     tracing::info!("frontend connected to {}", self.label);
                 }
                 events.push(Event::Connected { id: self.facts.id });
-                let driven = connection.drive(out);
+                let driven = connection.drive(&mut self.place, out);
                 self.note(driven);
             }
-            Err(error) => self.warn(&format!("a frontend can't be served: {error}")),
+            Err(error) => {
+                self.forget_connection();
+                self.warn(&format!("a frontend can't be served: {error}"));
+            }
         }
         true
     }
 
-    fn connect(&self, stream: UnixStream, registry: &Registry) -> io::Result<Connection> {
-        let mut connection = Connection::new(stream, self.facts.clone())?;
+    fn connect(&mut self, stream: UnixStream, registry: &Registry) -> io::Result<Connection> {
+        let mut connection = Connection::new(stream, self.facts.clone(), &mut self.place)?;
         connection.session.set_fenced(self.fenced);
         let (_, token) = tokens(self.facts.id);
         if let Some(fd) = connection.fd() {
             registry.register(&mut SourceFd(&fd), token, CONNECTION)?;
         }
         Ok(connection)
+    }
+
+    /// Goes on with the connection that a predecessor left, if it left one.
+    fn go_on(&mut self, registry: &Registry, out: &mut ToWorkers, events: &mut Vec<Event>) {
+        let resumed = Connection::resumed(&mut self.place, self.facts.clone());
+        let resumed = resumed.map_err(|error| error.to_string());
+        let watched = resumed.and_then(|connection| {
+            let (_, token) = tokens(self.facts.id);
+            if let Some(fd) = connection.as_ref().and_then(Connection::fd) {
+                let watched = registry.register(&mut SourceFd(&fd), token, CONNECTION);
+                watched.map_err(|error| error.to_string())?;
+            }
+            Ok(connection)
+        });
+        match watched {
+            Ok(None) => {}
+            Ok(Some(connection)) => {
+                let connection = self.connection.insert(connection);
+                connection.session.set_fenced(self.fenced);
+                events.push(Event::Connected { id: self.facts.id });
+                let driven = connection.start_again(&mut self.place, out);
+                self.note(driven);
+            }
+            Err(reason) => {
+                self.forget_connection();
+                self.warn(&format!("its frontend has to connect again: {reason}"));
+            }
+        }
+    }
+
+    /// A successor is to know of no connection.
+    fn forget_connection(&mut self) {
+        let cache = self.facts.device.cache_mode();
+        self.place.put_connection(cache, None);
     }
 
     /// The uid of the process that connected, against the one that may.

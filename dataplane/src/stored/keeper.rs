@@ -22,6 +22,7 @@ use super::file::{FileError, StateFile};
 use super::names::{Name, SLOTS};
 use super::volume::{FdNumber, Step, StoredCache, StoredConnection, StoredVolume};
 use super::workers;
+use crate::crash_point;
 use crate::memory::SharedFlag;
 
 /// Why something is not remembered. What was remembered before still is.
@@ -306,6 +307,22 @@ impl Place {
         }
     }
 
+    /// A worker is about to serve a queue that was stopped: from now on its ring and in-flight region say where
+    /// it is. To be said before the worker is told.
+    pub fn begins(&mut self, queue: u16) {
+        let Some(kept) = &mut self.0 else {
+            return;
+        };
+        let vrings = kept.volume.connection.as_mut().map(|c| &mut c.vrings);
+        let Some(vring) = vrings.and_then(|vrings| vrings.get_mut(usize::from(queue))) else {
+            return;
+        };
+        vring.anew = false;
+        if let Err(error) = kept.write() {
+            kept.give_up(&error);
+        }
+    }
+
     /// The volume is served no more: nothing of it is remembered.
     pub fn remove(mut self) {
         if let Some(kept) = &mut self.0 {
@@ -421,6 +438,7 @@ impl Kept {
         let numbered = volume.try_map(&mut |fd| self.number(&fd));
         let written = numbered.and_then(|numbered| {
             if self.written.as_ref() != Some(&numbered) {
+                crash_point!("state.stored");
                 self.file.write(&numbered)?;
                 self.written = Some(numbered);
             }

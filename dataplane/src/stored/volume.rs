@@ -190,6 +190,9 @@ pub struct StoredVring<F> {
     /// SET_VRING_ERR.
     #[n(9)]
     pub error: Option<F>,
+    /// It was stopped on this connection: nothing of it is in flight, and `base` counts.
+    #[n(10)]
+    pub anew: bool,
 }
 
 /// Where a queue is between its first message and its end.
@@ -335,6 +338,7 @@ impl<F> StoredVring<F> {
             kick: self.kick.map(&mut *with).transpose()?,
             call: self.call.map(&mut *with).transpose()?,
             error: self.error.map(&mut *with).transpose()?,
+            anew: self.anew,
         })
     }
 }

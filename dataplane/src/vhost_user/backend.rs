@@ -2,13 +2,14 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send};
 use nix::sys::stat::{SFlag, fstat};
 
 use super::message::notice;
+use crate::stored::Fd;
 
 /// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG.
 const CONFIG_CHANGE: u32 = 2;
@@ -16,7 +17,7 @@ const CONFIG_CHANGE: u32 = 2;
 /// A frontend's end of the channel, and what it has not been told.
 #[derive(Debug)]
 pub struct BackendChannel {
-    socket: OwnedFd,
+    socket: Fd,
     config_changed: bool,
 }
 
@@ -25,7 +26,7 @@ impl BackendChannel {
     ///
     /// # Errors
     /// When it is none.
-    pub fn new(socket: OwnedFd) -> Result<Self, String> {
+    pub fn new(socket: Fd) -> Result<Self, String> {
         let stat = fstat(&socket).map_err(|e| e.to_string())?;
         if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFSOCK {
             return Err("the backend channel is not a socket".to_owned());
@@ -34,6 +35,12 @@ impl BackendChannel {
             socket,
             config_changed: false,
         })
+    }
+
+    /// Its socket, for a successor.
+    #[must_use]
+    pub fn socket(&self) -> &Fd {
+        &self.socket
     }
 
     /// The configuration space changed: the frontend is to read it again.
@@ -81,7 +88,7 @@ mod tests {
         while let Ok(n) = send(ours.as_raw_fd(), &[0; 4096], MsgFlags::MSG_DONTWAIT) {
             filled += n;
         }
-        let mut channel = BackendChannel::new(ours.into()).expect("a socket");
+        let mut channel = BackendChannel::new(Fd::new(ours.into())).expect("a socket");
         channel.config_changed();
         assert!(channel.is_due());
         let mut rest = vec![0; filled];
@@ -96,10 +103,10 @@ mod tests {
     #[test]
     fn what_is_no_socket_is_refused_and_a_closed_one_is_given_up() {
         let file = std::fs::File::open("/dev/null").expect("open");
-        assert!(BackendChannel::new(file.into()).is_err());
+        assert!(BackendChannel::new(Fd::new(file.into())).is_err());
         let (ours, theirs) = UnixStream::pair().expect("sockets");
         drop(theirs);
-        let mut channel = BackendChannel::new(ours.into()).expect("a socket");
+        let mut channel = BackendChannel::new(Fd::new(ours.into())).expect("a socket");
         channel.config_changed();
         assert!(!channel.is_due());
     }

@@ -76,6 +76,12 @@ pub enum ProtocolError {
         /// Why.
         reason: String,
     },
+    /// The process before this one died while it sent a reply: nobody can tell whether the frontend has it.
+    #[error("the process before died while it sent a reply: the frontend has to connect again")]
+    ReplyUnsure,
+    /// What a predecessor left of the connection can't go on.
+    #[error("the connection can't be taken over: {0}")]
+    Resume(String),
     /// The frontend cut the file behind its memory.
     #[error("guest memory went away while it was used: the frontend truncated its file")]
     MemoryLost,
@@ -301,6 +307,20 @@ impl Fields<'_> {
 }
 
 impl Message {
+    /// How many descriptors belong to it by what it is and says.
+    #[must_use]
+    pub fn wanted_fds(&self) -> usize {
+        let mut body = Fields(&self.body);
+        match self.header.code {
+            code::SET_MEM_TABLE => body.u32().and_then(|n| usize::try_from(n).ok()),
+            code::SET_VRING_KICK | code::SET_VRING_CALL | code::SET_VRING_ERR => {
+                body.u64().map(|word| usize::from(word & VRING_NO_FD == 0))
+            }
+            other => Some(usize::from(takes_fds(other))),
+        }
+        .unwrap_or(0)
+    }
+
     /// The typed request.
     ///
     /// # Errors

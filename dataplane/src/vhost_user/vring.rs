@@ -2,11 +2,10 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::os::fd::OwnedFd;
-
 use super::feature;
 use super::message::VringAddresses;
 use crate::memory::GuestMemory;
+use crate::stored::Fd;
 use crate::virtqueue::{QueueFeatures, Virtqueue};
 use crate::worker::message::RingLayout;
 
@@ -39,10 +38,12 @@ pub struct Vring {
     pub base: Option<u32>,
     /// SET_VRING_ENABLE.
     pub enabled: bool,
+    /// SET_VRING_KICK, while a worker has it.
+    pub kick: Option<Fd>,
     /// SET_VRING_CALL.
-    pub call: Option<OwnedFd>,
+    pub call: Option<Fd>,
     /// SET_VRING_ERR.
-    pub error: Option<OwnedFd>,
+    pub error: Option<Fd>,
     /// Where it is.
     pub phase: Phase,
     /// Where its ring lies, while a worker has it.
@@ -53,6 +54,9 @@ pub struct Vring {
     pub owes: bool,
     /// It is not served for as long as its ring is in no region of the memory.
     pub rests: bool,
+    /// A predecessor's worker had it, and none of ours does: before its ring is in a region again, or for good
+    /// if it is retired.
+    pub dormant: bool,
 }
 
 impl Vring {

@@ -97,6 +97,7 @@ pub fn connection<F>(queues: u16, regions: u64, fd: &mut impl FnMut() -> F) -> S
                 kick: Some(fd()),
                 call: Some(fd()),
                 error: Some(fd()),
+                anew: true,
             })
             .collect(),
         inflight: Some(StoredInflight {

@@ -277,6 +277,7 @@ impl<'a> Conversation<'a> {
                 Ok(Incoming::Message(message)) => {
                     let mut out = Outbox::default();
                     let handled = self.session.handle(message, &mut out);
+                    self.framing.consume().map_err(|_| End)?;
                     self.settle(out)?;
                     handled.map_err(|_| End)?;
                 }

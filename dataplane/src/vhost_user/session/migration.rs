@@ -11,6 +11,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::{Handled, Outbox, Outcome, Pending, Session};
 use crate::memory::SharedArea;
+use crate::stored::{Fd, StoredInflight, StoredLog};
 use crate::vhost_user::feature;
 use crate::vhost_user::message::Inflight;
 use crate::virtqueue::{Format, QueueFeatures, QueueRegion};
@@ -23,8 +24,18 @@ const MAX_QUEUE_SIZE: u16 = 32768;
 #[derive(Debug)]
 pub(super) struct Regions {
     area: Arc<SharedArea>,
-    queues: u16,
-    queue_size: u16,
+    /// Its file, for a successor, and what it was said to be.
+    pub(super) file: StoredInflight<Fd>,
+}
+
+impl Regions {
+    /// Maps a region that has room for its queues.
+    pub(super) fn map(file: StoredInflight<Fd>) -> Result<Self, String> {
+        let area = SharedArea::map(file.fd.as_fd(), file.offset, file.bytes)
+            .map_err(|e| format!("the in-flight region can't be mapped: {e}"))?;
+        let area = Arc::new(area);
+        Ok(Self { area, file })
+    }
 }
 
 /// How its file is made; the sandbox allows no other.
@@ -44,11 +55,18 @@ fn sealed(bytes: u64) -> nix::Result<OwnedFd> {
 
 impl Session {
     /// SET_LOG_BASE: where marks go from now on.
-    pub(super) fn set_log(&mut self, bytes: u64, offset: u64, fd: &OwnedFd) -> Outcome {
-        let area = SharedArea::map(fd.as_fd(), offset, bytes)
+    pub(super) fn set_log(&mut self, bytes: u64, offset: u64, fd: OwnedFd) -> Outcome {
+        let fd = Arc::new(fd);
+        self.map_log(StoredLog { fd, bytes, offset })?;
+        Ok(super::word(0))
+    }
+
+    pub(super) fn map_log(&mut self, file: StoredLog<Fd>) -> Result<(), String> {
+        let area = SharedArea::map(file.fd.as_fd(), file.offset, file.bytes)
             .map_err(|e| format!("the dirty log can't be mapped: {e}"))?;
         self.log.set_area(Some(area));
-        Ok(super::word(0))
+        self.log_file = Some(file);
+        Ok(())
     }
 
     /// VHOST_F_LOG_ALL, which changes while queues run. It is answered when every worker has gone
@@ -101,21 +119,15 @@ impl Session {
     }
 
     /// SET_INFLIGHT_FD: the region for queues that start from now on.
-    pub(super) fn set_inflight(&mut self, given: Inflight, fd: &OwnedFd) -> Outcome {
-        let needed = self.inflight_bytes(given.queues, given.queue_size)?;
-        if given.bytes < needed {
-            return Err(format!(
-                "an in-flight region of {} bytes is too short: {needed} are needed",
-                given.bytes
-            ));
-        }
-        let area = SharedArea::map(fd.as_fd(), given.offset, given.bytes)
-            .map_err(|e| format!("the in-flight region can't be mapped: {e}"))?;
-        self.regions = Some(Regions {
-            area: Arc::new(area),
+    pub(super) fn set_inflight(&mut self, given: Inflight, fd: OwnedFd) -> Outcome {
+        self.set_regions(StoredInflight {
+            fd: Arc::new(fd),
+            bytes: given.bytes,
+            offset: given.offset,
             queues: given.queues,
             queue_size: given.queue_size,
-        });
+            private: false,
+        })?;
         Ok(Handled::Done)
     }
 
@@ -124,26 +136,38 @@ impl Session {
         let Some(regions) = &self.regions else {
             return;
         };
-        for index in 0..regions.queues {
-            let of = QueueRegion::new(&regions.area, self.format(), index, regions.queue_size);
+        for index in 0..regions.file.queues {
+            let of = QueueRegion::new(&regions.area, self.format(), index, regions.file.queue_size);
             if let Some(region) = of {
                 region.forget();
             }
         }
     }
 
-    /// The region of a queue that starts.
-    pub(super) fn region_of(&self, index: u16, size: u16) -> Result<Option<QueueRegion>, String> {
-        let Some(regions) = self.regions.as_ref().filter(|r| index < r.queues) else {
-            return Ok(None);
-        };
-        if size > regions.queue_size {
+    pub(super) fn set_regions(&mut self, file: StoredInflight<Fd>) -> Result<(), String> {
+        let needed = self.inflight_bytes(file.queues, file.queue_size)?;
+        if file.bytes < needed {
             return Err(format!(
-                "the in-flight region is for queues of {} entries, this one has {size}",
-                regions.queue_size
+                "an in-flight region of {} bytes is too short: {needed} are needed",
+                file.bytes
             ));
         }
-        QueueRegion::new(&regions.area, self.format(), index, regions.queue_size)
+        self.regions = Some(Regions::map(file)?);
+        Ok(())
+    }
+
+    /// The region of a queue that starts.
+    pub(super) fn region_of(&self, index: u16, size: u16) -> Result<Option<QueueRegion>, String> {
+        let Some(regions) = self.regions.as_ref().filter(|r| index < r.file.queues) else {
+            return Ok(None);
+        };
+        if size > regions.file.queue_size {
+            return Err(format!(
+                "the in-flight region is for queues of {} entries, this one has {size}",
+                regions.file.queue_size
+            ));
+        }
+        QueueRegion::new(&regions.area, self.format(), index, regions.file.queue_size)
             .map(Some)
             .ok_or_else(|| {
                 "the in-flight region has no room for the queue at a multiple of 8 bytes".to_owned()

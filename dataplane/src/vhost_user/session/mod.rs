@@ -9,10 +9,11 @@
 
 mod migration;
 mod queues;
+mod remembered;
 mod volume;
 mod waiting;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
@@ -20,11 +21,11 @@ use super::message::{MAX_REGIONS, Message, ProtocolError, Request, code, config_
 use super::vring::{Phase, Vring};
 use super::{BackendChannel, feature, protocol_feature};
 use crate::blk::{BlkDevice, config_space};
-use crate::memory::{DirtyLog, GuestMemory};
+use crate::memory::{DirtyLog, GuestMemory, RegionSpec};
+use crate::stored::{Fd, StoredLog};
 use crate::worker::message::{DeviceId, QueueId, ToWorker};
 use migration::Regions;
 pub(crate) use migration::inflight_flags;
-use queues::Change;
 use volume::Hold;
 
 /// What a session knows of its device.
@@ -67,6 +68,8 @@ enum Pending {
     Reset { left: usize },
     /// Queues that stop because the connection ended.
     Close { left: usize },
+    /// A predecessor's queues that start.
+    Resume { left: usize },
 }
 
 /// A request that waits for an answer, and what for.
@@ -86,15 +89,21 @@ pub struct Session {
     /// SET_PROTOCOL_FEATURES.
     protocol_features: u64,
     memory: Arc<GuestMemory>,
+    /// The files of its regions, for a successor.
+    files: Vec<(RegionSpec, Fd)>,
     vrings: Vec<Vring>,
     /// Earlier tables of regions, as long as requests in flight use them.
     earlier: Vec<Weak<GuestMemory>>,
     /// Where writes to guest memory are marked.
     log: Arc<DirtyLog>,
+    /// SET_LOG_BASE.
+    log_file: Option<StoredLog<Fd>>,
     /// SET_INFLIGHT_FD.
     regions: Option<Regions>,
     /// SET_BACKEND_REQ_FD.
     backend: Option<BackendChannel>,
+    /// The capacity that the frontend knows, in sectors.
+    told_sectors: Option<u64>,
     /// SET_STATUS.
     status: u8,
     hold: Hold,
@@ -138,11 +147,14 @@ impl Session {
             features: 0,
             protocol_features: 0,
             memory: Arc::new(GuestMemory::none().with_log(&log)),
+            files: Vec::new(),
             vrings,
             earlier: Vec::new(),
             log,
+            log_file: None,
             regions: None,
             backend: None,
+            told_sectors: None,
             status: 0,
             hold: Hold::default(),
             fenced: false,
@@ -258,20 +270,10 @@ impl Session {
             Request::SetConfig { offset, payload } => {
                 config_space::write(&self.facts.device, offset, &payload).map(done)
             }
-            Request::SetMemTable(regions) => {
-                self.forget_earlier_tables()?;
-                let regions: Vec<_> = regions.iter().map(|(s, fd)| (*s, fd.as_fd())).collect();
-                let memory = GuestMemory::map(&regions).map_err(|e| e.to_string())?;
-                let memory = memory.with_log(&self.log);
-                Ok(self.set_memory(memory, Change::Table, out))
-            }
+            Request::SetMemTable(regions) => self.set_table(regions, out),
             Request::GetMaxMemSlots => Ok(word(MAX_REGIONS)),
-            Request::AddMemRegion(spec, fd) => self.add_region(&spec, &fd, out),
-            Request::RemoveMemRegion(spec) => {
-                let memory = self.memory.without_region(&spec);
-                let memory = memory.ok_or("there is no such region")?;
-                Ok(self.set_memory(memory, Change::Region, out))
-            }
+            Request::AddMemRegion(spec, fd) => self.add_region(spec, fd, out),
+            Request::RemoveMemRegion(spec) => self.remove_region(&spec, out),
             Request::SetVringNum { index, size } => {
                 let features = self.features;
                 self.vring(index)?.set_size(size, features).map(done)
@@ -293,13 +295,13 @@ impl Session {
     /// Requests about what is shared beside memory and queues, and about the device as a whole.
     fn perform_shared(&mut self, request: Request, out: &mut Outbox) -> Outcome {
         match request {
-            Request::SetLogBase { bytes, offset, fd } => self.set_log(bytes, offset, &fd),
+            Request::SetLogBase { bytes, offset, fd } => self.set_log(bytes, offset, fd),
             Request::SetBackendReqFd(fd) => {
-                self.backend = Some(BackendChannel::new(fd)?);
+                self.backend = Some(BackendChannel::new(Arc::new(fd))?);
                 Ok(Handled::Done)
             }
             Request::GetInflightFd(asked) => self.get_inflight(asked),
-            Request::SetInflightFd(given, fd) => self.set_inflight(given, &fd),
+            Request::SetInflightFd(given, fd) => self.set_inflight(given, fd),
             Request::ResetDevice => {
                 self.facts.device.reset();
                 self.status = 0;
@@ -328,6 +330,14 @@ impl Session {
         if let Some(backend) = &mut self.backend {
             backend.config_changed();
         }
+        self.note_told();
+    }
+
+    /// What the frontend was told of, if it was: it has the capacity of now.
+    fn note_told(&mut self) {
+        if self.backend.is_some() && !self.backend_is_due() {
+            self.told_sectors = Some(self.facts.device.capacity_sectors());
+        }
     }
 
     /// Whether the frontend has not been told of a change.
@@ -341,6 +351,7 @@ impl Session {
         if let Some(backend) = &mut self.backend {
             backend.flush();
         }
+        self.note_told();
     }
 
     fn offered(&self) -> u64 {
@@ -362,17 +373,19 @@ impl Session {
         Ok(self.log_all(features, out))
     }
 
-    fn config(&self, offset: u32, size: u32) -> Outcome {
+    fn config(&mut self, offset: u32, size: u32) -> Outcome {
         let range = || {
             let from = usize::try_from(offset).ok()?;
             let to = from.checked_add(usize::try_from(size).ok()?)?;
             Some(from..to)
         };
+        let sectors = self.facts.device.capacity_sectors();
         let space = config_space::read(&self.facts.device);
         let payload = range().and_then(|range| space.get(range).filter(|p| !p.is_empty()));
         let payload = payload.ok_or_else(|| {
             format!("{size} bytes at {offset} are not in the configuration space")
         })?;
+        self.told_sectors = Some(sectors);
         Ok(Handled::Reply(config_body(offset, size, payload)))
     }
 

@@ -10,10 +10,11 @@ use std::time::Instant;
 use super::{Handled, Outbox, Outcome, Pending, Session, base_body};
 use crate::fds::as_event;
 use crate::memory::{GuestMemory, RegionSpec};
+use crate::stored::Fd;
 use crate::vhost_user::message::{MAX_REGIONS, VringAddresses};
 use crate::vhost_user::vring::Phase;
 use crate::virtqueue::QueueRegion;
-use crate::worker::message::{QueueStart, ToWorker};
+use crate::worker::message::{QueueStart, RingLayout, ToWorker};
 
 /// Earlier tables of regions that requests in flight may still use.
 const MAX_EARLIER_TABLES: usize = 64;
@@ -29,12 +30,14 @@ pub(super) enum Change {
 }
 
 /// An eventfd of the frontend, made safe to write to.
-fn event(fd: Option<OwnedFd>) -> Result<Option<OwnedFd>, String> {
-    fd.map(as_event).transpose().map_err(|e| e.to_string())
+fn event(fd: Option<OwnedFd>) -> Result<Option<Fd>, String> {
+    let event = fd.map(as_event).transpose().map_err(|e| e.to_string())?;
+    Ok(event.map(Arc::new))
 }
 
-fn copy(fd: Option<&OwnedFd>) -> Result<Option<OwnedFd>, String> {
-    fd.map(OwnedFd::try_clone)
+/// One for a worker.
+fn copy(fd: Option<&Fd>) -> Result<Option<OwnedFd>, String> {
+    fd.map(|fd| fd.try_clone())
         .transpose()
         .map_err(|e: io::Error| e.to_string())
 }
@@ -42,16 +45,43 @@ fn copy(fd: Option<&OwnedFd>) -> Result<Option<OwnedFd>, String> {
 impl Session {
     pub(super) fn add_region(
         &mut self,
-        spec: &RegionSpec,
-        fd: &OwnedFd,
+        spec: RegionSpec,
+        fd: OwnedFd,
         out: &mut Outbox,
     ) -> Outcome {
         if self.memory.len() as u64 >= MAX_REGIONS {
             return Err(format!("there are {MAX_REGIONS} regions, no more fit"));
         }
-        let memory = self.memory.with_region(spec, fd.as_fd());
+        let memory = self.memory.with_region(&spec, fd.as_fd());
         let memory = memory.map_err(|e| e.to_string())?;
-        Ok(self.set_memory(memory, Change::Region, out))
+        self.files.push((spec, Arc::new(fd)));
+        self.set_memory(memory, Change::Region, out)
+    }
+
+    /// SET_MEM_TABLE.
+    pub(super) fn set_table(
+        &mut self,
+        regions: Vec<(RegionSpec, OwnedFd)>,
+        out: &mut Outbox,
+    ) -> Outcome {
+        self.forget_earlier_tables()?;
+        let memory: Vec<_> = regions.iter().map(|(s, fd)| (*s, fd.as_fd())).collect();
+        let memory = GuestMemory::map(&memory).map_err(|e| e.to_string())?;
+        let memory = memory.with_log(&self.log);
+        let files = regions.into_iter().map(|(spec, fd)| (spec, Arc::new(fd)));
+        self.files = files.collect();
+        self.set_memory(memory, Change::Table, out)
+    }
+
+    pub(super) fn remove_region(&mut self, spec: &RegionSpec, out: &mut Outbox) -> Outcome {
+        let memory = self.memory.without_region(spec);
+        let memory = memory.ok_or("there is no such region")?;
+        let same = |other: &RegionSpec| {
+            (other.guest_addr, other.user_addr, other.bytes)
+                == (spec.guest_addr, spec.user_addr, spec.bytes)
+        };
+        self.files.retain(|(other, _)| !same(other));
+        self.set_memory(memory, Change::Region, out)
     }
 
     /// Each earlier table keeps its mappings for as long as a request in flight uses it, behind a
@@ -75,7 +105,7 @@ impl Session {
         memory: GuestMemory,
         change: Change,
         out: &mut Outbox,
-    ) -> Handled {
+    ) -> Outcome {
         let earlier = std::mem::replace(&mut self.memory, Arc::new(memory));
         if change == Change::Table {
             self.earlier.push(Arc::downgrade(&earlier));
@@ -87,6 +117,12 @@ impl Session {
                 continue;
             };
             let there = vring.ring_is_in(&self.memory, features);
+            if vring.dormant {
+                if there && vring.phase == Phase::Running {
+                    self.wake(queue.index, out)?;
+                }
+                continue;
+            }
             if there || change == Change::Table {
                 let memory = Arc::clone(&self.memory);
                 out.to_workers
@@ -100,10 +136,10 @@ impl Session {
                     .push((queue, ToWorker::SetEnabled { queue, enabled }));
             }
         }
-        match out.to_workers.len() - before {
+        Ok(match out.to_workers.len() - before {
             0 => Handled::Done,
             left => Handled::Pending(Pending::Changes { left }),
-        }
+        })
     }
 
     /// SET_VRING_ADDR. Of a running queue only whether it logs may change.
@@ -124,6 +160,9 @@ impl Session {
     pub(super) fn get_base(&mut self, index: u32, out: &mut Outbox) -> Outcome {
         let features = self.features;
         let vring = self.vring(index)?;
+        if vring.dormant && vring.phase == Phase::Running {
+            return Err("where it goes on is not known while its ring is in no region".to_owned());
+        }
         if !vring.is_started() {
             let base = vring.base(features);
             return Ok(Handled::Reply(base_body(index, base)));
@@ -162,41 +201,74 @@ impl Session {
     ) -> Outcome {
         let kick = event(fd)?;
         let queue = self.queue(index);
-        let (features, memory) = (self.features, Arc::clone(&self.memory));
+        let memory = Arc::clone(&self.memory);
         let vring = self.vring(index)?;
         if vring.is_started() {
-            let message = ToWorker::SetKick { queue, fd: kick };
-            out.to_workers.push((queue, message));
+            let fd = copy(kick.as_ref())?;
+            vring.kick = kick;
+            out.to_workers
+                .push((queue, ToWorker::SetKick { queue, fd }));
             return Ok(Handled::Pending(Pending::Changes { left: 1 }));
         }
         let layout = vring.layout(&memory)?;
-        let (call, error) = (copy(vring.call.as_ref())?, copy(vring.error.as_ref())?);
-        let (base, log) = (vring.base(features), vring.addresses.and_then(|a| a.log));
-        let anew = vring.anew;
-        let region = self.region_of(queue.index, layout.size)?;
-        let owes = !anew && region.as_ref().is_some_and(QueueRegion::was_kept);
-        self.take_volume(out);
-        let start = QueueStart {
-            queue,
-            memory,
-            layout,
-            base,
-            log,
-            region,
-            anew,
-            features,
-            enabled: self.serves(queue.index),
-            kick,
-            call,
-            error,
+        vring.kick = kick;
+        let start = match self.start_of(queue.index, layout) {
+            Ok(start) => start,
+            Err(reason) => {
+                self.vring(index)?.kick = None;
+                return Err(reason);
+            }
         };
-        let vring = self.vring(index)?;
-        vring.phase = Phase::Running;
-        vring.running = Some(layout);
-        vring.owes = owes;
+        self.take_volume(out);
+        self.begin(start, out);
+        Ok(Handled::Pending(Pending::Start { index: queue.index }))
+    }
+
+    /// What a worker is told to begin with a queue. Whether it is served is said when it begins.
+    pub(super) fn start_of(&self, index: u16, layout: RingLayout) -> Result<QueueStart, String> {
+        let vring = self.vrings.get(usize::from(index));
+        let vring = vring.ok_or("there is no such queue")?;
+        let goes_on = vring.is_started();
+        Ok(QueueStart {
+            queue: self.queue(u32::from(index)),
+            memory: Arc::clone(&self.memory),
+            layout,
+            base: vring.base(self.features),
+            log: vring.addresses.and_then(|a| a.log),
+            region: self.region_of(index, layout.size)?,
+            // A predecessor's queue that ran goes on, wherever it was when it began.
+            anew: vring.anew && !goes_on,
+            features: self.features,
+            enabled: false,
+            kick: copy(vring.kick.as_ref())?,
+            call: copy(vring.call.as_ref())?,
+            error: copy(vring.error.as_ref())?,
+        })
+    }
+
+    /// Has a worker begin with a queue.
+    pub(super) fn begin(&mut self, mut start: QueueStart, out: &mut Outbox) {
+        let queue = start.queue;
+        if let Some(vring) = self.vrings.get_mut(usize::from(queue.index)) {
+            vring.phase = Phase::Running;
+            vring.running = Some(start.layout);
+            let kept = start.region.as_ref().is_some_and(QueueRegion::was_kept);
+            vring.owes = !start.anew && kept;
+            (vring.rests, vring.dormant) = (false, false);
+        }
+        start.enabled = self.serves(queue.index);
         out.to_workers
             .push((queue, ToWorker::Start(Box::new(start))));
-        Ok(Handled::Pending(Pending::Start { index: queue.index }))
+    }
+
+    /// The ring of a predecessor's queue is in a region again.
+    fn wake(&mut self, index: u16, out: &mut Outbox) -> Result<(), String> {
+        let vring = self.vrings.get(usize::from(index));
+        if let Some(layout) = vring.and_then(|vring| vring.running) {
+            let start = self.start_of(index, layout)?;
+            self.begin(start, out);
+        }
+        Ok(())
     }
 
     pub(super) fn set_call(

@@ -78,8 +78,10 @@ impl Session {
     /// Lets go of memory and descriptors.
     fn forget(&mut self) {
         self.memory = Arc::new(GuestMemory::none());
+        self.files.clear();
         self.earlier.clear();
         self.log.set_area(None);
+        self.log_file = None;
         self.regions = None;
         self.backend = None;
         self.vrings.clear();
@@ -99,12 +101,20 @@ impl Session {
         match message {
             FromWorker::Started { queue } => {
                 self.ran = true;
-                self.on_started(queue.index, Ok(()), out)?;
+                if self.starts_again() {
+                    self.one_resumed();
+                    self.one_less(out)?;
+                } else {
+                    self.on_started(queue.index, Ok(()), out)?;
+                }
                 self.serve_if_ready(out);
             }
             FromWorker::StartFailed { queue, reason } => {
                 self.set_phase(queue.index, Phase::Stopped);
                 self.flush_volume(queue.index, out);
+                if self.starts_again() {
+                    return Err(ProtocolError::Resume(reason));
+                }
                 self.on_started(queue.index, Err(reason), out)?;
             }
             FromWorker::MemorySet { .. } | FromWorker::Changed { .. } => {
@@ -151,7 +161,8 @@ impl Session {
             vring.phase = phase;
             if phase == Phase::Stopped {
                 vring.running = None;
-                vring.rests = false;
+                vring.kick = None;
+                (vring.rests, vring.dormant) = (false, false);
             }
         }
     }
