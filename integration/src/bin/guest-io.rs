@@ -2,7 +2,8 @@
 //! each result held against a model. Linked static, so that it runs where there are no libraries.
 //!
 //! `check DEVICE THREADS OPERATIONS` writes, reads, zeroes, discards and flushes at random, each thread in
-//! a part of its own, then reads all of it; `rounds DEVICE` does the like for ever and counts, and keeps
+//! a part of its own, then reads all of it; `rounds DEVICE` does the like for ever and counts, says how long
+//! the longest request took (`longest_ms=`), and keeps
 //! much of what it has read in memory that nobody but the disk writes to, and looks at it again and again;
 //! `fill DEVICE FROM BYTES SEED` writes a pattern that `expect` with the same words finds again;
 //! `zeroes DEVICE FROM BYTES` expects zeroes; `reads DEVICE NAME` reads blocks for ever, one after the other,
@@ -158,14 +159,18 @@ fn check(device: &str, threads: usize, operations: usize) -> io::Result<()> {
 fn rounds(device: &str) -> io::Result<()> {
     let mut part = Part::open(device, 0, ROUND_BLOCKS)?;
     let mut kept: Vec<Kept> = (0..KEPT).map(|_| Kept::new()).collect();
+    let mut longest = Duration::ZERO;
     for round in 1_u64.. {
         for _ in 0..ROUND_OPERATIONS {
+            let began = Instant::now();
             part.operate()?;
+            longest = longest.max(began.elapsed());
             let which = part.random.index(KEPT);
             part.keep(&mut kept[which])?;
         }
         kept.iter_mut().try_for_each(Kept::verify)?;
         part.verify_all()?;
+        println!("longest_ms={}", longest.as_millis());
         println!("round={round}");
     }
     Ok(())

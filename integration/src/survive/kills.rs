@@ -3,12 +3,15 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::fences::Fences;
 use super::load::{Load, LoadError};
+use super::points::Switch;
 use super::times::Times;
 use crate::host::{Host, HostError};
 use crate::processes::{Process, ProcessError, binary};
@@ -17,6 +20,8 @@ use crate::random::Random;
 /// How long disks may be away after a kill before it is called a failure: far longer than any target, since
 /// machines are slow at times.
 pub const BACK_PATIENCE: Duration = Duration::from_secs(60);
+/// How long it may take to come by a point.
+const REACH_PATIENCE: Duration = Duration::from_secs(20);
 /// How long a successor may take to be started.
 const START_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -35,6 +40,9 @@ pub enum KillError {
     /// A signal or a file.
     #[error("kill: {0}")]
     Io(#[from] io::Error),
+    /// It did not die at a point.
+    #[error("the data plane did not come by {0} within {REACH_PATIENCE:?}")]
+    NotReached(&'static str),
     /// No successor.
     #[error("no successor was started within {0:?}")]
     NoSuccessor(Duration),
@@ -49,8 +57,60 @@ pub trait Victim {
     /// See [`KillError`].
     fn kill(&mut self) -> Result<Instant, KillError>;
 
+    /// What was seen of the last death, once the disks are back.
+    fn seen(&mut self) -> Seen {
+        Seen::default()
+    }
+
     /// What everything has printed.
     fn log(&self) -> String;
+}
+
+/// What was seen of a death from outside.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Seen {
+    /// When the successor had taken everything over, and waited for nothing but the fence.
+    pub ready: Option<Instant>,
+    /// When the dead process's last request had ended.
+    pub fence: Option<Instant>,
+}
+
+/// How long disks were away.
+#[derive(Debug, Clone, Default)]
+pub struct Away {
+    /// Kills.
+    pub kills: u32,
+    /// From the kill to the first completion of each disk.
+    pub whole: Times,
+    /// From the kill until the successor was ready.
+    pub without_fence: Times,
+    /// From the kill until the last request of the dead process had ended.
+    pub fence: Times,
+    /// From there to the first completion of each disk.
+    pub behind_fence: Times,
+}
+
+impl Away {
+    /// Adds what was seen of other deaths.
+    pub fn add(&mut self, other: Self) {
+        self.kills += other.kills;
+        self.whole.add(other.whole);
+        self.without_fence.add(other.without_fence);
+        self.fence.add(other.fence);
+        self.behind_fence.add(other.behind_fence);
+    }
+
+    fn note(&mut self, killed_at: Instant, seen: Seen, times: &[Duration]) {
+        let since = |at: Option<Instant>| at.map(|at| at.saturating_duration_since(killed_at));
+        let (ready, fence) = (since(seen.ready), since(seen.fence));
+        self.without_fence.extend(ready);
+        self.fence.extend(fence);
+        if let Some(fence) = fence {
+            let behind = times.iter().map(|time| time.saturating_sub(fence));
+            self.behind_fence.extend(behind);
+        }
+        self.whole.extend(times.iter().copied());
+    }
 }
 
 /// What to do.
@@ -74,23 +134,51 @@ pub fn kill_often(
     load: &mut Load,
     plan: &Plan,
     random: &mut Random,
-) -> Result<Times, KillError> {
-    let mut times = Times::default();
-    let mut kills = 0;
-    while kills < plan.kills {
+) -> Result<Away, KillError> {
+    let mut away = Away::default();
+    while away.kills < plan.kills {
         std::thread::sleep(Duration::from_millis(random.below(plan.pause_ms.max(1))));
-        load.killed(victim.kill()?);
-        kills += 1;
+        let mut at = victim.kill()?;
+        load.killed(at);
+        away.kills += 1;
         if let Some((most, within_ms)) = plan.again {
             for _ in 0..random.below(u64::from(most) + 1) {
                 std::thread::sleep(Duration::from_millis(random.below(within_ms.max(1))));
-                load.killed(victim.kill()?);
-                kills += 1;
+                at = victim.kill()?;
+                load.killed(at);
+                away.kills += 1;
             }
         }
-        times.extend(load.wait_back(BACK_PATIENCE)?);
+        let times = load.wait_back(BACK_PATIENCE)?;
+        away.note(at, victim.seen(), &times);
     }
-    Ok(times)
+    Ok(away)
+}
+
+/// Has the data plane die at a point, once or more often, each time waiting until all disks are back. Each time
+/// the point is passed first as often as `random` says, at most `most_before` times.
+///
+/// # Errors
+/// See [`KillError`]; [`KillError::NotReached`] if it does not come by there.
+pub fn die_at(
+    victim: &mut DataPlane<'_>,
+    load: &mut Load,
+    point: &'static str,
+    times: u32,
+    most_before: u64,
+    random: &mut Random,
+) -> Result<Away, KillError> {
+    let mut away = Away::default();
+    for _ in 0..times {
+        let pid = victim.pid()?;
+        Switch::find(pid)?.arm(point, random.below(most_before + 1))?;
+        let at = victim.wait_for_death(point)?;
+        load.killed(at);
+        away.kills += 1;
+        let times = load.wait_back(BACK_PATIENCE)?;
+        away.note(at, victim.seen(), &times);
+    }
+    Ok(away)
 }
 
 /// Kills a process and waits until it is dead: when the signal was sent.
@@ -123,6 +211,9 @@ pub struct DataPlane<'a> {
     read: usize,
     /// Who runs, and since when.
     running: Option<(u32, Instant)>,
+    /// When the one that runs said that it serves.
+    ready: Option<Instant>,
+    fence: Option<JoinHandle<Option<Instant>>>,
 }
 
 impl<'a> DataPlane<'a> {
@@ -133,6 +224,8 @@ impl<'a> DataPlane<'a> {
             host,
             read: 0,
             running: None,
+            ready: None,
+            fence: None,
         }
     }
 
@@ -146,7 +239,30 @@ impl<'a> DataPlane<'a> {
         };
         for (at, line) in lines {
             self.running = started(&line).map(|pid| (pid, at)).or(self.running);
+            if line.contains("locked in and serving") {
+                self.ready = Some(at);
+            }
         }
+    }
+
+    /// What there is to be seen of the death that comes.
+    fn before_death(&mut self) {
+        self.fence = Some(Fences::of(self.host.rot_pid()).watch());
+    }
+
+    /// Waits until it has died at a point: when it had.
+    fn wait_for_death(&mut self, point: &'static str) -> Result<Instant, KillError> {
+        let pid = self.pid()?;
+        self.before_death();
+        let deadline = Instant::now() + REACH_PATIENCE;
+        while is_alive(pid) {
+            if Instant::now() > deadline {
+                return Err(KillError::NotReached(point));
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        self.running = None;
+        Ok(Instant::now())
     }
 
     /// The process id of the one that runs, once one does.
@@ -171,8 +287,18 @@ impl<'a> DataPlane<'a> {
 impl Victim for DataPlane<'_> {
     fn kill(&mut self) -> Result<Instant, KillError> {
         let pid = self.pid()?;
+        self.before_death();
         self.running = None;
         Ok(kill_pid(pid)?)
+    }
+
+    fn seen(&mut self) -> Seen {
+        self.look();
+        let fence = self.fence.take().and_then(|watch| watch.join().ok());
+        Seen {
+            ready: self.ready.take(),
+            fence: fence.flatten(),
+        }
     }
 
     fn log(&self) -> String {

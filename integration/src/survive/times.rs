@@ -14,6 +14,11 @@ impl Extend<Duration> for Times {
 }
 
 impl Times {
+    /// Adds other ones.
+    pub fn add(&mut self, other: Self) {
+        self.0.extend(other.0);
+    }
+
     /// How many.
     #[must_use]
     pub fn len(&self) -> usize {

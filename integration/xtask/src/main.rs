@@ -57,8 +57,10 @@ enum Command {
     },
     /// Runs the tests that do something many times as often as they are meant to: for hours
     Soak {
-        /// Only tests whose name contains this
+        /// Only tests whose name contains this; `survive`: kills and upgrades under a verified load, one table
         name: Option<String>,
+        #[command(flatten)]
+        survive: soak::Survive,
     },
     /// Measures speed beside peers and limits, and stores the figures in target/bench; without a name, lists what there is
     Bench {
@@ -85,7 +87,7 @@ fn main() -> ExitCode {
             seconds,
             keep,
         } => fuzz::run(name.as_deref(), seconds, keep),
-        Command::Soak { name } => soak::run(name.as_deref()),
+        Command::Soak { name, survive } => soak::run(name.as_deref(), &survive),
         Command::Bench { name, options } => bench::run(name.as_deref(), &options),
         Command::Coverage { uncovered } => coverage::run(uncovered.as_deref()),
     };

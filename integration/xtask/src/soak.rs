@@ -1,11 +1,11 @@
 //! `cargo xtask soak`: the tests that have a full number of rounds beside that of every run, with the full
-//! one. It takes hours; its output is shown as it comes.
+//! one. It takes hours; its output is shown as it comes. `soak survive` is a program of its own.
 
 use std::error::Error;
 use std::process::{Command, ExitCode};
 
 use crate::report::step;
-use crate::workspace;
+use crate::{binaries, workspace};
 
 /// Tests with full numbers.
 struct Suite {
@@ -49,16 +49,56 @@ const SUITES: [Suite; 4] = [
     },
 ];
 
+/// How often processes are killed and upgraded under a verified load.
+#[derive(Debug, clap::Args)]
+pub struct Survive {
+    /// With `survive`: kills of the data plane
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    kills: u32,
+    /// With `survive`: only scenarios with this in their name
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+}
+
+/// Kills and upgrades, one table: builds what that needs, and runs it.
+fn survive(options: &Survive) -> Result<ExitCode, Box<dyn Error>> {
+    step("build", || {
+        let build = ["build", "--quiet", "--workspace", "--bins"];
+        let output = cargo(&build).output()?;
+        if output.status.success() {
+            return Ok("everything".to_owned());
+        }
+        Err(String::from_utf8_lossy(&output.stderr).into_owned().into())
+    })?;
+    let folder = binaries("debug");
+    let mut command = Command::new(folder.join("survive"));
+    command
+        .env("BULKHEAD_BIN_DIR", &folder)
+        .args(["--kills", &options.kills.to_string()]);
+    if let Some(only) = &options.only {
+        command.args(["--only", only]);
+    }
+    Ok(if command.status()?.success() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn cargo(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO"));
+    command.args(arguments).current_dir(workspace());
+    command
+}
+
 /// Runs those whose name contains `name`, or all; one after the other, so that none slows another down.
 ///
 /// # Errors
 /// When nothing is built, or cargo can't be started.
-pub fn run(name: Option<&str>) -> Result<ExitCode, Box<dyn Error>> {
-    let cargo = |arguments: &[&str]| {
-        let mut command = Command::new(env!("CARGO"));
-        command.args(arguments).current_dir(workspace());
-        command
-    };
+pub fn run(name: Option<&str>, options: &Survive) -> Result<ExitCode, Box<dyn Error>> {
+    if name == Some("survive") {
+        return survive(options);
+    }
     step("build", || {
         let build = [
             "build",

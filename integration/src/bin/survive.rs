@@ -1,0 +1,125 @@
+//! The full numbers of kills and upgrades under a verified load; prints one table, and ends with 1 if anything
+//! was lost. `cargo xtask soak survive` builds what it needs and runs it.
+
+use std::process::ExitCode;
+
+use bulkhead_integration::survive::disk::Base;
+use bulkhead_integration::survive::fleet::Scene;
+use bulkhead_integration::survive::scenarios::{
+    HEADING, Reconnect, Row, kills, kills_in_recovery, reconnects, request_points,
+};
+use clap::Parser;
+
+/// Kills and upgrades the processes of a host under a verified load.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Kills of the data plane under split rings; half as many under packed ones, and shares of it elsewhere
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    kills: u32,
+    /// Only what has this in its name
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    only: String,
+}
+
+/// A scenario: its name, and what runs it.
+type Scenario = (&'static str, Box<dyn Fn(&str) -> Row>);
+
+fn scenarios(arguments: &Arguments) -> Vec<Scenario> {
+    let all = arguments.kills;
+    let part = |share: u32| (all / share).max(2);
+    let split = Scene::default();
+    let plain = Scene {
+        data_unit: None,
+        ..split.clone()
+    };
+    let packed = |scene: &Scene| Scene {
+        packed: true,
+        ..scene.clone()
+    };
+    let many = Scene {
+        disks: 64,
+        size: "1MiB",
+        depth: 2,
+        ..split.clone()
+    };
+    let private = Scene {
+        inflight: false,
+        ..split.clone()
+    };
+    let mut out: Vec<Scenario> = Vec::new();
+    let mut on_host = |name: &'static str, scene: Scene, count: u32| {
+        out.push((name, Box::new(move |name| kills(name, &scene, count))));
+    };
+    on_host("kills, split, encrypted", split.clone(), part(2));
+    on_host("kills, split, plain", plain.clone(), part(2));
+    on_host("kills, packed, encrypted", packed(&split), part(4));
+    on_host("kills, packed, plain", packed(&plain), part(4));
+    on_host("kills, no in-flight region", private, part(20));
+    on_host("kills, 64 disks", many, part(20));
+    for (name, scene) in [
+        ("points, split", split.clone()),
+        ("points, packed", packed(&plain)),
+    ] {
+        let each = (all / 50).clamp(1, 20);
+        out.push((
+            name,
+            Box::new(move |name| request_points(name, &scene, each)),
+        ));
+    }
+    for (name, scene) in [
+        ("kills in recovery, split", plain),
+        ("kills in recovery, packed", packed(&split)),
+    ] {
+        let count = part(10);
+        out.push((
+            name,
+            Box::new(move |name| kills_in_recovery(name, &scene, count)),
+        ));
+    }
+    let count = (all * 3 / 10).max(2);
+    for (name, packed, in_order, base) in [
+        ("reconnect, QEMU's base", false, false, Base::Used),
+        ("reconnect, QEMU's base, packed", true, false, Base::Used),
+        (
+            "reconnect, cloud-hypervisor's base",
+            false,
+            false,
+            Base::Avail,
+        ),
+        (
+            "reconnect, cloud-hypervisor's base, in order",
+            false,
+            true,
+            Base::InOrder,
+        ),
+    ] {
+        let how = Reconnect {
+            packed,
+            in_order,
+            base,
+            is_encrypted: true,
+        };
+        out.push((name, Box::new(move |name| reconnects(name, how, count))));
+    }
+    out
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    println!("{HEADING}");
+    let mut bad = Vec::new();
+    for (name, run) in scenarios(&arguments) {
+        if !name.contains(&arguments.only) {
+            continue;
+        }
+        let row = run(name);
+        println!("{row}");
+        if !row.is_good() {
+            bad.push(row);
+        }
+    }
+    for row in &bad {
+        eprintln!("\n{}: {}", row.what, row.problems());
+    }
+    ExitCode::from(u8::from(!bad.is_empty()))
+}
