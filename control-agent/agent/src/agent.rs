@@ -25,6 +25,7 @@ use crate::message::{Action, Answer, ClientId, Event, Peer};
 use crate::open_files::Files;
 use crate::operators::Waiting;
 use crate::store::{Found, Store, Stored};
+use crate::upgrade::Upgrade;
 use crate::volume_file::VolumeDirectories;
 
 /// How long rot and the data plane may take to answer.
@@ -112,6 +113,8 @@ pub struct Agent {
     pub(crate) job: Job,
     pub(crate) question: Option<Question>,
     pub(crate) status_question: Option<Question>,
+    /// The upgrade that an operator waits for.
+    pub(crate) upgrade: Option<Upgrade>,
     /// How much was encrypted under which key, and when the data plane is asked for it next.
     pub(crate) key_use: KeyUse,
     pub(crate) sample_at: Instant,
@@ -156,6 +159,7 @@ impl Agent {
             job: Job::Idle,
             question: None,
             status_question: None,
+            upgrade: None,
             sample_at: now + SAMPLE_EVERY,
             sample_question: None,
             serving: None,
@@ -206,6 +210,7 @@ impl Agent {
             self.answer_status(None);
         }
         self.apply_overdue(now);
+        self.upgrade_overdue(now);
         self.sample_key_use(now);
         self.go_on(now);
     }
@@ -219,7 +224,11 @@ impl Agent {
             Job::Apply(apply) => apply.decide_by(),
             _ => None,
         };
-        let due = [Some(self.sample_at), self.retry_at, decide_by];
+        let upgrade = self
+            .upgrade
+            .as_ref()
+            .map(|upgrade| upgrade.question.deadline);
+        let due = [Some(self.sample_at), self.retry_at, decide_by, upgrade];
         asked.chain(due.into_iter().flatten()).min()
     }
 
@@ -353,6 +362,7 @@ impl Agent {
         if self.status_question.take_if(|q| q.peer == peer).is_some() {
             self.answer_status(None);
         }
+        self.upgrade_lost(peer);
     }
 
     fn answered(&mut self, now: Instant, peer: Peer, request_id: u64, answer: Answer) {
@@ -366,6 +376,8 @@ impl Agent {
         }
         if let Answer::Storage(volume, status) = &answer {
             self.tell_of_storage(*volume, status);
+        } else if self.is_of_upgrade(peer, request_id) {
+            self.upgrade_answered(now, answer);
         } else if self.sample_question.take_if(is_it).is_some() {
             self.keep_key_use();
         } else if self.question.take_if(is_it).is_some() {

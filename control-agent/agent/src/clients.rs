@@ -117,7 +117,7 @@ fn with_descriptors(
     mut received: Received<AdminRequest>,
 ) -> Result<(AdminRequest, Option<OwnedFd>), ChannelError> {
     let envelope = match received.message {
-        AdminRequest::Apply { .. } => {
+        AdminRequest::Apply { .. } | AdminRequest::Upgrade => {
             let [envelope] = received.take_fds()?;
             Some(envelope)
         }

@@ -49,9 +49,10 @@ impl EventLoop {
         }
         let [] = received.take_fds()?;
         let (request_id, answer) = match received.message {
-            FromRot::Bound { request_id } | FromRot::Unbound { request_id } => {
-                (request_id, Answer::Done)
-            }
+            FromRot::Bound { request_id }
+            | FromRot::Unbound { request_id }
+            | FromRot::Upgraded { request_id } => (request_id, Answer::Done),
+            FromRot::Upgrading { request_id } => (request_id, Answer::Upgrading),
             FromRot::Failed { request_id, reason } => (request_id, Answer::Refused(plain(&reason))),
             FromRot::Programs { mut programs } => {
                 for program in &mut programs {

@@ -37,6 +37,7 @@ mod status;
 mod step;
 mod store;
 mod text;
+mod upgrade;
 mod volume_file;
 
 pub use agent::{Agent, Host};

@@ -8,7 +8,7 @@ use bulkhead_protocol::control::{
     AgentToDataplane, DataplaneToAgent, StorageStatus, VolumeStatus, WorkersStatus,
 };
 use bulkhead_protocol::keys::{AgentToKeyd, HostKeys, KeydToAgent, MAX_SHREDS, Undelivered};
-use bulkhead_protocol::release::ProgramStatus;
+use bulkhead_protocol::release::{ProgramStatus, Release};
 use bulkhead_protocol::rot::ToRot;
 
 use crate::text::plain;
@@ -54,6 +54,10 @@ pub enum Answer {
         /// The host's key, and what was shredded.
         keys: HostKeys,
     },
+    /// keyd approved a release.
+    Approved(Release),
+    /// rot has begun an upgrade; how it ends is said later.
+    Upgrading,
     /// What the volumes are doing, and the data plane's workers.
     Volumes(Vec<VolumeStatus>, WorkersStatus),
     /// The data plane serves a volume no more, although so many of its requests have not ended.
@@ -86,7 +90,7 @@ pub enum Event {
         client: ClientId,
         /// What.
         request: AdminRequest,
-        /// The envelope, for [`AdminRequest::Apply`] and for nothing else.
+        /// The envelope, for [`AdminRequest::Apply`] and [`AdminRequest::Upgrade`], and for nothing else.
         envelope: Option<OwnedFd>,
     },
     /// An operator's connection is closed.
@@ -128,6 +132,10 @@ pub fn from_keyd(message: KeydToAgent) -> (u64, Answer) {
         KeydToAgent::Refused { request_id, reason } => {
             (request_id, Answer::Refused(plain(&reason)))
         }
+        KeydToAgent::ReleaseApproved {
+            request_id,
+            release,
+        } => (request_id, Answer::Approved(release)),
     }
 }
 

@@ -26,6 +26,7 @@ pub(crate) struct Waiting {
 enum Ask {
     Status,
     Apply { dry_run: bool, envelope: OwnedFd },
+    Upgrade { statement: OwnedFd },
 }
 
 impl Agent {
@@ -46,7 +47,8 @@ impl Agent {
         let ask = match (request, envelope) {
             (AdminRequest::Status, _) => Ask::Status,
             (AdminRequest::Apply { dry_run }, Some(envelope)) => Ask::Apply { dry_run, envelope },
-            (AdminRequest::Apply { .. }, None) => {
+            (AdminRequest::Upgrade, Some(statement)) => Ask::Upgrade { statement },
+            (AdminRequest::Apply { .. } | AdminRequest::Upgrade, None) => {
                 let reason = "the request came without an envelope";
                 return self.act(Action::Reply(client, refuse(reason)));
             }
@@ -58,7 +60,7 @@ impl Agent {
     pub(crate) fn serve_next(&mut self, now: Instant) -> bool {
         // While keyd's decision is open, a bundle is refused at once.
         let idle = matches!(self.job, Job::Idle) || self.known.candidate.is_some();
-        let ready = |w: &Waiting| idle || matches!(w.ask, Ask::Status);
+        let ready = |w: &Waiting| idle || !matches!(w.ask, Ask::Apply { .. });
         if !self.waiting.front().is_some_and(ready) {
             return false;
         }
@@ -69,6 +71,7 @@ impl Agent {
         match ask {
             Ask::Status => self.ask_status(now),
             Ask::Apply { dry_run, envelope } => self.start_apply(now, client, dry_run, &envelope),
+            Ask::Upgrade { statement } => self.start_upgrade(now, client, statement),
         }
         true
     }

@@ -22,10 +22,36 @@ const TAG: u64 = 98;
 const LABEL_ALG: i64 = 1;
 const LABEL_CONTENT_TYPE: i64 = 3;
 const LABEL_KID: i64 = 4;
+
 /// What the payload is.
-pub const CONTENT_TYPE: &str = "application/vnd.bulkhead.host-bundle+cbor";
-/// `external_aad` of every signature: a signature made for this can't serve as another.
-pub const DOMAIN: &[u8] = b"bulkhead host bundle v1";
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A host's bundle.
+    HostBundle,
+    /// A release statement.
+    Release,
+}
+
+impl Kind {
+    /// The content type in the envelope's protected header.
+    #[must_use]
+    pub fn content_type(self) -> &'static str {
+        match self {
+            Self::HostBundle => "application/vnd.bulkhead.host-bundle+cbor",
+            Self::Release => "application/vnd.bulkhead.release+cbor",
+        }
+    }
+
+    /// `external_aad` of every signature: a signature made for one kind can't serve as another.
+    #[must_use]
+    pub fn domain(self) -> &'static [u8] {
+        match self {
+            Self::HostBundle => b"bulkhead host bundle v1",
+            Self::Release => b"bulkhead release v1",
+        }
+    }
+}
+
 /// Most signatures looked at: two for each operator of the largest trust root.
 pub const MAX_SIGNATURES: usize = 2 * crate::trust::MAX_OPERATORS;
 
@@ -78,6 +104,8 @@ pub struct Signature {
 /// An envelope taken apart, unchecked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Envelope {
+    /// What the payload is.
+    pub kind: Kind,
     /// What is signed.
     pub payload: Vec<u8>,
     /// By whom.
@@ -115,8 +143,11 @@ fn cbor(
     }
 }
 
-fn body_protected() -> Vec<u8> {
-    cbor(|e| e.map(1)?.i64(LABEL_CONTENT_TYPE)?.str(CONTENT_TYPE)?.ok())
+fn body_protected(kind: Kind) -> Vec<u8> {
+    cbor(|e| {
+        e.map(1)?.i64(LABEL_CONTENT_TYPE)?;
+        e.str(kind.content_type())?.ok()
+    })
 }
 
 fn signer_protected(kid: &Fingerprint, algorithm: Algorithm) -> Vec<u8> {
@@ -128,12 +159,17 @@ fn signer_protected(kid: &Fingerprint, algorithm: Algorithm) -> Vec<u8> {
 
 /// The bytes that a signer signs (`Sig_structure`, RFC 9052 section 4.4).
 #[must_use]
-pub fn to_be_signed(payload: &[u8], kid: &Fingerprint, algorithm: Algorithm) -> Vec<u8> {
+pub fn to_be_signed(
+    kind: Kind,
+    payload: &[u8],
+    kid: &Fingerprint,
+    algorithm: Algorithm,
+) -> Vec<u8> {
     cbor(|e| {
         e.array(5)?.str("Signature")?;
-        e.bytes(&body_protected())?;
+        e.bytes(&body_protected(kind))?;
         e.bytes(&signer_protected(kid, algorithm))?;
-        e.bytes(DOMAIN)?.bytes(payload)?.ok()
+        e.bytes(kind.domain())?.bytes(payload)?.ok()
     })
 }
 
@@ -145,7 +181,9 @@ impl Envelope {
         signatures.sort_by_key(|s| (s.kid, s.algorithm));
         cbor(|e| {
             e.tag(Tag::new(TAG))?.array(4)?;
-            e.bytes(&body_protected())?.map(0)?.bytes(&self.payload)?;
+            e.bytes(&body_protected(self.kind))?
+                .map(0)?
+                .bytes(&self.payload)?;
             e.array(signatures.len() as u64)?;
             for s in signatures {
                 e.array(3)?.bytes(&signer_protected(&s.kid, s.algorithm))?;
@@ -156,8 +194,8 @@ impl Envelope {
     }
 
     /// Takes an envelope apart. Looks at nothing inside the payload.
-    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, ParseError> {
-        let envelope = Self::parse_leniently(bytes)?;
+    pub(crate) fn parse(kind: Kind, bytes: &[u8]) -> Result<Self, ParseError> {
+        let envelope = Self::parse_leniently(kind, bytes)?;
         let distinct = |pair: &[Signature]| match pair {
             [a, b] => (a.kid, a.algorithm) < (b.kid, b.algorithm),
             _ => true,
@@ -175,7 +213,7 @@ impl Envelope {
         Ok(envelope)
     }
 
-    fn parse_leniently(bytes: &[u8]) -> Result<Self, ParseError> {
+    fn parse_leniently(kind: Kind, bytes: &[u8]) -> Result<Self, ParseError> {
         let mut d = Decoder::new(bytes);
         if d.tag()?.as_u64() != TAG {
             return malformed("the CBOR tag is not 98 (COSE_Sign)");
@@ -183,8 +221,9 @@ impl Envelope {
         if d.array()? != Some(4) {
             return malformed("COSE_Sign is not an array of 4");
         }
-        if d.bytes()? != body_protected() {
-            return malformed(format!("the content type is not {CONTENT_TYPE}"));
+        if d.bytes()? != body_protected(kind) {
+            let content_type = kind.content_type();
+            return malformed(format!("the content type is not {content_type}"));
         }
         if d.map()? != Some(0) {
             return malformed("there are unprotected headers");
@@ -204,6 +243,7 @@ impl Envelope {
             signatures.push(parse_signature(&mut d)?);
         }
         Ok(Self {
+            kind,
             payload,
             signatures,
         })

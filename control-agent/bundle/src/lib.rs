@@ -7,7 +7,10 @@
 //! validity) -> [`Verified<HostBundle>`], whose only constructor is in [`mod@verify`].
 //!
 //! The agent and keyd verify the same bytes with the same code and their own [`TrustRoot`].
-//! Formats: `docs/formats/bundle.md` and `docs/formats/keys.md`.
+//! A release of Bulkhead itself travels in the same kind of envelope: [`ReleaseStatement`],
+//! [`sign_release`], [`verify_release`].
+//!
+//! Formats: `docs/formats/bundle.md`, `docs/formats/release.md` and `docs/formats/keys.md`.
 #![forbid(unsafe_code)]
 
 pub mod cose;
@@ -15,6 +18,7 @@ mod encoding;
 pub mod key_scope;
 mod low_s;
 pub mod operator;
+pub mod release;
 pub mod schema;
 pub mod sign;
 pub mod source;
@@ -26,10 +30,12 @@ pub use bulkhead_files::{private_file, reader, text};
 
 pub use operator::{Fingerprint, KeyError, OperatorKey, OperatorPublicKey};
 pub use reader::SourceError;
+pub use release::ReleaseStatement;
 pub use schema::{Group, HostBundle, Rekey, SealedKeyEntry, SocketSpec, Volume};
-pub use sign::{SignError, sign};
+pub use sign::{SignError, sign, sign_release};
 pub use trust::TrustRoot;
 pub use validate::{ValidationError, validate};
+pub use verify::release::{inspect_release, verify_release};
 pub use verify::{Inspected, Policy, Verified, VerifyError, digest_of, inspect, verify};
 
 /// Recipient name of the offline recovery key in a volume's sealed keys; no host may have it.

@@ -1,9 +1,10 @@
-//! Signing: a bundle and the operators' keys in, an envelope out.
+//! Signing: a bundle or a release statement and the operators' keys in, an envelope out.
 
 use bulkhead_protocol::envelope::MAX_ENVELOPE_BYTES;
 
-use crate::cose::{Algorithm, Envelope, Signature, to_be_signed};
+use crate::cose::{Algorithm, Envelope, Kind, Signature, to_be_signed};
 use crate::operator::{KeyError, OperatorKey};
+use crate::release::ReleaseStatement;
 use crate::schema::HostBundle;
 use crate::validate::{ValidationError, validate};
 use crate::{encoding, low_s};
@@ -20,6 +21,9 @@ pub enum SignError {
     /// The bundle makes no sense.
     #[error(transparent)]
     Invalid(#[from] ValidationError),
+    /// The release statement makes no sense.
+    #[error("the release: {0}")]
+    Release(String),
     /// Every host would refuse it.
     #[error(
         "the envelope would have {0} bytes, over the cap of {MAX_ENVELOPE_BYTES}: \
@@ -46,6 +50,26 @@ pub fn sign(bundle: &HostBundle, keys: &[&OperatorKey]) -> Result<Vec<u8>, SignE
 /// # Errors
 /// See [`SignError`].
 pub fn sign_payload(payload: Vec<u8>, keys: &[&OperatorKey]) -> Result<Vec<u8>, SignError> {
+    sign_as(Kind::HostBundle, payload, keys)
+}
+
+/// Signs a release statement, twice for each key. Returns the envelope's bytes.
+///
+/// # Errors
+/// See [`SignError`].
+pub fn sign_release(
+    statement: &ReleaseStatement,
+    keys: &[&OperatorKey],
+) -> Result<Vec<u8>, SignError> {
+    statement.validate().map_err(SignError::Release)?;
+    sign_as(Kind::Release, statement.encode(), keys)
+}
+
+pub(crate) fn sign_as(
+    kind: Kind,
+    payload: Vec<u8>,
+    keys: &[&OperatorKey],
+) -> Result<Vec<u8>, SignError> {
     if keys.is_empty() {
         return Err(SignError::NoKeys);
     }
@@ -56,7 +80,7 @@ pub fn sign_payload(payload: Vec<u8>, keys: &[&OperatorKey]) -> Result<Vec<u8>, 
             return Err(SignError::SameOperatorTwice(key.public().name.clone()));
         }
         for algorithm in [Algorithm::Esp384, Algorithm::MlDsa87] {
-            let signature = key.sign(algorithm, &to_be_signed(&payload, &kid, algorithm))?;
+            let signature = key.sign(algorithm, &to_be_signed(kind, &payload, &kid, algorithm))?;
             signatures.push(Signature {
                 kid,
                 algorithm,
@@ -68,6 +92,7 @@ pub fn sign_payload(payload: Vec<u8>, keys: &[&OperatorKey]) -> Result<Vec<u8>, 
         }
     }
     let envelope = Envelope {
+        kind,
         payload,
         signatures,
     }

@@ -3,6 +3,7 @@
 mod limits;
 mod refusals;
 mod rekey;
+mod releases;
 mod roundtrip;
 mod source_errors;
 
@@ -111,4 +112,12 @@ fn policy(trust: &TrustRoot) -> Policy<'_> {
 
 fn signed(bundle: &HostBundle) -> Vec<u8> {
     sign(bundle, &[alice()]).expect("valid")
+}
+
+/// What a verifier says of a payload that was signed as a release, whatever it says.
+fn verify_payload_as_release(
+    payload: Vec<u8>,
+) -> Result<crate::Verified<crate::ReleaseStatement>, crate::VerifyError> {
+    let envelope = crate::sign::sign_as(crate::cose::Kind::Release, payload, &[alice()]);
+    crate::verify_release(&envelope.expect("signed"), &trust(1))
 }

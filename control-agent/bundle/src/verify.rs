@@ -4,12 +4,14 @@
 //! checked and enough operators signed.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+pub mod release;
+
 use std::ops::Deref;
 
 use bulkhead_protocol::envelope::MAX_ENVELOPE_BYTES;
 use sha2::{Digest, Sha384};
 
-use crate::cose::{Algorithm, Envelope, ParseError, Signature, to_be_signed};
+use crate::cose::{Algorithm, Envelope, Kind, ParseError, Signature, to_be_signed};
 use crate::encoding::{self, DecodeError};
 use crate::low_s;
 use crate::operator::{Fingerprint, OperatorPublicKey};
@@ -34,7 +36,7 @@ pub struct Policy<'a> {
     pub now: u64,
 }
 
-/// Something that came out of [`verify`].
+/// Something that came out of [`verify`] or [`release::verify_release`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verified<T> {
     value: T,
@@ -74,10 +76,12 @@ pub enum VerifyError {
         given: usize,
     },
     /// Not an envelope, or not a bundle in it.
-    #[error("the envelope is malformed: {0}; is this file what `bulkhead sign` wrote?")]
+    #[error(
+        "the envelope is malformed: {0}; is this file what `bulkhead sign` or `bulkhead release sign` wrote?"
+    )]
     Malformed(String),
     /// Readable, but not in the one form that is signed.
-    #[error("the envelope is not canonical: {0}; sign the bundle again with `bulkhead sign`")]
+    #[error("the envelope is not canonical: {0}; sign it again with this version of `bulkhead`")]
     NotCanonical(&'static str),
     /// Nobody signed.
     #[error("the envelope has no signature")]
@@ -204,7 +208,7 @@ pub fn digest_of(envelope: &[u8]) -> [u8; 48] {
 /// # Errors
 /// See [`VerifyError`]; nothing of a refused envelope is returned.
 pub fn verify(envelope: &[u8], policy: &Policy<'_>) -> Result<Verified<HostBundle>, VerifyError> {
-    let (parsed, digest) = open(envelope)?;
+    let (parsed, digest) = open(Kind::HostBundle, envelope)?;
     let signers = check_signatures(&parsed, policy.trust)?;
     let bundle = encoding::decode(&parsed.payload)?;
     if bundle.host != policy.host {
@@ -225,13 +229,13 @@ pub fn verify(envelope: &[u8], policy: &Policy<'_>) -> Result<Verified<HostBundl
 }
 
 /// Size, digest and structure.
-fn open(envelope: &[u8]) -> Result<(Envelope, [u8; 48]), VerifyError> {
+fn open(kind: Kind, envelope: &[u8]) -> Result<(Envelope, [u8; 48]), VerifyError> {
     if envelope.len() > MAX_ENVELOPE_BYTES {
         return Err(VerifyError::TooLarge {
             given: envelope.len(),
         });
     }
-    Ok((Envelope::parse(envelope)?, digest_of(envelope)))
+    Ok((Envelope::parse(kind, envelope)?, digest_of(envelope)))
 }
 
 /// Both signatures of every signer named, and enough signers. Returns their names.
@@ -277,7 +281,7 @@ fn check_one(
             missing: algorithm,
         });
     };
-    let signed = to_be_signed(&envelope.payload, &signature.kid, algorithm);
+    let signed = to_be_signed(envelope.kind, &envelope.payload, &signature.kid, algorithm);
     if !operator.verify(algorithm, &signed, &signature.signature) {
         return Err(VerifyError::BadSignature {
             operator: operator.name.clone(),
@@ -342,7 +346,7 @@ impl Inspected {
     /// # Errors
     /// See [`VerifyError`].
     pub fn signers(envelope: &[u8], trust: &TrustRoot) -> Result<Vec<String>, VerifyError> {
-        let (parsed, _) = open(envelope)?;
+        let (parsed, _) = open(Kind::HostBundle, envelope)?;
         check_signatures(&parsed, trust)
     }
 }
@@ -352,7 +356,7 @@ impl Inspected {
 /// # Errors
 /// [`VerifyError`] if it can't be read.
 pub fn inspect(envelope: &[u8]) -> Result<Inspected, VerifyError> {
-    let (parsed, digest) = open(envelope)?;
+    let (parsed, digest) = open(Kind::HostBundle, envelope)?;
     Ok(Inspected {
         claimed: encoding::decode(&parsed.payload)?,
         digest,

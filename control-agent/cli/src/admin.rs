@@ -17,8 +17,9 @@ use crate::failure::Failure;
 use crate::output::{self, printable};
 use crate::status;
 
-/// How long an answer may take: applying a large bundle waits for keyd and the data plane.
-const PATIENCE_SECONDS: i64 = 120;
+/// How long an answer may take: applying a large bundle waits for keyd and the data plane, an upgrade
+/// for a new data plane that maps all guest memory.
+const PATIENCE_SECONDS: i64 = 180;
 
 /// `apply`
 pub(crate) fn apply(arguments: &Apply) -> Result<(), Failure> {
@@ -38,7 +39,7 @@ pub(crate) fn apply(arguments: &Apply) -> Result<(), Failure> {
             "refused, and nothing changed: {}",
             printable(&reason)
         ))),
-        AdminReply::Status { .. } => Err(unexpected()),
+        _ => Err(unexpected()),
     }
 }
 
@@ -81,15 +82,20 @@ pub(crate) fn status(arguments: &Status) -> Result<(), Failure> {
         AdminReply::Refused { reason } => {
             Err(Failure::new(format!("refused: {}", printable(&reason))))
         }
-        AdminReply::Applied { .. } => Err(unexpected()),
+        _ => Err(unexpected()),
     }
 }
 
-fn unexpected() -> Failure {
+pub(crate) fn unexpected() -> Failure {
     Failure::new("the agent answered another question: it is of another version than this program")
 }
 
-fn ask(path: &Path, request: &AdminRequest, fds: &[BorrowedFd<'_>]) -> Result<AdminReply, Failure> {
+/// Asks a host's agent.
+pub(crate) fn ask(
+    path: &Path,
+    request: &AdminRequest,
+    fds: &[BorrowedFd<'_>],
+) -> Result<AdminReply, Failure> {
     let channel = Channel::from(connected(path)?);
     let failed = |error: ChannelError| {
         Failure::at(

@@ -6,9 +6,11 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 mod limits;
 mod rekey;
+mod release;
 mod volume;
 
 pub(crate) use rekey::VolumeRekey;
+pub(crate) use release::{ReleaseCommand, ReleaseShow, ReleaseSign, Upgrade};
 pub(crate) use volume::{VolumeCreate, VolumeExport, VolumeRecover, VolumeReseal, VolumeShred};
 
 /// Where rot puts the agent's socket.
@@ -60,6 +62,11 @@ pub(crate) enum Command {
     Apply(Apply),
     /// What runs on this host
     Status(Status),
+    /// Statements that a binary is a release of Bulkhead
+    #[command(subcommand)]
+    Release(ReleaseCommand),
+    /// Run a released binary in the place of the one that runs
+    Upgrade(Upgrade),
 }
 
 #[derive(Debug, Subcommand)]

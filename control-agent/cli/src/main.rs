@@ -19,7 +19,9 @@
 //! | `admin` | talking to a host's agent |
 //! | `status` | what the agent answers, as a table or JSON |
 //! | `host_keys` | of that: the host's key, and what was shredded |
-//! | `programs` | of that: which releases run |
+//! | `release` | statements that a binary is a release |
+//! | `upgrade` | running a release in the place of what runs |
+//! | `programs` | of the status: which releases run |
 //! | `output` | files written, times and texts for people |
 //! | `failure` | the one error type: a text for the operator |
 //!
@@ -42,16 +44,18 @@ mod recipient;
 mod record;
 mod recover;
 mod rekey;
+mod release;
 mod reseal;
 mod show;
 mod shred;
 mod status;
+mod upgrade;
 mod volume;
 
 use std::process::ExitCode;
 
 use arguments::{Arguments, Command, HostCommand, OperatorCommand};
-use arguments::{RecoveryCommand, TrustCommand, VolumeCommand};
+use arguments::{RecoveryCommand, ReleaseCommand, TrustCommand, VolumeCommand};
 use bulkhead_protocol::process;
 use failure::Failure;
 
@@ -88,5 +92,8 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Show(a) => show::show(&a),
         Command::Apply(a) => admin::apply(&a),
         Command::Status(a) => admin::status(&a),
+        Command::Release(ReleaseCommand::Sign(a)) => release::sign(&a),
+        Command::Release(ReleaseCommand::Show(a)) => release::show(&a),
+        Command::Upgrade(a) => upgrade::upgrade(&a),
     }
 }

@@ -6,7 +6,7 @@ use crate::control::{VolumeStatus, WorkersStatus};
 use crate::identity::{GroupName, SocketName, VolumeId};
 use crate::keys::{EnvelopeDigest, HostKeys};
 use crate::limits::{GroupGrant, Limits};
-use crate::release::ProgramStatus;
+use crate::release::{ProgramStatus, Release};
 use crate::rot::{Measurement, Role};
 
 /// From the CLI to the agent; one request per connection.
@@ -22,6 +22,10 @@ pub enum AdminRequest {
     /// What runs here?
     #[n(1)]
     Status,
+    /// Run what lies in rot's `--bin-dir`, if it is what this statement says. Descriptor: the
+    /// release statement.
+    #[n(2)]
+    Upgrade,
 }
 
 /// From the agent to the CLI.
@@ -53,6 +57,20 @@ pub enum AdminReply {
         /// The answer.
         #[n(0)]
         status: HostStatus,
+    },
+    /// The release runs.
+    #[n(3)]
+    Upgraded {
+        /// Which.
+        #[n(0)]
+        release: Release,
+    },
+    /// The agent itself is upgraded and ends now: the status of the next one tells how it went.
+    #[n(4)]
+    UpgradeBegun {
+        /// Which.
+        #[n(0)]
+        release: Release,
     },
 }
 

@@ -9,6 +9,7 @@ use minicbor::{Decode, Encode};
 
 use crate::identity::{DiscardPolicy, RekeyId, SocketName, VolumeId};
 use crate::limits::{GroupGrant, Limits};
+use crate::release::Release;
 use crate::workers::Workers;
 
 /// Length of an AES-256-XTS key: data key, then tweak key.
@@ -32,6 +33,14 @@ pub enum AgentToKeyd {
     /// The envelope accepted last is granted again, even after its expiry.
     #[n(0)]
     Accept {
+        /// Chosen by the agent, repeated in the answer.
+        #[n(0)]
+        request_id: u64,
+    },
+    /// Verify this release statement, and if it holds tell rot so. Descriptor: the statement, as
+    /// an envelope is passed.
+    #[n(1)]
+    CheckRelease {
         /// Chosen by the agent, repeated in the answer.
         #[n(0)]
         request_id: u64,
@@ -66,6 +75,16 @@ pub enum KeydToAgent {
         /// For the operator.
         #[n(1)]
         reason: String,
+    },
+    /// The release statement holds, and rot was told.
+    #[n(2)]
+    ReleaseApproved {
+        /// Of the request.
+        #[n(0)]
+        request_id: u64,
+        /// What it says.
+        #[n(1)]
+        release: Release,
     },
 }
 

@@ -8,15 +8,19 @@ use std::os::fd::BorrowedFd;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bulkhead_bundle::text::to_hex;
-use bulkhead_bundle::{HostBundle, Policy, TrustRoot, Verified, VerifyError, verify};
+use bulkhead_bundle::{
+    HostBundle, Policy, TrustRoot, Verified, VerifyError, verify, verify_release,
+};
 use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::envelope::{EnvelopeError, read_capped};
 use bulkhead_protocol::keys::{HostKeys, MAX_SHREDS, Shred, ShredState};
+use bulkhead_protocol::release::Release;
 use bulkhead_protocol::workers::Workers;
 use bulkhead_sealing::RecipientKey;
 
 use crate::host_key;
 use crate::link::plain;
+use crate::releases::Releases;
 use crate::resealed::Resealed;
 use crate::state::{Accepted, Rotation, State};
 use crate::state_file::{StateError, StateFile};
@@ -74,17 +78,19 @@ pub(crate) struct Custody {
     host: String,
     trust: TrustRoot,
     file: StateFile,
+    releases: Releases,
     /// Why the files of the host's key may not be in order: the key before it may be there.
     unfinished: Option<String>,
 }
 
 impl Custody {
     /// Custody of what a state file holds.
-    pub(crate) fn new(host: String, trust: TrustRoot, file: StateFile) -> Self {
+    pub(crate) fn new(host: String, trust: TrustRoot, file: StateFile, releases: Releases) -> Self {
         Self {
             host,
             trust,
             file,
+            releases,
             unfinished: None,
         }
     }
@@ -92,6 +98,29 @@ impl Custody {
     /// Epoch of the bundle accepted last, 0 if none.
     pub(crate) fn floor(&self) -> u64 {
         self.file.floor()
+    }
+
+    /// Verifies a release statement against the trust root and the releases that ran before.
+    ///
+    /// # Errors
+    /// Why it is refused, for the operator.
+    pub(crate) fn check_release(&self, statement: BorrowedFd<'_>) -> Result<Release, String> {
+        let bytes = read_capped(statement).map_err(|error| error.to_string())?;
+        let verified = verify_release(&bytes, &self.trust).map_err(|error| error.to_string())?;
+        let release = verified.release().ok_or("it names no program")?;
+        self.releases.check(&release)?;
+        let (component, version) = (release.component, release.version);
+        let (name, signers) = (&verified.name, verified.signers().join(", "));
+        tracing::info!(%component, version, name, %signers, "release verified");
+        Ok(release)
+    }
+
+    /// rot runs a release: nothing older of that program is approved any more.
+    pub(crate) fn release_runs(&mut self, release: Release) {
+        if let Err(error) = self.releases.keep(self.file.directory(), release) {
+            let (component, version) = (release.component, release.version);
+            tracing::error!(%component, version, "which release runs can't be kept, an older one might be approved: {error}");
+        }
     }
 
     /// The workers of the bundle accepted last.

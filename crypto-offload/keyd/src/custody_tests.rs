@@ -143,7 +143,7 @@ fn start(dir: &Path, operator: &OperatorKey) -> (Custody, Vault) {
     let named = file.state().and_then(State::host_key);
     let (key, resealed) = host_key::load(file.directory(), named).expect("a key");
     let trust = TrustRoot::new(vec![operator.public().clone()], 1).expect("consistent");
-    let mut custody = Custody::new(HOST.to_owned(), trust, file);
+    let mut custody = Custody::new(HOST.to_owned(), trust, file, Releases::default());
     let mut vault = Vault::new(key, resealed);
     custody.recover(&mut vault);
     (custody, vault)

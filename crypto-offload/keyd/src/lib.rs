@@ -12,6 +12,10 @@
 //! `Vault::successor` (what else the host's key opens, sealed to a new one) and `host_key`'s
 //! `prepare` before the state is replaced, `finish` (the old key destroyed) after it.
 //!
+//! keyd also says which binaries the host may be upgraded to: `Custody::check_release` holds a signed
+//! release statement against the trust root and [`Releases`](releases::Releases), the lowest version of each program
+//! that may run, and rot hears of it over its own channel.
+//!
 //! The service is one thread around one poll loop. It waits on nobody: an answer that doesn't come
 //! has a deadline, a channel that is full is tried again when it has room.
 #![forbid(unsafe_code)]
@@ -24,6 +28,7 @@ mod host_key;
 mod link;
 mod lockdown;
 mod peers;
+mod releases;
 mod reply;
 mod resealed;
 mod service;
@@ -35,6 +40,7 @@ mod vault;
 
 pub use arguments::Arguments;
 pub use host_key::HostKeyError;
+pub use releases::ReleasesError;
 pub use service::{KeyService, ServiceError};
 pub use start::{StartupError, run};
 pub use state_file::StateError;

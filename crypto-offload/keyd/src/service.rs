@@ -170,6 +170,11 @@ impl KeyService {
                 tracing::info!(%role, generation, pid, "peer is there");
                 Ok(())
             }
+            FromRot::Runs { release } => {
+                let [] = received.take_fds()?;
+                self.custody.release_runs(release);
+                Ok(())
+            }
             FromRot::Stop => {
                 let [] = received.take_fds()?;
                 self.stop = true;
@@ -262,8 +267,15 @@ impl KeyService {
                 self.agent = None;
             }
             Read::Message(received) => {
-                let AgentToKeyd::Accept { request_id } = received.message;
-                if let Err(reason) = self.asked(request_id, received) {
+                let (request_id, taken) = match received.message {
+                    AgentToKeyd::Accept { request_id } => {
+                        (request_id, self.asked(request_id, received))
+                    }
+                    AgentToKeyd::CheckRelease { request_id } => {
+                        (request_id, self.check_release(request_id, received))
+                    }
+                };
+                if let Err(reason) = taken {
                     let reason = plain(&reason);
                     tracing::warn!(request_id, "refused: {reason}");
                     let refused = KeydToAgent::Refused { request_id, reason };
@@ -271,6 +283,25 @@ impl KeyService {
                 }
             }
         }
+    }
+
+    /// A release statement: if it holds, rot hears of it, and then the agent.
+    fn check_release(
+        &mut self,
+        request_id: u64,
+        mut received: Received<AgentToKeyd>,
+    ) -> Result<(), String> {
+        let agent = self.agent.as_ref().ok_or("no agent is known")?;
+        agent.check_sender(received.sender.as_ref())?;
+        let [statement] = received.take_fds().map_err(|e| e.to_string())?;
+        let release = self.custody.check_release(statement.as_fd())?;
+        let told = self.rot.channel.send(&ToRot::Approve { release }, &[]);
+        told.map_err(|error| format!("rot can't be told: {error}"))?;
+        self.answer_agent(&KeydToAgent::ReleaseApproved {
+            request_id,
+            release,
+        });
+        Ok(())
     }
 
     /// Takes a request in; the error is the reason of the refusal.

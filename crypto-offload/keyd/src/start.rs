@@ -12,6 +12,7 @@ use crate::arguments::Arguments;
 use crate::custody::Custody;
 use crate::host_key::{self, HostKeyError};
 use crate::lockdown;
+use crate::releases::{Releases, ReleasesError};
 use crate::service::{KeyService, ServiceError};
 use crate::state::State;
 use crate::state_file::{StateError, StateFile};
@@ -46,6 +47,9 @@ pub enum StartupError {
     /// What was kept can't be used.
     #[error(transparent)]
     State(#[from] StateError),
+    /// What was kept of the releases can't be used.
+    #[error(transparent)]
+    Releases(#[from] ReleasesError),
     /// The kernel gave no random bytes.
     #[error("the system has no randomness: {0}")]
     Randomness(getrandom::Error),
@@ -66,6 +70,7 @@ pub fn run(arguments: &Arguments) -> Result<(), StartupError> {
     lockdown::hide_memory()?;
     check_host_name(&arguments.host).map_err(StartupError::HostName)?;
     let state = StateFile::open(&arguments.state_dir)?;
+    let releases = Releases::read(state.directory())?;
     let trust = TrustRoot::load(&arguments.trust)?;
     let named = state.state().and_then(State::host_key);
     let (key, resealed) = host_key::load(state.directory(), named)?;
@@ -79,7 +84,7 @@ pub fn run(arguments: &Arguments) -> Result<(), StartupError> {
     // opened at the first draw and stays open, so that a new host key can be made behind the lock.
     getrandom::fill(&mut [0; 1]).map_err(StartupError::Randomness)?;
     lockdown::lock_in(&arguments.state_dir)?;
-    let mut custody = Custody::new(arguments.host.clone(), trust, state);
+    let mut custody = Custody::new(arguments.host.clone(), trust, state, releases);
     let mut vault = Vault::new(key, resealed);
     custody.recover(&mut vault);
     KeyService::new(rot, custody, vault)?.run()?;

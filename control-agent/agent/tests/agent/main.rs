@@ -9,4 +9,5 @@ mod peers;
 mod refused;
 mod rekeys;
 mod restarts;
+mod upgrades;
 mod world;

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
-use bulkhead_bundle::{Policy, Volume, digest_of, verify};
+use bulkhead_bundle::{Policy, Volume, digest_of, verify, verify_release};
 use bulkhead_protocol::control::{
     AgentToDataplane, DataplaneToAgent, RekeyProgress, RekeyState, StorageState, StorageStatus,
     VolumeStatus, WorkersStatus,
@@ -61,6 +61,8 @@ pub struct Peers {
     pub undelivered: BTreeSet<VolumeId>,
     /// Their files are too short to grow: such a grant is refused while they are attached.
     pub too_short: BTreeSet<VolumeId>,
+    /// Number of the upgrade that rot was asked for last.
+    pub upgrade: u64,
     /// rot.
     pub bound: BTreeMap<SocketName, (u32, u32, u32)>,
     /// The data plane.
@@ -135,6 +137,16 @@ impl Peers {
                     request_id: *request_id,
                 },
             ),
+            ToRot::Upgrade {
+                request_id,
+                component,
+            } => {
+                self.upgrade = *request_id;
+                let upgraded = FromRot::Upgraded {
+                    request_id: *request_id,
+                };
+                (format!("rot upgrade {component}"), upgraded)
+            }
             other => panic!("an agent does not say {other:?}"),
         };
         let (handle, reply) = self.note(line);
@@ -157,10 +169,31 @@ impl Peers {
         reply.then_some(answer)
     }
 
+    fn check_release(&mut self, request_id: u64, statement: &[u8]) -> Option<KeydToAgent> {
+        let checked = verify_release(statement, &trust());
+        let answer = match checked {
+            Ok(verified) => KeydToAgent::ReleaseApproved {
+                request_id,
+                release: verified.release().expect("a program"),
+            },
+            Err(error) => KeydToAgent::Refused {
+                request_id,
+                reason: error.to_string(),
+            },
+        };
+        let (_, reply) = self.note("keyd check release".to_owned());
+        reply.then_some(answer)
+    }
+
     pub fn keyd(&mut self, mut received: Received<AgentToKeyd>) -> Option<KeydToAgent> {
-        let AgentToKeyd::Accept { request_id } = received.message;
         let [envelope] = received.take_fds().expect("an envelope");
         let envelope = read_capped(envelope.as_fd()).expect("readable");
+        let request_id = match received.message {
+            AgentToKeyd::Accept { request_id } => request_id,
+            AgentToKeyd::CheckRelease { request_id } => {
+                return self.check_release(request_id, &envelope);
+            }
+        };
         let digest = digest_of(&envelope);
         let root = trust();
         let policy = Policy {

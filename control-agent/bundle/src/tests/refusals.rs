@@ -4,7 +4,7 @@ use bulkhead_protocol::envelope::MAX_ENVELOPE_BYTES;
 use minicbor::bytes::ByteArray;
 
 use super::*;
-use crate::cose::{Algorithm, Envelope};
+use crate::cose::{Algorithm, Envelope, Kind};
 use crate::encoding;
 use crate::sign::{SignError, sign_payload};
 use crate::{VerifyError, digest_of, verify};
@@ -22,7 +22,7 @@ fn says(error: &VerifyError, text: &str) {
 }
 
 fn parsed(envelope: &[u8]) -> Envelope {
-    Envelope::parse(envelope).expect("parses")
+    Envelope::parse(Kind::HostBundle, envelope).expect("parses")
 }
 
 #[test]

@@ -15,7 +15,7 @@ use bulkhead_protocol::control::{
 };
 use bulkhead_protocol::keys::{HostKeys, Shred, ShredState};
 use bulkhead_protocol::limits::{GroupGrant, Limits, Rate};
-use bulkhead_protocol::release::{Component, ProgramStatus};
+use bulkhead_protocol::release::{Component, ProgramStatus, Release};
 use bulkhead_protocol::rot::Role;
 use bulkhead_protocol::workers::Workers;
 use bulkhead_protocol::{Channel, VolumeId, envelope};
@@ -59,7 +59,7 @@ fn answer_after(
         let channel = Channel::from(OwnedFd::from(stream));
         let mut received = channel.receive::<AdminRequest>().expect("request");
         let bytes = match received.message {
-            AdminRequest::Apply { .. } => {
+            AdminRequest::Apply { .. } | AdminRequest::Upgrade => {
                 let [fd] = received.take_fds().expect("an envelope");
                 Some(envelope::read_capped(fd.as_fd()).expect("readable"))
             }
@@ -516,4 +516,69 @@ fn status_is_json_for_programs() {
         volume(3, "null"),
     );
     assert_eq!(ended.stdout, format!("{expected}\n"));
+}
+
+#[test]
+fn upgrade_hands_the_statement_over_and_says_how_it_ended() {
+    let release = Release {
+        component: Component::Dataplane,
+        version: 41,
+        measurement: [7; 48].into(),
+    };
+    let (ended, asked) = ask("upgrade b.cose", Some(AdminReply::Upgraded { release }));
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert_eq!(ended.stdout, "upgraded dataplane to version 41\n");
+    assert_eq!(asked.0, AdminRequest::Upgrade);
+    assert_eq!(asked.1.as_deref(), Some(b"an envelope".as_slice()));
+    let reason = "it ended\nearly".to_owned();
+    let (ended, _) = ask("upgrade b.cose", Some(AdminReply::Refused { reason }));
+    assert_eq!(ended.code, 1);
+    let expected = "bulkhead: not upgraded, what ran goes on: it ended\\nearly\n";
+    assert_eq!(ended.stderr, expected);
+}
+
+/// The agent says that it ends, and the next one says what it is.
+fn upgrade_of_the_agent(then: ProgramStatus) -> Ended {
+    let folder = Folder::new();
+    folder.write("b.cose", "a statement");
+    let release = Release {
+        component: Component::Agent,
+        version: 41,
+        measurement: [7; 48].into(),
+    };
+    let first = answer_once(&folder, Some(AdminReply::UpgradeBegun { release }));
+    thread::scope(|scope| {
+        let agent = scope.spawn(|| {
+            first.join().expect("agent");
+            std::fs::remove_file(folder.path("admin.sock")).expect("remove");
+            let status = HostStatus {
+                programs: vec![then],
+                ..status()
+            };
+            answer_once(&folder, Some(AdminReply::Status { status })).join()
+        });
+        let ended = folder.run("upgrade b.cose", &["--admin", "admin.sock"]);
+        agent.join().expect("joined").expect("agent");
+        ended
+    })
+}
+
+#[test]
+fn the_upgrade_of_the_agent_ends_when_the_next_one_says_what_it_is() {
+    let new = ProgramStatus {
+        component: Component::Agent,
+        measurement: [7; 48].into(),
+        version: Some(41),
+        failed: None,
+    };
+    let ended = upgrade_of_the_agent(new.clone());
+    assert_eq!(ended.code, 0, "{ended:?}");
+    assert_eq!(ended.stdout, "upgraded agent to version 41\n");
+    let ended = upgrade_of_the_agent(ProgramStatus {
+        version: None,
+        failed: Some("exit status 1".to_owned()),
+        ..new
+    });
+    assert_eq!(ended.code, 1);
+    assert!(ended.stderr.contains("exit status 1"), "{ended:?}");
 }

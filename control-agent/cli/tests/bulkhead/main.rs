@@ -8,6 +8,7 @@ mod half_rekeyed;
 mod keys;
 mod refusals;
 mod rekey;
+mod releases;
 mod reseal;
 mod shred;
 mod volumes;

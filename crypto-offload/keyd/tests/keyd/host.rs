@@ -21,7 +21,7 @@ use tempfile::TempDir;
 use crate::bundles::{HOST, host_key, trust};
 
 /// Longer than any wait of keyd.
-const PATIENCE: Duration = Duration::from_secs(40);
+pub const PATIENCE: Duration = Duration::from_secs(40);
 
 pub struct Host {
     pub dir: TempDir,
@@ -203,12 +203,22 @@ impl Host {
         request_id
     }
 
+    /// The agent asks about a release statement.
+    pub fn ask_release(&mut self, statement: &[u8]) {
+        self.request_id += 1;
+        let request_id = self.request_id;
+        let fd = to_memfd(statement).expect("memfd");
+        let check = AgentToKeyd::CheckRelease { request_id };
+        self.agent.send(&check, &[fd.as_fd()]).expect("send");
+    }
+
     /// keyd's answer to the request asked last.
     pub fn answer(&self) -> KeydToAgent {
         let mut answer: Received<KeydToAgent> = next(&self.agent).expect("answer");
         answer.take_fds::<0>().expect("no descriptor");
-        let (KeydToAgent::Accepted { request_id, .. } | KeydToAgent::Refused { request_id, .. }) =
-            &answer.message;
+        let (KeydToAgent::Accepted { request_id, .. }
+        | KeydToAgent::Refused { request_id, .. }
+        | KeydToAgent::ReleaseApproved { request_id, .. }) = &answer.message;
         assert_eq!(*request_id, self.request_id);
         answer.message
     }

@@ -8,6 +8,7 @@ mod host;
 mod hostile;
 mod refused;
 mod rekeys;
+mod releases;
 mod restarts;
 mod secrets;
 mod shred;
