@@ -312,12 +312,15 @@ impl Agent {
         self.known.cancel.extend(&apply.prepared);
         self.known.candidate = Some(apply.stored);
         if let Err(error) = self.commit() {
-            let reason = format!(
-                "keyd accepted the bundle, but it can't be kept: {error}; it is tried again, and \
-                 completed when that works"
-            );
+            // keyd has it: there is no way back, and nothing else to wait for.
+            let pending = vec![format!("keep it as the bundle in force: {error}")];
             self.want_pass();
-            return self.end_job(Some((client, AdminReply::Refused { reason })));
+            let applied = AdminReply::Applied {
+                epoch,
+                steps,
+                pending,
+            };
+            return self.end_job(Some((client, applied)));
         }
         self.known.files.extend(apply.files);
         steps.push("kept as the bundle in force".to_owned());
