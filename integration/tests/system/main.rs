@@ -5,6 +5,7 @@
 
 mod dmcrypt;
 mod dmcrypt_kernels;
+mod full_disk;
 mod guests;
 mod isolation;
 mod limits;
@@ -49,6 +50,7 @@ fn main() {
         rekey::TESTS,
         rekey_dmcrypt::TESTS,
         isolation::TESTS,
+        full_disk::TESTS,
         limits::TESTS,
         workers::TESTS,
         shred::TESTS,
