@@ -70,12 +70,18 @@ impl Rot {
 
     /// The store of the next process.
     pub fn start(&mut self) -> Store {
+        let limit = self.limit;
+        Store::new(self.start_elsewhere(), limit).expect("a store")
+    }
+
+    /// The socket of its store.
+    pub fn start_elsewhere(&mut self) -> OwnedFd {
         self.settle();
         let (socket, theirs) = fd_store::Keeper::pair().expect("a pair");
         let all: Vec<_> = self.stored.iter().map(|(n, fd)| (*n, fd.as_fd())).collect();
         socket.hand_over(&all).expect("room");
         self.socket = Some(socket);
-        Store::new(theirs, self.limit).expect("a store")
+        theirs
     }
 
     pub fn names(&mut self) -> Vec<String> {
