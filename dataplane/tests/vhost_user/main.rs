@@ -2,6 +2,7 @@
 
 mod configuration;
 mod framing;
+mod in_flight;
 mod messages;
 mod negotiation;
 mod queues;

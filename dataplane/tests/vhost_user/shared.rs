@@ -24,7 +24,7 @@ fn addresses_logged(index: u32, flags: u32, log: u64) -> Vec<u8> {
     [halves(&[index, flags]), rest].concat()
 }
 
-fn started(rig: &mut Rig) -> Box<QueueStart> {
+pub fn started(rig: &mut Rig) -> Box<QueueStart> {
     match rig.to_worker.pop_front() {
         Some(ToWorker::Start(start)) => start,
         other => panic!("no start: {other:?}"),
@@ -104,7 +104,7 @@ fn writes_are_marked_in_the_log_of_whatever_memory_there_is() {
     assert_eq!(rig.say(FromWorker::Started { queue: queue(0) }), ack(0));
 }
 
-fn inflight(bytes: u64, offset: u64, queues: u16, size: u16) -> Vec<u8> {
+pub fn inflight(bytes: u64, offset: u64, queues: u16, size: u16) -> Vec<u8> {
     let sizes = u32::from(queues) | (u32::from(size) << 16);
     [words(&[bytes, offset]), halves(&[sizes, 0])].concat()
 }
@@ -269,7 +269,7 @@ fn a_packed_ring_has_its_own_sizes_and_bases() {
 }
 
 /// A session of a device whose volume is this file.
-fn on_file(path: &std::path::Path) -> (Rig, Arc<BlkDevice>) {
+pub fn on_file(path: &std::path::Path) -> (Rig, Arc<BlkDevice>) {
     let file = std::fs::OpenOptions::new()
         .read(true)
         .write(true)
@@ -306,7 +306,7 @@ fn enable(rig: &mut Rig, index: u32) {
     assert_eq!(rig.send(code::SET_VRING_ENABLE, enable, vec![]), ack(0));
 }
 
-fn start_queue(rig: &mut Rig, index: u16) -> bool {
+pub fn start_queue(rig: &mut Rig, index: u16) -> bool {
     enable(rig, u32::from(index));
     assert_eq!(rig.kick(u32::from(index)), Answer::Pending);
     let enabled = started(rig).enabled;
@@ -339,7 +339,7 @@ fn stop_queue(rig: &mut Rig, index: u16, last: bool) {
     assert_eq!(rig.say(done(&flush)), base);
 }
 
-fn volume() -> tempfile::NamedTempFile {
+pub fn volume() -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new_in(".").expect("file");
     file.as_file().set_len(4096).expect("length");
     file

@@ -9,6 +9,7 @@
 //! | --- | --- |
 //! | `split_walk` | a split ring: what is taken, used and signalled |
 //! | `packed_walk` | the same of a packed ring |
+//! | `inflight_region` | a queue that goes on over another's in-flight region, whatever was done to it |
 //! | `blk_request` | a virtio-blk request's header, ranges and buffers |
 //! | `vhost_user_stream` | a frontend's bytes and descriptors, in any pieces and order |
 //! | `config_write` | writes to the configuration space |
@@ -19,6 +20,7 @@ mod blk_request;
 mod config_write;
 mod gcm;
 mod guest;
+mod inflight_region;
 mod input;
 mod order;
 mod packed_walk;
@@ -48,6 +50,11 @@ pub const TARGETS: &[Target] = &[
         name: "packed_walk",
         about: "packed rings against a slow model, as split ones",
         run: packed_walk::run,
+    },
+    Target {
+        name: "inflight_region",
+        about: "what a queue finds in an in-flight region that anybody has changed, against a slow model",
+        run: inflight_region::run,
     },
     Target {
         name: "blk_request",
