@@ -13,7 +13,6 @@ use crate::memory::{GuestMemory, RegionSpec};
 use crate::stored::Fd;
 use crate::vhost_user::message::{MAX_REGIONS, VringAddresses};
 use crate::vhost_user::vring::Phase;
-use crate::virtqueue::QueueRegion;
 use crate::worker::message::{QueueStart, RingLayout, ToWorker};
 
 /// Earlier tables of regions that requests in flight may still use.
@@ -252,8 +251,14 @@ impl Session {
         if let Some(vring) = self.vrings.get_mut(usize::from(queue.index)) {
             vring.phase = Phase::Running;
             vring.running = Some(start.layout);
-            let kept = start.region.as_ref().is_some_and(QueueRegion::was_kept);
-            vring.owes = !start.anew && kept;
+            let kept = start.region.as_ref().filter(|region| region.was_kept());
+            vring.owes = !start.anew && kept.is_some();
+            // What it had is over, also for whoever finds it before the worker has begun anew.
+            if start.anew
+                && let Some(kept) = kept
+            {
+                kept.forget();
+            }
             (vring.rests, vring.dormant) = (false, false);
         }
         start.enabled = self.serves(queue.index);
