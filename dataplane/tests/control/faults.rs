@@ -1,5 +1,5 @@
-//! Faults and overload under the data plane's own process: they are contained to what they touch, reported, and over
-//! when their cause is.
+//! Faults under the data plane's own process: they are contained to what they touch, reported, and over when their
+//! cause is.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -10,25 +10,23 @@ use std::time::{Duration, Instant};
 use bulkhead_integration::disk::{Disk, DiskError, Options};
 use bulkhead_integration::driver::DriverError;
 use bulkhead_integration::frontend::FrontendError;
-use bulkhead_integration::frontend::message::{RegionEntry, request};
-use bulkhead_protocol::VolumeId;
-use bulkhead_protocol::keys::{DataplaneToKeyd, VolumeGrant};
+use bulkhead_integration::frontend::message::RegionEntry;
+use bulkhead_protocol::keys::DataplaneToKeyd;
 
 use super::harness::{Host, VOLUME_BYTES, features, grant, key, key_page};
 use super::stuck::{Asked, Stuck, Wrong};
-use super::{grant_refused, refused};
 
 const BLOCK: usize = 4096;
 /// How long anything here may take, however slow the machine is.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
-fn attach(host: &Host, n: u8) -> Disk {
+pub fn attach(host: &Host, n: u8) -> Disk {
     Disk::attach(&host.socket_path(n), &Options::default()).expect("a disk")
 }
 
 /// Verified I/O.
 #[track_caller]
-fn works(disk: &mut Disk, byte: u8) {
+pub fn works(disk: &mut Disk, byte: u8) {
     disk.write(0, 8, &[byte; BLOCK]).expect("write");
     assert_eq!(disk.read(0, 8, 4096).expect("read"), [byte; BLOCK]);
 }
@@ -139,7 +137,7 @@ fn a_disk_that_goes_can_be_taken_away_and_another_one_attached() {
 }
 
 /// Numbers of the descriptors that a process has open.
-fn descriptors(pid: u32) -> BTreeSet<u64> {
+pub fn descriptors(pid: u32) -> BTreeSet<u64> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).expect("descriptors");
     let number = |entry: std::io::Result<fs::DirEntry>| {
         let name = entry.expect("an entry").file_name();
@@ -210,12 +208,8 @@ fn without_descriptors_the_served_are_served_and_the_others_wait() {
     works(&mut disk, 3);
     host.wait_connected(2, false);
     host.wait_connected(3, false);
-    let deadline = Instant::now() + PATIENCE;
     // One frontend less than before.
-    while descriptors(host.pid()).len() >= before.len() {
-        assert!(Instant::now() < deadline, "descriptors are left behind");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    settles(&host, before.len() - 1);
     drop(disk);
     assert!(host.stop().success());
 }
@@ -293,11 +287,7 @@ fn memory_that_can_not_be_mapped_is_refused() {
     }
     works(&mut attach(&host, 1), 1);
     host.wait_connected(1, false);
-    let deadline = Instant::now() + PATIENCE;
-    while descriptors(host.pid()).len() > before {
-        assert!(Instant::now() < deadline, "descriptors are left behind");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    settles(&host, before);
 }
 
 fn memfd() -> std::os::fd::OwnedFd {
@@ -305,72 +295,12 @@ fn memfd() -> std::os::fd::OwnedFd {
     nix::sys::memfd::memfd_create("memory", flags).expect("memfd")
 }
 
-/// Each of 256 volumes, and one more.
-#[test]
-fn one_volume_more_than_fit_is_refused_and_fits_when_another_goes() {
-    let mut host = Host::start();
-    let numbered = |n: u16| VolumeGrant {
-        volume: VolumeId(std::array::from_fn(|i| n.to_le_bytes()[i % 2])),
-        socket: format!("disk-{n}").parse().expect("a name"),
-        serial: n.to_string(),
-        ..grant(1)
-    };
-    let give = |host: &Host, n: u16| {
-        let [low, high] = n.to_le_bytes();
-        let mut key = key(low);
-        key[0] ^= high;
-        host.grant(&numbered(n), &[key_page(&key).into_fd().as_fd()])
-    };
-    host.served(1);
-    let mut disk = attach(&host, 1);
-    // Volume 1 is one of them: 0x0101.
-    for n in (0..256).filter(|n| *n != 0x0101).take(255) {
-        let volume = numbered(n).volume;
-        assert_eq!(give(&host, n), DataplaneToKeyd::Granted { volume });
+/// Waits until no more descriptors are open than before.
+#[track_caller]
+pub fn settles(host: &Host, before: usize) {
+    let deadline = Instant::now() + PATIENCE;
+    while descriptors(host.pid()).len() > before {
+        assert!(Instant::now() < deadline, "descriptors are left behind");
+        std::thread::sleep(Duration::from_millis(10));
     }
-    for _ in 0..3 {
-        grant_refused(give(&host, 1000), "no more fit");
-        works(&mut disk, 1);
-    }
-    assert_eq!(host.status().len(), 256);
-    host.revoke(0);
-    let volume = numbered(1000).volume;
-    assert_eq!(give(&host, 1000), DataplaneToKeyd::Granted { volume });
-    grant_refused(give(&host, 1001), "no more fit");
-    works(&mut disk, 2);
-    drop(disk);
-    assert!(host.stop().success());
-}
-
-/// A frontend that wants more queues than its volume has, and one that is not alone.
-#[test]
-fn more_queues_and_frontends_than_a_volume_has() {
-    let mut host = Host::start();
-    host.served(1);
-    host.served(2);
-    let mut neighbour = attach(&host, 2);
-    let disk = attach(&host, 1);
-    // It waits: two guests on one volume would destroy it.
-    let mut second = host.frontend(1);
-    second
-        .set_read_timeout(Some(Duration::from_millis(200)))
-        .expect("timeout");
-    assert_eq!(features(&mut second), None, "the first is served");
-    // Queues 0 and 1 are there.
-    let said = disk.frontend.set_vring_state(request::SET_VRING_NUM, 2, 64);
-    assert!(
-        matches!(
-            said,
-            Err(FrontendError::Closed | FrontendError::Refused { .. })
-        ),
-        "{said:?}"
-    );
-    drop(disk);
-    works(&mut neighbour, 1);
-    second.set_read_timeout(Some(PATIENCE)).expect("timeout");
-    let mut answer = [0; 20];
-    std::io::Read::read_exact(&mut second, &mut answer).expect("it is the first now");
-    drop(second);
-    works(&mut attach(&host, 1), 2);
-    refused(host.attach_on(1, 2, &host.file(1)), "socket");
 }
