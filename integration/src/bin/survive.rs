@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use bulkhead_integration::survive::disk::Base;
 use bulkhead_integration::survive::fleet::Scene;
 use bulkhead_integration::survive::scenarios::{
-    HEADING, Reconnect, Row, kills, kills_in_recovery, reconnects, request_points,
+    HEADING, Reconnect, Row, kills, kills_in_recovery, message_points, reconnects, request_points,
 };
 use clap::Parser;
 
@@ -64,6 +64,16 @@ fn scenarios(arguments: &Arguments) -> Vec<Scenario> {
         out.push((
             name,
             Box::new(move |name| request_points(name, &scene, each)),
+        ));
+    }
+    for (name, scene) in [
+        ("messages, split", plain.clone()),
+        ("messages, packed", packed(&split)),
+    ] {
+        let each = (all / 50).clamp(1, 20);
+        out.push((
+            name,
+            Box::new(move |name| message_points(name, &scene, each)),
         ));
     }
     for (name, scene) in [

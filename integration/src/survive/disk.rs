@@ -395,7 +395,12 @@ impl VerifiedDisk {
         self.frontend = Some(frontend);
         match outcome {
             Ok(()) => report.messages += 1,
-            Err(error) => self.lost_connection(report, &error.to_string()),
+            Err(error) => {
+                if !is_end(&error) {
+                    self.found(report, Problem::Message(error));
+                }
+                self.lost_connection(report, "while a message was answered");
+            }
         }
     }
 
@@ -458,6 +463,17 @@ impl VerifiedDisk {
         if self.stage != Stage::Done {
             self.stage = Stage::Drain;
         }
+    }
+}
+
+/// Whether a connection has just ended, with no answer that is wrong.
+fn is_end(error: &DiskError) -> bool {
+    match error {
+        DiskError::Frontend(FrontendError::Closed) => true,
+        DiskError::Frontend(FrontendError::Io(error)) => {
+            error.kind() == std::io::ErrorKind::BrokenPipe
+        }
+        _ => false,
     }
 }
 

@@ -57,6 +57,9 @@ pub enum Problem {
     /// The used index is one that can't be.
     #[error(transparent)]
     Ring(DriverError),
+    /// A message was refused, or answered wrongly or never.
+    #[error("a message: {0}")]
+    Message(DiskError),
     /// The device did not come back.
     #[error("the connection did not come back: {0}")]
     Connection(DiskError),

@@ -37,6 +37,8 @@ pub struct Scene {
     pub most_sectors: u32,
     /// Memory of the guest in bytes.
     pub memory_bytes: u64,
+    /// One in so many turns of the load sends a message; 0: none.
+    pub message_every: u64,
 }
 
 impl Default for Scene {
@@ -53,6 +55,7 @@ impl Default for Scene {
             depth: 8,
             most_sectors: 32,
             memory_bytes: 1 << 30,
+            message_every: 50,
         }
     }
 }
@@ -96,6 +99,7 @@ impl Fleet {
         let mut spec = LoadSpec::new(disks.collect(), run);
         spec.memory_bytes = scene.memory_bytes;
         spec.habits.depth = scene.depth;
+        spec.habits.message_every = scene.message_every;
         spec.habits.most_sectors = scene.most_sectors;
         let mut load = Load::start(&spec)?;
         load.wait_filled(FILL_PATIENCE)?;

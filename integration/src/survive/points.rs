@@ -30,6 +30,17 @@ pub const REQUEST_POINTS: &[&str] = &[
     "flush.done",
 ];
 
+/// Points along the way of a vhost-user message.
+pub const MESSAGE_POINTS: &[&str] = &[
+    "message.looked",
+    "message.applied",
+    "state.stored",
+    "message.recorded",
+    "message.sent",
+    "message.marked",
+    "message.taken",
+];
+
 /// The switch of a running process.
 #[derive(Debug)]
 pub struct Switch {

@@ -1,35 +1,88 @@
 //! `survive_*`: processes die under a verified load, and nothing is lost, done twice or disconnected. Each a few
 //! times; `cargo xtask soak survive` does the same hundreds of times.
 
+use bulkhead_integration::host::own_uid;
 use bulkhead_integration::survive::disk::Base;
-use bulkhead_integration::survive::scenarios::{Reconnect, Row, reconnects};
+use bulkhead_integration::survive::fleet::Scene;
+use bulkhead_integration::survive::scenarios::{
+    Reconnect, Row, kills, kills_in_recovery, message_points, reconnects, request_points,
+};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 /// A test.
 struct Test {
     name: &'static str,
+    /// It reaches into another process's memory.
+    needs_root: bool,
     run: fn(&str) -> Row,
 }
+
+/// The data plane of a whole host dies; the connections of its frontends stay (T30 to T33).
+const HOST: &[Test] = &[
+    Test {
+        name: "survive_kills_split",
+        needs_root: false,
+        run: |name| kills(name, &scene(false, true), 15),
+    },
+    Test {
+        name: "survive_kills_packed",
+        needs_root: false,
+        run: |name| kills(name, &scene(true, false), 15),
+    },
+    Test {
+        name: "survive_kills_in_recovery",
+        needs_root: false,
+        run: |name| kills_in_recovery(name, &scene(true, true), 10),
+    },
+    Test {
+        name: "survive_points_of_a_request_split",
+        needs_root: true,
+        run: |name| request_points(name, &scene(false, false), 1),
+    },
+    Test {
+        name: "survive_points_of_a_request_packed",
+        needs_root: true,
+        run: |name| request_points(name, &scene(true, true), 1),
+    },
+    Test {
+        name: "survive_points_of_a_message",
+        needs_root: true,
+        run: |name| message_points(name, &scene(false, true), 1),
+    },
+];
 
 /// What a frontend does whose back-end was lost together with the connection (T35).
 const RECONNECTS: &[Test] = &[
     Test {
         name: "survive_reconnect_qemu",
-        run: |name| reconnects(name, reconnect(false, false, Base::Used), 12),
+        needs_root: false,
+        run: |name| reconnects(name, reconnect(false, false, Base::Used), 10),
     },
     Test {
         name: "survive_reconnect_qemu_packed",
-        run: |name| reconnects(name, reconnect(true, false, Base::Used), 12),
+        needs_root: false,
+        run: |name| reconnects(name, reconnect(true, false, Base::Used), 10),
     },
     Test {
         name: "survive_reconnect_cloud_hypervisor",
-        run: |name| reconnects(name, reconnect(false, false, Base::Avail), 12),
+        needs_root: false,
+        run: |name| reconnects(name, reconnect(false, false, Base::Avail), 10),
     },
     Test {
         name: "survive_reconnect_cloud_hypervisor_in_order",
-        run: |name| reconnects(name, reconnect(false, true, Base::InOrder), 12),
+        needs_root: false,
+        run: |name| reconnects(name, reconnect(false, true, Base::InOrder), 10),
     },
 ];
+
+fn scene(packed: bool, is_encrypted: bool) -> Scene {
+    Scene {
+        packed,
+        data_unit: is_encrypted.then_some(4096),
+        size: "2MiB",
+        ..Scene::default()
+    }
+}
 
 const fn reconnect(packed: bool, in_order: bool, base: Base) -> Reconnect {
     Reconnect {
@@ -42,12 +95,17 @@ const fn reconnect(packed: bool, in_order: bool, base: Base) -> Reconnect {
 
 fn main() {
     let arguments = Arguments::from_args();
-    let tables = [RECONNECTS];
-    let trials = tables.into_iter().flatten().map(|test| {
+    let mut trials = Vec::new();
+    for test in [HOST, RECONNECTS].into_iter().flatten() {
         let (name, run) = (test.name, test.run);
-        Trial::test(name, move || judge(&run(name)))
-    });
-    libtest_mimic::run(&arguments, trials.collect()).exit();
+        let skipped = test.needs_root && own_uid() != 0;
+        if skipped {
+            eprintln!("skipped: {name}: it needs root");
+        }
+        let trial = Trial::test(name, move || judge(&run(name)));
+        trials.push(trial.with_ignored_flag(skipped));
+    }
+    libtest_mimic::run(&arguments, trials).exit();
 }
 
 fn judge(row: &Row) -> Result<(), Failed> {
