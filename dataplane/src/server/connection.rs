@@ -85,12 +85,15 @@ impl Connection {
     /// A frontend has connected.
     pub(super) fn new(stream: UnixStream, facts: Facts, place: &mut Place) -> io::Result<Self> {
         let (framing, session) = (Framing::new(stream)?, Session::new(facts));
-        let connection = Self::over(framing, session);
+        let connection = Self::over(framing, session, place);
         connection.remember(place);
         Ok(connection)
     }
 
-    fn over(framing: Framing, session: Session) -> Self {
+    fn over(framing: Framing, mut session: Session, place: &Place) -> Self {
+        if place.keeps() {
+            session.keep_in_flight();
+        }
         Self {
             framing: Some(framing),
             session,
@@ -114,7 +117,7 @@ impl Connection {
         };
         let (socket, step) = (Arc::clone(&left.socket), left.step);
         let framing = Framing::resumed(socket, step)?;
-        let connection = Self::over(framing, Session::resumed(facts, left)?);
+        let connection = Self::over(framing, Session::resumed(facts, left)?, place);
         connection.remember(place);
         Ok(Some(connection))
     }

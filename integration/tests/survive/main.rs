@@ -1,6 +1,10 @@
 //! `survive_*`: processes die under a verified load, and nothing is lost, done twice or disconnected. Each a few
 //! times; `cargo xtask soak survive` does the same hundreds of times.
 
+mod resume;
+
+use std::os::unix::fs::PermissionsExt as _;
+
 use bulkhead_integration::host::own_uid;
 use bulkhead_integration::survive::disk::Base;
 use bulkhead_integration::survive::fleet::Scene;
@@ -105,6 +109,11 @@ fn main() {
         let trial = Trial::test(name, move || judge(&run(name)));
         trials.push(trial.with_ignored_flag(skipped));
     }
+    for test in resume::TESTS {
+        let run = test.run;
+        let trial = Trial::test(test.name, move || run().map_err(|e| e.to_string().into()));
+        trials.push(trial);
+    }
     libtest_mimic::run(&arguments, trials).exit();
 }
 
@@ -117,4 +126,11 @@ fn judge(row: &Row) -> Result<(), Failed> {
         return Ok(());
     }
     Err(row.problems().into())
+}
+
+/// A folder that other users can come through.
+fn folder() -> std::io::Result<tempfile::TempDir> {
+    let dir = tempfile::tempdir()?;
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755))?;
+    Ok(dir)
 }

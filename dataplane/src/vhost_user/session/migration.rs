@@ -20,21 +20,23 @@ use crate::worker::message::ToWorker;
 /// Largest queue of an in-flight region.
 const MAX_QUEUE_SIZE: u16 = 32768;
 
-/// SET_INFLIGHT_FD.
+/// SET_INFLIGHT_FD, or regions of our own.
 #[derive(Debug)]
 pub(super) struct Regions {
     area: Arc<SharedArea>,
+    /// What they are laid out for.
+    format: Format,
     /// Its file, for a successor, and what it was said to be.
     pub(super) file: StoredInflight<Fd>,
 }
 
 impl Regions {
     /// Maps a region that has room for its queues.
-    pub(super) fn map(file: StoredInflight<Fd>) -> Result<Self, String> {
+    fn map(file: StoredInflight<Fd>, format: Format) -> Result<Self, String> {
         let area = SharedArea::map(file.fd.as_fd(), file.offset, file.bytes)
             .map_err(|e| format!("the in-flight region can't be mapped: {e}"))?;
         let area = Arc::new(area);
-        Ok(Self { area, file })
+        Ok(Self { area, format, file })
     }
 }
 
@@ -152,8 +154,34 @@ impl Session {
                 file.bytes
             ));
         }
-        self.regions = Some(Regions::map(file)?);
+        self.regions = Some(Regions::map(file, self.format())?);
         Ok(())
+    }
+
+    /// What is in flight is to be known to a successor, whatever the frontend keeps.
+    pub fn keep_in_flight(&mut self) {
+        self.keeps = true;
+    }
+
+    /// Makes regions of our own for a queue that is about to start, where they are to be kept and the frontend keeps none. They
+    /// end with the connection: a frontend that comes back does not know of them.
+    pub(super) fn make_regions(&mut self) -> Result<(), String> {
+        let fits = |regions: &Regions| !regions.file.private || regions.format == self.format();
+        if !self.keeps || self.regions.as_ref().is_some_and(fits) {
+            return Ok(());
+        }
+        let (queues, queue_size) = (self.facts.queues, MAX_QUEUE_SIZE);
+        // Pages come as they are used.
+        let bytes = self.inflight_bytes(queues, queue_size)?;
+        let fd = sealed(bytes).map_err(|e| format!("no in-flight region can be made: {e}"))?;
+        self.set_regions(StoredInflight {
+            fd: Arc::new(fd),
+            bytes,
+            offset: 0,
+            queues,
+            queue_size,
+            private: true,
+        })
     }
 
     /// The region of a queue that starts.
@@ -167,10 +195,14 @@ impl Session {
                 regions.file.queue_size
             ));
         }
-        QueueRegion::new(&regions.area, self.format(), index, regions.file.queue_size)
-            .map(Some)
-            .ok_or_else(|| {
-                "the in-flight region has no room for the queue at a multiple of 8 bytes".to_owned()
-            })
+        let region = QueueRegion::new(&regions.area, self.format(), index, regions.file.queue_size);
+        let private = regions.file.private;
+        let region = region.map(|region| match private {
+            true => region.shortened(size),
+            false => region,
+        });
+        region.map(Some).ok_or_else(|| {
+            "the in-flight region has no room for the queue at a multiple of 8 bytes".to_owned()
+        })
     }
 }

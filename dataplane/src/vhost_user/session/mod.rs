@@ -98,8 +98,10 @@ pub struct Session {
     log: Arc<DirtyLog>,
     /// SET_LOG_BASE.
     log_file: Option<StoredLog<Fd>>,
-    /// SET_INFLIGHT_FD.
+    /// SET_INFLIGHT_FD, or our own.
     regions: Option<Regions>,
+    /// A successor is to know what is in flight.
+    keeps: bool,
     /// SET_BACKEND_REQ_FD.
     backend: Option<BackendChannel>,
     /// The capacity that the frontend knows, in sectors.
@@ -153,6 +155,7 @@ impl Session {
             log,
             log_file: None,
             regions: None,
+            keeps: false,
             backend: None,
             told_sectors: None,
             status: 0,

@@ -211,7 +211,8 @@ impl Session {
         }
         let layout = vring.layout(&memory)?;
         vring.kick = kick;
-        let start = match self.start_of(queue.index, layout) {
+        let made = self.make_regions();
+        let start = match made.and_then(|()| self.start_of(queue.index, layout)) {
             Ok(start) => start,
             Err(reason) => {
                 self.vring(index)?.kick = None;

@@ -100,6 +100,15 @@ impl QueueRegion {
         })
     }
 
+    /// The same with room for fewer descriptors than lie between two regions.
+    #[must_use]
+    pub fn shortened(self, entries: u16) -> Self {
+        Self {
+            entries: entries.min(self.entries),
+            ..self
+        }
+    }
+
     /// Descriptors that it has room for.
     #[must_use]
     pub fn entries(&self) -> u16 {
