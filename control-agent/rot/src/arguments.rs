@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use std::ffi::{OsStr, OsString};
 use std::io;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
@@ -10,7 +11,7 @@ use bulkhead_protocol::rot::Role;
 use clap::Parser;
 
 /// The root of trust: measures, starts, connects and restarts the other processes of a host.
-#[derive(Debug, Clone, Parser)]
+#[derive(Debug, Clone, PartialEq, Eq, Parser)]
 #[command(name = "bulkhead-rot", version, about)]
 pub struct Arguments {
     /// Name of this host, as bundles target it
@@ -77,6 +78,41 @@ impl Arguments {
         Ok(self)
     }
 
+    /// The words of a command line that says the same, without the name.
+    #[must_use]
+    pub fn to_words(&self) -> Vec<OsString> {
+        let number = |n: u32| OsString::from(n.to_string());
+        let one =
+            |name: &str, value: &dyn AsRef<OsStr>| (name.to_owned(), value.as_ref().to_owned());
+        let mut options = vec![
+            one("--host", &self.host),
+            one("--bin-dir", &self.bin_dir),
+            one("--state-dir", &self.state_dir),
+            one("--run-dir", &self.run_dir),
+            one("--trust", &self.trust),
+        ];
+        options.extend(self.keyd_trust.iter().map(|path| one("--keyd-trust", path)));
+        options.extend(
+            self.volume_dirs
+                .iter()
+                .map(|path| one("--volume-dir", path)),
+        );
+        let numbers = [
+            ("--keyd-uid", self.keyd_uid),
+            ("--agent-uid", self.agent_uid),
+            ("--dataplane-uid", self.dataplane_uid),
+            ("--admin-uid", self.admin_uid),
+            ("--workers", self.workers.map(NonZeroU32::get)),
+        ];
+        let given = numbers.into_iter().filter_map(|(name, n)| Some((name, n?)));
+        options.extend(given.map(|(name, n)| one(name, &number(n))));
+        options.extend(self.cpus.iter().map(|cpus| one("--cpus", cpus)));
+        let words = options.into_iter();
+        words
+            .flat_map(|(name, value)| [OsString::from(name), value])
+            .collect()
+    }
+
     /// The uid that a role is meant to run with; none is rot's own.
     #[must_use]
     pub fn uid(&self, role: Role) -> Option<u32> {
@@ -106,6 +142,17 @@ mod tests {
         assert!(!arguments.state_dir.to_str().unwrap().ends_with('/'));
         assert_eq!(arguments.run_dir.to_str().unwrap(), "/r");
         assert_eq!(arguments.volume_dirs, [here.join("v")]);
+    }
+
+    #[test]
+    fn its_words_say_the_same() {
+        let all = "--volume-dir v --volume-dir w --keyd-trust k --keyd-uid 1 --agent-uid 2 \
+                   --dataplane-uid 3 --admin-uid 4 --workers 5 --cpus 1,3";
+        for more in ["--volume-dir v", all] {
+            let given = parse(&more.split_whitespace().collect::<Vec<_>>()).unwrap();
+            let words = [vec![OsString::from("rot")], given.to_words()].concat();
+            assert_eq!(Arguments::try_parse_from(words).unwrap(), given);
+        }
     }
 
     #[test]

@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -105,6 +105,21 @@ impl MeasuredBinary {
         Ok(Self { memfd, measurement })
     }
 
+    /// One that the rot before this one sealed: measured again.
+    ///
+    /// # Errors
+    /// It is not sealed, or can't be read.
+    pub fn adopt(memfd: OwnedFd) -> io::Result<Self> {
+        let seals = SealFlag::from_bits_retain(fcntl(&memfd, FcntlArg::F_GET_SEALS)?);
+        if !seals.contains(SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW)
+        {
+            return Err(io::Error::other("a binary that was left is not sealed"));
+        }
+        let mut memfd = File::from(memfd);
+        let measurement = measure(&mut memfd)?;
+        Ok(Self { memfd, measurement })
+    }
+
     /// SHA-384 of the sealed bytes.
     #[must_use]
     pub fn measurement(&self) -> Measurement {
@@ -116,6 +131,14 @@ impl AsFd for MeasuredBinary {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.memfd.as_fd()
     }
+}
+
+/// SHA-384 of the binary that this process executes.
+///
+/// # Errors
+/// It can't be read.
+pub fn measure_own() -> io::Result<Measurement> {
+    measure(&mut File::open("/proc/self/exe")?)
 }
 
 fn measure(file: &mut File) -> io::Result<Measurement> {

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod left;
 mod running;
 
 use std::ffi::CString;
@@ -130,11 +131,8 @@ impl Child {
     /// Has its process ended, or is there none?
     #[must_use]
     pub fn has_ended(&self) -> bool {
-        let Some(running) = self.running() else {
-            return true;
-        };
-        let mut fds = [PollFd::new(running.pidfd.as_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+        let running = self.running();
+        running.is_none_or(|running| happens_within(running.pidfd.as_fd(), Duration::ZERO))
     }
 
     /// It said `Hello` and has its channel.
@@ -357,6 +355,14 @@ impl Child {
             State::Running(running) => running.deadline().map(|(at, _)| at),
         }
     }
+}
+
+/// Does a descriptor become readable within that time?
+#[must_use]
+pub fn happens_within(fd: BorrowedFd<'_>, within: Duration) -> bool {
+    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
+    let within = PollTimeout::try_from(within).unwrap_or(PollTimeout::MAX);
+    poll(&mut fds, within).is_ok_and(|ready| ready > 0)
 }
 
 fn describe(how: WaitStatus) -> String {

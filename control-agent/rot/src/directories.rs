@@ -5,14 +5,14 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, Flock, FlockArg, OFlag, openat};
+use nix::fcntl::{AT_FDCWD, OFlag, openat};
 use nix::sys::stat::{FileStat, Mode, fchmod, fstat, mkdirat};
 use nix::unistd::{Gid, Uid, fchown, geteuid};
 
@@ -113,30 +113,36 @@ impl Directory {
         Ok(directory)
     }
 
-    /// The lock of this directory, held for as long as the file lives. One that is taken is waited
+    /// The lock of this directory, held for as long as the file, or a duplicate of it, is open. One that is taken is waited
     /// for, [`LOCK_WITHIN`]: a rot that was killed as it started a child leaves the lock to that child
     /// until it notices.
     ///
     /// # Errors
     /// [`DirectoryError::InUse`] if another process holds it.
-    pub fn lock(&self) -> Result<Flock<File>, DirectoryError> {
+    pub fn lock(&self) -> Result<File, DirectoryError> {
         let path = self.path.join(LOCK_FILE);
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let file = openat(self, LOCK_FILE, flags, Mode::from_bits_truncate(0o600))
             .map_err(|e| failed(&path, "open the lock file", e))?;
-        let mut file = File::from(file);
+        let file = File::from(file);
         let end = Instant::now() + LOCK_WITHIN;
         loop {
-            file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => return Ok(lock),
-                Err((file, Errno::EWOULDBLOCK)) if Instant::now() < end => file,
-                Err((_, Errno::EWOULDBLOCK)) => {
+            match file.try_lock() {
+                Ok(()) => return Ok(file),
+                Err(TryLockError::WouldBlock) if Instant::now() < end => {}
+                Err(TryLockError::WouldBlock) => {
                     return Err(DirectoryError::InUse {
                         path: self.path.clone(),
                     });
                 }
-                Err((_, e)) => return Err(failed(&path, "lock", e)),
-            };
+                Err(TryLockError::Error(source)) => {
+                    return Err(DirectoryError::Io {
+                        path,
+                        step: "lock",
+                        source,
+                    });
+                }
+            }
             std::thread::sleep(Duration::from_millis(5));
         }
     }

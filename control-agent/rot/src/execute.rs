@@ -123,7 +123,7 @@ pub fn start(what: &Start<'_>) -> io::Result<Child> {
 }
 
 /// The child is ours and not reaped yet, so the number can't have been taken by another process.
-fn open_pidfd(pid: libc::pid_t) -> io::Result<OwnedFd> {
+pub(crate) fn open_pidfd(pid: libc::pid_t) -> io::Result<OwnedFd> {
     // SAFETY: plain integers.
     let raw = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     match RawFd::try_from(raw) {

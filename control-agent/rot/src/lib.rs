@@ -5,6 +5,9 @@
 //! [`upstream`] (what systemd stored) -> [`directories`] -> [`listeners`] -> [`programs`]
 //! ([`binary`]: a sealed, measured copy) -> [`lockdown`] -> [`supervisor`], which starts each
 //! [`child`] through [`execute`] with what it had in its [`stores`].
+//!
+//! An upgrade of rot executes the new binary in the place of the old ([`replace`]): same process, same
+//! children, and [`handoff`] says which descriptor is what ([`mod@resume`]).
 
 pub mod arguments;
 pub mod backoff;
@@ -13,11 +16,14 @@ pub mod child;
 pub mod children;
 pub mod directories;
 pub mod execute;
+pub mod handoff;
 pub mod inherited;
 pub mod link;
 pub mod listeners;
 pub mod lockdown;
 pub mod programs;
+pub mod replace;
+pub mod resume;
 pub mod same_file;
 pub mod socket_file;
 pub mod stores;
@@ -27,6 +33,7 @@ pub mod upstream;
 use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 use std::time::Instant;
 
 use bulkhead_protocol::process::StartError;
@@ -45,7 +52,7 @@ use listeners::Listeners;
 use programs::{Loader, ProgramError};
 use socket_file::{Access, SocketFileError, listen_at, remove_socket};
 use stores::Stores;
-use supervisor::Supervisor;
+use supervisor::{Own, Supervisor};
 
 /// File name of the operator's socket in the run directory.
 pub const ADMIN_SOCKET: &str = "admin.sock";
@@ -90,6 +97,9 @@ fn failed<E: Into<io::Error>>(step: &'static str) -> impl Fn(E) -> RotError {
 /// # Errors
 /// See [`RotError`]; no child runs then for longer than rot.
 pub fn run(arguments: Arguments) -> Result<(), RotError> {
+    if let Some(ended) = resume::resume(&arguments)? {
+        return ended;
+    }
     let systemd = upstream::found::from_environment().map_err(failed("use systemd's store"))?;
     let arguments = arguments
         .with_absolute_paths()
@@ -98,9 +108,9 @@ pub fn run(arguments: Arguments) -> Result<(), RotError> {
     umask(Mode::from_bits_truncate(0o077));
     let signals = take_signals()?;
     let run_dir = Directory::own(&arguments.run_dir)?;
-    let _lock = run_dir.lock()?;
+    let lock = run_dir.lock()?;
     let limits = lockdown::raise_limits().map_err(failed("raise the limits"))?;
-    let loader = Loader::new(arguments.clone(), limits);
+    let loader = Loader::new(arguments.clone(), limits).map_err(failed("measure rot"))?;
     let children = load_programs(&loader)?;
     make_state(&arguments)?;
     let listeners = Listeners::new(run_dir.own_inside("vhost")?)
@@ -111,10 +121,18 @@ pub fn run(arguments: Arguments) -> Result<(), RotError> {
     lockdown::lock_in()?;
     let (upstream, found) = systemd.unzip();
     let stores = Stores::new(limits.files, upstream, found.unwrap_or_default());
-    let ended = Supervisor::new(children, loader, listeners, stores, admin, signals)
-        .run()
-        .map_err(failed("supervise the children"));
-    remove_socket(&run_dir, ADMIN_SOCKET).map_err(RotError::AdminSocket)?;
+    let own = Own {
+        lock: lock.into(),
+        admin: Rc::new(admin),
+        signals,
+    };
+    let supervisor = Supervisor::new(children, loader, listeners, stores, own);
+    supervise(supervisor, &run_dir)
+}
+
+fn supervise(mut supervisor: Supervisor, run_dir: &Directory) -> Result<(), RotError> {
+    let ended = supervisor.run().map_err(failed("supervise the children"));
+    remove_socket(run_dir, ADMIN_SOCKET).map_err(RotError::AdminSocket)?;
     ended
 }
 

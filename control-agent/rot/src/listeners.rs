@@ -13,6 +13,8 @@ use bulkhead_protocol::identity::SocketName;
 use nix::sys::socket::SockType;
 
 use crate::directories::Directory;
+use crate::handoff::{Leaving, LeftListener};
+use crate::replace::Inherited;
 use crate::socket_file::{Access, SocketFileError, listen_at, remove_socket, set_access};
 
 /// Most listeners at once.
@@ -73,6 +75,44 @@ impl Listeners {
             directory,
             bound: BTreeMap::new(),
         })
+    }
+
+    /// Leaves them to the rot that is executed in the place of this one.
+    pub fn leave<'a>(&'a self, leaving: &mut Leaving<'a>) -> Vec<LeftListener> {
+        let leave = |(name, listener): (&SocketName, &'a Listener)| {
+            let Access { uid, gid, mode } = listener.access;
+            LeftListener {
+                name: name.clone(),
+                access: [uid, gid, mode],
+                socket: leaving.number(listener.socket.as_fd()),
+            }
+        };
+        self.bound.iter().map(leave).collect()
+    }
+
+    /// Those that the rot before this one left. Their files in `directory` stay as they are.
+    ///
+    /// # Errors
+    /// A descriptor is not open.
+    pub fn resumed(
+        directory: Directory,
+        left: Vec<LeftListener>,
+        inherited: &mut Inherited,
+    ) -> io::Result<Self> {
+        let mut bound = BTreeMap::new();
+        for LeftListener {
+            name,
+            access: [uid, gid, mode],
+            socket,
+        } in left
+        {
+            let listener = Listener {
+                socket: inherited.shared(socket)?,
+                access: Access { uid, gid, mode },
+            };
+            bound.insert(name, listener);
+        }
+        Ok(Self { directory, bound })
     }
 
     /// Binds a listener. Gives the socket if it is new; a name that is bound keeps its socket and

@@ -120,6 +120,16 @@ pub fn lock_in() -> Result<(), StartError> {
     seccompiler::apply_filter(&program).map_err(failed("seccomp"))
 }
 
+/// Locks in a rot that was executed in the place of one that was: the filter is there already, and
+/// another on top of it would only cost.
+///
+/// # Errors
+/// [`StartError::Lockdown`] names the step.
+pub fn lock_in_again() -> Result<(), StartError> {
+    no_dump_no_privileges()?;
+    reduce_capabilities().map_err(failed("capabilities"))
+}
+
 fn reduce_capabilities() -> Result<(), caps::errors::CapsError> {
     let kept: CapsHashSet = KEPT.into_iter().collect();
     if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {

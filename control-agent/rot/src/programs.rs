@@ -3,6 +3,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::ffi::{CString, NulError, OsStr};
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::rc::Rc;
 
@@ -11,7 +12,7 @@ use bulkhead_protocol::process::ROT_ENV;
 use bulkhead_protocol::rot::{Measurement, Role};
 
 use crate::arguments::Arguments;
-use crate::binary::{BinaryError, MeasuredBinary};
+use crate::binary::{self, BinaryError, MeasuredBinary};
 use crate::lockdown::{self, Limits};
 use crate::stores;
 
@@ -60,6 +61,16 @@ impl Program {
     pub fn load(role: Role, arguments: &Arguments, stored: usize) -> Result<Self, ProgramError> {
         let name = format!("bulkhead-{role}");
         let binary = MeasuredBinary::load(&arguments.bin_dir.join(&name), &name)?;
+        Self::of(binary, role, arguments, stored)
+    }
+
+    fn of(
+        binary: MeasuredBinary,
+        role: Role,
+        arguments: &Arguments,
+        stored: usize,
+    ) -> Result<Self, ProgramError> {
+        let name = format!("bulkhead-{role}");
         let named = std::iter::once(name.into());
         let line: Result<_, _> = named
             .chain(command_line(role, arguments))
@@ -96,13 +107,64 @@ pub fn hex(measurement: &Measurement) -> String {
 pub struct Loader {
     arguments: Arguments,
     limits: Limits,
+    own: Measurement,
 }
 
 impl Loader {
     /// A loader for this command line and these limits.
+    ///
+    /// # Errors
+    /// rot's own binary can't be measured.
+    pub fn new(arguments: Arguments, limits: Limits) -> io::Result<Self> {
+        Ok(Self {
+            arguments,
+            limits,
+            own: binary::measure_own()?,
+        })
+    }
+
+    /// What rot itself measures: it executes what nobody measured before, unless it was upgraded.
     #[must_use]
-    pub fn new(arguments: Arguments, limits: Limits) -> Self {
-        Self { arguments, limits }
+    pub fn own(&self) -> Measurement {
+        self.own
+    }
+
+    /// rot's command line, to be executed anew with.
+    #[must_use]
+    pub fn arguments(&self) -> &Arguments {
+        &self.arguments
+    }
+
+    /// The rot that lies in the directory of the binaries now.
+    ///
+    /// # Errors
+    /// See [`BinaryError`].
+    pub fn load_rot(&self) -> Result<MeasuredBinary, BinaryError> {
+        let name = "bulkhead-rot";
+        MeasuredBinary::load(&self.arguments.bin_dir.join(name), name)
+    }
+
+    /// A program of which the rot before this one left the binary.
+    ///
+    /// # Errors
+    /// See [`ProgramError`].
+    pub fn with_binary(&self, role: Role, binary: MeasuredBinary) -> Result<Program, ProgramError> {
+        let stored = stores::limit(role, self.limits.files);
+        let program = Program::of(binary, role, &self.arguments, stored)?;
+        Ok(self.with_capability(program))
+    }
+
+    /// How many files rot may have open.
+    #[must_use]
+    pub fn files(&self) -> u64 {
+        self.limits.files
+    }
+
+    fn with_capability(&self, mut program: Program) -> Program {
+        program.keeps_ipc_lock = program.role == Role::Dataplane
+            && !self.limits.memory_unlimited
+            && lockdown::holds_ipc_lock();
+        program
     }
 
     /// The program that lies in the directory of the binaries now.

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
@@ -14,6 +15,8 @@ use bulkhead_protocol::fd_store::keeper::Received;
 use bulkhead_protocol::fd_store::message::Notification;
 use bulkhead_protocol::rot::Role;
 
+use crate::handoff::{Handoff, Leaving, LeftStored, LeftSystemd};
+use crate::replace::Inherited;
 use crate::upstream::{Found, Mark, Upstream};
 
 /// Most descriptors of the data plane: 256 devices with 64 each, which is one of 16 queues (three
@@ -90,6 +93,60 @@ impl Stores {
             stores.of_mut(role).push(Entry { name, fd, mark });
         }
         stores
+    }
+
+    /// Leaves them to the rot that is executed in the place of this one.
+    ///
+    /// # Errors
+    /// Why not now.
+    pub fn leave<'a>(
+        &'a self,
+        leaving: &mut Leaving<'a>,
+        handoff: &mut Handoff,
+    ) -> Result<(), String> {
+        for RoleStore { role, entries, .. } in &self.roles {
+            // The others are found in systemd's table again.
+            for entry in entries.iter().filter(|entry| entry.mark.is_none()) {
+                handoff.stored.push(LeftStored {
+                    role: *role,
+                    name: entry.name.to_string(),
+                    fd: leaving.number(entry.fd.as_fd()),
+                });
+            }
+        }
+        handoff.systemd = match &self.upstream {
+            Some(upstream) if upstream.waits() => {
+                return Err("systemd has not taken all that is stored: try again".to_owned());
+            }
+            Some(upstream) => Some(upstream.leave(leaving)),
+            None => None,
+        };
+        Ok(())
+    }
+
+    /// Those that the rot before this one left.
+    ///
+    /// # Errors
+    /// A descriptor is not open, or what it left makes no sense.
+    pub fn resumed(
+        files: u64,
+        stored: Vec<LeftStored>,
+        systemd: Option<LeftSystemd>,
+        inherited: &mut Inherited,
+    ) -> io::Result<Self> {
+        let systemd = systemd.map(|left| Upstream::taken_over(left, inherited));
+        let (upstream, found) = systemd.transpose()?.unzip();
+        let mut stores = Self::new(files, upstream, found.unwrap_or_default());
+        for LeftStored { role, name, fd } in stored {
+            let name = name.parse().map_err(io::Error::other)?;
+            let fd = inherited.shared(fd)?;
+            stores.of_mut(role).push(Entry {
+                name,
+                fd,
+                mark: None,
+            });
+        }
+        Ok(stores)
     }
 
     fn of(&self, role: Role) -> &RoleStore {

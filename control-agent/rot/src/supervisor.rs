@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod replacing;
 mod requests;
 mod upgrade;
 
@@ -49,6 +50,17 @@ enum Event {
     Upstream,
 }
 
+/// What is rot's own.
+#[derive(Debug)]
+pub struct Own {
+    /// The lock of its run directory, held as long as this is open.
+    pub lock: OwnedFd,
+    /// The operators' socket, for the agent.
+    pub admin: Rc<OwnedFd>,
+    /// The signals that end rot.
+    pub signals: SignalFd,
+}
+
 /// The supervisor of one host.
 #[derive(Debug)]
 pub struct Supervisor {
@@ -56,31 +68,28 @@ pub struct Supervisor {
     upgrades: Upgrades,
     listeners: Listeners,
     stores: Stores,
-    admin: Rc<OwnedFd>,
-    signals: SignalFd,
+    own: Own,
     /// When the children that still live are killed; set by the first signal.
     stop_by: Option<Instant>,
     ready: bool,
 }
 
 impl Supervisor {
-    /// Nothing is started yet. `signals` are those that end rot.
+    /// Nothing is started yet, unless the children were resumed.
     #[must_use]
     pub fn new(
         children: Children,
         loader: Loader,
         listeners: Listeners,
         stores: Stores,
-        admin: OwnedFd,
-        signals: SignalFd,
+        own: Own,
     ) -> Self {
         Self {
             children,
             upgrades: Upgrades::new(loader),
             listeners,
             stores,
-            admin: Rc::new(admin),
-            signals,
+            own,
             stop_by: None,
             ready: false,
         }
@@ -91,6 +100,7 @@ impl Supervisor {
     /// # Errors
     /// `poll` or `waitid` failed; the children end with rot.
     pub fn run(&mut self) -> io::Result<()> {
+        self.tell_of_replacement(Instant::now());
         loop {
             self.timers(Instant::now());
             if self.stop_by.is_some() && self.children.all().all(|c| c.running().is_none()) {
@@ -159,7 +169,7 @@ impl Supervisor {
 
     fn wait(&self) -> io::Result<Vec<Event>> {
         let mut of = vec![Event::Signal];
-        let mut fds = vec![PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)];
+        let mut fds = vec![PollFd::new(self.own.signals.as_fd(), PollFlags::POLLIN)];
         for seat in self.children.seats() {
             let Some(running) = self.children.at(seat).and_then(Child::running) else {
                 continue;
@@ -213,7 +223,7 @@ impl Supervisor {
     }
 
     fn on_signal(&mut self, now: Instant) -> io::Result<()> {
-        while let Some(signal) = self.signals.read_signal()? {
+        while let Some(signal) = self.own.signals.read_signal()? {
             if self.stop_by.is_some() {
                 tracing::info!("signal {} again: not waiting any longer", signal.ssi_signo);
                 self.stop_by = Some(now);

@@ -21,6 +21,8 @@ use std::rc::Rc;
 use bulkhead_protocol::fd_store::FdName;
 use bulkhead_protocol::rot::Role;
 
+use crate::handoff::{Leaving, LeftSystemd};
+use crate::replace::Inherited;
 use crate::same_file;
 use notify::Notify;
 use table::{Row, Table};
@@ -127,6 +129,35 @@ impl Upstream {
         let found = upstream.take_rows();
         upstream.remove_unused();
         (upstream, found)
+    }
+
+    /// Leaves it to the rot that is executed in the place of this one.
+    pub fn leave<'a>(&'a self, leaving: &mut Leaving<'a>) -> LeftSystemd {
+        let files = self.files.iter();
+        LeftSystemd {
+            notify: leaving.number(self.notify.as_fd()),
+            table: leaving.number(self.table.as_fd()),
+            files: files
+                .map(|file| (file.name.clone(), leaving.number(file.fd.as_fd())))
+                .collect(),
+        }
+    }
+
+    /// What the rot before this one left, as [`Self::resumed`].
+    ///
+    /// # Errors
+    /// A descriptor is not open, or the table is of another version.
+    pub fn taken_over(
+        left: LeftSystemd,
+        inherited: &mut Inherited,
+    ) -> io::Result<(Self, Vec<Found>)> {
+        let notify = Notify::from(inherited.owned(left.notify)?);
+        let table = Table::adopt(inherited.owned(left.table)?)?;
+        let mut given = Vec::new();
+        for (name, number) in left.files {
+            given.push((name, inherited.owned(number)?));
+        }
+        Ok(Self::resumed(notify, table, given))
     }
 
     fn take_file(&mut self, number: u32, name: String, fd: OwnedFd) {

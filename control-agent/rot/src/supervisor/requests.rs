@@ -87,7 +87,11 @@ impl Supervisor {
         match role {
             Role::Keyd => self.tell_keyd_what_runs(now),
             Role::Agent => {
-                child.send(FromRot::AdminListener, vec![Rc::clone(&self.admin)], now);
+                child.send(
+                    FromRot::AdminListener,
+                    vec![Rc::clone(&self.own.admin)],
+                    now,
+                );
                 self.tell_programs(now);
             }
             Role::Dataplane => {

@@ -2,7 +2,7 @@
 //!
 //! The data plane is upgraded live, by a candidate beside it (the steps stand in
 //! [`bulkhead_protocol::rot`]). keyd and agent touch no I/O: they are stopped and started from the
-//! new binary, and from the old one again if that says no `Hello`.
+//! new binary, and from the old one again if that says no `Hello`. rot itself: [`super::replacing`].
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
@@ -10,11 +10,12 @@ use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use bulkhead_protocol::release::{Component, ProgramStatus, Release};
+use bulkhead_protocol::release::{Component, Release};
 use bulkhead_protocol::rot::{FromRot, Role, ToRot};
 use nix::poll::PollFlags;
 
 use super::Supervisor;
+use crate::binary::MeasuredBinary;
 use crate::child::Child;
 use crate::children::Seat;
 use crate::programs::{Loader, Program, hex};
@@ -57,13 +58,15 @@ struct Upgrade {
 /// The one that is under way, and what came of those before.
 #[derive(Debug)]
 pub(super) struct Upgrades {
-    loader: Loader,
+    pub(super) loader: Loader,
     approved: BTreeMap<Component, Release>,
     under_way: Option<Upgrade>,
     /// What was upgraded to.
-    runs: BTreeMap<Component, Release>,
+    pub(super) runs: BTreeMap<Component, Release>,
     /// Why the last one came to nothing.
-    failed: BTreeMap<Component, String>,
+    pub(super) failed: BTreeMap<Component, String>,
+    /// The request that is answered as soon as this rot supervises.
+    pub(super) replaced_for: Option<u64>,
 }
 
 impl Upgrades {
@@ -74,6 +77,7 @@ impl Upgrades {
             under_way: None,
             runs: BTreeMap::new(),
             failed: BTreeMap::new(),
+            replaced_for: None,
         }
     }
 
@@ -89,6 +93,24 @@ impl Upgrades {
         let step = self.under_way.as_ref().map(|upgrade| &upgrade.step);
         matches!(step, Some(Step::Freezing { .. }))
     }
+}
+
+/// Is it what was released?
+///
+/// # Errors
+/// Says what it is, for the operator.
+pub(super) fn is_released(binary: &MeasuredBinary, release: &Release) -> Result<(), String> {
+    if binary.measurement() == release.measurement {
+        return Ok(());
+    }
+    Err(format!(
+        "bulkhead-{} in --bin-dir is not what was released: it measures {}, version {} of the \
+         release {}; install that, and try again",
+        release.component,
+        hex(&binary.measurement()),
+        release.version,
+        hex(&release.measurement)
+    ))
 }
 
 impl Supervisor {
@@ -118,7 +140,7 @@ impl Supervisor {
         let release = self.upgrades.approved.remove(&component);
         let release = release.ok_or_else(|| format!("keyd approved no release of {component}"))?;
         let Some(role) = component.role() else {
-            return Err("rot is upgraded by restarting the service".to_owned());
+            return self.replace_rot(release, request_id, now);
         };
         let program = self.released(role, &release)?;
         let step = match role {
@@ -146,16 +168,8 @@ impl Supervisor {
     fn released(&self, role: Role, release: &Release) -> Result<Program, String> {
         let program = self.upgrades.loader.load(role);
         let program = program.map_err(|error| error.to_string())?;
-        if program.binary.measurement() == release.measurement {
-            return Ok(program);
-        }
-        Err(format!(
-            "bulkhead-{role} in --bin-dir is not what was released: it measures {}, version {} of \
-             the release {}; install that, and try again",
-            program.measurement_text(),
-            release.version,
-            hex(&release.measurement)
-        ))
+        is_released(&program.binary, release)?;
+        Ok(program)
     }
 
     fn start_candidate(&mut self, program: Program, now: Instant) -> Result<Step, String> {
@@ -375,34 +389,6 @@ impl Supervisor {
         let agent = self.children.get_mut(Role::Agent);
         if agent.generation() == upgrade.agent && agent.is_up() {
             agent.send(answer, Vec::new(), now);
-        }
-    }
-
-    /// keyd keeps what is the oldest that may run.
-    pub(super) fn tell_keyd_what_runs(&mut self, now: Instant) {
-        let keyd = self.children.get_mut(Role::Keyd);
-        if keyd.is_up() {
-            for release in self.upgrades.runs.values() {
-                keyd.send(FromRot::Runs { release: *release }, Vec::new(), now);
-            }
-        }
-    }
-
-    /// The agent tells operators what runs.
-    pub(super) fn tell_programs(&mut self, now: Instant) {
-        let of_role = |role: Role| {
-            let component = Component::from(role);
-            ProgramStatus {
-                component,
-                measurement: self.children.get(role).program().binary.measurement(),
-                version: self.upgrades.runs.get(&component).map(|r| r.version),
-                failed: self.upgrades.failed.get(&component).cloned(),
-            }
-        };
-        let programs = Role::ALL.map(of_role).into();
-        let agent = self.children.get_mut(Role::Agent);
-        if agent.is_up() {
-            agent.send(FromRot::Programs { programs }, Vec::new(), now);
         }
     }
 }

@@ -100,6 +100,17 @@ impl Notify {
     }
 }
 
+impl From<OwnedFd> for Notify {
+    /// A socket that was connected before.
+    fn from(socket: OwnedFd) -> Self {
+        Self {
+            socket,
+            queue: VecDeque::new(),
+            failed: false,
+        }
+    }
+}
+
 impl AsFd for Notify {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()

@@ -7,6 +7,7 @@ mod lifecycle;
 mod listening;
 mod peers;
 mod puppet;
+mod replacing;
 mod setup;
 mod storing;
 mod systemd;
@@ -46,6 +47,7 @@ fn main() {
         lifecycle::CASES,
         listening::CASES,
         peers::CASES,
+        replacing::CASES,
         setup::CASES,
         storing::CASES,
         systemd::CASES,

@@ -51,6 +51,8 @@ fn one(host: &mut Host, role: Role) -> Puppet {
     host.start();
     let puppet = host.puppet(role);
     puppet.say(ToRot::Hello);
+    // The last of the three: rot has as many descriptors now as it keeps.
+    host.wait_for_log("started role=agent");
     puppet
 }
 

@@ -36,14 +36,14 @@ pub const CASES: &[Case] = &[
 ];
 
 /// systemd, as far as rot sees it.
-struct Manager {
+pub struct Manager {
     socket: Keeper,
     /// The last that came is the first.
     stored: Vec<(FdName, OwnedFd)>,
 }
 
 impl Manager {
-    fn new(host: &Host) -> Self {
+    pub fn new(host: &Host) -> Self {
         let socket = UnixDatagram::bind(host.path("notify")).expect("bind");
         Self {
             socket: Keeper::from(OwnedFd::from(socket)),
@@ -76,7 +76,7 @@ impl Manager {
 
     /// Handles what comes until the puppet's barrier was reached.
     #[track_caller]
-    fn handle_all_of(&mut self, puppet: &Puppet) {
+    pub fn handle_all_of(&mut self, puppet: &Puppet) {
         puppet.order(Order::ReportBarrier);
         let (_, pipe) = puppet.report();
         let [pipe] = <[OwnedFd; 1]>::try_from(pipe).expect("its pipe");
@@ -87,14 +87,14 @@ impl Manager {
         }
     }
 
-    fn names(&self) -> Vec<String> {
+    pub fn names(&self) -> Vec<String> {
         let mut names: Vec<_> = self.stored.iter().map(|(n, _)| n.to_string()).collect();
         names.sort();
         names
     }
 
     /// Starts rot as systemd does.
-    fn start(&self, host: &mut Host) {
+    pub fn start(&self, host: &mut Host) {
         let mut command = self.command(host, "$$");
         command.env("NOTIFY_SOCKET", host.path("notify"));
         host.spawn(command);

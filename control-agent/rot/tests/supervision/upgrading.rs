@@ -55,7 +55,7 @@ struct World {
 
 /// The next message that is not about a peer.
 #[track_caller]
-fn next(puppet: &Puppet) -> FromRot {
+pub fn next(puppet: &Puppet) -> FromRot {
     loop {
         match puppet.next().0 {
             FromRot::Peer { .. } => {}
@@ -175,7 +175,7 @@ fn followed(puppet: &Puppet) -> Vec<String> {
 
 /// Waits until rot has told the agent that this version runs.
 #[track_caller]
-fn runs(agent: &Puppet, component: Component, version: u64) -> ProgramStatus {
+pub fn runs(agent: &Puppet, component: Component, version: u64) -> ProgramStatus {
     let mut found = None;
     wait_until("that version runs", || {
         agent.order(Order::ReportPrograms);
