@@ -4,6 +4,7 @@
 
 mod deaths;
 mod format;
+mod golden;
 mod keeper;
 #[path = "../vhost_user/messages.rs"]
 #[allow(dead_code, reason = "shared with the tests of the protocol")]

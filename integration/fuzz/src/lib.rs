@@ -12,6 +12,7 @@
 //! | `inflight_region` | a queue that goes on over another's in-flight region, whatever was done to it |
 //! | `blk_request` | a virtio-blk request's header, ranges and buffers |
 //! | `vhost_user_stream` | a frontend's bytes and descriptors, in any pieces and order |
+//! | `stored_state` | what a predecessor left of a volume |
 //! | `config_write` | writes to the configuration space |
 //! | `xts` | the volume cipher between any segments, against AWS-LC's |
 //! | `gcm` | batches of the packet cipher, against AWS-LC's AEAD |
@@ -25,6 +26,7 @@ mod input;
 mod order;
 mod packed_walk;
 mod split_walk;
+mod stored_state;
 mod vhost_user_stream;
 mod xts;
 
@@ -65,6 +67,11 @@ pub const TARGETS: &[Target] = &[
         name: "vhost_user_stream",
         about: "a frontend's bytes and descriptors in any pieces and order; workers answer or fail",
         run: vhost_user_stream::run,
+    },
+    Target {
+        name: "stored_state",
+        about: "stored states, damaged and of any version: refused, or a session goes on from them",
+        run: stored_state::run,
     },
     Target {
         name: "config_write",

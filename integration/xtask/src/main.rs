@@ -9,6 +9,7 @@
 //! | `bench` | measurements that are stored |
 //! | `nightly` | the compiler that has sanitizers, and its flags |
 //! | `coverage` | which lines the data plane's tests run |
+//! | `previous` | the data plane with the state format before this one |
 //! | `packages` | Debian packages that both need, installed after saying so |
 //! | `report` | lines with a tick, and progress while something takes long |
 
@@ -18,6 +19,7 @@ mod demo;
 mod fuzz;
 mod nightly;
 mod packages;
+mod previous;
 mod report;
 mod soak;
 mod test;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
 use crate::packages::{self, GUEST, TESTS};
-use crate::{binaries, report, workspace};
+use crate::{binaries, previous, report, workspace};
 
 /// What a suite's output says.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -44,12 +44,18 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode, Box<dyn Error>> {
     let built = check("build", &build.map(str::to_owned), &logs)?;
     let compiles = built.failed == 0;
     total.add(built);
+    if compiles {
+        report::step("build of the version before", || {
+            previous::build().map(|()| "its data plane".to_owned())
+        })?;
+    }
     for package in packages.iter().filter(|_| compiles) {
         if filter.is_none_or(|filter| package.contains(filter)) {
             total.add(suite(package, &logs)?);
         }
     }
     if compiles {
+        total.add(version_before(filter, &logs)?);
         total.add(portable_ciphers(filter, &logs)?);
         total.add(sanitized::run(filter, &logs)?);
     }
@@ -146,6 +152,31 @@ fn suite(package: &str, logs: &Path) -> Result<Counts, Box<dyn Error>> {
         "--show-output",
     ];
     report_suite(package, &mut cargo(&arguments.map(str::to_owned)), logs)
+}
+
+/// What is stored, in the format of the version before.
+fn version_before(filter: Option<&str>, logs: &Path) -> Result<Counts, Box<dyn Error>> {
+    let package = "bulkhead-dataplane";
+    if filter.is_some_and(|filter| !package.contains(filter)) {
+        return Ok(Counts::default());
+    }
+    let arguments = [
+        "test",
+        "-p",
+        package,
+        "--test",
+        "stored",
+        "--no-fail-fast",
+        "--",
+        "--show-output",
+    ];
+    let mut command = previous::cargo()?;
+    command.args(arguments);
+    report_suite(
+        &format!("{package}, state of the version before"),
+        &mut command,
+        logs,
+    )
 }
 
 /// The ciphers' tests with everything left out that is written for one architecture.
