@@ -222,6 +222,7 @@ impl Threaded {
             base: 0,
             log: None,
             region: None,
+            anew: true,
             features: 0,
             enabled: true,
             // Without one the queue is polled, at most 100 us apart.
