@@ -23,6 +23,12 @@
 //! | `call.made` | the driver was called |
 //! | `flush.begun` | a flush was asked for, the storage was not |
 //! | `flush.done` | the storage has flushed, nobody was told |
+//! | `start.taken` | what the process before left was taken from the store |
+//! | `start.offered` | its volumes, queues and connections stand again, nothing is served |
+//! | `fence.gone` | the last request of the process before has ended, its fence is still in the store |
+//! | `recover.found` | a queue knows what was in flight on it |
+//! | `recover.taken` | some of that was taken again |
+//! | `start.resumed` | everything is served again, nobody was told |
 //! | `message.looked` | a frontend's message was looked at |
 //! | `message.applied` | what it asks for is done, nothing is remembered of it |
 //! | `state.stored` | what a volume's state is to name is stored, the state is not written |

@@ -18,6 +18,7 @@ use super::Control;
 use super::grant::{GrantedKeys, check};
 use super::page::{Page, Pages, expand_stored};
 use super::volumes::{Held, Serving, Volume, Volumes};
+use crate::crash_point;
 use crate::server::{Offer, Server};
 use crate::storage::FileSpec;
 use crate::stored::{Fd, Found, Place, StoredVolume};
@@ -26,6 +27,7 @@ use crate::worker::message::DeviceId;
 impl Control {
     /// Takes over what a predecessor served. To be called once, before the server runs.
     pub fn resume(&mut self, server: &mut Server, found: Found) {
+        crash_point!("start.taken");
         for reason in &found.lost {
             tracing::error!("lost with the process before this one: {reason}");
         }
@@ -53,6 +55,7 @@ impl Control {
                 Err(reason) => tracing::error!(%volume, "it can't be served on: {reason}"),
             }
         }
+        crash_point!("start.offered");
     }
 
     /// Leaves what is stored as it is, keys and all: whoever comes after this process goes on with it. Where rot and
@@ -65,6 +68,7 @@ impl Control {
 
     /// Nothing of the process that kept this fence is under way any more.
     pub(super) fn fence_is_gone(&self, number: u64) {
+        crash_point!("fence.gone");
         if let Err(error) = self.volumes.keeper.remove_fence(number) {
             tracing::error!("fence {number}, which is gone, stays in the store: {error}");
         }
@@ -80,6 +84,7 @@ impl Control {
     /// Says hello if it is due and everything that was taken over is served.
     pub(super) fn say_hello(&mut self) {
         if self.resuming.is_empty() && std::mem::take(&mut self.hello_due) {
+            crash_point!("start.resumed");
             self.rot.send(ToRot::Hello);
         }
     }

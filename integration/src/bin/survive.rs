@@ -7,6 +7,7 @@ use bulkhead_integration::survive::disk::Base;
 use bulkhead_integration::survive::fleet::Scene;
 use bulkhead_integration::survive::scenarios::{
     HEADING, Reconnect, Row, kills, kills_in_recovery, message_points, reconnects, request_points,
+    successor_points,
 };
 use clap::Parser;
 
@@ -74,6 +75,16 @@ fn scenarios(arguments: &Arguments) -> Vec<Scenario> {
         out.push((
             name,
             Box::new(move |name| message_points(name, &scene, each)),
+        ));
+    }
+    for (name, scene) in [
+        ("successors, split", split.clone()),
+        ("successors, packed", packed(&plain)),
+    ] {
+        let each = (all / 50).clamp(1, 20);
+        out.push((
+            name,
+            Box::new(move |name| successor_points(name, &scene, each)),
         ));
     }
     for (name, scene) in [

@@ -22,6 +22,10 @@ use crate::random::Random;
 pub const BACK_PATIENCE: Duration = Duration::from_secs(60);
 /// How long it may take to come by a point.
 const REACH_PATIENCE: Duration = Duration::from_secs(20);
+/// How long a successor may take to come by a point on its way, if it was told in time.
+const EARLY_PATIENCE: Duration = Duration::from_secs(1);
+/// How often it is tried to tell a successor in time, for each death that is wanted.
+const TRIES: u32 = 10;
 /// How long a successor may take to be started.
 const START_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -181,6 +185,40 @@ pub fn die_at(
     Ok(away)
 }
 
+/// Kills the data plane, and has its successor die at a point on its way to where it serves; each time until the disks
+/// are back.
+///
+/// # Errors
+/// See [`KillError`]; [`KillError::NotReached`] if no successor comes by there.
+pub fn successor_dies_at(
+    victim: &mut DataPlane<'_>,
+    load: &mut Load,
+    point: &'static str,
+    times: u32,
+    random: &mut Random,
+) -> Result<Away, KillError> {
+    let mut away = Away::default();
+    let mut died = 0;
+    for _ in 0..times * TRIES {
+        if died == times {
+            return Ok(away);
+        }
+        std::thread::sleep(Duration::from_millis(random.below(20)));
+        let mut at = victim.kill()?;
+        load.killed(at);
+        away.kills += 1;
+        if let Some(death) = victim.dies_early(point)? {
+            at = death;
+            load.killed(at);
+            away.kills += 1;
+            died += 1;
+        }
+        let times = load.wait_back(BACK_PATIENCE)?;
+        away.note(at, victim.seen(), &times);
+    }
+    Err(KillError::NotReached(point))
+}
+
 /// Kills a process and waits until it is dead: when the signal was sent.
 ///
 /// # Errors
@@ -281,6 +319,34 @@ impl<'a> DataPlane<'a> {
                 None => std::thread::sleep(Duration::from_micros(500)),
             }
         }
+    }
+}
+
+impl DataPlane<'_> {
+    /// Has the one that is just being started die at a point, if it is told in time: when it had died.
+    fn dies_early(&mut self, point: &'static str) -> Result<Option<Instant>, KillError> {
+        let pid = self.pid()?;
+        let deadline = Instant::now() + START_PATIENCE;
+        // Between fork and exec it has none.
+        let switch = loop {
+            match Switch::find(pid) {
+                Ok(switch) => break switch,
+                Err(error) if Instant::now() > deadline => return Err(error.into()),
+                Err(_) => std::thread::sleep(Duration::from_micros(100)),
+            }
+        };
+        switch.arm(point, 0)?;
+        self.before_death();
+        let deadline = Instant::now() + EARLY_PATIENCE;
+        while is_alive(pid) {
+            if Instant::now() > deadline {
+                switch.arm("", 0)?;
+                return Ok(None);
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        self.running = None;
+        Ok(Some(Instant::now()))
     }
 }
 

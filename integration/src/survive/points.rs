@@ -41,6 +41,16 @@ pub const MESSAGE_POINTS: &[&str] = &[
     "message.taken",
 ];
 
+/// Points along the way of a successor, until it serves.
+pub const SUCCESSOR_POINTS: &[&str] = &[
+    "start.taken",
+    "start.offered",
+    "fence.gone",
+    "recover.found",
+    "recover.taken",
+    "start.resumed",
+];
+
 /// The switch of a running process.
 #[derive(Debug)]
 pub struct Switch {

@@ -8,9 +8,11 @@ use std::time::Duration;
 use super::disk::{Base, DiskSpec};
 use super::finding::Report;
 use super::fleet::{Fleet, Scene};
-use super::kills::{Away, DataPlane, KillError, Plan, Serve, Victim as _, die_at, kill_often};
+use super::kills::{
+    Away, DataPlane, KillError, Plan, Serve, Victim as _, die_at, kill_often, successor_dies_at,
+};
 use super::load::{Load, LoadSpec};
-use super::points::{MESSAGE_POINTS, REQUEST_POINTS};
+use super::points::{MESSAGE_POINTS, REQUEST_POINTS, SUCCESSOR_POINTS};
 use crate::host::Host;
 use crate::random::Random;
 
@@ -209,6 +211,19 @@ pub fn message_points(what: &str, scene: &Scene, each: u32) -> Row {
         let mut all = Away::default();
         for point in MESSAGE_POINTS {
             all.add(die_at(&mut victim, load, point, each, 10, random)?);
+        }
+        Ok(all)
+    })
+}
+
+/// Successors of a killed data plane die at each named point on their way to where they serve (T32, T33).
+#[must_use]
+pub fn successor_points(what: &str, scene: &Scene, each: u32) -> Row {
+    on_host(what, scene, |host, load, random| {
+        let mut victim = DataPlane::of(host);
+        let mut all = Away::default();
+        for point in SUCCESSOR_POINTS {
+            all.add(successor_dies_at(&mut victim, load, point, each, random)?);
         }
         Ok(all)
     })

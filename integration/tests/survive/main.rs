@@ -10,6 +10,7 @@ use bulkhead_integration::survive::disk::Base;
 use bulkhead_integration::survive::fleet::Scene;
 use bulkhead_integration::survive::scenarios::{
     Reconnect, Row, kills, kills_in_recovery, message_points, reconnects, request_points,
+    successor_points,
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -52,6 +53,11 @@ const HOST: &[Test] = &[
         name: "survive_points_of_a_message",
         needs_root: true,
         run: |name| message_points(name, &scene(false, true), 1),
+    },
+    Test {
+        name: "survive_points_of_a_successor",
+        needs_root: true,
+        run: |name| successor_points(name, &scene(true, true), 1),
     },
 ];
 

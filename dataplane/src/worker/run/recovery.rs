@@ -8,6 +8,7 @@ use std::rc::Rc;
 use super::Worker;
 use super::serve::Portion;
 use crate::blk::pipeline::Local;
+use crate::crash_point;
 use crate::log_limit::LogLimit;
 use crate::virtqueue::Recovered;
 use crate::worker::message::QueueId;
@@ -15,6 +16,9 @@ use crate::worker::queue::Queue;
 
 /// Says what a queue found in its region, if that is worth a line; at most a few a second.
 pub(super) fn report(queue: &Queue) {
+    if matches!(queue.recovered, Recovered::Kept { chains } if chains > 0) {
+        crash_point!("recover.found");
+    }
     static LIMIT: LogLimit = LogLimit::new();
     let index = queue.id.index;
     let device = String::from_utf8_lossy(&queue.local.device.geometry.serial);
@@ -42,6 +46,7 @@ impl Worker {
             bytes: 0,
         };
         let taken = self.serve_queue::<false, true>(number, &mut portion);
+        crash_point!("recover.taken");
         if let Some(queue) = self.queue(number) {
             queue.recovers &= queue.ring.left_again() > 0;
         }
