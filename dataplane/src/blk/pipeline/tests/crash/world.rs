@@ -129,6 +129,14 @@ impl Worker {
         }
     }
 
+    /// As a worker does when a device is detached.
+    fn close(&mut self, number: usize) {
+        if let Some(local) = self.local.take() {
+            self.pipeline.forget(number, &local);
+            local.close(&mut self.pipeline.ring);
+        }
+    }
+
     fn open(&mut self, device: &Arc<BlkDevice>) {
         let mut local = Local::open(Arc::clone(device), &mut self.pipeline.ring).expect("open");
         let inner = std::mem::replace(&mut local.storage, Box::new(Nothing));
@@ -190,10 +198,17 @@ impl World {
 
     /// Another device, as it is before the first request.
     pub fn begin(&mut self) {
+        let (old_cache, old_device) = (Arc::downgrade(&self.cache), Arc::downgrade(&self.device));
         (self.cache, self.device) = device(self.setting, self.ciphers.as_ref());
-        for worker in &mut self.workers {
+        for (number, worker) in self.workers.iter_mut().enumerate() {
+            worker.close(number);
             worker.open(&self.device);
         }
+        // Nothing of a device outlives its last request.
+        assert_eq!(
+            (old_cache.strong_count(), old_device.strong_count()),
+            (0, 0)
+        );
     }
 
     /// Worker and index of each transfer that a storage holds.
