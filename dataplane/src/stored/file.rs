@@ -66,11 +66,6 @@ impl StateFile {
     /// # Errors
     /// It is no state memfd, or no state in it can be read.
     pub fn open(fd: OwnedFd) -> Result<(Self, StoredVolume<FdNumber>), FileError> {
-        let length = fstat(&fd).map_err(io::Error::from)?.st_size;
-        let sealed = fcntl(fd.as_fd(), FcntlArg::F_GET_SEALS).map(SealFlag::from_bits_retain);
-        if length != FILE_BYTES.cast_signed() || !sealed.is_ok_and(|s| s.contains(seals())) {
-            return Err(FileError::NotOne);
-        }
         let numbered = read(fd.as_fd())?;
         let flush_failed = flag(fd.as_fd())?;
         let file = Self {
@@ -79,16 +74,6 @@ impl StateFile {
             flush_failed,
         };
         Ok((file, numbered.volume))
-    }
-
-    /// The last state in it once more: another process may have written since.
-    ///
-    /// # Errors
-    /// No state in it can be read.
-    pub fn read_again(&mut self) -> Result<StoredVolume<FdNumber>, FileError> {
-        let numbered = read(self.fd.as_fd())?;
-        self.sequence = numbered.sequence;
-        Ok(numbered.volume)
     }
 
     /// Writes a state; the one before stays readable until this one is whole.
@@ -137,7 +122,20 @@ fn flag(fd: BorrowedFd<'_>) -> io::Result<Arc<SharedFlag>> {
     Ok(Arc::new(flag))
 }
 
+/// The last state in a predecessor's file, or in that of a process that is still writing it.
+///
+/// # Errors
+/// As [`StateFile::open`].
+pub fn look_at(fd: BorrowedFd<'_>) -> Result<StoredVolume<FdNumber>, FileError> {
+    Ok(read(fd)?.volume)
+}
+
 fn read(fd: BorrowedFd<'_>) -> Result<Numbered, FileError> {
+    let length = fstat(fd).map_err(io::Error::from)?.st_size;
+    let sealed = fcntl(fd, FcntlArg::F_GET_SEALS).map(SealFlag::from_bits_retain);
+    if length != FILE_BYTES.cast_signed() || !sealed.is_ok_and(|s| s.contains(seals())) {
+        return Err(FileError::NotOne);
+    }
     let mut both = vec![0; COPIES * COPY_BYTES];
     if pread(fd, &mut both, 0).map_err(io::Error::from)? != both.len() {
         return Err(FileError::NotOne);

@@ -8,7 +8,9 @@
 //! | [`file`] | the memfd that they lie in, and the flag that a worker raises in it |
 //! | `workers` | how many workers there are |
 //! | `names` | the names in the store |
-//! | [`keeper`] | which descriptors are stored, in which order they come and go |
+//! | [`keeper`] | this process's part of the store, and the taking over of what a predecessor left |
+//! | [`place`] | which descriptors of a volume are stored, in which order they come and go |
+//! | [`left`] | what is there before it is taken over: what a candidate looks at |
 //!
 //! Everything here happens on the control thread, once for each message of a frontend and for each thing
 //! that becomes of a volume; nothing of it is on the way of a request. What a predecessor left is parsed as
@@ -19,14 +21,18 @@
 pub mod file;
 pub mod format;
 pub mod keeper;
+pub mod left;
 mod names;
+pub mod place;
 pub mod volume;
 mod workers;
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-pub use keeper::{Found, KeepError, Keeper, Place};
+pub use keeper::{Found, KeepError, Keeper};
+pub use left::Left;
+pub use place::Place;
 pub use volume::{
     FdNumber, Reply, Step, StoredCache, StoredConnection, StoredInflight, StoredLog, StoredPhase,
     StoredRegion, StoredRing, StoredVolume, StoredVring,

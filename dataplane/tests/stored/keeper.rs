@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use bulkhead_dataplane::stored::file::FILE_BYTES;
 use bulkhead_dataplane::stored::format::{COPIES, COPY_BYTES, WRITTEN_BY};
-use bulkhead_dataplane::stored::{Fd, Found, Keeper, Place, Step, StoredCache, StoredVolume};
+use bulkhead_dataplane::stored::{Fd, Found, Keeper, Left, Place, Step, StoredCache, StoredVolume};
 use bulkhead_protocol::fd_store::FdName;
 use bulkhead_protocol::fd_store::message::Notification;
 use nix::sys::uio::{pread, pwrite};
@@ -269,6 +269,43 @@ fn a_failed_flush_is_known_to_the_successor() {
     drop((keeper, place, flag));
     let (_, found) = take(&mut rot);
     assert!(found.volumes[0].flush_failed().expect("kept").is_raised());
+}
+
+/// A candidate sees what the process that serves does, leaves all of it alone, and then has it.
+#[test]
+fn a_candidate_follows_and_takes_over_when_it_is_told_to() {
+    let mut rot = Rot::new();
+    let (keeper, mut place) = begin(&mut rot);
+    let mut candidate = Left::new(rot.start_candidate());
+    assert_eq!(candidate.look().len(), 1);
+    let first = candidate.look().remove(0);
+    assert_same(&first, place.volume().expect("kept"));
+    assert!(!candidate.follow().expect("rot"), "nothing has happened");
+    // The state is there before rot has passed on what it names: nothing can be made out of it yet.
+    place.put_connection(StoredCache::default(), Some(connection(2, 2, &mut fd)));
+    let second = keeper.place(volume()).expect("room");
+    assert_eq!(candidate.look().len(), 0);
+    rot.settle();
+    assert!(candidate.follow().expect("rot"));
+    let seen = candidate.look();
+    assert_eq!(seen.len(), 2);
+    assert_same(&seen[0], place.volume().expect("kept"));
+    assert!(
+        Arc::ptr_eq(&seen[0].file, &first.file),
+        "it is the same one"
+    );
+    place.remove();
+    rot.settle();
+    assert!(candidate.follow().expect("rot"));
+    assert_eq!(candidate.look().len(), 1);
+    let kept = second.volume().cloned().expect("kept");
+    drop((keeper, second));
+    let before = rot.names();
+    rot.promote();
+    let (_keeper, found) = candidate.take().expect("rot");
+    assert!(found.lost.is_empty(), "{:?}", found.lost);
+    assert_same(found.volumes[0].volume().expect("kept"), &kept);
+    assert_eq!(rot.names(), before, "all of it is still stored");
 }
 
 #[test]

@@ -14,6 +14,7 @@ pub fn copy(fd: &OwnedFd) -> OwnedFd {
 
 pub struct Rot {
     socket: Option<fd_store::Keeper>,
+    candidate: Option<fd_store::Keeper>,
     pub stored: Vec<(FdName, OwnedFd)>,
     pub limit: usize,
 }
@@ -22,6 +23,7 @@ impl Rot {
     pub fn new() -> Self {
         Self {
             socket: None,
+            candidate: None,
             stored: Vec::new(),
             limit: 4096,
         }
@@ -48,10 +50,17 @@ impl Rot {
     pub fn apply(&mut self, (notification, fds): Sent) -> String {
         match notification {
             Notification::Store { name } => {
+                if let Some(candidate) = &self.candidate {
+                    let all: Vec<_> = fds.iter().map(|fd| (name, fd.as_fd())).collect();
+                    candidate.hand_over(&all).expect("room");
+                }
                 self.stored.extend(fds.into_iter().map(|fd| (name, fd)));
                 format!("+{name}")
             }
             Notification::Remove { name } => {
+                if let Some(candidate) = &self.candidate {
+                    candidate.hand_removal(name).expect("room");
+                }
                 self.stored.retain(|(other, _)| *other != name);
                 format!("-{name}")
             }
@@ -63,6 +72,7 @@ impl Rot {
     pub fn try_clone(&self) -> Self {
         Self {
             socket: None,
+            candidate: None,
             stored: self.stored.iter().map(|(n, fd)| (*n, copy(fd))).collect(),
             limit: self.limit,
         }
@@ -76,12 +86,30 @@ impl Rot {
 
     /// The socket of its store.
     pub fn start_elsewhere(&mut self) -> OwnedFd {
+        let (socket, theirs) = self.hand_over();
+        self.socket = Some(socket);
+        theirs
+    }
+
+    fn hand_over(&mut self) -> (fd_store::Keeper, OwnedFd) {
         self.settle();
         let (socket, theirs) = fd_store::Keeper::pair().expect("a pair");
         let all: Vec<_> = self.stored.iter().map(|(n, fd)| (*n, fd.as_fd())).collect();
         socket.hand_over(&all).expect("room");
-        self.socket = Some(socket);
-        theirs
+        (socket, theirs)
+    }
+
+    /// The store of a process beside the one that serves, which hears of what that one does.
+    pub fn start_candidate(&mut self) -> Store {
+        let (socket, theirs) = self.hand_over();
+        self.candidate = Some(socket);
+        Store::new(theirs, self.limit).expect("a store")
+    }
+
+    /// The candidate takes over.
+    pub fn promote(&mut self) {
+        self.settle();
+        self.socket = self.candidate.take();
     }
 
     pub fn names(&mut self) -> Vec<String> {

@@ -1,0 +1,296 @@
+//! A volume's place in rot's store: what is to be remembered is put into it as a whole, and it sees for itself
+//! which descriptors are new and which are no longer named.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+
+use super::Fd;
+use super::file::{FileError, StateFile};
+use super::keeper::{KeepError, Shared, lock};
+use super::names::{Name, SLOTS};
+use super::volume::{FdNumber, Step, StoredCache, StoredConnection, StoredVolume};
+use crate::crash_point;
+use crate::memory::SharedFlag;
+
+/// A volume's place in the store. Dropping it leaves everything stored, for a successor.
+#[derive(Debug)]
+pub struct Place(pub(super) Option<Box<Kept>>);
+
+impl Place {
+    /// Keeps nothing.
+    #[must_use]
+    pub fn none() -> Self {
+        Self(None)
+    }
+
+    /// What is remembered; none: nothing is kept here.
+    #[must_use]
+    pub fn volume(&self) -> Option<&StoredVolume<Fd>> {
+        self.0.as_ref().map(|kept| &kept.volume)
+    }
+
+    /// Whether anything is kept here.
+    #[must_use]
+    pub fn keeps(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// What a worker raises before it answers a flush that failed; a successor finds it raised.
+    #[must_use]
+    pub fn flush_failed(&self) -> Option<Arc<SharedFlag>> {
+        self.0.as_ref().map(|kept| kept.file.flush_failed())
+    }
+
+    /// Remembers something else of the volume: what was granted, its keys, whether it takes frontends.
+    ///
+    /// # Errors
+    /// [`KeepError`]: what was remembered before still is.
+    pub fn update(&mut self, change: impl FnOnce(&mut StoredVolume<Fd>)) -> Result<(), KeepError> {
+        let Some(kept) = &mut self.0 else {
+            return Ok(());
+        };
+        let before = kept.volume.clone();
+        change(&mut kept.volume);
+        kept.write().inspect_err(|_| kept.volume = before)
+    }
+
+    /// Remembers the connection as it is now, or that there is none. If it can't be, a successor will
+    /// find no connection, and the frontend has to come back: said in the log, once for each.
+    pub fn put_connection(&mut self, cache: StoredCache, now: Option<StoredConnection<Fd>>) {
+        let Some(kept) = &mut self.0 else {
+            return;
+        };
+        kept.volume.cache = cache;
+        if now.is_none() {
+            kept.given_up = false;
+        }
+        kept.volume.connection = now.filter(|_| !kept.given_up);
+        if let Err(error) = kept.write() {
+            kept.give_up(&error);
+        }
+    }
+
+    /// The message that lies first in the connection's socket is somewhere else now; all else is as it was
+    /// put last.
+    pub fn mark(&mut self, step: Step) {
+        let Some(kept) = &mut self.0 else {
+            return;
+        };
+        if let Some(connection) = &mut kept.volume.connection {
+            connection.step = step;
+            if let Err(error) = kept.write() {
+                kept.give_up(&error);
+            }
+        }
+    }
+
+    /// A worker is about to serve a queue that was stopped: from now on its ring and in-flight region say where
+    /// it is. To be said before the worker is told.
+    pub fn begins(&mut self, queue: u16) {
+        let Some(kept) = &mut self.0 else {
+            return;
+        };
+        let vrings = kept.volume.connection.as_mut().map(|c| &mut c.vrings);
+        let Some(vring) = vrings.and_then(|vrings| vrings.get_mut(usize::from(queue))) else {
+            return;
+        };
+        vring.anew = false;
+        if let Err(error) = kept.write() {
+            kept.give_up(&error);
+        }
+    }
+
+    /// The volume is served no more: nothing of it is remembered.
+    pub fn remove(mut self) {
+        if let Some(kept) = &mut self.0 {
+            kept.remove();
+        }
+    }
+}
+
+/// What is behind a place.
+#[derive(Debug)]
+pub(super) struct Kept {
+    shared: Arc<Mutex<Shared>>,
+    slot: u16,
+    file: StateFile,
+    volume: StoredVolume<Fd>,
+    /// As it stands in the file.
+    written: Option<StoredVolume<FdNumber>>,
+    /// What is stored, by where the value lies.
+    stored: BTreeMap<usize, (FdNumber, Fd)>,
+    /// The next number.
+    next: u32,
+    /// This connection could not be remembered, and is not from then on.
+    given_up: bool,
+}
+
+fn key(fd: &Fd) -> usize {
+    Arc::as_ptr(fd).addr()
+}
+
+impl Kept {
+    pub(super) fn new(
+        shared: &Arc<Mutex<Shared>>,
+        volume: StoredVolume<Fd>,
+    ) -> Result<Self, KeepError> {
+        let file = StateFile::create().map_err(FileError::from)?;
+        let mut free = lock(shared);
+        let slot = (0..SLOTS).find(|slot| !free.taken.contains(slot));
+        let slot = slot.ok_or(KeepError::NoPlace)?;
+        free.taken.insert(slot);
+        drop(free);
+        Ok(Self {
+            shared: Arc::clone(shared),
+            slot,
+            file,
+            volume,
+            written: None,
+            stored: BTreeMap::new(),
+            next: 0,
+            given_up: false,
+        })
+    }
+
+    /// The first state; its file is stored last, so that one that is found was written.
+    pub(super) fn begin(&mut self) -> Result<(), KeepError> {
+        self.write()?;
+        let name = Name::State(self.slot).name()?;
+        Ok(lock(&self.shared).store.push(name, &[self.file.as_fd()])?)
+    }
+
+    /// A predecessor's. If something of its connection is not there, the connection is lost, and why.
+    ///
+    /// # Errors
+    /// Why the volume can't be taken over, and the numbers of what was stored for it.
+    pub(super) fn take(
+        shared: &Arc<Mutex<Shared>>,
+        slot: u16,
+        fd: OwnedFd,
+        fds: BTreeMap<FdNumber, Fd>,
+    ) -> Result<(Self, Option<String>), (String, Vec<FdNumber>)> {
+        let numbers = || fds.keys().copied().collect::<Vec<_>>();
+        let (file, mut written) =
+            StateFile::open(fd).map_err(|error| (error.to_string(), numbers()))?;
+        let find = |number: FdNumber| {
+            let missing = || format!("its descriptor {} is not stored", number.0);
+            fds.get(&number).cloned().ok_or_else(missing)
+        };
+        let mut trouble = None;
+        if let Some(connection) = written.connection.take() {
+            match connection.clone().try_map(&mut { find }) {
+                Ok(_) => written.connection = Some(connection),
+                Err(reason) => {
+                    trouble = Some(format!(
+                        "the connection of the volume in slot {slot}: {reason}"
+                    ));
+                }
+            }
+        }
+        let volume = written.clone().try_map(&mut { find });
+        let volume = volume.map_err(|reason| (reason, numbers()))?;
+        let next = fds
+            .keys()
+            .next_back()
+            .map_or(0, |last| last.0.saturating_add(1));
+        lock(shared).taken.insert(slot);
+        let mut kept = Self {
+            shared: Arc::clone(shared),
+            slot,
+            file,
+            volume,
+            written: trouble.is_none().then_some(written),
+            stored: fds
+                .iter()
+                .map(|(n, fd)| (key(fd), (*n, Arc::clone(fd))))
+                .collect(),
+            next,
+            given_up: false,
+        };
+        match kept.write() {
+            Ok(()) => Ok((kept, trouble)),
+            Err(error) => Err((error.to_string(), numbers())),
+        }
+    }
+
+    /// Stores what is new, writes the state if it is another, removes what it does not name.
+    fn write(&mut self) -> Result<(), KeepError> {
+        let volume = self.volume.clone();
+        let numbered = volume.try_map(&mut |fd| self.number(&fd));
+        let written = numbered.and_then(|numbered| {
+            if self.written.as_ref() != Some(&numbered) {
+                crash_point!("state.stored");
+                self.file.write(&numbered)?;
+                self.written = Some(numbered);
+            }
+            Ok(())
+        });
+        // What is not named: of a state that was written the old, else the new.
+        let result = self.remove_unnamed();
+        written.and(result)
+    }
+
+    /// Its number; it is stored if it was not.
+    fn number(&mut self, fd: &Fd) -> Result<FdNumber, KeepError> {
+        if let Some((number, _)) = self.stored.get(&key(fd)) {
+            return Ok(*number);
+        }
+        let number = FdNumber(self.next);
+        self.next = self.next.checked_add(1).ok_or(KeepError::NoNumber)?;
+        let name = Name::Numbered(self.slot, number).name()?;
+        lock(&self.shared).store.push(name, &[fd.as_fd()])?;
+        self.stored.insert(key(fd), (number, Arc::clone(fd)));
+        Ok(number)
+    }
+
+    fn remove_unnamed(&mut self) -> Result<(), KeepError> {
+        let mut named = BTreeSet::new();
+        if let Some(written) = self.written.clone() {
+            let _: Result<_, ()> = written.try_map(&mut |number| Ok(named.insert(number)));
+        }
+        let mut gone = Vec::new();
+        self.stored.retain(|_, (number, _)| {
+            let stays = named.contains(number);
+            if !stays {
+                gone.push(*number);
+            }
+            stays
+        });
+        lock(&self.shared).remove_all(self.slot, gone)
+    }
+
+    /// The connection is not remembered any more; a state that says so names no new descriptor.
+    fn give_up(&mut self, error: &KeepError) {
+        if self.given_up {
+            return;
+        }
+        tracing::error!(
+            "volume {}: its frontend's connection will not outlive this process: {error}",
+            self.volume.grant.volume
+        );
+        self.given_up = true;
+        self.volume.connection = None;
+        if let Err(error) = self.write() {
+            tracing::error!("volume {}: {error}", self.volume.grant.volume);
+        }
+    }
+
+    /// The state first: it must not name what is gone.
+    pub(super) fn remove(&mut self) {
+        let slot = self.slot;
+        let remove = || -> Result<(), KeepError> {
+            let mut shared = lock(&self.shared);
+            shared.store.remove(Name::State(slot).name()?)?;
+            let numbers = self.stored.values().map(|(number, _)| *number);
+            shared.remove_all(slot, numbers.collect::<Vec<_>>())?;
+            shared.taken.remove(&slot);
+            Ok(())
+        };
+        if let Err(error) = remove() {
+            tracing::error!("a volume that is gone stays in the store: {error}");
+        }
+    }
+}
