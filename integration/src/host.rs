@@ -1,6 +1,8 @@
 //! A complete Bulkhead host: keys, trust roots, volumes and bundles made with the command line as an
 //! operator does, and the processes that rot starts.
 
+mod upgrade;
+
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
@@ -9,6 +11,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::processes::{Process, ProcessError, binary_dir};
+pub use upgrade::own_binaries;
 
 /// Name of the host in bundles.
 pub const HOST: &str = "host-1";
@@ -431,8 +434,12 @@ impl Host {
             let value = line.split_whitespace().find_map(|w| w.strip_prefix(name));
             value?.strip_prefix('=')?.parse().ok()
         };
-        let role_is = format!("started role={role} ");
-        let found = log.lines().rev().find(|line| line.contains(&role_is));
+        let role_is = format!(" role={role} ");
+        let is_it = |line: &&str| {
+            let (started, upgraded) = ("started role=", "runs in the place of the one before");
+            line.contains(&role_is) && (line.contains(started) || line.contains(upgraded))
+        };
+        let found = log.lines().rev().find(is_it);
         let found = found.and_then(|line| {
             let pid = u32::try_from(field(line, "pid")?).ok()?;
             Some((pid, field(line, "generation")?))

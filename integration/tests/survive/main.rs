@@ -2,6 +2,7 @@
 //! times; `cargo xtask soak survive` does the same hundreds of times.
 
 mod resume;
+mod upgrades;
 
 use std::os::unix::fs::PermissionsExt as _;
 
@@ -115,7 +116,7 @@ fn main() {
         let trial = Trial::test(name, move || judge(&run(name)));
         trials.push(trial.with_ignored_flag(skipped));
     }
-    for test in resume::TESTS {
+    for test in resume::TESTS.iter().chain(upgrades::TESTS) {
         let run = test.run;
         let trial = Trial::test(test.name, move || run().map_err(|e| e.to_string().into()));
         trials.push(trial);

@@ -11,7 +11,7 @@ use bulkhead_integration::survive::kills::{DataPlane, Plan, Victim as _, kill_of
 use bulkhead_integration::survive::load::{Load, LoadSpec};
 
 /// How a test ends.
-type Outcome = Result<(), Box<dyn std::error::Error>>;
+pub type Outcome = Result<(), Box<dyn std::error::Error>>;
 
 /// A test.
 pub struct Test {
@@ -32,20 +32,24 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// How long a load may take to write everything once.
-const FILL: Duration = Duration::from_secs(60);
+pub const FILL: Duration = Duration::from_secs(60);
 
 /// A disk of a host: its data unit (none: plain), packed rings, whether its frontend keeps an in-flight region.
-type Kind = (Option<u32>, bool, bool);
+pub type Kind = (Option<u32>, bool, bool);
 
 /// Encrypted and plain, split and packed, with the frontend's region and with the data plane's own.
-const KINDS: [Kind; 3] = [
+pub const KINDS: [Kind; 3] = [
     (Some(4096), false, true),
     (None, true, true),
     (Some(4096), true, false),
 ];
 
 fn host(dir: &Path, kinds: &[Kind]) -> Result<Host, Box<dyn std::error::Error>> {
-    let mut host = Host::create(dir)?;
+    started(Host::create(dir)?, kinds)
+}
+
+/// Starts a host that has these disks.
+pub fn started(mut host: Host, kinds: &[Kind]) -> Result<Host, Box<dyn std::error::Error>> {
     let names: Vec<String> = (0..kinds.len()).map(|n| format!("disk{n}")).collect();
     for (name, (data_unit, ..)) in names.iter().zip(kinds) {
         host.create_volume(&VolumeSpec {
@@ -61,7 +65,7 @@ fn host(dir: &Path, kinds: &[Kind]) -> Result<Host, Box<dyn std::error::Error>> 
     Ok(host)
 }
 
-fn load(host: &Host, kinds: &[Kind]) -> Result<Load, Box<dyn std::error::Error>> {
+pub fn load(host: &Host, kinds: &[Kind]) -> Result<Load, Box<dyn std::error::Error>> {
     let disk = |(at, kind): (usize, &Kind)| DiskSpec {
         queues: 2,
         packed: kind.1,
@@ -75,7 +79,7 @@ fn load(host: &Host, kinds: &[Kind]) -> Result<Load, Box<dyn std::error::Error>>
 }
 
 /// Nothing is wrong, and no frontend had to connect again.
-fn unnoticed(load: Load, host: &Host) -> Outcome {
+pub fn unnoticed(load: Load, host: &Host) -> Outcome {
     let report = load.finish();
     println!("{report:?}");
     if report.findings.is_empty() && report.disconnects == 0 {

@@ -283,6 +283,9 @@ impl Supervisor {
             return;
         };
         let (component, version) = (upgrade.release.component, upgrade.release.version);
+        if let Some(pid) = self.children.get(role).pid() {
+            tracing::info!(%role, pid, generation, "runs in the place of the one before");
+        }
         tracing::info!(%component, version, "upgraded");
         for old in &mut self.children.retired {
             old.kill("another has taken over from it");

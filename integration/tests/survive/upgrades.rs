@@ -1,0 +1,103 @@
+//! keyd, agent and rot are upgraded under a verified load: no frontend notices, and nothing older or
+//! tampered with ever runs.
+
+use bulkhead_integration::host::{Host, HostError, own_binaries};
+use bulkhead_integration::survive::kills::{DataPlane, Victim as _};
+
+use crate::resume::{FILL, KINDS, Outcome, Test, load, started, unnoticed};
+
+/// The table.
+pub const TESTS: &[Test] = &[
+    Test {
+        name: "survive_upgrades_of_keyd_agent_and_rot",
+        run: beside_the_data_plane,
+    },
+    Test {
+        name: "survive_refused_releases",
+        run: refused,
+    },
+];
+
+fn host(dir: &std::path::Path) -> Result<Host, Box<dyn std::error::Error>> {
+    let bin_dir = own_binaries(dir)?;
+    started(Host::create_with(dir, &bin_dir)?, &KINDS)
+}
+
+/// What the status says of a program.
+fn runs(host: &Host, program: &str) -> Result<serde_json::Value, HostError> {
+    let status = host.status()?;
+    let programs = status["programs"].as_array().cloned().unwrap_or_default();
+    let found = programs.into_iter().find(|p| p["program"] == program);
+    Ok(found.unwrap_or_default())
+}
+
+fn settled(host: &Host) -> bool {
+    let status = host.status();
+    status.is_ok_and(|status| {
+        let attached = |n: usize| status["volumes"][n]["state"]["attached"] == true;
+        (0..KINDS.len()).all(attached) && status["pending"] == serde_json::json!([])
+    })
+}
+
+fn beside_the_data_plane() -> Outcome {
+    let dir = crate::folder()?;
+    let host = host(dir.path())?;
+    let mut load = load(&host, &KINDS)?;
+    let (data_plane, rot) = (host.process("dataplane")?, host.rot_pid());
+    for version in 1..=2 {
+        for program in ["keyd", "agent", "rot"] {
+            let said = host
+                .upgrade(program, version)
+                .map_err(|e| format!("{program}: {e}\n--- log:\n{}", host.log()))?;
+            assert_eq!(said, format!("upgraded {program} to version {version}\n"));
+            let runs = runs(&host, program)?;
+            assert_eq!(runs["release"], version, "{runs}");
+            host.wait_until("all agree again", settled)?;
+        }
+    }
+    assert_eq!(host.process("dataplane")?, data_plane, "nobody touched it");
+    assert_eq!(host.rot_pid(), rot, "in place");
+    // A data plane that dies now is followed by the upgraded rot, with all that was stored.
+    load.killed(DataPlane::of(&host).kill()?);
+    load.wait_back(FILL)?;
+    host.wait_until("all agree again", settled)?;
+    unnoticed(load, &host)
+}
+
+#[track_caller]
+fn is_refused(upgraded: Result<String, HostError>, why: &str) {
+    match upgraded {
+        Err(HostError::Command { reason, .. }) => assert!(reason.contains(why), "{reason}"),
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+fn refused() -> Outcome {
+    let dir = crate::folder()?;
+    let host = host(dir.path())?;
+    for program in ["keyd", "agent", "rot", "dataplane"] {
+        host.install(program, 1)?;
+        let first = host.release(program, 1)?;
+        let processes = host.status()?["processes"].clone();
+        // Something else was installed than was signed.
+        host.install(program, 2)?;
+        is_refused(host.upgrade_to(&first), "is not what was released");
+        // The statement was changed.
+        let mut bytes = std::fs::read(host.path(&first))?;
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(host.path("changed.release"), bytes)?;
+        is_refused(host.upgrade_to("changed.release"), "signature");
+        assert_eq!(host.status()?["processes"], processes);
+    }
+    // Older than what runs.
+    host.upgrade("keyd", 7)?;
+    host.install("keyd", 6)?;
+    let older = host.release("keyd", 6)?;
+    is_refused(host.upgrade_to(&older), "older than 7");
+    host.kill("keyd")?;
+    host.wait_until("all agree again", settled)?;
+    is_refused(host.upgrade_to(&older), "older than 7");
+    assert_eq!(runs(&host, "keyd")?["release"], 7);
+    Ok(())
+}
