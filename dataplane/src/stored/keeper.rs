@@ -17,7 +17,7 @@ use bulkhead_protocol::workers::Workers;
 
 use super::Fd;
 use super::file::FileError;
-use super::left::{Left, Remains};
+use super::inherited::{Inherited, Remains};
 use super::names::{Name, SLOTS};
 use super::place::{Kept, Place};
 use super::volume::{FdNumber, StoredVolume};
@@ -87,7 +87,7 @@ impl Keeper {
     /// # Errors
     /// [`KeepError::Store`]: rot is gone.
     pub fn take(store: Store) -> Result<(Self, Found), KeepError> {
-        Left::new(store).take()
+        Inherited::of(store).take_over()
     }
 
     /// The same of what was sorted.

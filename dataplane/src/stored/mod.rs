@@ -10,7 +10,7 @@
 //! | `names` | the names in the store |
 //! | [`keeper`] | this process's part of the store, and the taking over of what a predecessor left |
 //! | [`place`] | which descriptors of a volume are stored, in which order they come and go |
-//! | [`left`] | what is there before it is taken over: what a candidate looks at |
+//! | [`inherited`] | what is there before it is taken over: what a candidate looks at |
 //!
 //! Everything here happens on the control thread, once for each message of a frontend and for each thing
 //! that becomes of a volume; nothing of it is on the way of a request. What a predecessor left is parsed as
@@ -20,8 +20,8 @@
 
 pub mod file;
 pub mod format;
+pub mod inherited;
 pub mod keeper;
-pub mod left;
 mod names;
 pub mod place;
 pub mod volume;
@@ -30,8 +30,8 @@ mod workers;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+pub use inherited::Inherited;
 pub use keeper::{Found, KeepError, Keeper};
-pub use left::Left;
 pub use place::Place;
 pub use volume::{
     FdNumber, Reply, Step, StoredCache, StoredConnection, StoredInflight, StoredLog, StoredPhase,

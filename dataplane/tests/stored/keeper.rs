@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use bulkhead_dataplane::stored::file::FILE_BYTES;
 use bulkhead_dataplane::stored::format::{COPIES, COPY_BYTES, WRITTEN_BY};
-use bulkhead_dataplane::stored::{Fd, Found, Keeper, Left, Place, Step, StoredCache, StoredVolume};
+use bulkhead_dataplane::stored::{
+    Fd, Found, Inherited, Keeper, Place, Step, StoredCache, StoredVolume,
+};
 use bulkhead_protocol::fd_store::FdName;
 use bulkhead_protocol::fd_store::message::Notification;
 use nix::sys::uio::{pread, pwrite};
@@ -276,7 +278,7 @@ fn a_failed_flush_is_known_to_the_successor() {
 fn a_candidate_follows_and_takes_over_when_it_is_told_to() {
     let mut rot = Rot::new();
     let (keeper, mut place) = begin(&mut rot);
-    let mut candidate = Left::new(rot.start_candidate());
+    let mut candidate = Inherited::of(rot.start_candidate());
     assert_eq!(candidate.look().len(), 1);
     let first = candidate.look().remove(0);
     assert_same(&first, place.volume().expect("kept"));
@@ -302,7 +304,7 @@ fn a_candidate_follows_and_takes_over_when_it_is_told_to() {
     drop((keeper, second));
     let before = rot.names();
     rot.promote();
-    let (_keeper, found) = candidate.take().expect("rot");
+    let (_keeper, found) = candidate.take_over().expect("rot");
     assert!(found.lost.is_empty(), "{:?}", found.lost);
     assert_same(found.volumes[0].volume().expect("kept"), &kept);
     assert_eq!(rot.names(), before, "all of it is still stored");

@@ -5,10 +5,11 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use bulkhead_protocol::fd_store::{Change, FdName, Store, StoreError};
+use bulkhead_protocol::process::StartError;
 use bulkhead_protocol::workers::Workers;
 
 use super::Fd;
@@ -18,36 +19,72 @@ use super::names::{Name, SLOTS};
 use super::volume::{FdNumber, StoredVolume};
 use super::workers;
 
-/// What is in the store, before anything of it is taken over. Nothing here writes or removes.
+/// The store and what lies in it, before anything of it is taken over. Nothing here writes or removes. A process
+/// that rot did not start has no store.
 #[derive(Debug)]
-pub struct Left {
-    store: Store,
+pub struct Inherited {
+    store: Option<Store>,
     there: Vec<(FdName, Fd)>,
 }
 
-impl AsFd for Left {
-    /// Readable when there is something to [`Left::follow`].
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.store.as_fd()
-    }
-}
-
-impl Left {
-    /// What the store has now.
-    #[must_use]
-    pub fn new(mut store: Store) -> Self {
-        let there = store.taken().into_iter();
-        let there = there.map(|(name, fd)| (name, Arc::new(fd))).collect();
-        Self { store, there }
-    }
-
-    /// Takes in what the process that serves has stored and removed meanwhile; whether it did anything.
+impl Inherited {
+    /// What rot gave this process. Belongs before the lock-in, and succeeds once.
     ///
     /// # Errors
-    /// [`StoreError`]: rot is gone, or says what makes no sense.
+    /// What rot hands over can't be read.
+    pub fn take() -> Result<Self, StoreError> {
+        match Store::inherited() {
+            Ok(store) => Ok(Self::of(store)),
+            Err(StoreError::Start(StartError::NotAChild)) => Ok(Self {
+                store: None,
+                there: Vec::new(),
+            }),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What lies in this store.
+    #[must_use]
+    pub fn of(mut store: Store) -> Self {
+        let there = store.taken().into_iter();
+        let there = there.map(|(name, fd)| (name, Arc::new(fd))).collect();
+        Self {
+            store: Some(store),
+            there,
+        }
+    }
+
+    /// The store, readable when there is something to [`Inherited::follow`]; none where nothing is kept.
+    #[must_use]
+    pub fn store(&self) -> Option<&Store> {
+        self.store.as_ref()
+    }
+
+    /// Whether a predecessor served volumes.
+    #[must_use]
+    pub fn has_volumes(&self) -> bool {
+        let is_state = |name: FdName| matches!(Name::parse(name), Some(Name::State(_)));
+        self.there.iter().any(|(name, _)| is_state(*name))
+    }
+
+    /// The workers that it had, or is to be followed with.
+    #[must_use]
+    pub fn workers(&self) -> Option<Workers> {
+        let are = |name: FdName| Name::parse(name) == Some(Name::Workers);
+        let stored = self.there.iter().rfind(|(name, _)| are(*name));
+        stored.and_then(|(_, fd)| workers::read(fd))
+    }
+
+    /// Takes in what a predecessor that still serves has stored and removed meanwhile; whether it did anything.
+    ///
+    /// # Errors
+    /// What rot hands over can't be read, or rot is gone.
     pub fn follow(&mut self) -> Result<bool, StoreError> {
         let mut changed = false;
-        while let Some(change) = self.store.follow()? {
+        let Some(store) = &mut self.store else {
+            return Ok(changed);
+        };
+        while let Some(change) = store.follow()? {
             changed = true;
             match change {
                 Change::Stored(fds) => {
@@ -86,16 +123,19 @@ impl Left {
         states.into_iter().filter_map(volume).collect()
     }
 
-    /// Takes it over: nobody else may write or remove anything from now on. See [`Keeper::take`].
+    /// Takes it over ([`Keeper::take`]): nobody else may write or remove anything from now on.
     ///
     /// # Errors
     /// [`KeepError`]: rot is gone, or a descriptor can't be duplicated.
-    pub fn take(self) -> Result<(Keeper, Found), KeepError> {
+    pub fn take_over(self) -> Result<(Keeper, Found), KeepError> {
+        let Some(store) = self.store else {
+            return Ok((Keeper::none(), Found::default()));
+        };
         let mut remains = Remains::default();
         for (name, fd) in self.there {
             remains.sort(name, fd).map_err(FileError::from)?;
         }
-        Keeper::take_over(self.store, remains)
+        Keeper::take_over(store, remains)
     }
 }
 
