@@ -194,6 +194,10 @@ impl Server {
                     self.watch.next_look = Some(now + LOOK);
                 }
             }
+            FromWorker::Started { queue } => {
+                self.placement.begun(queue);
+                return Some(message);
+            }
             FromWorker::Stopped { queue, .. } | FromWorker::StartFailed { queue, .. } => {
                 self.placement.forget(queue);
                 return Some(message);

@@ -24,6 +24,8 @@ const LONG_REST: Duration = Duration::from_secs(10);
 struct Place {
     worker: usize,
     way: Option<Way>,
+    /// Its worker has begun with it: one that may not start goes nowhere.
+    runs: bool,
     /// It is told to stop, or is about to be: it goes nowhere any more.
     stops: bool,
     rests_until: Option<Instant>,
@@ -90,6 +92,7 @@ impl Placement {
             let place = Place {
                 worker,
                 way: None,
+                runs: false,
                 stops: false,
                 rests_until: None,
                 work: 0,
@@ -107,6 +110,13 @@ impl Placement {
             .map(move |(queue, place)| (*queue, at(place)))
     }
 
+    /// Its worker has begun with the queue.
+    pub(super) fn begun(&mut self, queue: QueueId) {
+        if let Some(place) = self.places.get_mut(&queue) {
+            place.runs = true;
+        }
+    }
+
     /// The queue has stopped, or did not start.
     pub(super) fn forget(&mut self, queue: QueueId) {
         if let Some(Place { way: Some(_), .. }) = self.places.remove(&queue) {
@@ -115,11 +125,11 @@ impl Placement {
         }
     }
 
-    /// A queue sets out for another worker; the one that it has, to be told. None: it has no worker, is on
-    /// its way already, stops, or is there.
+    /// A queue sets out for another worker; the one that it has, to be told. None: it has no worker, does not run
+    /// yet, is on its way already, stops, or is there.
     pub(super) fn set_out(&mut self, queue: QueueId, to: usize, now: Instant) -> Option<usize> {
         let place = self.places.get_mut(&queue)?;
-        if place.stops || place.way.is_some() || place.worker == to {
+        if !place.runs || place.stops || place.way.is_some() || place.worker == to {
             return None;
         }
         place.way = Some(Way {
@@ -242,6 +252,7 @@ mod tests {
             Place {
                 worker: 0,
                 way: None,
+                runs: true,
                 stops: false,
                 rests_until: None,
                 work: 0,
@@ -302,6 +313,16 @@ mod tests {
         assert!(placement.stays(QUEUE, now).is_none());
         placement.forget(QUEUE);
         assert_eq!(placement.set_out(QUEUE, 0, now), None);
+    }
+
+    /// Its start may fail, and then whatever had waited for the end of its way would wait for ever.
+    #[test]
+    fn a_queue_that_has_not_begun_goes_nowhere() {
+        let (mut placement, now) = (placed(), Instant::now());
+        placement.places.get_mut(&QUEUE).expect("it is there").runs = false;
+        assert_eq!(placement.set_out(QUEUE, 1, now), None);
+        placement.begun(QUEUE);
+        assert_eq!(placement.set_out(QUEUE, 1, now), Some(0));
     }
 
     #[test]

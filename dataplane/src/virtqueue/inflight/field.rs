@@ -20,7 +20,7 @@ impl QueueRegion {
         let field = self.area.at(self.offset + at, size_of::<T>() as u64)?;
         let field = field.cast::<T>();
         debug_assert!(field.is_aligned(), "offset {at} is not one of a field");
-        field.is_aligned().then_some(field)
+        Some(field)
     }
 
     /// Stores a field: what comes after it in the program comes after it in memory, for whoever finds the
@@ -33,7 +33,7 @@ impl QueueRegion {
             return;
         };
         compiler_fence(Ordering::Release);
-        // SAFETY: it lies inside the area, which the region keeps, and is aligned.
+        // SAFETY: it lies inside the area, which the region keeps; region and offset are multiples of its size.
         unsafe { to.write_volatile(value) };
     }
 
@@ -63,8 +63,8 @@ impl QueueRegion {
             debug_assert!(false, "offset {at} is outside the region");
             return T::default();
         };
-        // SAFETY: it lies inside the area, which the region keeps, and is aligned; only integers are read, of
-        // which any bytes are one.
+        // SAFETY: it lies inside the area, which the region keeps; region and offset are multiples of its size. Only
+        // integers are read, of which any bytes are one.
         unsafe { from.read_volatile() }
     }
 
