@@ -7,5 +7,6 @@ mod messages;
 mod negotiation;
 mod queues;
 mod record;
+mod remembered;
 mod rig;
 mod shared;
