@@ -5,6 +5,7 @@
 //! - [`driver`]: guest memory, split and packed virtqueues and virtio-blk requests, down to raw
 //!   descriptors; and a slow packed device to compare others with.
 //! - [`disk`]: both together: an attached block device.
+//! - [`doomed`]: frontends that are killed, and connections that come and go.
 //! - [`arena`]: a `serve` process with two devices, and what must hold of it after any test.
 //! - [`guest`]: a Linux guest in QEMU.
 //! - [`host`]: a complete host, as an operator makes it.
@@ -15,6 +16,7 @@
 pub mod aes_schedule;
 pub mod arena;
 pub mod disk;
+pub mod doomed;
 pub mod driver;
 pub mod frontend;
 pub mod guest;

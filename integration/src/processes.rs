@@ -75,6 +75,18 @@ pub fn installed(name: &str) -> Option<PathBuf> {
         .find(|candidate| candidate.is_file())
 }
 
+/// KiB of memory that a process does not share.
+///
+/// # Errors
+/// When it is gone.
+pub fn own_kib(pid: u32) -> io::Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));
+    let text = line.map(|line| line.trim().trim_end_matches(" kB"));
+    let count = text.and_then(|text| text.parse().ok());
+    count.ok_or_else(|| io::Error::other("it has no memory any more"))
+}
+
 /// Process ids of the programs that run now.
 static RUNNING: Mutex<Vec<u32>> = Mutex::new(Vec::new());
 
@@ -256,6 +268,14 @@ impl Process {
             .collect();
         lines.sort();
         lines.join("\n")
+    }
+
+    /// KiB of memory that are its own.
+    ///
+    /// # Errors
+    /// As [`own_kib`].
+    pub fn own_kib(&self) -> io::Result<u64> {
+        own_kib(self.pid())
     }
 
     /// Its name.

@@ -19,6 +19,7 @@ use std::error::Error;
 
 use bulkhead_integration::arena::{Arena, Backend, MOVING, Serve};
 use bulkhead_integration::disk::feature;
+use bulkhead_integration::doomed;
 use bulkhead_integration::driver::ring::Format;
 use bulkhead_integration::random::Random;
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -196,10 +197,7 @@ const ROWS: &[Row] = &[
 ];
 
 fn main() {
-    if let Ok(told) = std::env::var(deaths::FRONTEND) {
-        if let Err(error) = deaths::child(&told) {
-            eprintln!("a frontend that was to be killed: {error}");
-        }
+    if doomed::run_if_told() {
         return;
     }
     let args = Arguments::from_args();

@@ -1,8 +1,6 @@
 //! T24: a connection that is abused: messages of any size with any number of descriptors, cut
 //! anywhere. The process keeps neither descriptors nor memory of it.
 
-use std::error::Error;
-use std::fs;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
@@ -28,7 +26,7 @@ pub fn run(arena: &mut Arena, random: &mut Random, rounds: u64) -> Outcome {
     let mut frontend = None;
     for round in 0..rounds {
         if round == rounds / 10 {
-            settled = resident_kib(arena)?;
+            settled = arena.process.own_kib()?;
         }
         let connected = match frontend.take() {
             Some(frontend) => frontend,
@@ -52,7 +50,7 @@ pub fn run(arena: &mut Arena, random: &mut Random, rounds: u64) -> Outcome {
     }
     drop(frontend);
     arena.check_other()?;
-    let grown = resident_kib(arena)?.saturating_sub(settled);
+    let grown = arena.process.own_kib()?.saturating_sub(settled);
     if grown > GROWTH_KIB {
         return Err(format!("{rounds} messages left {grown} KiB behind").into());
     }
@@ -114,12 +112,4 @@ fn body_len(random: &mut Random) -> usize {
         5 => 40,
         _ => 8,
     }
-}
-
-/// KiB of memory that is the process's own.
-pub fn resident_kib(arena: &Arena) -> Result<u64, Box<dyn Error>> {
-    let status = fs::read_to_string(format!("/proc/{}/status", arena.process.pid()))?;
-    let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));
-    let text = line.ok_or("no RssAnon")?.trim().trim_end_matches(" kB");
-    Ok(text.parse()?)
 }

@@ -3,6 +3,7 @@
 //! Guests boot Debian's kernel in QEMU under TCG. A test that can't run on a machine is skipped by
 //! name, with the reason.
 
+mod deaths;
 mod dmcrypt;
 mod dmcrypt_kernels;
 mod full_disk;
@@ -38,6 +39,9 @@ enum Need {
 }
 
 fn main() {
+    if bulkhead_integration::doomed::run_if_told() {
+        return;
+    }
     let arguments = Arguments::from_args();
     let tables = [
         guests::TESTS,
@@ -50,6 +54,7 @@ fn main() {
         rekey::TESTS,
         rekey_dmcrypt::TESTS,
         isolation::TESTS,
+        deaths::TESTS,
         full_disk::TESTS,
         limits::TESTS,
         workers::TESTS,
