@@ -407,6 +407,13 @@ impl Host {
         }
     }
 
+    /// Kills rot, with which everything ends; when that was. [`Host::start`] starts another one.
+    pub fn kill_rot(&mut self) -> Instant {
+        let at = Instant::now();
+        self.rot = None;
+        at
+    }
+
     /// Applies an envelope; what the command line printed.
     ///
     /// # Errors

@@ -5,11 +5,13 @@ use std::process::ExitCode;
 
 use bulkhead_integration::survive::disk::Base;
 use bulkhead_integration::survive::fleet::Scene;
+use bulkhead_integration::survive::mixed::mixed;
 use bulkhead_integration::survive::scenarios::{
-    HEADING, Reconnect, Row, kills, kills_in_recovery, message_points, reconnects, request_points,
-    successor_points,
+    HEADING, Reconnect, Row, deaths_of_rot, kills, kills_in_recovery, message_points, other_deaths,
+    reconnects, request_points, slow_writes, successor_points, upgrades,
 };
 use clap::Parser;
+use std::time::Duration;
 
 /// Kills and upgrades the processes of a host under a verified load.
 #[derive(Debug, Parser)]
@@ -17,6 +19,12 @@ struct Arguments {
     /// Kills of the data plane under split rings; half as many under packed ones, and shares of it elsewhere
     #[arg(long, value_name = "N", default_value_t = 1000)]
     kills: u32,
+    /// Live upgrades of the data plane
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    upgrades: u32,
+    /// Kills, upgrades, configurations and nonsense at once, for so long
+    #[arg(long, value_name = "N", default_value_t = 6)]
+    minutes: u64,
     /// Only what has this in its name
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
@@ -43,8 +51,10 @@ fn scenarios(arguments: &Arguments) -> Vec<Scenario> {
         depth: 2,
         ..split.clone()
     };
+    // Where a reply may have been sent or not, its connection ends, and a frontend without a region loses what it asked for.
     let private = Scene {
         inflight: false,
+        message_every: 0,
         ..split.clone()
     };
     let mut out: Vec<Scenario> = Vec::new();
@@ -97,7 +107,40 @@ fn scenarios(arguments: &Arguments) -> Vec<Scenario> {
             Box::new(move |name| kills_in_recovery(name, &scene, count)),
         ));
     }
+    let (some, few) = (part(10), part(50));
+    out.push((
+        "keyd, agent and pairs",
+        Box::new(move |name| other_deaths(name, &Scene::default(), some)),
+    ));
+    out.push((
+        "rot",
+        Box::new(move |name| deaths_of_rot(name, &Scene::default(), few)),
+    ));
+    let count = arguments.upgrades;
+    for (name, scene) in [
+        ("upgrades, split", Scene::default()),
+        (
+            "upgrades, packed",
+            Scene {
+                packed: true,
+                ..Scene::default()
+            },
+        ),
+    ] {
+        out.push((
+            name,
+            Box::new(move |name| upgrades(name, &scene, count / 2)),
+        ));
+    }
+    let how_long = Duration::from_secs(60 * arguments.minutes) / 2;
+    for (name, packed) in [("mixed, split", false), ("mixed, packed", true)] {
+        out.push((name, Box::new(move |name| mixed(name, packed, how_long))));
+    }
     let count = (all * 3 / 10).max(2);
+    out.push((
+        "slow writes",
+        Box::new(move |name| slow_writes(name, count)),
+    ));
     for (name, packed, in_order, base) in [
         ("reconnect, QEMU's base", false, false, Base::Used),
         ("reconnect, QEMU's base, packed", true, false, Base::Used),

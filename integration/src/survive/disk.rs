@@ -85,6 +85,8 @@ pub struct Habits {
     pub depth: usize,
     /// Sectors of a request at most.
     pub most_sectors: u32,
+    /// Most writes are of what was written just before.
+    pub rewrite: bool,
     /// Messages are sent while requests run: one in so many turns; 0: none.
     pub message_every: u64,
     /// How long a request may be under way, or a connection gone.
@@ -118,6 +120,8 @@ pub struct VerifiedDisk {
     /// Where it is.
     pub stage: Stage,
     last_completion: Instant,
+    /// The longest time between two completions, while something was under way.
+    pub longest_pause: Duration,
     /// When its back-end was killed, until something is completed.
     pub killed_at: Option<Instant>,
     random: Random,
@@ -152,6 +156,7 @@ impl VerifiedDisk {
             features,
             stage: Stage::Fill,
             last_completion: Instant::now(),
+            longest_pause: Duration::ZERO,
             killed_at: None,
             random: Random::new(habits.run ^ u64::from(number)),
             spec,
@@ -289,6 +294,7 @@ impl VerifiedDisk {
             return 0;
         }
         if self.frontend.is_none() {
+            self.lanes.iter_mut().for_each(Lane::is_alone);
             self.connect_again(memory, report);
         }
         let completed = self.reap(memory, report);
@@ -318,7 +324,9 @@ impl VerifiedDisk {
             }
         }
         if completed > 0 {
-            report.longest_pause = report.longest_pause.max(self.last_completion.elapsed());
+            let pause = self.last_completion.elapsed();
+            report.longest_pause = report.longest_pause.max(pause);
+            self.longest_pause = self.longest_pause.max(pause);
             self.last_completion = Instant::now();
         }
         completed
@@ -365,6 +373,12 @@ impl VerifiedDisk {
             Stage::Sweep => self.journal.in_order(Kind::Read, most),
             Stage::Mixed => {
                 let zeroes = self.features & feature::BLK_WRITE_ZEROES != 0;
+                if self.habits.rewrite
+                    && self.random.below(4) > 0
+                    && let Some(work) = self.journal.again()
+                {
+                    return Some(work);
+                }
                 let kind = match self.random.below(100) {
                     0..6 => return Some(Work::FLUSH),
                     6..10 if zeroes => Kind::Zeroes,
@@ -456,6 +470,12 @@ impl VerifiedDisk {
             self.lanes.iter_mut().for_each(Lane::was_asked);
         }
         Ok(completed)
+    }
+
+    /// The longest pause, which may still last.
+    #[must_use]
+    pub fn pause(&self) -> Duration {
+        self.longest_pause.max(self.last_completion.elapsed())
     }
 
     /// Lets what is under way end, then reads everything.

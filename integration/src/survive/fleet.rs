@@ -7,7 +7,7 @@ use super::disk::{Base, DiskSpec};
 use super::finding::Report;
 use super::kills::KillError;
 use super::load::{Load, LoadSpec};
-use crate::host::{BundleSpec, Host, VolumeSpec};
+use crate::host::{BundleSpec, Host, VolumeSpec, own_binaries};
 
 /// How long disks may take to be written once.
 const FILL_PATIENCE: Duration = Duration::from_secs(120);
@@ -37,6 +37,14 @@ pub struct Scene {
     pub most_sectors: u32,
     /// Memory of the guest in bytes.
     pub memory_bytes: u64,
+    /// The host's programs can be replaced.
+    pub own_binaries: bool,
+    /// A volume more, `spare`, that the load does not use.
+    pub spare: bool,
+    /// Connections may end, and are made again.
+    pub may_reconnect: bool,
+    /// Most writes are of what was written just before.
+    pub rewrite: bool,
     /// One in so many turns of the load sends a message; 0: none.
     pub message_every: u64,
 }
@@ -56,6 +64,10 @@ impl Default for Scene {
             most_sectors: 32,
             memory_bytes: 1 << 30,
             message_every: 50,
+            rewrite: false,
+            may_reconnect: false,
+            own_binaries: false,
+            spare: false,
         }
     }
 }
@@ -75,8 +87,13 @@ impl Fleet {
     /// # Errors
     /// See [`KillError`].
     pub fn start(dir: &Path, scene: &Scene, run: u64) -> Result<Self, KillError> {
-        let mut host = Host::create(dir)?;
-        let names: Vec<String> = (0..scene.disks).map(|n| format!("disk{n}")).collect();
+        let mut host = if scene.own_binaries {
+            Host::create_with(dir, &own_binaries(dir)?)?
+        } else {
+            Host::create(dir)?
+        };
+        let mut names: Vec<String> = (0..scene.disks).map(|n| format!("disk{n}")).collect();
+        names.extend(scene.spare.then(|| "spare".to_owned()));
         for name in &names {
             host.create_volume(&VolumeSpec {
                 data_unit: scene.data_unit,
@@ -88,6 +105,7 @@ impl Fleet {
         let envelope = host.sign(&BundleSpec::new(1, &volumes))?;
         host.start()?;
         host.apply(&envelope)?;
+        names.truncate(usize::from(scene.disks));
         let disks = names.iter().map(|name| DiskSpec {
             queues: scene.queues,
             packed: scene.packed,
@@ -99,6 +117,7 @@ impl Fleet {
         let mut spec = LoadSpec::new(disks.collect(), run);
         spec.memory_bytes = scene.memory_bytes;
         spec.habits.depth = scene.depth;
+        spec.habits.rewrite = scene.rewrite;
         spec.habits.message_every = scene.message_every;
         spec.habits.most_sectors = scene.most_sectors;
         let mut load = Load::start(&spec)?;

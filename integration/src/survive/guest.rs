@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::kills::{DataPlane, KillError, Victim as _};
+use super::kills::{Child, KillError, Victim as _};
 use crate::guest::boot::Boot;
 use crate::guest::{BOOT_PATIENCE, Guest, GuestDisk, GuestError, GuestSpec, Machine};
 use crate::host::Host;
@@ -145,7 +145,7 @@ impl WorkingGuest {
         pause_ms: u64,
         random: &mut Random,
     ) -> Result<Through, ThroughError> {
-        let mut victim = DataPlane::of(host);
+        let mut victim = Child::data_plane(host);
         for _ in 0..kills {
             std::thread::sleep(Duration::from_millis(random.below(pause_ms)));
             victim.kill()?;

@@ -4,8 +4,13 @@
 //! often the device died in between: a write that was under way ends once, in one life or another, and
 //! is the last one from then on.
 
+use std::collections::VecDeque;
+
 use super::content::{Mismatch, SECTOR, Stamp};
 use crate::random::Random;
+
+/// Writes that are remembered, to be done again.
+const MOST_WRITTEN: usize = 64;
 
 /// What a request does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,6 +109,8 @@ pub struct Journal {
     writes: u32,
     /// Where a pass in order goes on.
     next: u64,
+    /// What was written last: first sectors, and how many.
+    written: VecDeque<(u64, u32)>,
 }
 
 impl Journal {
@@ -123,6 +130,7 @@ impl Journal {
             sectors: vec![fresh; usize::try_from(whole).unwrap_or(0)],
             writes: 0,
             next: 0,
+            written: VecDeque::new(),
         }
     }
 
@@ -172,6 +180,12 @@ impl Journal {
             }
         }
         None
+    }
+
+    /// A write of what was written just before; none if there was nothing, or something is under way there.
+    pub fn again(&mut self) -> Option<Work> {
+        let (first, sectors) = self.written.pop_front()?;
+        self.take(Kind::Write, first, sectors)
     }
 
     fn span(&mut self, first: u64, count: u32) -> Option<&mut [Sector]> {
@@ -227,6 +241,10 @@ impl Journal {
         for sector in self.span(work.first, work.sectors).unwrap_or_default() {
             sector.busy = false;
             sector.holds = holds.unwrap_or(sector.holds);
+        }
+        if work.kind == Kind::Write {
+            self.written.truncate(MOST_WRITTEN - 1);
+            self.written.push_front((work.first, work.sectors));
         }
         if work.kind != Kind::Read {
             return Ok(());
@@ -298,6 +316,19 @@ mod tests {
             found: Mismatch::Stale { found: 1 },
         };
         assert_eq!(wrong, expected);
+    }
+
+    #[test]
+    fn what_was_written_is_written_again() {
+        let (mut journal, _) = filled();
+        let again = journal.again().expect("the last one");
+        assert_eq!(
+            (again.kind, again.first, again.sectors),
+            (Kind::Write, 16, 16)
+        );
+        let next = journal.again().expect("the one before");
+        assert_eq!((next.first, next.sectors), (0, 16));
+        assert_eq!(journal.again(), None);
     }
 
     #[test]

@@ -44,6 +44,9 @@ pub enum KillError {
     /// A signal or a file.
     #[error("kill: {0}")]
     Io(#[from] io::Error),
+    /// Something did not stay as it was.
+    #[error("{0}")]
+    Grown(String),
     /// It did not die at a point.
     #[error("the data plane did not come by {0} within {REACH_PATIENCE:?}")]
     NotReached(&'static str),
@@ -104,7 +107,8 @@ impl Away {
         self.behind_fence.add(other.behind_fence);
     }
 
-    fn note(&mut self, killed_at: Instant, seen: Seen, times: &[Duration]) {
+    /// Notes a death, what was seen of it, and how long each disk was away.
+    pub fn note(&mut self, killed_at: Instant, seen: Seen, times: &[Duration]) {
         let since = |at: Option<Instant>| at.map(|at| at.saturating_duration_since(killed_at));
         let (ready, fence) = (since(seen.ready), since(seen.fence));
         self.without_fence.extend(ready);
@@ -165,7 +169,7 @@ pub fn kill_often(
 /// # Errors
 /// See [`KillError`]; [`KillError::NotReached`] if it does not come by there.
 pub fn die_at(
-    victim: &mut DataPlane<'_>,
+    victim: &mut Child<'_>,
     load: &mut Load,
     point: &'static str,
     times: u32,
@@ -191,7 +195,7 @@ pub fn die_at(
 /// # Errors
 /// See [`KillError`]; [`KillError::NotReached`] if no successor comes by there.
 pub fn successor_dies_at(
-    victim: &mut DataPlane<'_>,
+    victim: &mut Child<'_>,
     load: &mut Load,
     point: &'static str,
     times: u32,
@@ -241,10 +245,11 @@ fn is_alive(pid: u32) -> bool {
     !(state.is_empty() || state.starts_with(['Z', 'X']))
 }
 
-/// The data plane of a host; rot starts its successors.
+/// A process of a host that rot starts again when it has died.
 #[derive(Debug)]
-pub struct DataPlane<'a> {
+pub struct Child<'a> {
     host: &'a Host,
+    role: &'static str,
     /// Lines of the log that were looked at.
     read: usize,
     /// Who runs, and since when.
@@ -254,12 +259,19 @@ pub struct DataPlane<'a> {
     fence: Option<JoinHandle<Option<Instant>>>,
 }
 
-impl<'a> DataPlane<'a> {
-    /// The one that runs now.
+impl<'a> Child<'a> {
+    /// The data plane that runs now.
     #[must_use]
-    pub fn of(host: &'a Host) -> Self {
+    pub fn data_plane(host: &'a Host) -> Self {
+        Self::of(host, "dataplane")
+    }
+
+    /// The process of this role that runs now.
+    #[must_use]
+    pub fn of(host: &'a Host, role: &'static str) -> Self {
         Self {
             host,
+            role,
             read: 0,
             running: None,
             ready: None,
@@ -270,8 +282,9 @@ impl<'a> DataPlane<'a> {
     fn look(&mut self) {
         let lines = self.host.log_from(self.read);
         self.read += lines.len();
+        let mark = format!("started role={} ", self.role);
         let started = |line: &str| -> Option<u32> {
-            let rest = line.split_once("started role=dataplane ")?.1;
+            let rest = line.split_once(&mark)?.1;
             let pid = rest.split_whitespace().find_map(|w| w.strip_prefix("pid="));
             pid?.parse().ok()
         };
@@ -285,6 +298,9 @@ impl<'a> DataPlane<'a> {
 
     /// What there is to be seen of the death that comes.
     fn before_death(&mut self) {
+        if self.role != "dataplane" {
+            return;
+        }
         self.fence = Some(Fences::of(self.host.rot_pid()).watch());
     }
 
@@ -322,7 +338,7 @@ impl<'a> DataPlane<'a> {
     }
 }
 
-impl DataPlane<'_> {
+impl Child<'_> {
     /// Has the one that is just being started die at a point, if it is told in time: when it had died.
     fn dies_early(&mut self, point: &'static str) -> Result<Option<Instant>, KillError> {
         let pid = self.pid()?;
@@ -350,7 +366,7 @@ impl DataPlane<'_> {
     }
 }
 
-impl Victim for DataPlane<'_> {
+impl Victim for Child<'_> {
     fn kill(&mut self) -> Result<Instant, KillError> {
         let pid = self.pid()?;
         self.before_death();

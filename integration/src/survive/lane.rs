@@ -80,6 +80,8 @@ pub struct Lane {
     indirect: bool,
     /// The device was asked for a call, and none was seen since.
     asked: bool,
+    /// Since when something is completed whose call did not come yet.
+    call_due: Option<Instant>,
     /// How long a call may be on its way.
     pub call_patience: Duration,
 }
@@ -102,6 +104,7 @@ impl Lane {
             free: (0..SLOTS).collect(),
             indirect,
             asked: false,
+            call_due: None,
             call_patience: CALL_PATIENCE,
         })
     }
@@ -212,12 +215,32 @@ impl Lane {
             count += 1;
         }
         if count > 0 && std::mem::take(&mut self.asked) {
-            if !wait_readable(self.ring.call.as_fd(), self.call_patience) {
-                return Err(Problem::NoCall);
-            }
-            let _ = self.ring.call.read();
+            self.call_due.get_or_insert_with(Instant::now);
         }
+        self.look_for_call()?;
         Ok(count)
+    }
+
+    /// Sees whether the call came that belongs to what was completed.
+    fn look_for_call(&mut self) -> Result<(), Problem> {
+        let Some(due) = self.call_due else {
+            return Ok(());
+        };
+        if wait_readable(self.ring.call.as_fd(), Duration::ZERO) {
+            let _ = self.ring.call.read();
+            self.call_due = None;
+        } else if due.elapsed() > self.call_patience {
+            self.call_due = None;
+            return Err(Problem::NoCall);
+        }
+        Ok(())
+    }
+
+    /// Nobody is there to call: a call that is due comes when somebody is again.
+    pub fn is_alone(&mut self) {
+        if let Some(due) = &mut self.call_due {
+            *due = Instant::now();
+        }
     }
 
     /// Asks for a call with what is used next; what was used already has to be looked at once more, and
@@ -226,6 +249,10 @@ impl Lane {
     /// # Errors
     /// [`DriverError`].
     pub fn ask_for_call(&self, memory: &GuestMemory) -> Result<(), DriverError> {
+        if self.call_due.is_none() {
+            // Of what was looked at already, or to say that a back-end is there again.
+            let _ = self.ring.call.read();
+        }
         Ok(self.ring.ask_for_call(memory)?)
     }
 
@@ -238,6 +265,7 @@ impl Lane {
     pub fn new_call(&mut self, call: EventFd) {
         self.ring.call = call;
         self.asked = false;
+        self.call_due = None;
     }
 
     fn take(

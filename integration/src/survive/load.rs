@@ -45,6 +45,7 @@ impl LoadSpec {
             depth: 8,
             most_sectors: 32,
             message_every: 50,
+            rewrite: false,
             patience: Duration::from_secs(30),
             run,
         };
@@ -86,10 +87,16 @@ enum Command {
     /// Number of the kill, and when it was.
     Killed(u64, Instant),
     Finish,
+    /// Forget the pauses so far.
+    Watch,
+    /// Say what the longest ones were.
+    Pauses,
 }
 
 enum Event {
     Filled,
+    /// The longest pause of each disk.
+    Pauses(Vec<Duration>),
     /// Number of the kill, and how long each disk was away.
     Back(u64, Vec<Duration>),
 }
@@ -189,7 +196,25 @@ impl Load {
         loop {
             match self.wait("the disks did not come back", patience)? {
                 Event::Back(kill, times) if kill == self.kills => return Ok(times),
-                Event::Back(..) | Event::Filled => {}
+                Event::Back(..) | Event::Filled | Event::Pauses(_) => {}
+            }
+        }
+    }
+
+    /// From now on pauses are measured, of which [`Load::longest_pauses`] tells.
+    pub fn watch(&self) {
+        self.tell(Command::Watch);
+    }
+
+    /// For how long each disk completed nothing although it was asked to, at most, since [`Load::watch`].
+    ///
+    /// # Errors
+    /// [`LoadError::Late`].
+    pub fn longest_pauses(&mut self, patience: Duration) -> Result<Vec<Duration>, LoadError> {
+        self.tell(Command::Pauses);
+        loop {
+            if let Event::Pauses(pauses) = self.wait("the load does not say", patience)? {
+                return Ok(pauses);
             }
         }
     }
@@ -298,6 +323,15 @@ impl Runner {
                     }
                     self.back.clear();
                     self.kill = Some(number);
+                }
+                Command::Watch => {
+                    for disk in &mut self.disks {
+                        disk.longest_pause = Duration::ZERO;
+                    }
+                }
+                Command::Pauses => {
+                    let pauses = self.disks.iter().map(VerifiedDisk::pause).collect();
+                    let _ = self.outbox.send(Event::Pauses(pauses));
                 }
                 Command::Finish => self.disks.iter_mut().for_each(VerifiedDisk::finish),
             }

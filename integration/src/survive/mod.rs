@@ -10,6 +10,7 @@
 //! - [`fleet`]: a whole host with volumes, and a load on all of them.
 //! - [`finding`]: what it finds wrong.
 //! - [`kills`]: who is killed, and how often.
+//! - [`mixed`]: everything at once, for minutes.
 //! - [`points`]: named points at which the data plane dies.
 //! - [`scenarios`]: what is done to the processes, and a row of a table for each.
 //! - [`times`]: how long the disks were away.
@@ -24,6 +25,7 @@ pub mod journal;
 pub mod kills;
 pub mod lane;
 pub mod load;
+pub mod mixed;
 pub mod points;
 pub mod scenarios;
 #[cfg(test)]

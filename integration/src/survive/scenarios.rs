@@ -9,7 +9,8 @@ use super::disk::{Base, DiskSpec};
 use super::finding::Report;
 use super::fleet::{Fleet, Scene};
 use super::kills::{
-    Away, DataPlane, KillError, Plan, Serve, Victim as _, die_at, kill_often, successor_dies_at,
+    Away, BACK_PATIENCE, Child, KillError, Plan, Seen, Serve, Victim as _, die_at, kill_often,
+    successor_dies_at,
 };
 use super::load::{Load, LoadSpec};
 use super::points::{MESSAGE_POINTS, REQUEST_POINTS, SUCCESSOR_POINTS};
@@ -86,6 +87,13 @@ impl fmt::Display for Row {
     }
 }
 
+/// How many connections a data plane says it had to close, since nobody can know whether its predecessor had sent a
+/// reply.
+#[must_use]
+pub fn explained(log: &str) -> u64 {
+    log.matches(IN_A_REPLY).count() as u64
+}
+
 /// Writes a scenario's whole log into the folder that `BULKHEAD_SURVIVE_LOGS` names, if it names one.
 fn keep_log(what: &str, log: &str) {
     if let Some(dir) = std::env::var_os("BULKHEAD_SURVIVE_LOGS") {
@@ -116,7 +124,7 @@ fn failed(what: &str, error: &KillError) -> Row {
 pub fn on_host(
     what: &str,
     scene: &Scene,
-    act: impl FnOnce(&Host, &mut Load, &mut Random) -> Result<Away, KillError>,
+    act: impl FnOnce(&mut Host, &mut Load, &mut Random) -> Result<Away, KillError>,
 ) -> Row {
     let mut random = Random::named(what);
     let started = folder()
@@ -126,8 +134,8 @@ pub fn on_host(
         Ok(started) => started,
         Err(error) => return failed(what, &error),
     };
-    let Fleet { host, mut load } = fleet;
-    let acted = act(&host, &mut load, &mut random);
+    let Fleet { mut host, mut load } = fleet;
+    let acted = act(&mut host, &mut load, &mut random);
     let report = load.finish();
     let log = host.log();
     keep_log(what, &log);
@@ -138,9 +146,11 @@ pub fn on_host(
             Some(format!("{error}\n--- log:\n{}", tail(&log))),
         ),
     };
-    // The one window in which a successor can't know whether a reply was sent.
-    let explained = log.matches(IN_A_REPLY).count() as u64;
-    let unexpected_disconnects = report.disconnects.saturating_sub(explained);
+    let unexpected_disconnects = if scene.may_reconnect {
+        0
+    } else {
+        report.disconnects.saturating_sub(explained(&log))
+    };
     if problem.is_none() && !(report.findings.is_empty() && unexpected_disconnects == 0) {
         problem = Some(format!("--- log:\n{}", tail(&log)));
     }
@@ -169,7 +179,7 @@ pub fn kills(what: &str, scene: &Scene, count: u32) -> Row {
         again: None,
     };
     on_host(what, scene, |host, load, random| {
-        kill_often(&mut DataPlane::of(host), load, &plan, random)
+        kill_often(&mut Child::data_plane(host), load, &plan, random)
     })
 }
 
@@ -182,7 +192,7 @@ pub fn kills_in_recovery(what: &str, scene: &Scene, count: u32) -> Row {
         again: Some((2, 60)),
     };
     on_host(what, scene, |host, load, random| {
-        kill_often(&mut DataPlane::of(host), load, &plan, random)
+        kill_often(&mut Child::data_plane(host), load, &plan, random)
     })
 }
 
@@ -190,7 +200,7 @@ pub fn kills_in_recovery(what: &str, scene: &Scene, count: u32) -> Row {
 #[must_use]
 pub fn request_points(what: &str, scene: &Scene, each: u32) -> Row {
     on_host(what, scene, |host, load, random| {
-        let mut victim = DataPlane::of(host);
+        let mut victim = Child::data_plane(host);
         let mut all = Away::default();
         for point in REQUEST_POINTS {
             all.add(die_at(&mut victim, load, point, each, 40, random)?);
@@ -207,7 +217,7 @@ pub fn message_points(what: &str, scene: &Scene, each: u32) -> Row {
         ..scene.clone()
     };
     on_host(what, &scene, |host, load, random| {
-        let mut victim = DataPlane::of(host);
+        let mut victim = Child::data_plane(host);
         let mut all = Away::default();
         for point in MESSAGE_POINTS {
             all.add(die_at(&mut victim, load, point, each, 10, random)?);
@@ -220,12 +230,120 @@ pub fn message_points(what: &str, scene: &Scene, each: u32) -> Row {
 #[must_use]
 pub fn successor_points(what: &str, scene: &Scene, each: u32) -> Row {
     on_host(what, scene, |host, load, random| {
-        let mut victim = DataPlane::of(host);
+        let mut victim = Child::data_plane(host);
         let mut all = Away::default();
         for point in SUCCESSOR_POINTS {
             all.add(successor_dies_at(&mut victim, load, point, each, random)?);
         }
         Ok(all)
+    })
+}
+
+/// Who dies together.
+const TOGETHER: &[&[&str]] = &[
+    &["keyd"],
+    &["agent"],
+    &["keyd", "dataplane"],
+    &["agent", "dataplane"],
+    &["keyd", "agent"],
+    &["keyd", "agent", "dataplane"],
+];
+
+/// keyd, the agent, each with the data plane, and all three die; the frontends' connections stay.
+#[must_use]
+pub fn other_deaths(what: &str, scene: &Scene, rounds: u32) -> Row {
+    on_host(what, scene, |host, load, random| {
+        let mut roles: Vec<(&str, Child<'_>)> = ["keyd", "agent", "dataplane"]
+            .map(|role| (role, Child::of(host, role)))
+            .into();
+        let mut away = Away::default();
+        for round in 0..rounds as usize {
+            let together = TOGETHER
+                .get(round % TOGETHER.len())
+                .copied()
+                .unwrap_or_default();
+            std::thread::sleep(Duration::from_millis(random.below(100)));
+            let mut killed = None;
+            for (role, child) in &mut roles {
+                if together.contains(role) {
+                    let at = child.kill()?;
+                    away.kills += 1;
+                    killed = (*role == "dataplane").then_some(at);
+                }
+            }
+            if let (Some(at), Some((_, child))) = (killed, roles.last_mut()) {
+                load.killed(at);
+                let times = load.wait_back(BACK_PATIENCE)?;
+                away.note(at, child.seen(), &times);
+            }
+            // The next death is of processes that were started again.
+            for (_, child) in &mut roles {
+                child.pid()?;
+            }
+        }
+        Ok(away)
+    })
+}
+
+/// rot is killed, and all processes with it; it is started again. What it stored is lost where no systemd keeps it: the
+/// frontends connect again.
+#[must_use]
+pub fn deaths_of_rot(what: &str, scene: &Scene, count: u32) -> Row {
+    let scene = Scene {
+        may_reconnect: true,
+        ..scene.clone()
+    };
+    on_host(what, &scene, |host, load, random| {
+        let mut away = Away::default();
+        for _ in 0..count {
+            std::thread::sleep(Duration::from_millis(random.below(100)));
+            let at = host.kill_rot();
+            load.killed(at);
+            away.kills += 1;
+            host.start()?;
+            let times = load.wait_back(BACK_PATIENCE)?;
+            away.note(at, Seen::default(), &times);
+        }
+        Ok(away)
+    })
+}
+
+/// Large writes are in flight when the data plane dies, and what they wrote is written again at once (T36): nothing old may
+/// come over it.
+#[must_use]
+pub fn slow_writes(what: &str, count: u32) -> Row {
+    let scene = Scene {
+        disks: 1,
+        queues: 4,
+        data_unit: None,
+        size: "96MiB",
+        depth: 16,
+        most_sectors: 2048,
+        rewrite: true,
+        ..Scene::default()
+    };
+    kills(what, &scene, count)
+}
+
+/// Upgrades of the data plane onto the same binary under load, as an operator does them (T37): the pauses of the disks.
+#[must_use]
+pub fn upgrades(what: &str, scene: &Scene, count: u32) -> Row {
+    let scene = Scene {
+        own_binaries: true,
+        ..scene.clone()
+    };
+    on_host(what, &scene, |host, load, random| {
+        let mut away = Away::default();
+        for version in 1..=count {
+            host.install("dataplane", u64::from(version))?;
+            let statement = host.release("dataplane", u64::from(version))?;
+            std::thread::sleep(Duration::from_millis(random.below(50)));
+            load.watch();
+            host.upgrade_to(&statement)?;
+            away.kills += 1;
+            away.whole.extend(load.longest_pauses(BACK_PATIENCE)?);
+        }
+        Ok(away)
     })
 }
 

@@ -10,8 +10,8 @@ use bulkhead_integration::host::own_uid;
 use bulkhead_integration::survive::disk::Base;
 use bulkhead_integration::survive::fleet::Scene;
 use bulkhead_integration::survive::scenarios::{
-    Reconnect, Row, kills, kills_in_recovery, message_points, reconnects, request_points,
-    successor_points,
+    Reconnect, Row, deaths_of_rot, kills, kills_in_recovery, message_points, other_deaths,
+    reconnects, request_points, slow_writes, successor_points,
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -62,6 +62,37 @@ const HOST: &[Test] = &[
     },
 ];
 
+/// Others die, too.
+const OTHERS: &[Test] = &[
+    Test {
+        name: "survive_no_in_flight_region",
+        needs_root: false,
+        run: |name| {
+            let scene = Scene {
+                inflight: false,
+                message_every: 0,
+                ..scene(false, true)
+            };
+            kills(name, &scene, 10)
+        },
+    },
+    Test {
+        name: "survive_deaths_of_keyd_agent_and_pairs",
+        needs_root: false,
+        run: |name| other_deaths(name, &scene(false, true), 6),
+    },
+    Test {
+        name: "survive_deaths_of_rot",
+        needs_root: false,
+        run: |name| deaths_of_rot(name, &scene(false, true), 2),
+    },
+    Test {
+        name: "survive_slow_writes",
+        needs_root: false,
+        run: |name| slow_writes(name, 4),
+    },
+];
+
 /// What a frontend does whose back-end was lost together with the connection (T35).
 const RECONNECTS: &[Test] = &[
     Test {
@@ -107,7 +138,7 @@ const fn reconnect(packed: bool, in_order: bool, base: Base) -> Reconnect {
 fn main() {
     let arguments = Arguments::from_args();
     let mut trials = Vec::new();
-    for test in [HOST, RECONNECTS].into_iter().flatten() {
+    for test in [HOST, OTHERS, RECONNECTS].into_iter().flatten() {
         let (name, run) = (test.name, test.run);
         let skipped = test.needs_root && own_uid() != 0;
         if skipped {

@@ -2,7 +2,7 @@
 //! tampered with ever runs.
 
 use bulkhead_integration::host::{Host, HostError, own_binaries};
-use bulkhead_integration::survive::kills::{DataPlane, Victim as _};
+use bulkhead_integration::survive::kills::{Child, Victim as _};
 
 use crate::resume::{FILL, KINDS, Outcome, Test, load, started, unnoticed};
 
@@ -58,7 +58,7 @@ fn beside_the_data_plane() -> Outcome {
     assert_eq!(host.process("dataplane")?, data_plane, "nobody touched it");
     assert_eq!(host.rot_pid(), rot, "in place");
     // A data plane that dies now is followed by the upgraded rot, with all that was stored.
-    load.killed(DataPlane::of(&host).kill()?);
+    load.killed(Child::data_plane(&host).kill()?);
     load.wait_back(FILL)?;
     host.wait_until("all agree again", settled)?;
     unnoticed(load, &host)

@@ -55,6 +55,12 @@ pub struct Survive {
     /// With `survive`: kills of the data plane
     #[arg(long, value_name = "N", default_value_t = 1000)]
     kills: u32,
+    /// With `survive`: live upgrades of the data plane
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    upgrades: u32,
+    /// With `survive`: kills, upgrades, configurations and nonsense at once, for so long
+    #[arg(long, value_name = "N", default_value_t = 6)]
+    minutes: u64,
     /// With `survive`: only scenarios with this in their name
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
@@ -74,7 +80,9 @@ fn survive(options: &Survive) -> Result<ExitCode, Box<dyn Error>> {
     let mut command = Command::new(folder.join("survive"));
     command
         .env("BULKHEAD_BIN_DIR", &folder)
-        .args(["--kills", &options.kills.to_string()]);
+        .args(["--kills", &options.kills.to_string()])
+        .args(["--upgrades", &options.upgrades.to_string()])
+        .args(["--minutes", &options.minutes.to_string()]);
     if let Some(only) = &options.only {
         command.args(["--only", only]);
     }
