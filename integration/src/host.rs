@@ -1,6 +1,7 @@
 //! A complete Bulkhead host: keys, trust roots, volumes and bundles made with the command line as an
 //! operator does, and the processes that rot starts.
 
+mod systemd;
 mod upgrade;
 
 use std::fs;
@@ -11,6 +12,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::processes::{Process, ProcessError, binary_dir};
+pub use systemd::{Container, SYSTEMD};
 pub use upgrade::own_binaries;
 
 /// Name of the host in bundles.

@@ -2,6 +2,7 @@
 //! times; `cargo xtask soak survive` does the same hundreds of times.
 
 mod resume;
+mod systemd;
 mod upgrades;
 
 use std::os::unix::fs::PermissionsExt as _;
@@ -151,6 +152,15 @@ fn main() {
         let run = test.run;
         let trial = Trial::test(test.name, move || run().map_err(|e| e.to_string().into()));
         trials.push(trial);
+    }
+    let missing = systemd::missing();
+    for test in systemd::TESTS {
+        if let Some(reason) = missing {
+            eprintln!("skipped: {}: {reason}", test.name);
+        }
+        let run = test.run;
+        let trial = Trial::test(test.name, move || run().map_err(|e| e.to_string().into()));
+        trials.push(trial.with_ignored_flag(missing.is_some()));
     }
     libtest_mimic::run(&arguments, trials).exit();
 }

@@ -54,6 +54,11 @@ pub const TESTS: &[Need] = &[
     QEMU_STORAGE_DAEMON,
     FIO,
     need(
+        "/usr/lib/systemd/systemd",
+        "systemd",
+        "is rot's parent in a container of its own",
+    ),
+    need(
         "valgrind",
         "valgrind",
         "follows secrets through the cipher, to branches and addresses",
