@@ -2,7 +2,7 @@
 //! volumes that keyd grants.
 #![forbid(unsafe_code)]
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 
 use bulkhead_crypto::SecretArena;
@@ -11,10 +11,9 @@ use bulkhead_dataplane::control::{Control, KEY_SLOTS, Staff, Start};
 use bulkhead_dataplane::fence::Fence;
 use bulkhead_dataplane::sandbox;
 use bulkhead_dataplane::server::{Server, ServerConfig};
-use bulkhead_dataplane::stored::{Found, Keeper};
+use bulkhead_dataplane::stored::{Found, Inherited, Keeper};
 use bulkhead_dataplane::worker::WorkerConfig;
-use bulkhead_protocol::fd_store::{Store, StoreError};
-use bulkhead_protocol::process::{StartError, inherited_channel, init_logging};
+use bulkhead_protocol::process::{inherited_channel, init_logging, is_candidate};
 use bulkhead_protocol::workers::{MAX_CPU, Workers, parse_cpus};
 use nix::sched::sched_getaffinity;
 use nix::unistd::Pid;
@@ -50,14 +49,15 @@ fn main() -> ExitCode {
 fn run(host: Option<Workers>) -> Result<(), Failure> {
     bulkhead_crypto::xts::self_test()?;
     let mut start = Start::new(inherited_channel()?);
-    let (keeper, found) = inherited_store()?;
+    let mut inherited = Inherited::take()?;
     let arena = SecretArena::new(KEY_SLOTS)
         .map_err(|e| format!("can't make secret memory for keys: {e}; raise RLIMIT_MEMLOCK"))?;
     sandbox::lock_process()?;
-    let bundle = match (&host, &found.workers) {
+    let bundle = match (&host, inherited.workers()) {
         (Some(_), _) => None,
-        // Guests wait: others than these come with a later start.
-        (None, Some(before)) if !found.volumes.is_empty() => Some(before.clone()),
+        // Guests wait, for hello too: others than these come with a later start.
+        (None, before) if is_candidate() => before,
+        (None, Some(before)) if inherited.has_volumes() => Some(before),
         (None, _) => start.ask_for_workers()?,
     };
     if start.is_stopped() {
@@ -67,16 +67,22 @@ fn run(host: Option<Workers>) -> Result<(), Failure> {
     if let Some(problem) = staff.problem() {
         tracing::error!("{problem}");
     }
-    let count = staff.cpus().count();
-    if found.workers.as_ref() != Some(staff.asked()) {
-        keeper.keep_workers(staff.asked())?;
+    let (fence, end) = Fence::new()?;
+    let mut server = serve(&staff, fence)?;
+    if is_candidate() {
+        start.wait_for_go(&mut inherited)?;
+        if start.is_stopped() {
+            return Ok(());
+        }
     }
-    let mut server = serve(&staff, fence(&keeper, &found)?)?;
-    let mut control = Control::new(start, arena, &server, staff, keeper)?;
+    let (keeper, found) = inherited.take_over()?;
+    // Before anything is submitted.
+    let number = keep_own(&keeper, &found, &staff, &end)?;
+    let mut control = Control::new(start, arena, &server, staff, (keeper, number))?;
     control.resume(&mut server, found);
     sandbox::lock_control_thread()?;
     let cipher = Kernel::chosen();
-    tracing::info!(workers = count, %cipher, "locked in and serving");
+    tracing::info!(workers = server.worker_count(), %cipher, "locked in and serving");
     let ended = server.run(&mut control);
     control.leave();
     ended?;
@@ -86,33 +92,23 @@ fn run(host: Option<Workers>) -> Result<(), Failure> {
     }
 }
 
-/// What predecessors left with rot, and where this process's own goes. A process that rot did not start keeps
-/// nothing.
-fn inherited_store() -> Result<(Keeper, Found), Failure> {
-    match Store::inherited() {
-        Ok(store) => Ok(Keeper::take(store)?),
-        Err(StoreError::Start(StartError::NotAChild)) => Ok((Keeper::none(), Found::default())),
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// This process's fence, stored before anything is submitted; none where there is no store.
-fn fence(keeper: &Keeper, found: &Found) -> Result<Option<Fence>, Failure> {
-    if !keeper.keeps() {
-        return Ok(None);
-    }
+/// Stores what a successor has to know of this process, its fence and its workers: the fence's number.
+fn keep_own(keeper: &Keeper, found: &Found, staff: &Staff, end: &OwnedFd) -> Result<u64, Failure> {
     let earlier = found.fences.iter().map(|(number, _)| *number).max();
-    let (fence, end) = Fence::new()?;
-    keeper.keep_fence(earlier.map_or(1, |number| number + 1), end.as_fd())?;
-    Ok(Some(fence))
+    let number = earlier.map_or(1, |number| number + 1);
+    keeper.keep_fence(number, end.as_fd())?;
+    if found.workers.as_ref() != Some(staff.asked()) {
+        keeper.keep_workers(staff.asked())?;
+    }
+    Ok(number)
 }
 
 /// The threads and their rings. The fence is theirs alone afterwards.
-fn serve(staff: &Staff, fence: Option<Fence>) -> std::io::Result<Server> {
+fn serve(staff: &Staff, fence: Fence) -> std::io::Result<Server> {
     let worker = |cpu| WorkerConfig {
         cpu,
         lock_in: true,
-        fence: fence.clone(),
+        fence: Some(fence.clone()),
     };
     Server::new(&ServerConfig {
         workers: staff.cpus().map(worker).collect(),

@@ -6,6 +6,7 @@
 //! | a predecessor | what it served, by rot's descriptor store | [`resume`] |
 //! | keyd | which workers: at the start, and others later | [`start`], [`workers`] |
 //! | keyd | grants with their keys and limits, revocations | [`grant`], [`volumes`], [`limits`] |
+//! | rot | the end for another process's sake, and a beginning | [`upgrade`] |
 //! | agent | which file, what is it doing, may it go | [`attach`], [`volumes`], [`status`] |
 //!
 //! Every request is answered by exactly one message, once what it asks for is so. Nothing the agent says
@@ -29,6 +30,7 @@ mod resume;
 mod spare;
 mod start;
 mod status;
+mod upgrade;
 mod volumes;
 mod workers;
 
@@ -82,6 +84,12 @@ pub struct Control {
     /// Devices whose predecessor's connections are not served yet: hello is said after them.
     resuming: BTreeSet<DeviceId>,
     hello_due: bool,
+    /// The number of this process's fence in the store.
+    fence: u64,
+    /// The server has stopped for a candidate, or is about to: nobody else is heard.
+    frozen: bool,
+    /// What rot said meanwhile.
+    from_rot: Vec<Received<FromRot>>,
     /// Nothing more is taken from anybody.
     ended: bool,
     failure: Option<String>,
@@ -90,7 +98,7 @@ pub struct Control {
 impl Control {
     /// A manager that knows whom the start met, and says hello to rot when the loop runs, if it was not
     /// said before. `arena` has [`KEY_SLOTS`] slots; `staff` are the server's workers; what is to outlive the
-    /// process is kept by `keeper`.
+    /// process is kept by `keeper`, where its fence has this number.
     ///
     /// # Errors
     /// When rot's channel can't be watched.
@@ -99,7 +107,7 @@ impl Control {
         arena: Arc<SecretArena>,
         server: &Server,
         staff: Staff,
-        keeper: Keeper,
+        (keeper, fence): (Keeper, u64),
     ) -> io::Result<Self> {
         let registry = server.registry()?;
         let rot = Link::new(start.rot, None, "rot", 0, (&registry, ROT))?;
@@ -114,6 +122,9 @@ impl Control {
             early: Some(start.early),
             resuming: BTreeSet::new(),
             hello_due: false,
+            fence,
+            frozen: false,
+            from_rot: Vec::new(),
             ended: false,
             failure: None,
         })
@@ -130,6 +141,7 @@ impl Control {
     fn read_rot(&mut self, server: &mut Server) {
         while !self.ended {
             match self.rot.read::<FromRot>() {
+                Read::Message(received) if self.frozen => self.hear_frozen(server, received),
                 Read::Message(received) => {
                     if let Err(problem) = self.on_rot(server, received)
                         && !self.rot.tolerate(&problem)
@@ -176,6 +188,10 @@ impl Control {
                 tracing::info!("rot says stop");
                 self.ended = true;
                 server.stop();
+                Ok(())
+            }
+            FromRot::Freeze => {
+                self.freeze(server);
                 Ok(())
             }
             _ => Err("it is not for the data plane".to_owned()),
@@ -253,6 +269,12 @@ impl Control {
             KeydToDataplane::Workers { workers } => self.hear_workers(server, keyd, workers),
         }
         self.send(answers);
+    }
+
+    /// Whatever keyd and the agent have said while nobody heard it.
+    fn look_at_peers(&self) {
+        self.keyd.look_again(&self.registry, KEYD);
+        self.agent.look_again(&self.registry, AGENT);
     }
 
     fn read_agent(&mut self, server: &mut Server) {
@@ -378,6 +400,7 @@ impl Manager for Control {
         self.begin(server);
         match token {
             _ if self.ended => {}
+            KEYD | AGENT if self.frozen => {}
             ROT => self.read_rot(server),
             KEYD => self.read_keyd(server),
             AGENT => self.read_agent(server),
@@ -389,6 +412,8 @@ impl Manager for Control {
         let mut answers = Answers::default();
         match event {
             Event::Health { id, .. } => return self.tell_of_storage(id),
+            Event::Frozen => return self.is_stopped(),
+            Event::Thawed => return self.serves_again(server),
             Event::FenceGone { number } => return self.fence_is_gone(number),
             Event::Resumed { id } | Event::Detached { id } => self.has_resumed(id),
             _ => {}

@@ -41,7 +41,7 @@ struct Keyd {
 pub struct Start {
     pub(super) rot: Channel,
     pub(super) early: Early,
-    stopped: bool,
+    pub(super) stopped: bool,
 }
 
 /// What happened before there was a [`Control`] to take it in.
@@ -52,7 +52,7 @@ pub(super) struct Early {
     /// keyd said what the bundle says, and waits for the answer.
     heard: bool,
     /// What rot said besides, in its order.
-    from_rot: VecDeque<Received<FromRot>>,
+    pub(super) from_rot: VecDeque<Received<FromRot>>,
 }
 
 /// What came of one message.

@@ -308,6 +308,8 @@ impl Volumes {
             Event::Connected { .. }
             | Event::Disconnected { .. }
             | Event::FenceGone { .. }
+            | Event::Frozen
+            | Event::Thawed
             | Event::Resumed { .. }
             | Event::Health { .. } => return,
         };

@@ -101,6 +101,16 @@ pub enum ToRekeyer {
         /// The device's number.
         id: DeviceId,
     },
+    /// Stop between two zones at the latest, and let go of the fence; nothing else is asked before
+    /// [`ToRekeyer::Thaw`]. Answered by [`FromWorker::Frozen`](crate::worker::message::FromWorker::Frozen), once nothing that
+    /// was left behind is under way.
+    Freeze,
+    /// Go on, with this fence and no other. Answered by
+    /// [`FromWorker::Thawed`](crate::worker::message::FromWorker::Thawed).
+    Thaw {
+        /// None where there is none.
+        fence: Option<Fence>,
+    },
     /// End, between two zones at the latest.
     End,
 }

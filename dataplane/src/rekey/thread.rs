@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -40,6 +41,17 @@ pub(super) struct Thread {
     owed: Vec<(DeviceId, FromWorker)>,
     /// Until then it rests, for the guests' sake.
     rests_until: Instant,
+    /// It is told to stop; what it let go of the fence for is not known to whoever told it yet, or is.
+    frozen: Frozen,
+}
+
+/// Whether it works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Frozen {
+    No,
+    /// As soon as nothing that was left behind is under way.
+    Soon,
+    Yes,
 }
 
 impl Thread {
@@ -63,6 +75,7 @@ impl Thread {
             stuck: Vec::new(),
             owed: Vec::new(),
             rests_until: Instant::now(),
+            frozen: Frozen::No,
         })
     }
 
@@ -85,13 +98,17 @@ impl Thread {
                 Err(RecvTimeoutError::Timeout) => self.work(),
             }
             self.look_after_left();
+            self.freeze_if_idle();
         }
     }
 
     /// When there is something to do again; none: when somebody asks.
     fn due(&self) -> Option<Instant> {
-        let jobs = self.jobs.iter().map(|job| job.due.max(self.rests_until));
         let left = self.io.has_left_any().then(|| Instant::now() + LEFT_EVERY);
+        if self.frozen != Frozen::No {
+            return left;
+        }
+        let jobs = self.jobs.iter().map(|job| job.due.max(self.rests_until));
         jobs.chain(self.stuck.iter().map(|(.., due)| *due))
             .chain(left)
             .min()
@@ -124,8 +141,29 @@ impl Thread {
                 let worker = usize::MAX;
                 self.say_when_clear(id, FromWorker::Detached { id, worker });
             }
+            ToRekeyer::Freeze => self.frozen = Frozen::Soon,
+            ToRekeyer::Thaw { fence } => self.thaw(fence),
             ToRekeyer::End => {}
         }
+    }
+
+    /// Lets go of the fence if it is to and nothing is under way.
+    fn freeze_if_idle(&mut self) {
+        if self.frozen == Frozen::Soon && !self.io.has_left_any() {
+            self.frozen = Frozen::Yes;
+            self.io.ring.let_go_of_fence();
+            let worker = usize::MAX;
+            self.replies.send(FromWorker::Frozen { worker });
+        }
+    }
+
+    fn thaw(&mut self, fence: Option<Fence>) {
+        self.frozen = Frozen::No;
+        self.io.ring.let_go_of_fence();
+        let kept = fence.map_or(Ok(()), |fence| self.io.ring.keep_fence(fence.as_fd()));
+        let result = kept.map_err(|e| format!("the rekeyer's ring does not take the fence: {e}"));
+        let worker = usize::MAX;
+        self.replies.send(FromWorker::Thawed { worker, result });
     }
 
     /// Says something that holds once nothing of a device is left behind.
@@ -312,6 +350,9 @@ impl Thread {
     }
 
     fn work(&mut self) {
+        if self.frozen != Frozen::No {
+            return;
+        }
         let now = Instant::now();
         let is_due = |due: &Instant| *due <= now;
         while let Some(at) = self.stuck.iter().position(|(.., due)| is_due(due)) {

@@ -169,6 +169,11 @@ fn restricted_control() -> Result<Calls, BackendError> {
             libc::SYS_mmap,
             vec![SeccompRule::new(vec![not_executable()?])?],
         ),
+        // Another fence, when no other process goes on after this one had stopped for it.
+        (
+            libc::SYS_pipe2,
+            vec![one_of(1, number(libc::O_CLOEXEC | libc::O_NONBLOCK))?],
+        ),
         // An in-flight region. Nothing is ever executed.
         (
             libc::SYS_memfd_create,

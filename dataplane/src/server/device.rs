@@ -154,6 +154,29 @@ impl Device {
         })
     }
 
+    /// Whether a successor can go on with what is served of it.
+    pub(super) fn can_be_handed_over(&self) -> bool {
+        self.connection.is_none() || self.place.keeps()
+    }
+
+    /// Its name in log lines.
+    pub(super) fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// Whether a queue's driver broke it.
+    pub(super) fn is_retired(&self, index: u16) -> bool {
+        let session = self.connection.as_ref().map(|c| &c.session);
+        session.is_some_and(|session| session.is_retired(index))
+    }
+
+    /// Has the loop look at its listener and its connection, whatever happened to them meanwhile.
+    pub(super) fn look_at_everything(&mut self, registry: &Registry) {
+        self.look_again = true;
+        self.come_back(registry);
+        self.come_back_to_listener(registry);
+    }
+
     /// No successor is to know of it any more.
     pub(super) fn forget(&mut self) {
         std::mem::replace(&mut self.place, Place::none()).remove();

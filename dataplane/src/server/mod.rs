@@ -18,6 +18,7 @@ mod balance;
 mod connection;
 mod device;
 mod fenced;
+mod freeze;
 mod moves;
 mod offer;
 mod patience;
@@ -39,6 +40,7 @@ use crate::worker::{Replies, WorkerConfig, WorkerHandle, start};
 use connection::ToWorkers;
 use device::Device;
 use fenced::Fences;
+use freeze::Frozen;
 use moves::Watch;
 pub use moves::WorkerStatus;
 pub use offer::Offer;
@@ -128,6 +130,10 @@ pub enum Event {
         /// Which.
         id: DeviceId,
     },
+    /// Nothing is in flight any more, and everything is stored, as [`Server::freeze`] asked.
+    Frozen,
+    /// It serves again, as [`Server::thaw`] asked.
+    Thawed,
     /// Nothing of an earlier process that kept this fence is under way any more.
     FenceGone {
         /// As it was given to [`Server::wait_for_fence`].
@@ -171,6 +177,8 @@ pub struct Server {
     watch: Watch,
     rekeyer: Rekeyer,
     fences: Fences,
+    /// It has stopped for another process, or is about to.
+    frozen: Option<Frozen>,
     replies: Replies,
     devices: HashMap<DeviceId, Device>,
     last_id: u64,
@@ -219,6 +227,7 @@ impl Server {
             placement: Placement::default(),
             rekeyer,
             fences: Fences::default(),
+            frozen: None,
             replies,
             devices: HashMap::new(),
             last_id: 0,
@@ -314,6 +323,12 @@ impl Server {
         self.settle(id, ToWorkers::new());
     }
 
+    /// How many workers there are.
+    #[must_use]
+    pub fn worker_count(&self) -> usize {
+        self.workers.len()
+    }
+
     /// Whether a frontend is connected.
     #[must_use]
     pub fn is_connected(&self, id: DeviceId) -> bool {
@@ -344,7 +359,8 @@ impl Server {
         let mut tried = Instant::now();
         while !self.stop.get() {
             let since = tried.elapsed();
-            let retry = (!self.retry.is_empty()).then_some(RETRY.saturating_sub(since));
+            let retry = (!self.retry.is_empty() && !self.is_frozen())
+                .then_some(RETRY.saturating_sub(since));
             let attend = self.next_attendance();
             let attend = attend.map(|at| at.saturating_duration_since(Instant::now()));
             let timeout = [retry, attend].into_iter().flatten().min();
@@ -358,13 +374,15 @@ impl Server {
                     REPLIES => self.take_replies(),
                     token if token.0 >= MANAGER_TOKENS => manager.ready(&mut self, token),
                     token if fenced::is_fence(token) => self.fence_is_ready(event),
+                    // Looked at when it goes on.
+                    _ if self.is_frozen() => {}
                     token => {
                         let gone = event.is_write_closed() && device::is_connection(token);
                         self.ready(token, gone && !self.is_fresh(token));
                     }
                 }
             }
-            if tried.elapsed() >= RETRY {
+            if tried.elapsed() >= RETRY && !self.is_frozen() {
                 tried = Instant::now();
                 self.try_again();
             }
@@ -420,17 +438,11 @@ impl Server {
             let Some(message) = self.replies.next() else {
                 return;
             };
-            let Some(message) = self.take_reply(message) else {
-                continue;
-            };
-            let Some(id) = device_of(&message) else {
-                continue;
-            };
-            let mut out = ToWorkers::new();
-            if let Some(device) = self.devices.get_mut(&id) {
-                device.on_worker(message, &mut out);
+            if self.is_frozen() {
+                self.take_reply_frozen(message);
+            } else {
+                self.take_one_reply(message);
             }
-            self.settle(id, out);
         }
         // The descriptor is still readable; watching it anew makes the loop come back.
         let fd = self.replies.as_fd().as_raw_fd();
@@ -438,6 +450,20 @@ impl Server {
         if let Err(error) = registry.reregister(&mut SourceFd(&fd), REPLIES, Interest::READABLE) {
             tracing::error!("the workers' answers can't be watched: {error}");
         }
+    }
+
+    fn take_one_reply(&mut self, message: FromWorker) {
+        let Some(message) = self.take_reply(message) else {
+            return;
+        };
+        let Some(id) = device_of(&message) else {
+            return;
+        };
+        let mut out = ToWorkers::new();
+        if let Some(device) = self.devices.get_mut(&id) {
+            device.on_worker(message, &mut out);
+        }
+        self.settle(id, out);
     }
 
     /// Sends what a step made for the workers, and takes the steps that became possible with it.
@@ -486,6 +512,9 @@ impl Server {
     }
 
     fn pass_on(&mut self, queue: QueueId, message: ToWorker) {
+        let Some(message) = self.hold(queue, message) else {
+            return;
+        };
         let message = match message {
             ToWorker::TakeVolume { device: id } => {
                 let device = self.devices.get(&id).map(Device::shared);
@@ -516,6 +545,8 @@ fn device_of(message: &FromWorker) -> Option<DeviceId> {
         | FromWorker::Retired { queue, .. } => queue.device,
         FromWorker::Moved(moved) => moved.queue.device,
         FromWorker::VolumeReady { device, .. } | FromWorker::VolumeReleased { device } => *device,
-        FromWorker::Busy { .. } => return None,
+        FromWorker::Busy { .. } | FromWorker::Frozen { .. } | FromWorker::Thawed { .. } => {
+            return None;
+        }
     })
 }

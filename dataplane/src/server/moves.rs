@@ -140,8 +140,7 @@ impl Server {
     /// The worker that has a queue, or is about to; none: it does not run.
     #[must_use]
     pub fn worker_of(&self, queue: QueueId) -> Option<usize> {
-        let mut places = self.placement.places();
-        places.find(|place| place.0 == queue).map(|place| place.1)
+        self.placement.worker_of(queue)
     }
 
     /// Moves of queues so far.
@@ -207,7 +206,7 @@ impl Server {
         None
     }
 
-    fn send(&self, worker: usize, message: ToWorker) {
+    pub(super) fn send(&self, worker: usize, message: ToWorker) {
         match self.workers.get(worker) {
             Some(worker) => worker.send(message),
             None => debug_assert!(false, "there is no worker {worker}"),
@@ -234,6 +233,9 @@ impl Server {
 
     /// When [`Server::attend`] has something to do.
     pub(super) fn next_attendance(&self) -> Option<Instant> {
+        if self.is_frozen() {
+            return None;
+        }
         let shuffle = self.watch.shuffle.as_ref().map(|shuffle| shuffle.next);
         let times = [self.placement.next_overdue(), self.watch.next_look, shuffle];
         times.into_iter().flatten().min()
@@ -241,6 +243,9 @@ impl Server {
 
     /// Gives up moves that take too long, and looks at the loads if it is time.
     pub(super) fn attend(&mut self) {
+        if self.is_frozen() {
+            return;
+        }
         let now = Instant::now();
         for (queue, worker) in self.placement.overdue(now) {
             self.send(worker, ToWorker::Stay { queue });

@@ -38,8 +38,10 @@ struct Place {
 struct Way {
     to: usize,
     since: Instant,
-    /// Its worker was told to let it stay.
+    /// Its worker was told to let it stay, or is not to be.
     told_to_stay: bool,
+    /// It goes nowhere: another process may take it.
+    parks: bool,
     /// Messages for it.
     held: Vec<ToWorker>,
 }
@@ -117,6 +119,21 @@ impl Placement {
         }
     }
 
+    /// Queues whose workers were told to let them leave for nobody, and have not yet.
+    pub(super) fn parking(&self) -> Vec<(QueueId, usize)> {
+        let parks = |place: &Place| place.way.as_ref().is_some_and(|way| way.parks);
+        let places = self.places.iter().filter(|(_, place)| parks(place));
+        places
+            .map(|(queue, place)| (*queue, place.worker))
+            .collect()
+    }
+
+    /// The worker that has a queue, or is to have it.
+    pub(super) fn worker_of(&self, queue: QueueId) -> Option<usize> {
+        let mut places = self.places();
+        places.find(|place| place.0 == queue).map(|place| place.1)
+    }
+
     /// The queue has stopped, or did not start.
     pub(super) fn forget(&mut self, queue: QueueId) {
         if let Some(Place { way: Some(_), .. }) = self.places.remove(&queue) {
@@ -136,6 +153,30 @@ impl Placement {
             to,
             since: now,
             told_to_stay: false,
+            parks: false,
+            held: Vec::new(),
+        });
+        self.under_way += 1;
+        Some(place.worker)
+    }
+
+    /// A queue is to be given to nobody: the worker to be told to let it leave. None: it was told, or the queue has not
+    /// begun, or stops, or there is none.
+    pub(super) fn park(&mut self, queue: QueueId, now: Instant) -> Option<usize> {
+        let place = self.places.get_mut(&queue)?;
+        if !place.runs || place.stops {
+            return None;
+        }
+        if let Some(way) = &mut place.way {
+            // However long it takes.
+            way.told_to_stay = true;
+            return None;
+        }
+        place.way = Some(Way {
+            to: place.worker,
+            since: now,
+            told_to_stay: true,
+            parks: true,
             held: Vec::new(),
         });
         self.under_way += 1;
@@ -147,9 +188,11 @@ impl Placement {
         let place = self.places.get_mut(&queue)?;
         let way = place.way.take()?;
         self.under_way -= 1;
-        self.moves.done += 1;
         place.worker = way.to;
-        place.rests_until = Some(now + REST);
+        if !way.parks {
+            self.moves.done += 1;
+            place.rests_until = Some(now + REST);
+        }
         Some(Arrival {
             worker: way.to,
             held: way.held,
@@ -161,8 +204,10 @@ impl Placement {
         let place = self.places.get_mut(&queue)?;
         let way = place.way.take()?;
         self.under_way -= 1;
-        self.moves.given_up += 1;
-        place.rests_until = Some(now + LONG_REST);
+        if !way.parks {
+            self.moves.given_up += 1;
+            place.rests_until = Some(now + LONG_REST);
+        }
         Some(Arrival {
             worker: place.worker,
             held: way.held,

@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::blk::{BlkDevice, Ciphers};
+use crate::fence::Fence;
 use crate::memory::GuestMemory;
 use crate::rekey::Ticket;
 use crate::virtqueue::{ParkedQueue, QueueRegion};
@@ -215,6 +216,14 @@ pub enum ToWorker {
         /// Its device.
         device: DeviceId,
     },
+    /// Queues were told to leave, and none comes: once nothing is in flight any more, let go of the fence. Answered by
+    /// [`FromWorker::Frozen`], unless a [`ToWorker::Thaw`] comes before that.
+    Freeze,
+    /// Queues are to be served again: keep this fence, and no other. Answered by [`FromWorker::Thawed`].
+    Thaw {
+        /// None where there is none.
+        fence: Option<Fence>,
+    },
     /// End: what is in flight is waited for, then the thread returns.
     End,
 }
@@ -327,6 +336,19 @@ pub enum FromWorker {
     VolumeReleased {
         /// Its device.
         device: DeviceId,
+    },
+    /// Nothing is in flight in this worker (or the rekeyer, whose number is [`usize::MAX`]), and its ring has let go of
+    /// the fence.
+    Frozen {
+        /// Which.
+        worker: usize,
+    },
+    /// Its ring keeps the fence that it was given; or it can't, and why.
+    Thawed {
+        /// Which.
+        worker: usize,
+        /// Whether.
+        result: Result<(), String>,
     },
     /// The worker has had work for a while. Comes once after [`Load::watch`](super::load::Load::watch).
     Busy {

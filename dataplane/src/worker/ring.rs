@@ -134,7 +134,7 @@ pub struct Ring {
     /// The staging memory is registered as buffer 0.
     registered: bool,
     /// Kept in its table, so that it is open as long as a request is in flight.
-    fence: Option<FixedFile>,
+    fences: Vec<FixedFile>,
 }
 
 impl std::fmt::Debug for Ring {
@@ -194,7 +194,7 @@ impl Ring {
             free_files: (0..files).rev().collect(),
             events: 0,
             registered,
-            fence: None,
+            fences: Vec::new(),
         })
     }
 
@@ -241,19 +241,20 @@ impl Ring {
         }
     }
 
-    /// Keeps the process's fence until the ring is gone with its last request, or [`Ring::let_go_of_fence`].
+    /// Keeps a fence of the process's until the ring is gone with its last request, or [`Ring::let_go_of_fence`].
     ///
     /// # Errors
     /// As [`Ring::register_file`].
     pub fn keep_fence(&mut self, fence: BorrowedFd<'_>) -> io::Result<()> {
-        self.fence = Some(self.register_file(fence)?);
+        let fence = self.register_file(fence)?;
+        self.fences.push(fence);
         Ok(())
     }
 
-    /// Lets go of the fence: whoever waits for it takes it that nothing of this ring is in flight any more. The
+    /// Lets go of every fence: whoever waits for it takes it that nothing of this ring is in flight any more. The
     /// kernel doesn't wait for requests here, so the caller has.
     pub fn let_go_of_fence(&mut self) {
-        if let Some(fence) = self.fence.take() {
+        for fence in std::mem::take(&mut self.fences) {
             self.forget_file(fence);
         }
     }

@@ -7,6 +7,7 @@
 
 mod events;
 mod flush;
+mod freeze;
 mod moving;
 mod recovery;
 mod serve;
@@ -76,6 +77,8 @@ pub struct Worker {
     call_is_due: bool,
     flushes: Flushes,
     ending: bool,
+    /// It is to let go of the fence once nothing is in flight.
+    freezing: bool,
 }
 
 /// The channel's ends that a worker has.
@@ -125,6 +128,7 @@ impl Worker {
             call_is_due: false,
             flushes: Flushes::default(),
             ending: false,
+            freezing: false,
         })
     }
 
@@ -139,6 +143,9 @@ impl Worker {
             busy |= self.take_completions();
             if self.pipeline.is_look_due() {
                 self.look_at_ages();
+            }
+            if self.freezing {
+                self.freeze_if_idle();
             }
             if self.meter.turn(busy) {
                 self.reply(FromWorker::Busy { worker: self.index });
@@ -212,6 +219,8 @@ impl Worker {
                 self.reply(FromWorker::Changed { queue });
             }
             ToWorker::Flush { queue } => self.flush(queue),
+            ToWorker::Freeze => self.freezing = true,
+            ToWorker::Thaw { fence } => self.thaw(fence),
             ToWorker::Zone { id, change } => self.change_zone(id, change),
             // Not for a worker: the server gives them to the rekeyer.
             ToWorker::TakeVolume { .. } | ToWorker::LetGoOfVolume { .. } => {}

@@ -3,6 +3,7 @@
 
 mod balance;
 mod fence;
+mod freeze;
 mod rig;
 
 use std::fs;

@@ -186,6 +186,13 @@ impl Session {
         (count(Phase::Running), count(Phase::Retired))
     }
 
+    /// Whether a queue has retired.
+    #[must_use]
+    pub fn is_retired(&self, index: u16) -> bool {
+        let vring = self.vrings.get(usize::from(index));
+        vring.is_some_and(|vring| vring.phase == Phase::Retired)
+    }
+
     /// Why a queue retired last.
     #[must_use]
     pub fn fault(&self) -> Option<&str> {

@@ -148,6 +148,8 @@ impl Session {
             | FromWorker::Detached { .. }
             | FromWorker::Health { .. }
             | FromWorker::Busy { .. }
+            | FromWorker::Frozen { .. }
+            | FromWorker::Thawed { .. }
             | FromWorker::Moved(_)
             | FromWorker::Stays { .. } => {}
         }
