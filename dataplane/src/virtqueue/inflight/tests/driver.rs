@@ -18,7 +18,11 @@ const LAYOUT: RingLayout = RingLayout {
     used: 0x200,
 };
 const DATA: u64 = 0x400;
+/// Indirect tables, one for each buffer ID.
+const TABLES: u64 = 0x800;
 const MEMORY_BYTES: usize = 0x1000;
+/// One in so many requests has its buffers in a table.
+const INDIRECT_EVERY: u64 = 3;
 /// The second queue's.
 const INDEX: u16 = 1;
 
@@ -26,6 +30,7 @@ const AVAIL: u16 = 1 << 7;
 const USED: u16 = 1 << 15;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
 
 /// A request that was made available and not seen as used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,7 +182,10 @@ impl Driver {
     }
 
     /// Makes a request of so many descriptors available, if there is room: the first is read, the others written.
-    pub(super) fn offer(&mut self, descriptors: u16) {
+    /// One in a few has them in a table.
+    pub(super) fn offer(&mut self, buffers: u16) {
+        let is_indirect = self.mind.serial.is_multiple_of(INDIRECT_EVERY);
+        let descriptors = if is_indirect { 1 } else { buffers };
         let needed = if self.features.packed { 1 } else { descriptors };
         if self.mind.free_descriptors < descriptors || self.mind.free.len() < usize::from(needed) {
             return;
@@ -193,17 +201,39 @@ impl Driver {
         let data = DATA + 64 * u64::from(offer.id);
         self.write(data, &offer.serial.to_le_bytes());
         let flags = |step: u16| {
-            let next = if step + 1 < descriptors { NEXT } else { 0 };
+            let next = if step + 1 < buffers { NEXT } else { 0 };
             next | if step > 0 { WRITE } else { 0 }
         };
         let address = |step: u16| data + 8 * u64::from(step);
+        let table = TABLES + 64 * u64::from(offer.id);
+        if is_indirect {
+            for step in 0..buffers {
+                let at = table + 16 * u64::from(step);
+                // A packed table has the flags behind the ID, which means nothing there.
+                let (third, fourth) = if self.features.packed {
+                    (0xdead, flags(step) & WRITE)
+                } else {
+                    (flags(step), step + 1)
+                };
+                self.descriptor(at, address(step), 8, third, fourth);
+            }
+        }
+        let (address, bytes, flags) = (
+            |step: u16| if is_indirect { table } else { address(step) },
+            if is_indirect {
+                16 * u32::from(buffers)
+            } else {
+                8
+            },
+            |step: u16| if is_indirect { INDIRECT } else { flags(step) },
+        );
         if self.features.packed {
-            self.offer_packed(offer.id, descriptors, flags, address);
+            self.offer_packed(offer.id, descriptors, bytes, flags, address);
         } else {
             for (step, index) in (0..descriptors).zip(&taken) {
                 let next = taken.get(usize::from(step) + 1).copied().unwrap_or(0);
                 let at = LAYOUT.desc + 16 * u64::from(*index);
-                self.descriptor(at, address(step), flags(step), next);
+                self.descriptor(at, address(step), bytes, flags(step), next);
             }
             self.mind.free.splice(0..0, taken[1..].iter().copied());
             self.offer_split(offer.id, &taken);
@@ -211,9 +241,9 @@ impl Driver {
         self.mind.open.push(offer);
     }
 
-    fn descriptor(&self, at: u64, addr: u64, third: u16, fourth: u16) {
+    fn descriptor(&self, at: u64, addr: u64, len: u32, third: u16, fourth: u16) {
         let mut bytes = addr.to_le_bytes().to_vec();
-        bytes.extend(8u32.to_le_bytes());
+        bytes.extend(len.to_le_bytes());
         bytes.extend(third.to_le_bytes());
         bytes.extend(fourth.to_le_bytes());
         self.write(at, &bytes);
@@ -232,6 +262,7 @@ impl Driver {
         &mut self,
         id: u16,
         descriptors: u16,
+        bytes: u32,
         flags: impl Fn(u16) -> u16,
         address: impl Fn(u16) -> u64,
     ) {
@@ -240,7 +271,7 @@ impl Driver {
             let at = LAYOUT.desc + 16 * u64::from(self.mind.avail);
             // Only the last one's ID counts.
             let id = if step + 1 < descriptors { 0xbeef } else { id };
-            self.descriptor(at, address(step), id, flags(step) | owner);
+            self.descriptor(at, address(step), bytes, id, flags(step) | owner);
             self.mind.avail += 1;
             if self.mind.avail == SIZE {
                 self.mind.avail = 0;
@@ -327,6 +358,7 @@ pub(super) fn features() -> impl Iterator<Item = QueueFeatures> {
             [false, true].map(|in_order| QueueFeatures {
                 packed: format == Format::Packed,
                 in_order,
+                indirect: true,
                 ..QueueFeatures::default()
             })
         })
