@@ -4,6 +4,7 @@
 //! name, with the reason.
 
 mod deaths;
+mod descriptors;
 mod dmcrypt;
 mod dmcrypt_kernels;
 mod full_disk;
@@ -55,6 +56,7 @@ fn main() {
         rekey_dmcrypt::TESTS,
         isolation::TESTS,
         deaths::TESTS,
+        descriptors::TESTS,
         full_disk::TESTS,
         limits::TESTS,
         workers::TESTS,
