@@ -1,8 +1,8 @@
-//! keyd, agent and rot are upgraded under a verified load: no frontend notices, and nothing older or
+//! keyd, agent, rot and the data plane are upgraded under a verified load: no frontend notices, and nothing older or
 //! tampered with ever runs.
 
 use bulkhead_integration::host::{Host, HostError, own_binaries};
-use bulkhead_integration::survive::kills::{Child, Victim as _};
+use bulkhead_integration::survive::kills::{Child, Victim as _, kill_pid};
 
 use crate::resume::{FILL, KINDS, Outcome, Test, load, started, unnoticed};
 
@@ -11,6 +11,10 @@ pub const TESTS: &[Test] = &[
     Test {
         name: "survive_upgrades_of_keyd_agent_and_rot",
         run: beside_the_data_plane,
+    },
+    Test {
+        name: "survive_upgrades_of_the_data_plane",
+        run: of_the_data_plane,
     },
     Test {
         name: "survive_refused_releases",
@@ -59,6 +63,37 @@ fn beside_the_data_plane() -> Outcome {
     assert_eq!(host.rot_pid(), rot, "in place");
     // A data plane that dies now is followed by the upgraded rot, with all that was stored.
     load.killed(Child::data_plane(&host).kill()?);
+    load.wait_back(FILL)?;
+    host.wait_until("all agree again", settled)?;
+    unnoticed(load, &host)
+}
+
+/// The process id of the data plane.
+fn data_plane(host: &Host) -> Result<u32, Box<dyn std::error::Error>> {
+    let status = host.status()?;
+    let processes = status["processes"].as_array().cloned();
+    let mut processes = processes.into_iter().flatten();
+    let found = processes.find(|process| process["role"] == "dataplane");
+    let pid = found.and_then(|process| u32::try_from(process["pid"].as_u64()?).ok());
+    Ok(pid.ok_or("the status has no data plane")?)
+}
+
+/// Live, under load: each time another process serves, and then one that died is followed as ever.
+fn of_the_data_plane() -> Outcome {
+    let dir = crate::folder()?;
+    let host = host(dir.path())?;
+    let mut load = load(&host, &KINDS)?;
+    for version in 1..=5 {
+        let before = data_plane(&host)?;
+        let said = host
+            .upgrade("dataplane", version)
+            .map_err(|e| format!("{e}\n--- log:\n{}", host.log()))?;
+        assert_eq!(said, format!("upgraded dataplane to version {version}\n"));
+        assert_eq!(runs(&host, "dataplane")?["release"], version);
+        assert_ne!(data_plane(&host)?, before, "another process serves");
+        host.wait_until("all agree again", settled)?;
+    }
+    load.killed(kill_pid(data_plane(&host)?)?);
     load.wait_back(FILL)?;
     host.wait_until("all agree again", settled)?;
     unnoticed(load, &host)
