@@ -8,6 +8,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use super::mapping::Mapping;
 
@@ -16,7 +17,7 @@ use super::mapping::Mapping;
 pub struct SharedArea {
     host: NonNull<u8>,
     bytes: u64,
-    mapping: Mapping,
+    mapping: Arc<Mapping>,
 }
 
 // SAFETY: the address names the mapping that the value owns; it is only used for raw accesses.

@@ -1,4 +1,6 @@
-//! One mapping of a file that a frontend shares.
+//! One mapping of a file that a frontend shares. Whoever maps the same bytes of the same file again gets the same
+//! mapping: connections of one virtual machine share its memory, and a candidate of a live upgrade has mapped
+//! it before it takes it over.
 //!
 //! Only files that live in memory are mapped. A page of any other file may have to come from a disk, a
 //! server or (FUSE) the frontend itself, and the worker that touches it would wait for as long as
@@ -6,13 +8,16 @@
 //!
 //! UNSAFETY: the mapping must cover exactly the file's bytes that were checked, be known to
 //! [`sigbus`](super::sigbus) before anybody reads it, and be unmapped once, when nobody can.
-#![expect(unsafe_code, reason = "mmap and munmap")]
+#![expect(unsafe_code, reason = "mmap, munmap, mincore and madvise")]
 
+use std::collections::HashMap;
 use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 
+use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use nix::sys::stat::{SFlag, fstat};
 
@@ -24,9 +29,21 @@ const TMPFS_MAGIC: i64 = 0x0102_1994;
 /// `HUGETLBFS_MAGIC`; also of a memfd with huge pages.
 const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
 
+/// What is mapped: device and inode of the file (of one that is mapped they are nobody else's), from where, and
+/// how many bytes.
+type Key = (u64, u64, i64, NonZeroUsize);
+
+/// Every mapping that there is.
+static MAPPINGS: LazyLock<Mutex<HashMap<Key, Weak<Mapping>>>> = LazyLock::new(Mutex::default);
+
+fn mappings() -> MutexGuard<'static, HashMap<Key, Weak<Mapping>>> {
+    MAPPINGS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// A mapped range of a shared file; unmapped when it drops.
 #[derive(Debug)]
 pub(super) struct Mapping {
+    key: Key,
     address: NonNull<u8>,
     bytes: usize,
     guard: sigbus::Guard,
@@ -44,7 +61,7 @@ impl Mapping {
         fd: BorrowedFd<'_>,
         offset: u64,
         bytes: u64,
-    ) -> io::Result<(Self, NonNull<u8>)> {
+    ) -> io::Result<(Arc<Self>, NonNull<u8>)> {
         let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidInput, what);
         let stat = fstat(fd)?;
         if SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT != SFlag::S_IFREG {
@@ -65,6 +82,20 @@ impl Mapping {
         let size = NonZeroUsize::new(size).ok_or_else(|| invalid("it is empty".into()))?;
         let lead = usize::try_from(lead).map_err(|_| invalid("it is too large".into()))?;
         let start = i64::try_from(start).map_err(|_| invalid("its offset is too large".into()))?;
+        let key = (stat.st_dev, stat.st_ino, start, size);
+        let known = mappings().get(&key).and_then(Weak::upgrade);
+        let mapping = match known.filter(|known| !known.is_lost()) {
+            Some(known) => known,
+            None => Arc::new(Self::map(fd, key)?),
+        };
+        mappings().insert(key, Arc::downgrade(&mapping));
+        // SAFETY: lead is less than the mapping's length.
+        let host = unsafe { mapping.address.add(lead) };
+        Ok((mapping, host))
+    }
+
+    fn map(fd: BorrowedFd<'_>, key: Key) -> io::Result<Self> {
+        let (.., start, size) = key;
         // SAFETY: a fresh shared mapping at an address of the kernel's choice.
         let address = unsafe {
             mmap(
@@ -85,14 +116,43 @@ impl Mapping {
                 return Err(error);
             }
         };
-        let mapping = Self {
+        Ok(Self {
+            key,
             address,
             bytes: size.get(),
             guard,
-        };
-        // SAFETY: lead is less than the mapping's length.
-        let host = unsafe { address.add(lead) };
-        Ok((mapping, host))
+        })
+    }
+
+    /// Enters the pages that the file has into this process's page table; makes none. Asks for `mincore` and
+    /// `madvise`: to be called before the process locks itself in.
+    ///
+    /// # Errors
+    /// What these fail with; some pages may be entered then.
+    pub(super) fn prefault(&self) -> io::Result<()> {
+        let page = usize::try_from(PAGE_BYTES).unwrap_or(usize::MAX);
+        let mut there = vec![0u8; self.bytes.div_ceil(page)];
+        // SAFETY: the mapping is live, and there is a byte for each of its pages.
+        let known =
+            unsafe { libc::mincore(self.address.as_ptr().cast(), self.bytes, there.as_mut_ptr()) };
+        Errno::result(known)?;
+        let mut from = 0;
+        for run in there.chunk_by(|a, b| a & 1 == b & 1) {
+            if run.first().is_some_and(|first| first & 1 != 0) {
+                // SAFETY: the run lies inside the mapping; entering pages changes nothing in them.
+                let entered = unsafe {
+                    let at = self.address.add(from * page);
+                    libc::madvise(
+                        at.as_ptr().cast(),
+                        run.len() * page,
+                        libc::MADV_POPULATE_READ,
+                    )
+                };
+                Errno::result(entered)?;
+            }
+            from += run.len();
+        }
+        Ok(())
     }
 
     /// Whether pages of it went away.
@@ -103,6 +163,15 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        let mut mappings = mappings();
+        // Unless another has taken its place.
+        if mappings
+            .get(&self.key)
+            .is_some_and(|of| of.strong_count() == 0)
+        {
+            mappings.remove(&self.key);
+        }
+        drop(mappings);
         // The handler must not put pages back where another mapping may come to lie.
         self.guard.release();
         // SAFETY: mapped by `new`; the value ends here, and with it everybody who knows it.

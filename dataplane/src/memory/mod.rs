@@ -19,6 +19,7 @@ mod flag;
 mod lease;
 mod mapping;
 mod prefetch;
+mod prepared;
 pub mod sigbus;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -34,6 +35,7 @@ pub use lease::Lease;
 use lease::Window;
 use mapping::Mapping;
 pub(crate) use prefetch::{will_read, will_write};
+pub use prepared::Prepared;
 
 /// A region as a frontend describes it (vhost-user, "Memory region description").
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -327,7 +329,7 @@ fn map_region(index: usize, spec: &RegionSpec, fd: BorrowedFd<'_>) -> Result<Reg
     Ok(Region {
         spec: *spec,
         host,
-        mapping: Arc::new(mapping),
+        mapping,
     })
 }
 

@@ -18,6 +18,7 @@ use super::keeper::{Found, KeepError, Keeper};
 use super::names::{Name, SLOTS};
 use super::volume::{FdNumber, StoredVolume};
 use super::workers;
+use crate::memory::Prepared;
 
 /// The store and what lies in it, before anything of it is taken over. Nothing here writes or removes. A process
 /// that rot did not start has no store.
@@ -25,6 +26,7 @@ use super::workers;
 pub struct Inherited {
     store: Option<Store>,
     there: Vec<(FdName, Fd)>,
+    prepared: BTreeMap<u16, Prepared>,
 }
 
 impl Inherited {
@@ -38,6 +40,7 @@ impl Inherited {
             Err(StoreError::Start(StartError::NotAChild)) => Ok(Self {
                 store: None,
                 there: Vec::new(),
+                prepared: BTreeMap::new(),
             }),
             Err(error) => Err(error),
         }
@@ -51,6 +54,7 @@ impl Inherited {
         Self {
             store: Some(store),
             there,
+            prepared: BTreeMap::new(),
         }
     }
 
@@ -98,10 +102,28 @@ impl Inherited {
         Ok(changed)
     }
 
-    /// The volumes that are served now, as far as they can be made out: the process that serves may be in the
+    /// Maps the memory of the guests that there are now, with its pages, so that it need not be done when they wait.
+    /// To be called before the process locks itself in, and again when what is left has changed.
+    pub fn prepare(&mut self) {
+        let mut prepared = BTreeMap::new();
+        for (slot, volume) in self.look() {
+            let of: &mut Prepared = prepared.entry(slot).or_default();
+            let connection = volume.connection.into_iter();
+            for region in connection.flat_map(|connection| connection.memory) {
+                // What can't be mapped now fails, or not, when the connection is taken over.
+                if let Err(error) = of.add(&region.spec(), region.fd.as_fd()) {
+                    tracing::warn!("guest memory is not mapped ahead: {error}");
+                }
+            }
+        }
+        // What was prepared before is let go of after it was taken once more.
+        self.prepared = prepared;
+    }
+
+    /// The volumes that are served now, by slot, as far as they can be made out: the process that serves may be in the
     /// middle of a change. A descriptor that stays is the same value each time.
     #[must_use]
-    pub fn look(&self) -> Vec<StoredVolume<Fd>> {
+    pub fn look(&self) -> Vec<(u16, StoredVolume<Fd>)> {
         let mut states = Vec::new();
         let mut numbered = BTreeMap::new();
         for (name, fd) in &self.there {
@@ -118,7 +140,8 @@ impl Inherited {
                 let found = numbered.get(&(slot, number));
                 found.map(|fd| Arc::clone(fd)).ok_or(())
             };
-            look_at(fd.as_fd()).ok()?.try_map(&mut { find }).ok()
+            let volume = look_at(fd.as_fd()).ok()?.try_map(&mut { find }).ok()?;
+            Some((slot, volume))
         };
         states.into_iter().filter_map(volume).collect()
     }
@@ -131,7 +154,10 @@ impl Inherited {
         let Some(store) = self.store else {
             return Ok((Keeper::none(), Found::default()));
         };
-        let mut remains = Remains::default();
+        let mut remains = Remains {
+            prepared: self.prepared,
+            ..Remains::default()
+        };
         for (name, fd) in self.there {
             remains.sort(name, fd).map_err(FileError::from)?;
         }
@@ -151,6 +177,7 @@ pub(super) struct Remains {
     pub(super) numbered: BTreeMap<u16, BTreeMap<FdNumber, Fd>>,
     pub(super) fences: Vec<(u64, OwnedFd)>,
     pub(super) workers: Option<Workers>,
+    pub(super) prepared: BTreeMap<u16, Prepared>,
     pub(super) unknown: Vec<FdName>,
 }
 

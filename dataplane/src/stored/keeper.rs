@@ -108,7 +108,8 @@ impl Keeper {
         for (slot, fd) in remains.states {
             let fds = remains.numbered.remove(&slot).unwrap_or_default();
             match Kept::take(&shared, slot, fd, fds) {
-                Ok((kept, trouble)) => {
+                Ok((mut kept, trouble)) => {
+                    kept.prepared = remains.prepared.remove(&slot);
                     found.volumes.push(Place(Some(Box::new(kept))));
                     found.lost.extend(trouble);
                 }

@@ -13,7 +13,7 @@ use super::keeper::{KeepError, Shared, lock};
 use super::names::{Name, SLOTS};
 use super::volume::{FdNumber, Step, StoredCache, StoredConnection, StoredVolume};
 use crate::crash_point;
-use crate::memory::SharedFlag;
+use crate::memory::{Prepared, SharedFlag};
 
 /// A volume's place in the store. Dropping it leaves everything stored, for a successor.
 #[derive(Debug)]
@@ -64,6 +64,7 @@ impl Place {
             return;
         };
         kept.volume.cache = cache;
+        kept.prepared = None;
         if now.is_none() {
             kept.given_up = false;
         }
@@ -126,6 +127,8 @@ pub(super) struct Kept {
     next: u32,
     /// This connection could not be remembered, and is not from then on.
     given_up: bool,
+    /// Its guest's memory, mapped ahead, until the connection goes on.
+    pub(super) prepared: Option<Prepared>,
 }
 
 fn key(fd: &Fd) -> usize {
@@ -152,6 +155,7 @@ impl Kept {
             stored: BTreeMap::new(),
             next: 0,
             given_up: false,
+            prepared: None,
         })
     }
 
@@ -209,6 +213,7 @@ impl Kept {
                 .collect(),
             next,
             given_up: false,
+            prepared: None,
         };
         match kept.write() {
             Ok(()) => Ok((kept, trouble)),

@@ -9,6 +9,8 @@
 use bulkhead_protocol::keys::VolumeGrant;
 use minicbor::{Decode, Encode};
 
+use crate::memory::RegionSpec;
+
 /// Which of a volume's stored descriptors: its name in the store is made of it, and it is never used again
 /// for another of that volume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Encode, Decode)]
@@ -314,6 +316,17 @@ impl<F> StoredConnection<F> {
 }
 
 impl<F> StoredRegion<F> {
+    /// Where it lies, as a frontend describes it.
+    #[must_use]
+    pub fn spec(&self) -> RegionSpec {
+        RegionSpec {
+            guest_addr: self.guest_addr,
+            bytes: self.bytes,
+            user_addr: self.user_addr,
+            file_offset: self.file_offset,
+        }
+    }
+
     fn try_map<G, E>(self, with: &mut impl FnMut(F) -> Result<G, E>) -> Result<StoredRegion<G>, E> {
         Ok(StoredRegion {
             guest_addr: self.guest_addr,

@@ -2,6 +2,7 @@
 
 mod given_up;
 mod lost;
+mod prepared;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;

@@ -280,7 +280,7 @@ fn a_candidate_follows_and_takes_over_when_it_is_told_to() {
     let (keeper, mut place) = begin(&mut rot);
     let mut candidate = Inherited::of(rot.start_candidate());
     assert_eq!(candidate.look().len(), 1);
-    let first = candidate.look().remove(0);
+    let (_, first) = candidate.look().remove(0);
     assert_same(&first, place.volume().expect("kept"));
     assert!(!candidate.follow().expect("rot"), "nothing has happened");
     // The state is there before rot has passed on what it names: nothing can be made out of it yet.
@@ -291,9 +291,9 @@ fn a_candidate_follows_and_takes_over_when_it_is_told_to() {
     assert!(candidate.follow().expect("rot"));
     let seen = candidate.look();
     assert_eq!(seen.len(), 2);
-    assert_same(&seen[0], place.volume().expect("kept"));
+    assert_same(&seen[0].1, place.volume().expect("kept"));
     assert!(
-        Arc::ptr_eq(&seen[0].file, &first.file),
+        Arc::ptr_eq(&seen[0].1.file, &first.file),
         "it is the same one"
     );
     place.remove();

@@ -95,13 +95,7 @@ impl Session {
     }
 
     fn take_over_memory(&mut self, regions: Vec<StoredRegion<Fd>>) -> Result<(), String> {
-        let spec = |region: &StoredRegion<Fd>| RegionSpec {
-            guest_addr: region.guest_addr,
-            bytes: region.bytes,
-            user_addr: region.user_addr,
-            file_offset: region.file_offset,
-        };
-        let files = regions.into_iter().map(|r| (spec(&r), r.fd));
+        let files = regions.into_iter().map(|r| (r.spec(), r.fd));
         self.files = files.collect();
         let regions: Vec<_> = self.files.iter().map(|(s, fd)| (*s, fd.as_fd())).collect();
         let memory = GuestMemory::map(&regions).map_err(|e| e.to_string())?;
