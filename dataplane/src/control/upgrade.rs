@@ -85,19 +85,20 @@ impl Control {
 }
 
 impl Start {
-    /// Tells rot that everything is prepared, and waits until the process before this one has stopped and all that
+    /// Maps what guests share, tells rot that everything is prepared, and waits until the process before this one has stopped and all that
     /// it stored is there.
     ///
     /// # Errors
     /// When rot is gone, or what it hands over makes no sense.
     pub fn wait_for_go(&mut self, inherited: &mut Inherited) -> Result<(), String> {
         let of_rot = |e: ChannelError| format!("the channel to rot: {e}");
+        inherited.prepare();
         self.rot.send(&ToRot::Ready, &[]).map_err(of_rot)?;
         let set = self.rot.set_nonblocking(true);
         set.map_err(|e| format!("the channel to rot: {e}"))?;
         loop {
             wait(&self.rot, inherited)?;
-            inherited.follow().map_err(|e| e.to_string())?;
+            let changed = inherited.follow().map_err(|e| e.to_string())?;
             match self.rot.receive::<FromRot>() {
                 Ok(received) if received.message == FromRot::Go => {
                     return inherited.follow().map(drop).map_err(|e| e.to_string());
@@ -107,6 +108,8 @@ impl Start {
                     return Ok(());
                 }
                 Ok(received) => self.early.from_rot.push_back(received),
+                // Not once guests wait for it.
+                Err(ChannelError::WouldBlock) if changed => inherited.prepare(),
                 Err(ChannelError::WouldBlock) => {}
                 Err(error) => return Err(of_rot(error)),
             }

@@ -15,6 +15,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 
 use nix::errno::Errno;
@@ -47,6 +48,8 @@ pub(super) struct Mapping {
     address: NonNull<u8>,
     bytes: usize,
     guard: sigbus::Guard,
+    /// Its pages were entered.
+    prefaulted: AtomicBool,
 }
 
 // SAFETY: the address is only ever read, and unmapped once, on drop.
@@ -121,15 +124,19 @@ impl Mapping {
             address,
             bytes: size.get(),
             guard,
+            prefaulted: AtomicBool::new(false),
         })
     }
 
-    /// Enters the pages that the file has into this process's page table; makes none. Asks for `mincore` and
+    /// Enters the pages that the file has into this process's page table, once; makes none. Asks for `mincore` and
     /// `madvise`: to be called before the process locks itself in.
     ///
     /// # Errors
     /// What these fail with; some pages may be entered then.
     pub(super) fn prefault(&self) -> io::Result<()> {
+        if self.prefaulted.swap(true, Ordering::Relaxed) {
+            return Ok(());
+        }
         let page = usize::try_from(PAGE_BYTES).unwrap_or(usize::MAX);
         let mut there = vec![0u8; self.bytes.div_ceil(page)];
         // SAFETY: the mapping is live, and there is a byte for each of its pages.
