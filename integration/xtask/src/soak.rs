@@ -22,7 +22,7 @@ const SOAK: (&str, &str) = ("BULKHEAD_SOAK", "1");
 /// 500 times the rounds of the storage tests are a million crash images; the short workloads have a step more.
 const ROUNDS: (&str, &str) = ("BULKHEAD_ROUNDS", "500");
 
-const SUITES: [Suite; 4] = [
+const SUITES: [Suite; 5] = [
     Suite {
         package: "bulkhead-integration",
         target: &["--test", "endurance"],
@@ -45,6 +45,12 @@ const SUITES: [Suite; 4] = [
         package: "bulkhead-dataplane",
         target: &["--lib"],
         names: Some("short_workloads"),
+        full: ROUNDS,
+    },
+    Suite {
+        package: "bulkhead-dataplane",
+        target: &["--lib"],
+        names: Some("inflight"),
         full: ROUNDS,
     },
 ];

@@ -9,6 +9,12 @@ use crate::virtqueue::dying::testing::within;
 use crate::virtqueue::{Chain, QueueFeatures, Virtqueue};
 use driver::{Driver, take_all};
 
+/// `BULKHEAD_ROUNDS=N` runs N times as many lives.
+fn times() -> u64 {
+    let times = std::env::var("BULKHEAD_ROUNDS").ok();
+    times.and_then(|text| text.parse().ok()).unwrap_or(1)
+}
+
 /// Random numbers that are the same each time.
 struct Dice(u64);
 
@@ -124,7 +130,9 @@ fn die_everywhere(features: QueueFeatures, seed: u64, twice_every: usize) -> usi
 #[test]
 fn whoever_dies_at_any_store_loses_nothing_and_does_nothing_twice() {
     for features in driver::features() {
-        let deaths: usize = (0..10).map(|seed| die_everywhere(features, seed, 7)).sum();
+        let seeds = 0..10 * times();
+        let deaths: usize = seeds.map(|seed| die_everywhere(features, seed, 7)).sum();
+        println!("{features:?}: {deaths} deaths");
         assert!(deaths > 2_000, "{features:?}: {deaths} deaths");
     }
 }

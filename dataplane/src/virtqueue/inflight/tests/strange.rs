@@ -2,7 +2,7 @@
 
 use super::super::Recovered;
 use super::driver::{Driver, SIZE, features, take_all};
-use super::{Dice, live};
+use super::{Dice, live, times};
 use crate::virtqueue::{Chain, QueueFeatures, RingError, Virtqueue};
 
 /// A backend died with something in flight; what its region has.
@@ -87,7 +87,7 @@ fn taken_once(queue: &mut Virtqueue) -> Option<Vec<u16>> {
 fn a_region_that_can_not_be_is_refused_or_does_no_harm() {
     for features in features() {
         let (mut refused, mut stale, mut kept) = (0, 0, 0);
-        for seed in 0..50 {
+        for seed in 0..50 * times() {
             let mut driver = died(features, seed);
             let other = died(features, seed + 1_000).region_bytes();
             let (good, moment) = (driver.region_bytes(), driver.moment());
