@@ -27,6 +27,11 @@ pub const TESTS: &[Test] = &[
         needs: &[Need::Root],
         run: under_volumes,
     },
+    Test {
+        name: "system_full_disk_under_a_block_device",
+        needs: &[Need::Root],
+        run: thin,
+    },
 ];
 
 const PAGE: usize = 4096;
@@ -48,13 +53,14 @@ impl Small {
         Ok(small)
     }
 
-    /// ext4 in a file beside it.
-    fn on_disk(path: &Path, bytes: u64) -> Result<Self, Box<dyn Error>> {
-        let image = path.with_extension("ext4");
-        File::create(&image)?.set_len(bytes)?;
+    /// ext4 in a file with holes.
+    fn on_disk(image: &Path, path: &Path) -> Result<Self, Box<dyn Error>> {
+        File::create(image)?.set_len(24 << 20)?;
         let mut mkfs = Command::new("mkfs.ext4");
-        // Nothing is kept back for root.
-        succeeds(mkfs.args(["-q", "-m", "0"]).arg(&image))?;
+        // Nothing is kept back for root, and nothing written later by itself.
+        mkfs.args(["-q", "-m", "0", "-O", "^has_journal"]);
+        mkfs.args(["-E", "lazy_itable_init=0"]);
+        succeeds(mkfs.arg(image))?;
         let image = image.display().to_string();
         Self::mount(path, &["-o", "loop", &image])
     }
@@ -224,20 +230,43 @@ fn under_volumes() -> Outcome {
     let dir = folder()?;
     let host = Host::create(dir.path())?;
     let volumes = dir.path().join("volumes");
-    under(host, Small::in_memory(&volumes, 24 << 20, 0)?)?;
+    let small = Small::in_memory(&volumes, 24 << 20, 0)?;
+    under(host, &small, &small)?;
+    drop(small);
     let dir = folder()?;
     let host = Host::create(dir.path())?;
-    match Small::on_disk(&dir.path().join("volumes"), 24 << 20) {
-        Ok(small) => under(host, small),
+    let volumes = dir.path().join("volumes");
+    let small = match Small::on_disk(&volumes.with_extension("ext4"), &volumes) {
+        Ok(small) => small,
         Err(error) => {
             println!("skipped: system_full_disk_under_volumes: no ext4 here: {error}");
-            Ok(())
+            return Ok(());
         }
-    }
+    };
+    under(host, &small, &small)
 }
 
-fn under(mut host: Host, small: Small) -> Outcome {
-    fs::set_permissions(&small.path, fs::Permissions::from_mode(0o755))?;
+/// As a LUN that was promised more room than there is: the block device fails.
+fn thin() -> Outcome {
+    let dir = folder()?;
+    let host = Host::create(dir.path())?;
+    let below = Small::in_memory(&dir.path().join("below"), 8 << 20, 0)?;
+    let image = below.path.join("image");
+    let volumes = Small::on_disk(&image, &dir.path().join("volumes"))?;
+    under(host, &volumes, &below)
+}
+
+/// Where there are no blocks, the guest has an error.
+fn no_room(disk: &mut Disk) -> Outcome {
+    let written = disk.write(0, 4096, &[2; PAGE]);
+    ensure(
+        matches!(written, Err(DiskError::Driver(DriverError::Status(1)))),
+        || format!("{written:?}"),
+    )
+}
+
+fn under(mut host: Host, volumes: &Small, small: &Small) -> Outcome {
+    fs::set_permissions(&volumes.path, fs::Permissions::from_mode(0o755))?;
     for (name, unit) in [("a", Some(4096)), ("b", None)] {
         host.create_volume(&VolumeSpec {
             data_unit: unit,
@@ -255,6 +284,8 @@ fn under(mut host: Host, small: Small) -> Outcome {
     for disk in &mut disks {
         works(disk, 1)?;
     }
+    // What the file system itself has to write has its place.
+    succeeds(Command::new("sync").arg("-f").arg(&volumes.path))?;
     small.fill(0)?;
     let failed = |volume: usize| -> Result<u64, HostError> {
         let status = host.status()?;
@@ -263,17 +294,19 @@ fn under(mut host: Host, small: Small) -> Outcome {
     };
     for (index, disk) in disks.iter_mut().enumerate() {
         let before = failed(index)?;
-        let written = disk.write(0, 4096, &[2; PAGE]);
-        ensure(
-            matches!(written, Err(DiskError::Driver(DriverError::Status(1)))),
-            || format!("{written:?}"),
-        )?;
+        no_room(disk)?;
         works(disk, 3)?;
         disk.flush(0)?;
         let count = failed(index)? - before;
         ensure(count == 1, || {
             format!("{count} requests are said to have failed")
         })?;
+    }
+    // A successor finds them as they are.
+    host.kill("dataplane")?;
+    for disk in &mut disks {
+        works(disk, 4)?;
+        no_room(disk)?;
     }
     small.empty()?;
     for disk in &mut disks {
