@@ -1,8 +1,13 @@
-//! keyd, agent, rot and the data plane are upgraded under a verified load: no frontend notices, and nothing older or
-//! tampered with ever runs.
+//! Every program of a host is upgraded under a verified load: no frontend notices, whatever fails is undone,
+//! and nothing older or tampered with ever runs.
+
+use std::time::{Duration, Instant};
 
 use bulkhead_integration::host::{Host, HostError, own_binaries};
+use bulkhead_integration::random::Random;
 use bulkhead_integration::survive::kills::{Child, Victim as _, kill_pid};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::resume::{FILL, KINDS, Outcome, Test, load, started, unnoticed};
 
@@ -15,6 +20,10 @@ pub const TESTS: &[Test] = &[
     Test {
         name: "survive_upgrades_of_the_data_plane",
         run: of_the_data_plane,
+    },
+    Test {
+        name: "survive_upgrades_that_come_to_nothing",
+        run: aborted,
     },
     Test {
         name: "survive_refused_releases",
@@ -96,6 +105,67 @@ fn of_the_data_plane() -> Outcome {
     load.killed(kill_pid(data_plane(&host)?)?);
     load.wait_back(FILL)?;
     host.wait_until("all agree again", settled)?;
+    unnoticed(load, &host)
+}
+
+/// The process that rot has started beside the data plane.
+fn candidate(host: &Host, data_plane: u32) -> Option<Pid> {
+    let rot = host.rot_pid();
+    let children = std::fs::read_to_string(format!("/proc/{rot}/task/{rot}/children")).ok()?;
+    let is_it = |pid: &i32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.starts_with(b"bulkhead-dataplane\0") && u32::try_from(*pid) != Ok(data_plane)
+    };
+    let mut children = children
+        .split_whitespace()
+        .filter_map(|pid| pid.parse().ok());
+    children.find(is_it).map(Pid::from_raw)
+}
+
+/// The candidate is killed at any moment: the old one goes on, or the old binary does, and an upgrade
+/// that got through stays (T38).
+fn aborted() -> Outcome {
+    let dir = crate::folder()?;
+    let host = host(dir.path())?;
+    let mut load = load(&host, &KINDS)?;
+    let mut random = Random::named("aborted upgrades");
+    let (mut aborted, mut version) = (0, 0);
+    while aborted < 6 {
+        version += 1;
+        if version == 60 {
+            return Err("60 upgrades, and hardly one was hit".into());
+        }
+        host.install("dataplane", version)?;
+        let statement = host.release("dataplane", version)?;
+        let (data_plane, _) = host.process("dataplane")?;
+        let upgraded = std::thread::scope(|scope| -> Result<_, Box<dyn std::error::Error>> {
+            let upgrade = scope.spawn(|| host.upgrade_to(&statement));
+            let candidate = loop {
+                match candidate(&host, data_plane) {
+                    Some(pid) => break Some(pid),
+                    None if upgrade.is_finished() => break None,
+                    None => std::thread::yield_now(),
+                }
+            };
+            std::thread::sleep(Duration::from_micros(random.below(80_000)));
+            if let Some(pid) = candidate {
+                let at = Instant::now();
+                // It may have ended already.
+                if kill(pid, Signal::SIGKILL).is_ok() {
+                    load.killed(at);
+                }
+            }
+            Ok(upgrade.join().map_err(|_| "the upgrade panicked")?)
+        })?;
+        if let Err(HostError::Command { reason, .. }) = &upgraded {
+            println!("{}", reason.trim_end());
+            aborted += 1;
+        }
+        load.wait_back(FILL)
+            .map_err(|e| format!("{upgraded:?} {e}\n--- log:\n{}", host.log()))?;
+        host.wait_until("all agree again", settled)?;
+    }
+    host.upgrade("dataplane", 100)?;
     unnoticed(load, &host)
 }
 
