@@ -220,6 +220,39 @@ fn a_device_that_is_given_up_leaves_what_was_in_flight() {
     }
 }
 
+/// A storage that hangs is given up, and its frontend comes back: what hung is done again, by the worker that had
+/// given it up.
+#[test]
+fn what_was_given_up_is_done_when_the_frontend_comes_back() {
+    for (format, in_order) in formats() {
+        let mut rig = Rig::new(format, in_order);
+        let base = rig.base_after(0);
+        started(
+            &rig,
+            Start {
+                base,
+                ..Start::AGAIN
+            },
+        );
+        rig.storage.stop(true);
+        rig.offer(4);
+        rig.kick.write(1).expect("a kick");
+        rig.until("all are taken", || (rig.in_flight() == 4).then_some(()));
+        let (id, wipe) = (QUEUE.device, false);
+        rig.tell(ToWorker::GiveUp { id, wipe });
+        rig.tell(ToWorker::Stop { queue: QUEUE });
+        rig.storage.stop(false);
+        assert!(matches!(rig.hear(), FromWorker::Stopped { .. }));
+        assert_eq!((rig.look(), rig.in_flight()), (0, 4));
+        started(&rig, Start::AGAIN);
+        rig.wait(4);
+        rig.check_done(0..4);
+        rig.wait_called();
+        assert_eq!(rig.stop(), Some(rig.base_after(4)));
+        assert_eq!(rig.in_flight(), 0);
+    }
+}
+
 /// A driver may have changed a chain since: then it has broken its ring, as ever. (A packed ring's chain is
 /// in the region, as it was.)
 #[test]

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_dataplane::blk::{BlkDevice, Geometry};
 use bulkhead_dataplane::memory::{GuestMemory, SharedArea, anonymous};
-use bulkhead_dataplane::storage::{FileSpec, StorageSpec};
+use bulkhead_dataplane::storage::{DelaySpec, FileSpec, StorageSpec};
 use bulkhead_dataplane::virtqueue::{Chain, Format, QueueFeatures, QueueRegion, Virtqueue};
 use bulkhead_dataplane::worker::message::{
     DeviceId, FromWorker, QueueId, QueueStart, RingLayout, ToWorker,
@@ -55,6 +55,8 @@ pub struct Rig {
     area: Arc<SharedArea>,
     region: File,
     image: File,
+    /// The storage, which hangs as long as it is told to.
+    pub storage: Arc<DelaySpec>,
     format: Format,
     in_order: bool,
     pub call: EventFd,
@@ -102,6 +104,7 @@ impl Rig {
         image.as_file().set_len(SECTORS * 512).expect("length");
         let fd = image.reopen().expect("open").into();
         let storage = StorageSpec::File(FileSpec::from_fd(fd, false, 512).expect("usable"));
+        let storage = DelaySpec::new(storage, Duration::ZERO);
         let geometry = Geometry {
             logical_block_bytes: 512,
             read_only: false,
@@ -117,6 +120,7 @@ impl Rig {
             area: Arc::new(area),
             region: region.into(),
             image: image.into_file(),
+            storage: Arc::clone(&storage),
             format,
             in_order,
             call: event(),
@@ -126,7 +130,7 @@ impl Rig {
         };
         rig.tell(ToWorker::Attach {
             id: QUEUE.device,
-            device: BlkDevice::new(geometry, SECTORS, storage, None),
+            device: BlkDevice::new(geometry, SECTORS, StorageSpec::Delay(storage), None),
         });
         assert!(matches!(
             rig.hear(),
@@ -351,6 +355,22 @@ impl Rig {
         let at = 512 * u64::from(slot);
         self.image.read_exact_at(&mut bytes, at).expect("the image");
         bytes
+    }
+
+    /// Chains that the region says are in flight.
+    pub fn in_flight(&self) -> usize {
+        let entry = if self.format == Format::Packed {
+            32
+        } else {
+            16
+        };
+        let is_open = |index: &u64| {
+            let mut flag = [0];
+            let read = self.region.read_exact_at(&mut flag, entry * (1 + index));
+            read.expect("the region");
+            flag == [1]
+        };
+        (0..u64::from(SIZE)).filter(is_open).count()
     }
 
     /// The driver was called; forgets it.
