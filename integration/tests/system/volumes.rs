@@ -55,7 +55,7 @@ fn grows() -> Outcome {
     }
     host.kill("dataplane")?;
     settled(&host)?;
-    let mut disk = Disk::attach(&host.socket("disk"), &Options::default())?;
+    // Its successor goes on with the connection.
     is_grown(&host, &mut disk, "dataplane")?;
     for (sector, byte) in [(SECTORS[0] - 8, 0x11), (SECTORS[1] - 8, 0x22)] {
         ensure(disk.read(0, sector, 4096)? == vec![byte; 4096], || {
@@ -132,19 +132,25 @@ fn one_at_a_time() -> Outcome {
     ensure(source.read(0, 0, 4096)? == vec![0x33; 4096], || {
         "the other host has written".to_owned()
     })?;
-    // A frontend that ends takes its host's hold along, and so does a data plane.
+    // A frontend that ends takes its host's hold along.
     drop(source);
     let used = target.rings[0].wait_used(&target.memory, Duration::from_secs(20))?;
     target.check(0, &write, used.len)?;
     pair.held_by(false, true)?;
     let mut source = Disk::attach(&pair.source.socket("disk"), &options)?;
     waits(&pair.source, true)?;
+    // A data plane that dies does not: its successor goes on with it.
     pair.target.kill("dataplane")?;
+    ensure(target.read(0, 0, 4096)? == vec![0x44; 4096], || {
+        "the successor reads something else".to_owned()
+    })?;
+    waits(&pair.target, false)?;
+    waits(&pair.source, true)?;
+    drop(target);
     waits(&pair.source, false)?;
     ensure(source.read(0, 0, 4096)? == vec![0x44; 4096], || {
         "what the other host wrote is gone".to_owned()
     })?;
-    drop(target);
     Ok(())
 }
 
