@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use bulkhead_integration::survive::disk::Base;
 use bulkhead_integration::survive::fleet::Scene;
+use bulkhead_integration::survive::guest::{guest_on_host, guest_on_serve};
 use bulkhead_integration::survive::mixed::mixed;
 use bulkhead_integration::survive::scenarios::{
     HEADING, Reconnect, Row, deaths_of_rot, kills, kills_in_recovery, message_points, other_deaths,
@@ -136,6 +137,18 @@ fn scenarios(arguments: &Arguments) -> Vec<Scenario> {
     for (name, packed) in [("mixed, split", false), ("mixed, packed", true)] {
         out.push((name, Box::new(move |name| mixed(name, packed, how_long))));
     }
+    let count = (all / 50).clamp(1, 20);
+    for (name, packed) in [("guest, split", false), ("guest, packed", true)] {
+        out.push((
+            name,
+            Box::new(move |name| guest_on_host(name, packed, count)),
+        ));
+    }
+    let name = "guest that connects again";
+    out.push((
+        name,
+        Box::new(move |name| guest_on_serve(name, false, count)),
+    ));
     let count = (all * 3 / 10).max(2);
     out.push((
         "slow writes",

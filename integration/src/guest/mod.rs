@@ -115,6 +115,8 @@ pub struct Guest {
     process: Process,
 }
 
+/// How often QEMU looks whether a back-end that went away is there again.
+const RECONNECT_MS: u32 = 100;
 /// Memory of a guest.
 const MEMORY: &str = "512M";
 
@@ -244,7 +246,7 @@ fn disk_arguments(index: usize, disk: &GuestDisk) -> Vec<String> {
         } => vec![
             "-chardev".to_owned(),
             format!(
-                "socket,id=c{index},path={},reconnect-ms=1000",
+                "socket,id=c{index},path={},reconnect-ms={RECONNECT_MS}",
                 socket.display()
             ),
             "-device".to_owned(),

@@ -1,13 +1,16 @@
 //! A Linux guest in QEMU that verifies what its disk holds, while the processes die under it (T40).
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use super::kills::{Child, KillError, Victim as _};
+use super::finding::Report;
+use super::kills::{Away, Child, KillError, Serve, Victim};
+use super::scenarios::{Row, explained, folder};
 use crate::guest::boot::Boot;
 use crate::guest::{BOOT_PATIENCE, Guest, GuestDisk, GuestError, GuestSpec, Machine};
-use crate::host::Host;
-use crate::processes::binary;
+use crate::host::{BundleSpec, Host, VolumeSpec};
+use crate::processes::{binary, binary_dir};
 use crate::random::Random;
 
 /// How long some rounds of the guest's work may take.
@@ -66,12 +69,11 @@ impl WorkingGuest {
     pub fn start(
         dir: &Path,
         boot: &Boot,
-        host: &Host,
-        volume: &str,
+        socket: PathBuf,
         packed: bool,
     ) -> Result<Self, ThroughError> {
         let disks = [GuestDisk::VhostUser {
-            socket: host.socket(volume),
+            socket,
             queues: 2,
             packed,
             platform: false,
@@ -134,22 +136,99 @@ impl WorkingGuest {
         }
     }
 
-    /// Kills the data plane under it, so often, with up to `pause_ms` between two kills.
+    /// Kills its disk's back-end under it, so often, with up to `pause_ms` between two kills.
     ///
     /// # Errors
     /// See [`ThroughError`].
     pub fn survives(
         &self,
-        host: &Host,
+        victim: &mut dyn Victim,
         kills: u32,
         pause_ms: u64,
         random: &mut Random,
     ) -> Result<Through, ThroughError> {
-        let mut victim = Child::data_plane(host);
         for _ in 0..kills {
             std::thread::sleep(Duration::from_millis(random.below(pause_ms)));
             victim.kill()?;
         }
         self.goes_on()
+    }
+}
+
+/// The kernel of all guests, unpacked once, beside the folders of the profiles.
+fn boot() -> Result<Boot, ThroughError> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _guard = ONE_AT_A_TIME.lock();
+    let dir = binary_dir();
+    let cache = dir.parent().unwrap_or(&dir).join("guest");
+    Ok(Boot::prepare(&cache).map_err(GuestError::from)?)
+}
+
+/// A guest's disk is a volume of a host, whose data plane is killed: QEMU never connects again.
+#[must_use]
+pub fn guest_on_host(what: &str, packed: bool, kills: u32) -> Row {
+    row(what, kills, || {
+        let dir = folder().map_err(KillError::from)?;
+        let mut host = Host::create(dir.path()).map_err(KillError::from)?;
+        let spec = VolumeSpec {
+            queues: 2,
+            ..VolumeSpec::new("disk", "16MiB", 4096)
+        };
+        let prepared = host.create_volume(&spec).and_then(|()| {
+            let envelope = host.sign(&BundleSpec::new(1, &["disk"]))?;
+            host.start()?;
+            host.apply(&envelope)
+        });
+        prepared.map_err(KillError::from)?;
+        let guest = WorkingGuest::start(dir.path(), &boot()?, host.socket("disk"), packed)?;
+        let mut random = Random::named(what);
+        let through = guest.survives(&mut Child::data_plane(&host), kills, 1500, &mut random);
+        let log = host.log();
+        let through = through.map_err(|error| guest.wrong(&format!("{error}\n{log}")))?;
+        let connections = log.matches("frontend connected to volume").count() as u64;
+        // The firmware and the kernel have one each; and there is the window of a reply.
+        if connections > 2 + explained(&log) {
+            return Err(guest.wrong(&format!("{connections} connections were made\n{log}")));
+        }
+        Ok(through)
+    })
+}
+
+/// A guest's disk is `serve`'s, which is killed and started again: QEMU connects again (`reconnect-ms`).
+#[must_use]
+pub fn guest_on_serve(what: &str, packed: bool, kills: u32) -> Row {
+    row(what, kills, || {
+        let dir = folder().map_err(KillError::from)?;
+        let (socket, image) = (dir.path().join("a.sock"), dir.path().join("disk.img"));
+        let file = std::fs::File::create(&image).map_err(KillError::from)?;
+        file.set_len(16 << 20).map_err(KillError::from)?;
+        let blk = format!("file:{}", image.display());
+        let path = socket.display().to_string();
+        let mut serve = Serve::start(&["--socket", &path, "--blk", &blk, "--queues", "2"])?;
+        let guest = WorkingGuest::start(dir.path(), &boot()?, socket, packed)?;
+        guest.survives(&mut serve, kills, 1500, &mut Random::named(what))
+    })
+}
+
+fn row(what: &str, kills: u32, run: impl FnOnce() -> Result<Through, ThroughError>) -> Row {
+    let mut away = Away::default();
+    let mut what = what.to_owned();
+    let problem = match run() {
+        Ok(through) => {
+            away.kills = kills;
+            what.push_str(&format!(
+                " ({} rounds, its longest request {} ms)",
+                through.rounds, through.longest_ms
+            ));
+            None
+        }
+        Err(error) => Some(error.to_string()),
+    };
+    Row {
+        what,
+        away,
+        report: Report::default(),
+        unexpected_disconnects: 0,
+        problem,
     }
 }

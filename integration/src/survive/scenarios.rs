@@ -164,7 +164,10 @@ pub fn on_host(
 }
 
 /// A folder that other users can come through.
-fn folder() -> std::io::Result<tempfile::TempDir> {
+///
+/// # Errors
+/// What making it fails with.
+pub fn folder() -> std::io::Result<tempfile::TempDir> {
     let dir = tempfile::tempdir()?;
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755))?;
     Ok(dir)
