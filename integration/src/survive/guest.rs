@@ -27,6 +27,13 @@ while sleep 1; do\n\
   echo look=$look\n\
 done";
 
+/// The last lines of a console, without those that only say that it goes on.
+fn tail(console: &str) -> String {
+    let told = |line: &&str| !line.starts_with("look=");
+    let lines: Vec<&str> = console.lines().filter(told).collect();
+    lines[lines.len().saturating_sub(60)..].join("\n")
+}
+
 /// Why a guest did not get through.
 #[derive(Debug, thiserror::Error)]
 pub enum ThroughError {
@@ -106,7 +113,7 @@ impl WorkingGuest {
     fn wrong(&self, what: &str) -> ThroughError {
         ThroughError::Wrong {
             what: what.to_owned(),
-            console: self.guest.console(),
+            console: tail(&self.guest.console()),
         }
     }
 

@@ -282,9 +282,14 @@ impl<'a> Child<'a> {
     fn look(&mut self) {
         let lines = self.host.log_from(self.read);
         self.read += lines.len();
-        let mark = format!("started role={} ", self.role);
+        let role = format!(" role={} ", self.role);
         let started = |line: &str| -> Option<u32> {
-            let rest = line.split_once(&mark)?.1;
+            // After a death, and after an upgrade.
+            let runs = ["INFO started role=", "runs in the place of the one before"];
+            if !runs.iter().any(|text| line.contains(text)) {
+                return None;
+            }
+            let rest = line.split_once(&role)?.1;
             let pid = rest.split_whitespace().find_map(|w| w.strip_prefix("pid="));
             pid?.parse().ok()
         };
