@@ -140,7 +140,7 @@ impl Server {
                 let arrival = self.placement.stays(queue, now);
                 let waits = arrival.into_iter().flat_map(|arrival| arrival.held);
                 frozen.held.extend(waits.map(|held| (queue, held)));
-                // It recovered just now, or a move was given up at the same time.
+                // A move was given up at the same time.
                 let again = matches!(frozen.stage, Stage::Stopping(_));
                 if again && !frozen.retired.contains(&queue) && !self.is_retired(queue) {
                     self.park(queue);

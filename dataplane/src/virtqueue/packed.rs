@@ -242,9 +242,11 @@ impl PackedQueue {
         self.region = Some(PackedRegion::new(region, self.layout.size, self.used));
     }
 
-    /// Its state, for whoever serves it next; nothing is in flight, and everything that ended is published.
-    pub(super) fn park(self) -> (Parked, Option<PackedRegion>) {
-        debug_assert!(self.in_flight_count == 0 && self.used == self.asked);
+    /// Its state, for whoever serves it next; nothing is in flight but what is to be taken again, the next one last,
+    /// and everything that ended is published.
+    pub(super) fn park(self) -> (Parked, Option<PackedRegion>, Vec<Kept>) {
+        debug_assert!(usize::from(self.in_flight_count) == self.again.len());
+        debug_assert!(self.used == self.asked);
         let parked = Parked {
             memory: Arc::clone(&self.lease),
             layout: self.layout,
@@ -253,14 +255,18 @@ impl PackedQueue {
             used: self.used.base(),
             log: self.log.then_some(self.layout.used),
         };
-        (parked, self.region)
+        (parked, self.region, self.again)
     }
 
     /// Goes on where [`PackedQueue::park`] left it.
     ///
     /// # Errors
     /// As [`PackedQueue::new`].
-    pub(super) fn resume(parked: Parked, region: Option<PackedRegion>) -> Result<Self, RingError> {
+    pub(super) fn resume(
+        parked: Parked,
+        region: Option<PackedRegion>,
+        again: Vec<Kept>,
+    ) -> Result<Self, RingError> {
         let (layout, features) = (parked.layout, parked.features);
         let mut queue = Self::new(&parked.memory, layout, u32::from(parked.avail), features)?;
         // Not by the base: there a used half of zero means that none was given.
@@ -270,6 +276,7 @@ impl PackedQueue {
             queue.taken.reserve(usize::from(layout.size));
         }
         queue.region = region;
+        queue.set_again(again);
         queue.set_log(parked.log.is_some());
         Ok(queue)
     }

@@ -2,13 +2,14 @@
 //! can change threads.
 //!
 //! It goes on exactly where it was left: the used index is ours and not read from guest memory again, and
-//! the in-flight region, which says "nothing in flight" all the time, is not begun anew.
+//! the in-flight region is not begun anew: it says "nothing in flight" all the time, but for what is to be taken
+//! again, which travels along.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::sync::Arc;
 
-use super::inflight::{PackedRegion, SplitRegion};
+use super::inflight::{Kept, PackedRegion, SplitRegion};
 use super::{PackedQueue, QueueFeatures, RingError, SplitQueue, Virtqueue};
 use crate::memory::GuestMemory;
 use crate::worker::message::RingLayout;
@@ -26,14 +27,14 @@ pub(super) struct Parked {
     pub(super) log: Option<u64>,
 }
 
-/// A queue of which nothing is in flight, without its addresses.
+/// A queue of which nothing is in flight but what is to be taken again, without its addresses.
 #[derive(Debug)]
 pub struct ParkedQueue(Format);
 
 #[derive(Debug)]
 enum Format {
-    Split(Parked, Option<SplitRegion>),
-    Packed(Parked, Option<PackedRegion>),
+    Split(Parked, Option<SplitRegion>, Vec<u16>),
+    Packed(Parked, Option<PackedRegion>, Vec<Kept>),
 }
 
 impl ParkedQueue {
@@ -41,8 +42,8 @@ impl ParkedQueue {
     #[must_use]
     pub fn base(&self) -> u32 {
         match &self.0 {
-            Format::Split(parked, _) => u32::from(parked.avail),
-            Format::Packed(parked, _) => u32::from(parked.avail) | (u32::from(parked.used) << 16),
+            Format::Split(parked, ..) => u32::from(parked.avail),
+            Format::Packed(parked, ..) => u32::from(parked.avail) | (u32::from(parked.used) << 16),
         }
     }
 
@@ -52,28 +53,29 @@ impl ParkedQueue {
     /// [`RingError::Place`]: its ring does not lie in its memory.
     pub fn resume(self) -> Result<Virtqueue, RingError> {
         match self.0 {
-            Format::Split(parked, region) => {
-                SplitQueue::resume(parked, region).map(Virtqueue::Split)
+            Format::Split(parked, region, again) => {
+                SplitQueue::resume(parked, region, again).map(Virtqueue::Split)
             }
-            Format::Packed(parked, region) => {
-                PackedQueue::resume(parked, region).map(Virtqueue::Packed)
+            Format::Packed(parked, region, again) => {
+                PackedQueue::resume(parked, region, again).map(Virtqueue::Packed)
             }
         }
     }
 }
 
 impl Virtqueue {
-    /// Takes the queue off this thread. Nothing of it is in flight, and everything that ended is published.
+    /// Takes the queue off this thread. Nothing of it is in flight but what is to be taken again, and everything that
+    /// ended is published.
     #[must_use]
     pub fn park(self) -> ParkedQueue {
         ParkedQueue(match self {
             Self::Split(queue) => {
-                let (parked, region) = queue.park();
-                Format::Split(parked, region)
+                let (parked, region, again) = queue.park();
+                Format::Split(parked, region, again)
             }
             Self::Packed(queue) => {
-                let (parked, region) = queue.park();
-                Format::Packed(parked, region)
+                let (parked, region, again) = queue.park();
+                Format::Packed(parked, region, again)
             }
         })
     }

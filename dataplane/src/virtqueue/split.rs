@@ -189,9 +189,11 @@ impl SplitQueue {
         self.region = Some(SplitRegion::new(region, self.layout.size, self.published));
     }
 
-    /// Its state, for whoever serves it next; nothing is in flight, and everything that ended is published.
-    pub(super) fn park(self) -> (Parked, Option<SplitRegion>) {
-        debug_assert!(self.in_flight_count == 0 && self.next_used == self.asked);
+    /// Its state, for whoever serves it next; nothing is in flight but what is to be taken again, the next one last,
+    /// and everything that ended is published.
+    pub(super) fn park(self) -> (Parked, Option<SplitRegion>, Vec<u16>) {
+        debug_assert!(usize::from(self.in_flight_count) == self.again.len());
+        debug_assert!(self.next_used == self.asked);
         let parked = Parked {
             memory: Arc::clone(&self.lease),
             layout: self.layout,
@@ -200,19 +202,24 @@ impl SplitQueue {
             used: self.published,
             log: self.log,
         };
-        (parked, self.region)
+        (parked, self.region, self.again)
     }
 
     /// Goes on where [`SplitQueue::park`] left it, whatever the guest has written to its used index since.
     ///
     /// # Errors
     /// As [`SplitQueue::new`].
-    pub(super) fn resume(parked: Parked, region: Option<SplitRegion>) -> Result<Self, RingError> {
+    pub(super) fn resume(
+        parked: Parked,
+        region: Option<SplitRegion>,
+        again: Vec<u16>,
+    ) -> Result<Self, RingError> {
         let (layout, features) = (parked.layout, parked.features);
         let mut queue = Self::new(&parked.memory, layout, parked.avail, features)?;
         (queue.next_used, queue.published) = (parked.used, parked.used);
         queue.asked = parked.used;
         queue.region = region;
+        queue.set_again(again);
         queue.set_log(parked.log);
         Ok(queue)
     }

@@ -118,9 +118,12 @@ impl Queue {
     /// # Errors
     /// [`RingError`]: its ring can't lie where it did.
     pub fn resume(moved: MovedQueue, local: Rc<Local>) -> Result<Self, RingError> {
-        let queue = Self::with_ring(moved.queue, local, moved.ring.resume()?, moved.features);
+        let ring = moved.ring.resume()?;
+        let recovers = ring.left_again() > 0;
+        let queue = Self::with_ring(moved.queue, local, ring, moved.features);
         Ok(Self {
             enabled: moved.enabled,
+            recovers,
             ..queue
         })
     }
@@ -150,7 +153,19 @@ impl Queue {
         }
     }
 
-    /// For another worker: nothing is in flight, and kick and call are off this worker's ring.
+    /// Whether nothing of it is under way here any more: what was in flight when it started may go to another worker
+    /// with it, but is done or left before it stops.
+    #[must_use]
+    pub fn is_drained(&self) -> bool {
+        let left = if self.stopping {
+            0
+        } else {
+            self.ring.left_again()
+        };
+        usize::from(self.ring.in_flight()) == left
+    }
+
+    /// For another worker: nothing is under way, and kick and call are off this worker's ring.
     #[must_use]
     pub fn park(self) -> MovedQueue {
         MovedQueue {
@@ -176,7 +191,8 @@ impl Queue {
     /// Whether what was in flight when it started is to be taken.
     #[must_use]
     pub fn is_recovered(&self) -> bool {
-        self.recovers && !self.retired && (self.finishes || (self.enabled && !self.stopping))
+        let may = self.recovers && !self.leaving && !self.retired;
+        may && (self.finishes || (self.enabled && !self.stopping))
     }
 
     /// Leaves what was in flight when it started, and was not taken since, to whoever serves it next.

@@ -347,7 +347,7 @@ impl Worker {
 
     /// Gives a queue that stops or leaves up once nothing of it is in flight.
     fn give_up_if_drained(&mut self, number: u32) {
-        let drained = |q: &&mut Queue| (q.stopping || q.leaving) && q.ring.in_flight() == 0;
+        let drained = |q: &&mut Queue| (q.stopping || q.leaving) && q.is_drained();
         let Some(queue) = self.queue(number).filter(drained) else {
             return;
         };

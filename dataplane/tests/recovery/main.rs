@@ -122,9 +122,12 @@ fn a_queue_that_waits_does_nothing_yet() {
             ..Start::AGAIN
         };
         started(&rig, waits);
-        // It does not go anywhere meanwhile, either.
+        // It takes with it what it is to do when it goes to another worker meanwhile.
         rig.tell(ToWorker::Move { queue: QUEUE });
-        assert!(matches!(rig.hear(), FromWorker::Stays { .. }));
+        let FromWorker::Moved(moved) = rig.hear() else {
+            panic!("it stays");
+        };
+        rig.tell(ToWorker::Resume(moved));
         rig.check_open(left.iter().copied());
         let enabled = true;
         rig.tell(ToWorker::SetEnabled {

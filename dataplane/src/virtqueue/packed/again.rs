@@ -34,24 +34,31 @@ impl PackedQueue {
         self.asked = past.used;
         self.avail = past.used.advanced(past.descriptors, self.layout.size);
         self.hide_unshown(past.descriptors);
-        self.descriptors = past.descriptors;
-        let mut chains = 0;
-        for Kept { id, descriptors } in &past.chains {
+        self.taken.reserve(usize::from(self.layout.size));
+        self.region = Some(past.region);
+        let mut again = past.chains;
+        again.reverse();
+        self.set_again(again);
+        Recovered::Kept {
+            chains: self.in_flight_count,
+        }
+    }
+
+    /// Notes what is in flight, of a queue of which nothing is yet, and to be taken again, the next one last.
+    pub(super) fn set_again(&mut self, again: Vec<Kept>) {
+        for Kept { id, descriptors } in again.iter().rev() {
+            // At most the ring's size.
+            let count = u16::try_from(descriptors.len()).unwrap_or(0);
             if let Some(of) = self.descriptors_of.get_mut(usize::from(*id)) {
-                // At most the ring's size.
-                *of = u16::try_from(descriptors.len()).unwrap_or(0);
+                *of = count;
             }
             if let Some(order) = &mut self.order {
                 order.taken(*id);
             }
-            chains += 1;
+            self.descriptors += count;
+            self.in_flight_count += 1;
         }
-        self.in_flight_count = chains;
-        self.taken.reserve(usize::from(self.layout.size));
-        self.region = Some(past.region);
-        self.again = past.chains;
-        self.again.reverse();
-        Recovered::Kept { chains }
+        self.again = again;
     }
 
     /// Of a batch that was not shown, all but the first are written as used already, at places that may be

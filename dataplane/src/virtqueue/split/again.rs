@@ -46,8 +46,18 @@ impl SplitQueue {
     }
 
     fn go_on(&mut self, past: SplitPast) -> Recovered {
-        let mut chains = 0;
-        for head in &past.heads {
+        let mut again = past.heads;
+        again.reverse();
+        self.set_again(again);
+        let chains = self.in_flight_count;
+        self.go_on_at(self.published.wrapping_add(chains));
+        self.region = Some(past.region);
+        Recovered::Kept { chains }
+    }
+
+    /// Notes what is in flight, of a queue of which nothing is yet, and to be taken again, the next one last.
+    pub(super) fn set_again(&mut self, again: Vec<u16>) {
+        for head in again.iter().rev() {
             let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
             if let Some(word) = self.in_flight.get_mut(word) {
                 *word |= bit;
@@ -55,14 +65,9 @@ impl SplitQueue {
             if let Some(order) = &mut self.order {
                 order.taken(*head);
             }
-            chains += 1;
+            self.in_flight_count += 1;
         }
-        self.in_flight_count = chains;
-        self.go_on_at(self.published.wrapping_add(chains));
-        self.region = Some(past.region);
-        self.again = past.heads;
-        self.again.reverse();
-        Recovered::Kept { chains }
+        self.again = again;
     }
 
     /// Chains that are to be taken again.

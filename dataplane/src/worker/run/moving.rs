@@ -18,7 +18,7 @@ impl Worker {
     /// A queue is to leave.
     pub(super) fn begin_move(&mut self, id: QueueId) {
         let number = self.numbers.get(&id).copied();
-        let can = |queue: &&mut Queue| !queue.stopping && !queue.retired && !queue.recovers;
+        let can = |queue: &&mut Queue| !queue.stopping && !queue.retired;
         let Some(number) = number.filter(|n| self.queue(*n).filter(can).is_some()) else {
             return self.reply(FromWorker::Stays { queue: id });
         };
