@@ -40,9 +40,23 @@ impl Host {
     /// # Errors
     /// See [`HostError`].
     pub fn install(&self, program: &str, version: u64) -> Result<(), HostError> {
+        let built = binary_dir().join(format!("bulkhead-{program}"));
+        self.install_from(program, &built, version)
+    }
+
+    /// The same of this binary.
+    ///
+    /// # Errors
+    /// See [`HostError`].
+    pub fn install_from(
+        &self,
+        program: &str,
+        binary: &Path,
+        version: u64,
+    ) -> Result<(), HostError> {
         let name = format!("bulkhead-{program}");
         let aside = self.bin_dir.join("aside");
-        fs::copy(binary_dir().join(&name), &aside)?;
+        fs::copy(binary, &aside)?;
         let mut file = fs::File::options().append(true).open(&aside)?;
         write!(file, "version {version}")?;
         drop(file);

@@ -1,6 +1,7 @@
 //! `survive_*`: processes die under a verified load, and nothing is lost, done twice or disconnected. Each a few
 //! times; `cargo xtask soak survive` does the same hundreds of times.
 
+mod formats;
 mod resume;
 mod systemd;
 mod upgrades;
@@ -152,6 +153,15 @@ fn main() {
         let run = test.run;
         let trial = Trial::test(test.name, move || run().map_err(|e| e.to_string().into()));
         trials.push(trial);
+    }
+    let missing = formats::missing();
+    for test in formats::TESTS {
+        if let Some(reason) = &missing {
+            eprintln!("skipped: {}: {reason}", test.name);
+        }
+        let run = test.run;
+        let trial = Trial::test(test.name, move || run().map_err(|e| e.to_string().into()));
+        trials.push(trial.with_ignored_flag(missing.is_some()));
     }
     let missing = systemd::missing();
     for test in systemd::TESTS {

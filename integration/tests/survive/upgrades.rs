@@ -44,7 +44,8 @@ fn runs(host: &Host, program: &str) -> Result<serde_json::Value, HostError> {
     Ok(found.unwrap_or_default())
 }
 
-fn settled(host: &Host) -> bool {
+/// Whether every volume is served, and nothing is left to do.
+pub fn settled(host: &Host) -> bool {
     let status = host.status();
     status.is_ok_and(|status| {
         let attached = |n: usize| status["volumes"][n]["state"]["attached"] == true;
@@ -78,7 +79,7 @@ fn beside_the_data_plane() -> Outcome {
 }
 
 /// The process id of the data plane.
-fn data_plane(host: &Host) -> Result<u32, Box<dyn std::error::Error>> {
+pub fn data_plane(host: &Host) -> Result<u32, Box<dyn std::error::Error>> {
     let status = host.status()?;
     let processes = status["processes"].as_array().cloned();
     let mut processes = processes.into_iter().flatten();
