@@ -19,6 +19,8 @@ use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+
 use bulkhead_integration::random::{Random, STAMP_BLOCK, stamp};
 
 /// Unit of all that is done, in bytes.
@@ -300,8 +302,12 @@ impl Part {
     fn discard(&mut self, at: usize, count: usize) -> io::Result<()> {
         let range = [self.offset(at), (count * BLOCK) as u64];
         // SAFETY: as above.
-        unsafe { blkdiscard(self.device.as_raw_fd(), &raw const range) }?;
-        self.model[at..at + count].fill(Content::Any);
+        match unsafe { blkdiscard(self.device.as_raw_fd(), &raw const range) } {
+            Ok(_) => self.model[at..at + count].fill(Content::Any),
+            // Not every disk does it: all is as it was.
+            Err(Errno::EOPNOTSUPP) => {}
+            Err(error) => return Err(error.into()),
+        }
         Ok(())
     }
 

@@ -141,7 +141,7 @@ fn scenarios(arguments: &Arguments) -> Vec<Scenario> {
     for (name, packed) in [("guest, split", false), ("guest, packed", true)] {
         out.push((
             name,
-            Box::new(move |name| guest_on_host(name, packed, count)),
+            Box::new(move |name| guest_on_host(name, packed, count, count)),
         ));
     }
     let name = "guest that connects again";

@@ -8,9 +8,9 @@ use super::finding::Report;
 use super::kills::{Away, Child, KillError, Serve, Victim};
 use super::scenarios::{Row, explained, folder};
 use crate::guest::boot::Boot;
-use crate::guest::{BOOT_PATIENCE, Guest, GuestDisk, GuestError, GuestSpec, Machine};
-use crate::host::{BundleSpec, Host, VolumeSpec};
-use crate::processes::{binary, binary_dir};
+use crate::guest::{BOOT_PATIENCE, Guest, GuestDisk, GuestError, GuestSpec, Machine, QEMU};
+use crate::host::{BundleSpec, Host, VolumeSpec, own_binaries};
+use crate::processes::{binary, binary_dir, installed};
 use crate::random::Random;
 
 /// How long some rounds of the guest's work may take.
@@ -101,8 +101,10 @@ impl WorkingGuest {
             },
         };
         let mut guest = Guest::start(boot, &spec)?;
-        guest.wait_for("round=1", BOOT_PATIENCE + PATIENCE)?;
-        Ok(Self { guest })
+        guest.wait_for("look=1", BOOT_PATIENCE)?;
+        let this = Self { guest };
+        this.goes_on()?;
+        Ok(this)
     }
 
     fn number(&self, name: &str) -> u64 {
@@ -171,14 +173,29 @@ fn boot() -> Result<Boot, ThroughError> {
     Ok(Boot::prepare(&cache).map_err(GuestError::from)?)
 }
 
-/// A guest's disk is a volume of a host, whose data plane is killed: QEMU never connects again.
+/// What a machine lacks for guests, if it lacks something.
 #[must_use]
-pub fn guest_on_host(what: &str, packed: bool, kills: u32) -> Row {
-    row(what, kills, || {
+pub fn missing() -> Option<String> {
+    let programs = [QEMU, "busybox", "lz4"];
+    let program = programs
+        .iter()
+        .find(|program| installed(program).is_none())?;
+    Some(format!(
+        "{program} is not installed: `cargo xtask test` installs it"
+    ))
+}
+
+/// A guest's disk is a volume of a host, whose data plane is killed and upgraded so often: QEMU never connects again.
+#[must_use]
+pub fn guest_on_host(what: &str, packed: bool, kills: u32, upgrades: u32) -> Row {
+    row(what, kills + upgrades, || {
         let dir = folder().map_err(KillError::from)?;
-        let mut host = Host::create(dir.path()).map_err(KillError::from)?;
+        let binaries = own_binaries(dir.path()).map_err(KillError::from)?;
+        let host = Host::create_with(dir.path(), &binaries);
+        let mut host = host.map_err(KillError::from)?;
         let spec = VolumeSpec {
             queues: 2,
+            more: ["--discard", "pass"].map(str::to_owned).to_vec(),
             ..VolumeSpec::new("disk", "16MiB", 4096)
         };
         let prepared = host.create_volume(&spec).and_then(|()| {
@@ -189,6 +206,11 @@ pub fn guest_on_host(what: &str, packed: bool, kills: u32) -> Row {
         prepared.map_err(KillError::from)?;
         let guest = WorkingGuest::start(dir.path(), &boot()?, host.socket("disk"), packed)?;
         let mut random = Random::named(what);
+        for version in 1..=u64::from(upgrades) {
+            std::thread::sleep(Duration::from_millis(random.below(500)));
+            let upgraded = host.upgrade("dataplane", version);
+            upgraded.map_err(|error| guest.wrong(&format!("{error}\n{}", host.log())))?;
+        }
         let through = guest.survives(&mut Child::data_plane(&host), kills, 1500, &mut random);
         let log = host.log();
         let through = through.map_err(|error| guest.wrong(&format!("{error}\n{log}")))?;

@@ -11,17 +11,38 @@ use std::os::unix::fs::PermissionsExt as _;
 use bulkhead_integration::host::own_uid;
 use bulkhead_integration::survive::disk::Base;
 use bulkhead_integration::survive::fleet::Scene;
+use bulkhead_integration::survive::guest;
 use bulkhead_integration::survive::scenarios::{
     Reconnect, Row, deaths_of_rot, kills, kills_in_recovery, message_points, other_deaths,
     reconnects, request_points, slow_writes, successor_points,
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 
+/// What a test needs of the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Need {
+    Nothing,
+    /// To be root: it reaches into another process's memory.
+    Root,
+    /// QEMU, busybox and a kernel.
+    Guest,
+}
+
+impl Need {
+    /// Why it is not met, if it is not.
+    fn missing(self) -> Option<String> {
+        match self {
+            Self::Nothing => None,
+            Self::Root => (own_uid() != 0).then(|| "it needs root".to_owned()),
+            Self::Guest => guest::missing(),
+        }
+    }
+}
+
 /// A test.
 struct Test {
     name: &'static str,
-    /// It reaches into another process's memory.
-    needs_root: bool,
+    needs: Need,
     run: fn(&str) -> Row,
 }
 
@@ -29,37 +50,37 @@ struct Test {
 const HOST: &[Test] = &[
     Test {
         name: "survive_kills_split",
-        needs_root: false,
+        needs: Need::Nothing,
         run: |name| kills(name, &scene(false, true), 15),
     },
     Test {
         name: "survive_kills_packed",
-        needs_root: false,
+        needs: Need::Nothing,
         run: |name| kills(name, &scene(true, false), 15),
     },
     Test {
         name: "survive_kills_in_recovery",
-        needs_root: false,
+        needs: Need::Nothing,
         run: |name| kills_in_recovery(name, &scene(true, true), 10),
     },
     Test {
         name: "survive_points_of_a_request_split",
-        needs_root: true,
+        needs: Need::Root,
         run: |name| request_points(name, &scene(false, false), 1),
     },
     Test {
         name: "survive_points_of_a_request_packed",
-        needs_root: true,
+        needs: Need::Root,
         run: |name| request_points(name, &scene(true, true), 1),
     },
     Test {
         name: "survive_points_of_a_message",
-        needs_root: true,
+        needs: Need::Root,
         run: |name| message_points(name, &scene(false, true), 1),
     },
     Test {
         name: "survive_points_of_a_successor",
-        needs_root: true,
+        needs: Need::Root,
         run: |name| successor_points(name, &scene(true, true), 1),
     },
 ];
@@ -68,7 +89,7 @@ const HOST: &[Test] = &[
 const OTHERS: &[Test] = &[
     Test {
         name: "survive_no_in_flight_region",
-        needs_root: false,
+        needs: Need::Nothing,
         run: |name| {
             let scene = Scene {
                 inflight: false,
@@ -80,18 +101,32 @@ const OTHERS: &[Test] = &[
     },
     Test {
         name: "survive_deaths_of_keyd_agent_and_pairs",
-        needs_root: false,
+        needs: Need::Nothing,
         run: |name| other_deaths(name, &scene(false, true), 6),
     },
     Test {
         name: "survive_deaths_of_rot",
-        needs_root: false,
+        needs: Need::Nothing,
         run: |name| deaths_of_rot(name, &scene(false, true), 2),
     },
     Test {
         name: "survive_slow_writes",
-        needs_root: false,
+        needs: Need::Nothing,
         run: |name| slow_writes(name, 4),
+    },
+];
+
+/// A Linux guest works on its disk meanwhile (T40).
+const GUESTS: &[Test] = &[
+    Test {
+        name: "survive_guest",
+        needs: Need::Guest,
+        run: |name| guest::guest_on_host(name, false, 3, 2),
+    },
+    Test {
+        name: "survive_guest_connects_again",
+        needs: Need::Guest,
+        run: |name| guest::guest_on_serve(name, true, 3),
     },
 ];
 
@@ -99,22 +134,22 @@ const OTHERS: &[Test] = &[
 const RECONNECTS: &[Test] = &[
     Test {
         name: "survive_reconnect_qemu",
-        needs_root: false,
+        needs: Need::Nothing,
         run: |name| reconnects(name, reconnect(false, false, Base::Used), 10),
     },
     Test {
         name: "survive_reconnect_qemu_packed",
-        needs_root: false,
+        needs: Need::Nothing,
         run: |name| reconnects(name, reconnect(true, false, Base::Used), 10),
     },
     Test {
         name: "survive_reconnect_cloud_hypervisor",
-        needs_root: false,
+        needs: Need::Nothing,
         run: |name| reconnects(name, reconnect(false, false, Base::Avail), 10),
     },
     Test {
         name: "survive_reconnect_cloud_hypervisor_in_order",
-        needs_root: false,
+        needs: Need::Nothing,
         run: |name| reconnects(name, reconnect(false, true, Base::InOrder), 10),
     },
 ];
@@ -140,14 +175,14 @@ const fn reconnect(packed: bool, in_order: bool, base: Base) -> Reconnect {
 fn main() {
     let arguments = Arguments::from_args();
     let mut trials = Vec::new();
-    for test in [HOST, OTHERS, RECONNECTS].into_iter().flatten() {
+    for test in [HOST, OTHERS, GUESTS, RECONNECTS].into_iter().flatten() {
         let (name, run) = (test.name, test.run);
-        let skipped = test.needs_root && own_uid() != 0;
-        if skipped {
-            eprintln!("skipped: {name}: it needs root");
+        let missing = test.needs.missing();
+        if let Some(reason) = &missing {
+            eprintln!("skipped: {name}: {reason}");
         }
         let trial = Trial::test(name, move || judge(&run(name)));
-        trials.push(trial.with_ignored_flag(skipped));
+        trials.push(trial.with_ignored_flag(missing.is_some()));
     }
     for test in resume::TESTS.iter().chain(upgrades::TESTS) {
         let run = test.run;
