@@ -385,7 +385,7 @@ impl Agent {
         self.known.cancel.extend(&apply.prepared);
         self.known.candidate = Some(apply.stored);
         self.want_pass();
-        self.end_job(Some((apply.client, AdminReply::Refused { reason })));
+        self.end_job(Some((apply.client, AdminReply::Open { reason })));
     }
 
     fn take_apply(&mut self) -> Option<Box<Apply>> {

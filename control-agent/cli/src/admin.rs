@@ -39,6 +39,10 @@ pub(crate) fn apply(arguments: &Apply) -> Result<(), Failure> {
             "refused, and nothing changed: {}",
             printable(&reason)
         ))),
+        AdminReply::Open { reason } => Err(Failure::new(format!(
+            "not decided yet: {}",
+            printable(&reason)
+        ))),
         _ => Err(unexpected()),
     }
 }

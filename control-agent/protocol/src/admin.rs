@@ -72,6 +72,13 @@ pub enum AdminReply {
         #[n(0)]
         release: Release,
     },
+    /// Neither in force nor refused: keyd may have accepted the bundle, and is asked until it says.
+    #[n(5)]
+    Open {
+        /// For the operator: what is not known, and what becomes of it.
+        #[n(0)]
+        reason: String,
+    },
 }
 
 /// What runs on a host.

@@ -286,7 +286,7 @@ fn a_silent_keyd_leaves_the_bundle_open_until_it_says() {
         handled: true,
     });
     let reply = world.apply(&signed(&second()));
-    let AdminReply::Refused { reason } = reply else {
+    let AdminReply::Open { reason } = reply else {
         panic!("{reply:?}")
     };
     assert!(

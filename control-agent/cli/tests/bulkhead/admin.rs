@@ -146,6 +146,17 @@ fn a_refusal_is_printed_so_that_it_can_not_steer_the_terminal() {
 }
 
 #[test]
+fn what_is_open_is_neither_applied_nor_refused() {
+    let reason = "keyd gave no answer".to_owned();
+    let (ended, _) = ask("apply b.cose", Some(AdminReply::Open { reason }));
+    assert_eq!((ended.code, ended.stdout.as_str()), (1, ""));
+    assert_eq!(
+        ended.stderr,
+        "bulkhead: not decided yet: keyd gave no answer\n"
+    );
+}
+
+#[test]
 fn an_agent_that_hangs_up_is_no_success() {
     let (ended, _) = ask("apply b.cose", None);
     assert_eq!(ended.code, 1);
