@@ -89,6 +89,31 @@ fn has_hung_up(file: &File, patience_ms: u16) -> bool {
 mod tests {
     use super::*;
 
+    /// Who has the same open file description has its lock already (T36): it says nothing of the other's requests.
+    #[test]
+    fn a_lock_on_a_handed_over_file_does_not_hold() {
+        use std::process::{Command, Stdio};
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let held = File::open(file.path()).expect("open");
+        held.try_lock().expect("nobody has it");
+        // A process that has the file, as a dead one's requests have it.
+        let handed_over = held.try_clone().expect("duplicated");
+        let mut other = Command::new("sleep")
+            .arg("60")
+            .stdin(Stdio::from(handed_over))
+            .spawn()
+            .expect("a process");
+        let successor = held.try_clone().expect("duplicated");
+        successor.try_lock().expect("it has it already");
+        let stranger = File::open(file.path()).expect("open");
+        assert!(stranger.try_lock().is_err(), "others are kept off");
+        drop((held, successor));
+        assert!(stranger.try_lock().is_err(), "the other has it still");
+        other.kill().expect("a signal");
+        other.wait().expect("its end");
+        stranger.try_lock().expect("now nobody has it");
+    }
+
     #[test]
     fn a_pipe_of_this_process_is_watched() {
         let (read, write) = nix::unistd::pipe().expect("a pipe");
