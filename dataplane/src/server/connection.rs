@@ -145,7 +145,7 @@ impl Connection {
     }
 
     fn put(&self, place: &mut Place, step: Step) {
-        let open = self.stage == Stage::Open && !self.session.is_pending();
+        let open = self.stage == Stage::Open && !self.session.is_answering();
         if let Some(framing) = self.framing.as_ref().filter(|_| open && place.keeps()) {
             let now = self.session.remembered(framing.socket(), step);
             place.put_connection(self.session.cache_mode(), Some(now));
@@ -242,9 +242,9 @@ impl Connection {
         Ok(Driven::HadItsTurn)
     }
 
-    /// The message in hand is done, unless the session waits for workers: it is remembered and answered.
+    /// The message in hand is done, unless it waits for workers: it is remembered and answered.
     fn reply(&mut self, place: &mut Place, outbox: Outbox) -> Result<(), ProtocolError> {
-        if self.session.is_pending() {
+        if self.session.is_answering() {
             return Ok(());
         }
         let reply = match outbox.replies.is_empty() {

@@ -82,6 +82,25 @@ fn queues_are_served_once_it_is_known_what_is_under_which_key() {
     assert!(rig.session.holds_volume() && !rig.session.waits_for_volume());
 }
 
+/// A queue begins just when the volume is ready: its message is answered, although the session waits until all queues
+/// know that they are served.
+#[test]
+fn a_start_is_answered_while_queues_are_told_that_they_are_served() {
+    let mut rig = Rig::negotiated_of(rekeyed());
+    rig.share(&[(0, MEMORY_BYTES)]);
+    rig.place(0);
+    assert_eq!(rig.kick(0), Answer::Pending);
+    assert!(rig.session.is_answering());
+    rig.say(ready(Ok(())));
+    let mut out = bulkhead_dataplane::vhost_user::Outbox::default();
+    let started = FromWorker::Started { queue: queue(0) };
+    assert!(!rig.session.on_worker(started, &mut out).expect("it began"));
+    assert!(!out.replies.is_empty() && !rig.session.is_answering());
+    assert!(rig.session.is_pending() && rig.session.holds_volume());
+    let told = out.to_workers.pop().expect("told").1;
+    assert!(matches!(told, ToWorker::SetEnabled { .. }), "{told:?}");
+}
+
 #[test]
 fn a_volume_that_may_not_be_served_is_asked_for_again() {
     let mut rig = asked();

@@ -2,6 +2,7 @@
 //! times; `cargo xtask soak survive` does the same hundreds of times.
 
 mod formats;
+mod rekey;
 mod resume;
 mod systemd;
 mod upgrades;
@@ -184,7 +185,8 @@ fn main() {
         let trial = Trial::test(name, move || judge(&run(name)));
         trials.push(trial.with_ignored_flag(missing.is_some()));
     }
-    for test in resume::TESTS.iter().chain(upgrades::TESTS) {
+    let tables = [resume::TESTS, upgrades::TESTS, rekey::TESTS];
+    for test in tables.into_iter().flatten() {
         let run = test.run;
         let trial = Trial::test(test.name, move || run().map_err(|e| e.to_string().into()));
         trials.push(trial);

@@ -176,6 +176,13 @@ impl Session {
         self.waiting.is_some()
     }
 
+    /// Whether the message that was handled last is not done yet. (A session also waits for its own sake: the
+    /// volume is ready, and its queues are told.)
+    #[must_use]
+    pub fn is_answering(&self) -> bool {
+        self.waiting.as_ref().is_some_and(|w| w.code != 0)
+    }
+
     /// Queues that run, and queues that retired.
     #[must_use]
     pub fn queues(&self) -> (u16, u16) {
