@@ -156,7 +156,8 @@ impl Device {
 
     /// Whether a successor can go on with what is served of it.
     pub(super) fn can_be_handed_over(&self) -> bool {
-        self.connection.is_none() || self.place.keeps()
+        let stored = self.place.volume().and_then(|v| v.connection.as_ref());
+        self.connection.is_none() || stored.is_some()
     }
 
     /// Its name in log lines.

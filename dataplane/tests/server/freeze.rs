@@ -64,7 +64,7 @@ struct Scene {
     rig: Rig,
     id: DeviceId,
     disk: Disk,
-    _rot: fd_store::Keeper,
+    rot: fd_store::Keeper,
 }
 
 fn scene() -> Scene {
@@ -105,12 +105,7 @@ fn scene() -> Scene {
     };
     let disk = Disk::attach(&path, &options).expect("attaches");
     assert!(matches!(rig.event(), Event::Connected { .. }));
-    Scene {
-        rig,
-        id,
-        disk,
-        _rot: rot,
-    }
+    Scene { rig, id, disk, rot }
 }
 
 fn request(slot: u16) -> Request {
@@ -155,7 +150,12 @@ fn thaw(rig: &Rig) -> OwnedFd {
 
 #[test]
 fn it_stops_under_load_with_nothing_in_flight_and_goes_on_where_it_was() {
-    let Scene { rig, mut disk, .. } = scene();
+    let Scene {
+        rig,
+        mut disk,
+        rot: _rot,
+        ..
+    } = scene();
     let mut fence: Option<OwnedFd> = None;
     for round in 0..50 {
         begin(&mut disk);
@@ -200,7 +200,12 @@ fn it_stops_under_load_with_nothing_in_flight_and_goes_on_where_it_was() {
 
 #[test]
 fn who_is_told_to_go_on_before_it_has_stopped_goes_on() {
-    let Scene { rig, mut disk, .. } = scene();
+    let Scene {
+        rig,
+        mut disk,
+        rot: _rot,
+        ..
+    } = scene();
     for round in 0..50 {
         begin(&mut disk);
         rig.ask(|server| server.freeze()).expect("it can");
@@ -217,7 +222,12 @@ fn who_is_told_to_go_on_before_it_has_stopped_goes_on() {
 
 #[test]
 fn messages_wait_until_it_goes_on_and_a_frontend_that_left_is_gone() {
-    let Scene { rig, id, disk, .. } = scene();
+    let Scene {
+        rig,
+        id,
+        disk,
+        rot: _rot,
+    } = scene();
     rig.ask(|server| server.freeze()).expect("it can");
     assert!(matches!(rig.event(), Event::Frozen));
     std::thread::scope(|scope| {
