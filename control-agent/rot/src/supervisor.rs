@@ -247,6 +247,10 @@ impl Supervisor {
             return self.on_end_beside(seat, now);
         };
         self.on_store(seat, LEFT_BEHIND, now);
+        // One that said Hello and died before anybody looked was up all the same.
+        if self.children.get(role).running().is_some_and(|r| !r.hello) {
+            self.on_channel(seat, PollFlags::POLLIN, now);
+        }
         let child = self.children.get_mut(role);
         let Some(how) = child.reap(now, self.stop_by.is_some())? else {
             return Ok(());

@@ -7,6 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
+use bulkhead_protocol::fd_store::StoreError;
+
 use super::Fd;
 use super::file::{FileError, StateFile};
 use super::keeper::{KeepError, Shared, lock};
@@ -272,6 +274,9 @@ impl Kept {
         if self.given_up {
             return;
         }
+        if matches!(error, KeepError::Store(StoreError::Closed)) {
+            end_with_rot();
+        }
         tracing::error!(
             "volume {}: its frontend's connection will not outlive this process: {error}",
             self.volume.grant.volume
@@ -298,4 +303,11 @@ impl Kept {
             tracing::error!("a volume that is gone stays in the store: {error}");
         }
     }
+}
+
+/// rot is gone, and the kernel is about to end this process with it. What it did until then its successor, which
+/// may find everything else in systemd's store, would not know: so it does nothing more.
+fn end_with_rot() -> ! {
+    tracing::error!("rot is gone: this process ends as it is");
+    std::process::exit(1)
 }

@@ -23,6 +23,10 @@ pub const CASES: &[Case] = &[
         restart(Role::Agent);
     }),
     case("restarts_back_off", back_off),
+    case(
+        "who_said_hello_is_followed_at_once_however_often",
+        no_back_off,
+    ),
     case("a_swapped_binary_is_not_what_is_restarted", swapped),
     case("children_have_descriptors_0_to_4_alone", descriptors),
     case("what_does_not_decode_is_refused_and_rot_goes_on", garbage),
@@ -142,6 +146,29 @@ fn back_off() {
         2,
         "measured, started, left alone"
     );
+}
+
+fn no_back_off() {
+    let mut host = Host::new();
+    host.start();
+    for _ in 0..12 {
+        let puppet = host.puppet(Role::Keyd);
+        puppet.say(ToRot::Hello);
+        // It has said it when this is answered; whether rot has read it or not.
+        puppet.obeys(Order::Barrier);
+        puppet.kill();
+    }
+    host.puppet(Role::Keyd);
+    let longest = |line: &str| {
+        let wait = line.split("next start in ").nth(1)?;
+        let wait = wait.split_whitespace().next()?;
+        // Less than a millisecond is written with another unit.
+        wait.strip_suffix("ms")?.parse::<f64>().ok()
+    };
+    let log = host.log();
+    let waits: Vec<f64> = log.lines().filter_map(longest).collect();
+    assert!(waits.iter().all(|ms| *ms <= 50.0), "{waits:?}");
+    assert_eq!(host.logged("next start in "), 12);
 }
 
 fn swapped() {
