@@ -120,10 +120,12 @@ impl Host {
             }
         };
         let container = Container { init };
-        let ready = |host: &Self| host.log().contains("ready");
-        self.wait_until("the processes were not ready in time", ready)?;
         let run = format!("/proc/{init}/root/run/bulkhead");
         std::os::unix::fs::symlink(run, self.path("run"))?;
+        let ready = |host: &Self| {
+            host.log().contains(" rot  INFO ready") && host.path("run/admin.sock").exists()
+        };
+        self.wait_until("the processes were not ready in time", ready)?;
         Ok(container)
     }
 }

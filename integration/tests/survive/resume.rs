@@ -67,6 +67,15 @@ pub fn started(mut host: Host, kinds: &[Kind]) -> Result<Host, Box<dyn std::erro
 }
 
 pub fn load(host: &Host, kinds: &[Kind]) -> Result<Load, Box<dyn std::error::Error>> {
+    load_with(host, kinds, |_| ())
+}
+
+/// A load that does something else than usual.
+pub fn load_with(
+    host: &Host,
+    kinds: &[Kind],
+    change: impl FnOnce(&mut LoadSpec),
+) -> Result<Load, Box<dyn std::error::Error>> {
     let disk = |(at, kind): (usize, &Kind)| DiskSpec {
         queues: 2,
         packed: kind.1,
@@ -74,7 +83,9 @@ pub fn load(host: &Host, kinds: &[Kind]) -> Result<Load, Box<dyn std::error::Err
         ..DiskSpec::new(host.socket(&format!("disk{at}")))
     };
     let disks = kinds.iter().enumerate().map(disk).collect();
-    let mut load = Load::start(&LoadSpec::new(disks, 1))?;
+    let mut spec = LoadSpec::new(disks, 1);
+    change(&mut spec);
+    let mut load = Load::start(&spec)?;
     load.wait_filled(FILL)?;
     Ok(load)
 }

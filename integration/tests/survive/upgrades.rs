@@ -26,6 +26,10 @@ pub const TESTS: &[Test] = &[
         run: aborted,
     },
     Test {
+        name: "survive_upgrade_of_a_data_plane_that_stands_still",
+        run: stopped,
+    },
+    Test {
         name: "survive_refused_releases",
         run: refused,
     },
@@ -130,11 +134,16 @@ fn aborted() -> Outcome {
     let host = host(dir.path())?;
     let mut load = load(&host, &KINDS)?;
     let mut random = Random::named("aborted upgrades");
-    let (mut aborted, mut version) = (0, 0);
-    while aborted < 6 {
+    let wanted = match std::env::var_os("BULKHEAD_SOAK") {
+        Some(_) => 200,
+        None => 6,
+    };
+    // Those that ended the candidate before it took over, and after.
+    let (mut before, mut after, mut version) = (0, 0, 0);
+    while before + after < wanted {
         version += 1;
-        if version == 60 {
-            return Err("60 upgrades, and hardly one was hit".into());
+        if version == 10 * wanted {
+            return Err("hardly one candidate was hit".into());
         }
         host.install("dataplane", version)?;
         let statement = host.release("dataplane", version)?;
@@ -148,7 +157,7 @@ fn aborted() -> Outcome {
                     None => std::thread::yield_now(),
                 }
             };
-            std::thread::sleep(Duration::from_micros(random.below(80_000)));
+            std::thread::sleep(Duration::from_micros(random.below(120_000)));
             if let Some(pid) = candidate {
                 let at = Instant::now();
                 // It may have ended already.
@@ -159,14 +168,34 @@ fn aborted() -> Outcome {
             Ok(upgrade.join().map_err(|_| "the upgrade panicked")?)
         })?;
         if let Err(HostError::Command { reason, .. }) = &upgraded {
-            println!("{}", reason.trim_end());
-            aborted += 1;
+            let took_over = reason.contains("the old one is started");
+            *(if took_over { &mut after } else { &mut before }) += 1;
         }
         load.wait_back(FILL)
             .map_err(|e| format!("{upgraded:?} {e}\n--- log:\n{}", host.log()))?;
         host.wait_until("all agree again", settled)?;
     }
-    host.upgrade("dataplane", 100)?;
+    println!("{version} upgrades: {before} ended before Go, {after} after it");
+    host.upgrade("dataplane", version + 1)?;
+    unnoticed(load, &host)
+}
+
+/// A data plane that does not freeze in time is left to itself, and serves as soon as it can.
+fn stopped() -> Outcome {
+    let dir = crate::folder()?;
+    let host = host(dir.path())?;
+    let load = load(&host, &KINDS)?;
+    host.install("dataplane", 1)?;
+    let statement = host.release("dataplane", 1)?;
+    let pid = Pid::from_raw(i32::try_from(data_plane(&host)?)?);
+    kill(pid, Signal::SIGSTOP)?;
+    let refused = host.upgrade_to(&statement);
+    kill(pid, Signal::SIGCONT)?;
+    is_refused(refused, "did not freeze in time");
+    host.wait_until("all agree again", settled)?;
+    assert_eq!(data_plane(&host)?, u32::try_from(pid.as_raw())?);
+    host.upgrade_to(&statement)?;
+    assert_ne!(data_plane(&host)?, u32::try_from(pid.as_raw())?);
     unnoticed(load, &host)
 }
 
