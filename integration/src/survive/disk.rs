@@ -305,7 +305,9 @@ impl VerifiedDisk {
         }
         self.look_for_lost(report);
         let every = self.habits.message_every;
-        if self.stage == Stage::Mixed && every > 0 && self.random.below(every) == 0 {
+        // A connection may end within a reply, and without a region what is under way is lost with it.
+        let talks = every > 0 && self.spec.inflight;
+        if self.stage == Stage::Mixed && talks && self.random.below(every) == 0 {
             self.say_something(memory, report);
         }
         completed

@@ -8,11 +8,13 @@ mod systemd;
 mod upgrades;
 
 use std::os::unix::fs::PermissionsExt as _;
+use std::time::Duration;
 
 use bulkhead_integration::host::own_uid;
 use bulkhead_integration::survive::disk::Base;
 use bulkhead_integration::survive::fleet::Scene;
 use bulkhead_integration::survive::guest;
+use bulkhead_integration::survive::mixed::mixed;
 use bulkhead_integration::survive::scenarios::{
     Reconnect, Row, deaths_of_rot, kills, kills_in_recovery, message_points, other_deaths,
     reconnects, request_points, slow_writes, successor_points,
@@ -109,6 +111,11 @@ const OTHERS: &[Test] = &[
         name: "survive_deaths_of_rot",
         needs: Need::Nothing,
         run: |name| deaths_of_rot(name, &scene(false, true), 2),
+    },
+    Test {
+        name: "survive_everything_at_once",
+        needs: Need::Nothing,
+        run: |name| mixed(name, true, Duration::from_secs(20)),
     },
     Test {
         name: "survive_slow_writes",
