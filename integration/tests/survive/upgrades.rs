@@ -157,7 +157,7 @@ fn aborted() -> Outcome {
                     None => std::thread::yield_now(),
                 }
             };
-            std::thread::sleep(Duration::from_micros(random.below(120_000)));
+            std::thread::sleep(Duration::from_micros(random.below(70_000)));
             if let Some(pid) = candidate {
                 let at = Instant::now();
                 // It may have ended already.
