@@ -532,6 +532,21 @@ mod tests {
     }
 
     #[test]
+    fn a_failed_flush_and_the_cache_mode_outlive_the_process() {
+        let kept = crate::stored::file::StateFile::create().expect("memory");
+        let before = device(StorageSpec::Null, 8);
+        before.keep_flush_failure(kept.flush_failed());
+        before.set_writeback(false);
+        assert!(!before.flush_failed() && !kept.flush_failed().is_raised());
+        before.latch_flush_failure();
+        let after = device(StorageSpec::Null, 8);
+        after.keep_flush_failure(kept.flush_failed());
+        after.resume_cache_mode(before.cache_mode());
+        assert!(after.flush_failed() && !after.writeback());
+        assert!(after.is_unsettled(), "nobody knows what is stable");
+    }
+
+    #[test]
     fn a_reset_puts_the_cache_mode_back_and_forgives_no_failed_flush() {
         let device = device(StorageSpec::Null, 8);
         assert!(device.writeback());
