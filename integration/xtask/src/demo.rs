@@ -110,7 +110,7 @@ fn show(host: &mut Host, boot: &Boot) -> Result<(), Box<dyn Error>> {
     step("what the volume's file shows", || file_tells_nothing(host))?;
     step("a bundle with one byte changed", || changed_bundle(host))?;
     step(
-        "guest, second boot; agent and keyd killed meanwhile",
+        "guest, second boot; agent, keyd and data plane killed meanwhile",
         || second_boot(host, boot, &written),
     )?;
     step("end", || {
@@ -255,7 +255,7 @@ fn second_boot(host: &Host, boot: &Boot, written: &str) -> Step {
     let mut guest = start_guest(host, boot, &workload::find_and_replace())?;
     guest.wait_for("phase=write", BOOT_PATIENCE + WORK)?;
     let mut killed = Vec::new();
-    for role in ["agent", "keyd"] {
+    for role in ["agent", "keyd", "dataplane"] {
         let (pid, _) = host.process(role)?;
         host.kill(role)?;
         killed.push(format!("{role} {pid}"));
@@ -266,12 +266,20 @@ fn second_boot(host: &Host, boot: &Boot, written: &str) -> Step {
         return Err(format!("the second boot found something else:\n{console}").into());
     }
     same_sums(host, &console)?;
-    if host.process("dataplane")?.1 != 1 {
-        return Err("the data plane was restarted".into());
+    let (pid, generation) = host.process("dataplane")?;
+    if generation != 2 {
+        return Err(
+            format!("data plane {pid} is the {generation}th, and the second was to serve").into(),
+        );
+    }
+    let connected = host.log().matches("frontend connected to").count();
+    if connected != 2 {
+        return Err(format!("QEMU connected {connected} times, not once for each boot").into());
     }
     Ok(format!(
-        "the data is there; {} killed while it wrote 64 MiB more, which read back the same",
-        killed.join(" and ")
+        "the data is there; {} killed while it wrote 64 MiB more, which read back the same; data plane {pid} went on \
+         with QEMU's connection",
+        killed.join(", ")
     ))
 }
 
