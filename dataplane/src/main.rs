@@ -94,8 +94,10 @@ fn run(host: Option<Workers>) -> Result<(), Failure> {
 
 /// Stores what a successor has to know of this process, its fence and its workers: the fence's number.
 fn keep_own(keeper: &Keeper, found: &Found, staff: &Staff, end: &OwnedFd) -> Result<u64, Failure> {
-    let earlier = found.fences.iter().map(|(number, _)| *number).max();
-    let number = earlier.map_or(1, |number| number + 1);
+    let is_free = |number: &u64| found.fences.iter().all(|(other, _)| other != number);
+    let number = (1..)
+        .find(is_free)
+        .ok_or("there is no number for a fence")?;
     keeper.keep_fence(number, end.as_fd())?;
     if found.workers.as_ref() != Some(staff.asked()) {
         keeper.keep_workers(staff.asked())?;

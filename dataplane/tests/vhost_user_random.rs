@@ -158,7 +158,8 @@ impl Worker {
             }
             ToWorker::Stop { queue } => {
                 let base = self.has.remove(&queue).map(|start| start.base);
-                FromWorker::Stopped { queue, base }
+                let left = false;
+                FromWorker::Stopped { queue, base, left }
             }
             ToWorker::SetMemory { queue, memory } => {
                 let start = self

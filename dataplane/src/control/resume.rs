@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use std::io::ErrorKind;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
@@ -34,11 +35,17 @@ impl Control {
         for (number, end) in found.fences {
             let watched =
                 crate::fence::earlier(end).and_then(|end| server.wait_for_fence(number, end));
-            if let Err(error) = watched {
-                tracing::error!(
-                    "fence {number} of an earlier process can't be waited for: {error}"
-                );
-                self.fence_is_gone(number);
+            match watched {
+                Ok(()) => {}
+                // No pipe: it would never hang up.
+                Err(error) if error.kind() == ErrorKind::InvalidInput => {
+                    tracing::error!("fence {number} of an earlier process is none: {error}");
+                    self.fence_is_gone(number);
+                }
+                // Its requests may be under way.
+                Err(error) => {
+                    self.stop(server, format!("fence {number} can't be watched: {error}"))
+                }
             }
         }
         for place in found.volumes {
@@ -100,6 +107,12 @@ impl Volumes {
         place: Place,
     ) -> Result<DeviceId, String> {
         let id = stored.grant.volume;
+        if self.table.contains_key(&id) {
+            // The one that is there stays; the pages of this one's keys are wiped.
+            drop(expand_all(arena, &stored));
+            place.remove();
+            return Err("it is stored twice".to_owned());
+        }
         match self.prepare(arena, &stored) {
             Ok((listener, file)) => self.offer(server, &stored, (listener, file), place),
             Err(reason) => {
@@ -123,9 +136,6 @@ impl Volumes {
         let keys = expand_all(arena, stored)?;
         let grant = &stored.grant;
         check(grant)?;
-        if self.table.contains_key(&grant.volume) {
-            return Err("it is stored twice".to_owned());
-        }
         let file = self.check_shared_file(grant, Arc::clone(&stored.file))?;
         let listener = stored.listener.try_clone();
         let listener = listener.map_err(|e| format!("its listener can't be duplicated: {e}"))?;

@@ -74,7 +74,12 @@ impl Control {
     /// What rot says to a process that has stopped: whether it goes on. All else waits until then.
     pub(super) fn hear_frozen(&mut self, server: &mut Server, received: Received<FromRot>) {
         match received.message {
-            FromRot::Thaw => self.thaw(server),
+            FromRot::Thaw => {
+                // Also of a freeze that came since, which waits here.
+                self.from_rot
+                    .retain(|received| received.message != FromRot::Freeze);
+                self.thaw(server);
+            }
             FromRot::Stop => {
                 self.ended = true;
                 server.stop();

@@ -17,6 +17,7 @@ use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -25,6 +26,8 @@ use nix::sys::stat::{SFlag, fstat};
 use super::sigbus;
 
 const PAGE_BYTES: u64 = 4096;
+/// Bytes of a mapping that are looked at at once for pages to enter: a multiple of every page.
+const LOOK_BYTES: usize = 1 << 30;
 /// `TMPFS_MAGIC`, `include/uapi/linux/magic.h`; also of a memfd.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 /// `HUGETLBFS_MAGIC`; also of a memfd with huge pages.
@@ -88,7 +91,10 @@ impl Mapping {
         let key = (stat.st_dev, stat.st_ino, start, size);
         let known = mappings().get(&key).and_then(Weak::upgrade);
         let mapping = match known.filter(|known| !known.is_lost()) {
-            Some(known) => known,
+            Some(known) => {
+                may_write(fd, key)?;
+                known
+            }
             None => Arc::new(Self::map(fd, key)?),
         };
         mappings().insert(key, Arc::downgrade(&mapping));
@@ -99,18 +105,7 @@ impl Mapping {
 
     fn map(fd: BorrowedFd<'_>, key: Key) -> io::Result<Self> {
         let (.., start, size) = key;
-        // SAFETY: a fresh shared mapping at an address of the kernel's choice.
-        let address = unsafe {
-            mmap(
-                None,
-                size,
-                ProtFlags::PROT_READ | ProtFlags::PROT_WRITE,
-                MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE,
-                fd,
-                start,
-            )
-        }?;
-        let address = address.cast::<u8>();
+        let address = map_shared(fd, start, size)?;
         let guard = match sigbus::guard(address, size.get()) {
             Ok(guard) => guard,
             Err(error) => {
@@ -131,34 +126,43 @@ impl Mapping {
     /// Enters the pages that the file has into this process's page table, once; makes none. Asks for `mincore` and
     /// `madvise`: to be called before the process locks itself in.
     ///
+    /// A frontend decides how large its files are and where they have pages; so no more than `until` is spent on it, and
+    /// what is not entered then is when it is touched.
+    ///
     /// # Errors
     /// What these fail with; some pages may be entered then.
-    pub(super) fn prefault(&self) -> io::Result<()> {
-        if self.prefaulted.swap(true, Ordering::Relaxed) {
+    pub(super) fn prefault(&self, until: Instant) -> io::Result<()> {
+        if self.prefaulted.load(Ordering::Relaxed) {
             return Ok(());
         }
         let page = usize::try_from(PAGE_BYTES).unwrap_or(usize::MAX);
-        let mut there = vec![0u8; self.bytes.div_ceil(page)];
-        // SAFETY: the mapping is live, and there is a byte for each of its pages.
-        let known =
-            unsafe { libc::mincore(self.address.as_ptr().cast(), self.bytes, there.as_mut_ptr()) };
-        Errno::result(known)?;
-        let mut from = 0;
-        for run in there.chunk_by(|a, b| a & 1 == b & 1) {
-            if run.first().is_some_and(|first| first & 1 != 0) {
-                // SAFETY: the run lies inside the mapping; entering pages changes nothing in them.
-                let entered = unsafe {
-                    let at = self.address.add(from * page);
-                    libc::madvise(
-                        at.as_ptr().cast(),
-                        run.len() * page,
-                        libc::MADV_POPULATE_READ,
-                    )
-                };
-                Errno::result(entered)?;
+        let mut there = vec![0u8; LOOK_BYTES.min(self.bytes).div_ceil(page)];
+        for from in (0..self.bytes).step_by(LOOK_BYTES) {
+            let bytes = LOOK_BYTES.min(self.bytes - from);
+            // SAFETY: the range lies inside the mapping, which is live.
+            let at = unsafe { self.address.add(from) };
+            // SAFETY: as above, and there is a byte for each of its pages.
+            let known = unsafe { libc::mincore(at.as_ptr().cast(), bytes, there.as_mut_ptr()) };
+            Errno::result(known)?;
+            let there = there.get(..bytes.div_ceil(page)).unwrap_or_default();
+            let mut page_of_run = 0;
+            for run in there.chunk_by(|a, b| a & 1 == b & 1) {
+                if Instant::now() >= until {
+                    return Ok(());
+                }
+                if run.first().is_some_and(|first| first & 1 != 0) {
+                    // SAFETY: the run lies inside the range; entering pages changes nothing in them.
+                    let entered = unsafe {
+                        let at = at.add(page_of_run * page);
+                        let bytes = run.len() * page;
+                        libc::madvise(at.as_ptr().cast(), bytes, libc::MADV_POPULATE_READ)
+                    };
+                    Errno::result(entered)?;
+                }
+                page_of_run += run.len();
             }
-            from += run.len();
         }
+        self.prefaulted.store(true, Ordering::Relaxed);
         Ok(())
     }
 
@@ -185,6 +189,28 @@ impl Drop for Mapping {
         let result = unsafe { munmap(self.address.cast(), self.bytes) };
         debug_assert!(result.is_ok(), "munmap of an own mapping: {result:?}");
     }
+}
+
+/// A fresh shared mapping, to be read and written.
+fn map_shared(fd: BorrowedFd<'_>, start: i64, size: NonZeroUsize) -> io::Result<NonNull<u8>> {
+    let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    let flags = MapFlags::MAP_SHARED | MapFlags::MAP_NORESERVE;
+    // SAFETY: at an address of the kernel's choice.
+    let address = unsafe { mmap(None, size, protection, flags, fd, start) }?;
+    Ok(address.cast())
+}
+
+/// Whether this descriptor, too, may be mapped to be written: that somebody else's is says nothing of one that was
+/// opened for reading only, or sealed against writers since.
+///
+/// # Errors
+/// As mapping it.
+fn may_write(fd: BorrowedFd<'_>, key: Key) -> io::Result<()> {
+    let (.., start, size) = key;
+    let address = map_shared(fd, start, size)?;
+    // SAFETY: mapped just now, touched by nobody, and known to nobody.
+    unsafe { munmap(address.cast(), size.get()) }?;
+    Ok(())
 }
 
 /// What offsets and lengths of a mapping must be multiples of.

@@ -5,6 +5,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::RegionSpec;
 use super::mapping::Mapping;
@@ -16,14 +17,14 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// Maps a region and enters its pages: 100 to 200 ms for each GiB that a guest has used. To be called before
-    /// the process locks itself in.
+    /// Maps a region and enters its pages, as far as it gets `until` then: 100 to 200 ms for each GiB that a guest has
+    /// used. To be called before the process locks itself in.
     ///
     /// # Errors
     /// As [`super::GuestMemory::map`]; what `mincore` and `madvise` fail with.
-    pub fn add(&mut self, spec: &RegionSpec, fd: BorrowedFd<'_>) -> io::Result<()> {
+    pub fn add(&mut self, spec: &RegionSpec, fd: BorrowedFd<'_>, until: Instant) -> io::Result<()> {
         let (mapping, _) = Mapping::new(fd, spec.file_offset, spec.bytes)?;
-        mapping.prefault()?;
+        mapping.prefault(until)?;
         self.mappings.push(mapping);
         Ok(())
     }

@@ -338,7 +338,7 @@ impl Device {
         let starts = self
             .connection
             .as_ref()
-            .is_some_and(|c| c.session.is_pending());
+            .is_some_and(|c| c.session.is_resuming());
         if self.resumes && self.stage == Stage::Attached && !starts {
             self.resumes = false;
             events.push(Event::Resumed { id });

@@ -151,7 +151,7 @@ impl Server {
                 if let Err(reason) = result {
                     tracing::error!("{reason}: a successor would not wait for its requests");
                     // Rather than serve without it.
-                    self.stop();
+                    return self.stop();
                 }
                 self.one_thawed();
             }

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bulkhead_protocol::fd_store::{Change, FdName, Store, StoreError};
 use bulkhead_protocol::process::StartError;
@@ -19,6 +20,9 @@ use super::names::{Name, SLOTS};
 use super::volume::{FdNumber, StoredVolume};
 use super::workers;
 use crate::memory::Prepared;
+
+/// How long guests' memory is entered ahead at most: 50 to 100 GiB of it.
+const PREPARE_WITHIN: Duration = Duration::from_secs(10);
 
 /// The store and what lies in it, before anything of it is taken over. Nothing here writes or removes. A process
 /// that rot did not start has no store.
@@ -105,13 +109,14 @@ impl Inherited {
     /// Maps the memory of the guests that there are now, with its pages, so that it need not be done when they wait.
     /// To be called before the process locks itself in, and again when what is left has changed.
     pub fn prepare(&mut self) {
+        let until = Instant::now() + PREPARE_WITHIN;
         let mut prepared = BTreeMap::new();
         for (slot, volume) in self.look() {
             let of: &mut Prepared = prepared.entry(slot).or_default();
             let connection = volume.connection.into_iter();
             for region in connection.flat_map(|connection| connection.memory) {
                 // What can't be mapped now fails, or not, when the connection is taken over.
-                if let Err(error) = of.add(&region.spec(), region.fd.as_fd()) {
+                if let Err(error) = of.add(&region.spec(), region.fd.as_fd(), until) {
                     tracing::warn!("guest memory is not mapped ahead: {error}");
                 }
             }

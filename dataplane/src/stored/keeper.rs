@@ -35,9 +35,9 @@ pub enum KeepError {
     /// There are as many volumes as can be.
     #[error("there is no place for another volume: {SLOTS} are served")]
     NoPlace,
-    /// So many descriptors of this volume were stored since it was attached that no number is left.
-    #[error("no number is left for a descriptor of this volume; detach and attach it")]
-    NoNumber,
+    /// The store is half full, and this volume has its share of the rest.
+    #[error("its {0} descriptors are its share of rot's store, and the rest is for other volumes")]
+    Share(usize),
     /// A number that is too long for a name.
     #[error(transparent)]
     Name(#[from] InvalidName),

@@ -14,8 +14,12 @@ use super::file::{FileError, StateFile};
 use super::keeper::{KeepError, Shared, lock};
 use super::names::{Name, SLOTS};
 use super::volume::{FdNumber, Step, StoredCache, StoredConnection, StoredVolume};
+use crate::control::MAX_VOLUMES;
 use crate::crash_point;
 use crate::memory::{Prepared, SharedFlag};
+
+/// Descriptors that a volume has in any store that has room for them: those of a guest with one queue, and some more.
+const LEAST_SHARE: usize = 16;
 
 /// A volume's place in the store. Dropping it leaves everything stored, for a successor.
 #[derive(Debug)]
@@ -201,7 +205,7 @@ impl Kept {
         let next = fds
             .keys()
             .next_back()
-            .map_or(0, |last| last.0.saturating_add(1));
+            .map_or(0, |last| last.0.wrapping_add(1));
         lock(shared).taken.insert(slot);
         let mut kept = Self {
             shared: Arc::clone(shared),
@@ -245,12 +249,35 @@ impl Kept {
         if let Some((number, _)) = self.stored.get(&key(fd)) {
             return Ok(*number);
         }
-        let number = FdNumber(self.next);
-        self.next = self.next.checked_add(1).ok_or(KeepError::NoNumber)?;
+        self.check_share()?;
+        let number = self.free_number();
         let name = Name::Numbered(self.slot, number).name()?;
         lock(&self.shared).store.push(name, &[fd.as_fd()])?;
         self.stored.insert(key(fd), (number, Arc::clone(fd)));
         Ok(number)
+    }
+
+    /// A number that is nobody's. One that was somebody's comes again after four billion others.
+    fn free_number(&mut self) -> FdNumber {
+        loop {
+            let number = FdNumber(self.next);
+            self.next = self.next.wrapping_add(1);
+            if self.stored.values().all(|(other, _)| *other != number) {
+                return number;
+            }
+        }
+    }
+
+    /// Half of the store is shared out among all volumes that there can be; who needs more has it from the other half,
+    /// for as long as there is some. So no frontend takes away what another one needs to be remembered.
+    fn check_share(&self) -> Result<(), KeepError> {
+        let shared = lock(&self.shared);
+        let half = shared.store.limit() / 2;
+        let share = (half / MAX_VOLUMES).max(LEAST_SHARE);
+        if self.stored.len() < share || shared.store.len() < half {
+            return Ok(());
+        }
+        Err(KeepError::Share(self.stored.len()))
     }
 
     fn remove_unnamed(&mut self) -> Result<(), KeepError> {

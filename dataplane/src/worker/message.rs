@@ -306,6 +306,8 @@ pub enum FromWorker {
         queue: QueueId,
         /// Where the ring goes on, for GET_VRING_BASE; none if it did not run.
         base: Option<u32>,
+        /// Chains of an earlier process were not taken again: the in-flight region says where the ring goes on.
+        left: bool,
     },
     /// Here it is, and this worker has nothing of it any more.
     Moved(Box<MovedQueue>),

@@ -55,6 +55,8 @@ pub struct Queue {
     pub retired: bool,
     /// What was in flight when it started is taken first, and nothing else before all of it is.
     pub recovers: bool,
+    /// Some of it was not taken again.
+    pub left: bool,
     /// It is taken even if the queue is not enabled, or stops.
     pub finishes: bool,
     /// What it found in its region when it started.
@@ -138,6 +140,7 @@ impl Queue {
             leaving: false,
             retired: false,
             recovers: false,
+            left: false,
             finishes: false,
             recovered: Recovered::Fresh,
             kick: None,
@@ -198,6 +201,7 @@ impl Queue {
     /// Leaves what was in flight when it started, and was not taken since, to whoever serves it next.
     pub fn leave_again(&mut self) {
         if std::mem::take(&mut self.recovers) {
+            self.left |= self.ring.left_again() > 0;
             self.ring.leave_again();
         }
     }

@@ -333,7 +333,12 @@ impl Worker {
     fn stop(&mut self, id: QueueId) {
         let Some(number) = self.numbers.get(&id).copied() else {
             let base = self.unresumed.remove(&id);
-            return self.reply(FromWorker::Stopped { queue: id, base });
+            let left = false;
+            return self.reply(FromWorker::Stopped {
+                queue: id,
+                base,
+                left,
+            });
         };
         self.stay(id);
         if let Some(queue) = self.queue(number) {
@@ -367,6 +372,7 @@ impl Worker {
         self.reply(FromWorker::Stopped {
             queue: queue.id,
             base: Some(queue.ring.base()),
+            left: queue.left,
         });
     }
 

@@ -1,14 +1,17 @@
 //! Memory that is mapped ahead: whoever maps it then gets the same mapping, its pages are entered, and none is made
 //! that was not there.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use bulkhead_dataplane::memory::{GuestMemory, Prepared, RegionSpec};
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::fstat;
 use nix::sys::uio::pwrite;
 
 const PAGE: u64 = 4096;
+const LONG: Duration = Duration::from_secs(600);
 /// So many that the kernel enters no neighbours with them.
 const PAGES: u64 = 4096;
 
@@ -60,7 +63,9 @@ fn what_is_mapped_ahead_is_mapped_once_and_entered() {
     }
     let before = allocated_bytes(&fd);
     let mut prepared = Prepared::default();
-    prepared.add(&spec(0), fd.as_fd()).expect("mapped");
+    prepared
+        .add(&spec(0), fd.as_fd(), Instant::now() + LONG)
+        .expect("mapped");
     assert_eq!(mapped(&fd), (1, PAGES / 2 * PAGE / 1024));
     assert_eq!(allocated_bytes(&fd), before, "no page was made");
     // Another descriptor of it, at another guest address.
@@ -92,10 +97,48 @@ fn other_bytes_and_other_files_have_mappings_of_their_own() {
 fn what_is_no_memory_is_refused() {
     let mut prepared = Prepared::default();
     let file = std::fs::File::open("/proc/self/exe").expect("open");
-    assert!(prepared.add(&spec(0), file.as_fd()).is_err());
+    assert!(
+        prepared
+            .add(&spec(0), file.as_fd(), Instant::now() + LONG)
+            .is_err()
+    );
     let short = RegionSpec {
         bytes: (PAGES + 1) * PAGE,
         ..spec(0)
     };
-    assert!(prepared.add(&short, self::file().as_fd()).is_err());
+    assert!(
+        prepared
+            .add(&short, self::file().as_fd(), Instant::now() + LONG)
+            .is_err()
+    );
+}
+
+/// A mapping that somebody else may write to says nothing of a descriptor of the same file that may not.
+#[test]
+fn who_may_only_read_a_file_does_not_get_a_mapping_that_is_written() {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let writable = memfd_create("memory", flags).expect("memfd");
+    nix::unistd::ftruncate(&writable, (PAGES * PAGE).cast_signed()).expect("length");
+    let mapped = GuestMemory::map(&[(spec(0), writable.as_fd())]).expect("mapped");
+    let path = format!("/proc/self/fd/{}", writable.as_raw_fd());
+    let readable = std::fs::File::open(path).expect("opened for reading");
+    assert!(GuestMemory::map(&[(spec(0), readable.as_fd())]).is_err());
+    // Nor of one that was sealed since.
+    fcntl(
+        &writable,
+        FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_FUTURE_WRITE),
+    )
+    .expect("sealed");
+    assert!(GuestMemory::map(&[(spec(0), writable.as_fd())]).is_err());
+    drop(mapped);
+}
+
+/// Time that is over enters nothing, and is no failure.
+#[test]
+fn no_more_time_is_spent_than_there_is() {
+    let fd = file();
+    pwrite(&fd, &[1], 0).expect("a page");
+    Prepared::default()
+        .add(&spec(0), fd.as_fd(), Instant::now())
+        .expect("mapped");
 }

@@ -424,6 +424,7 @@ fn an_end_waits_for_a_start_that_fails() {
     let stopped = FromWorker::Stopped {
         queue: queue(0),
         base: None,
+        left: false,
     };
     assert!(rig.session.on_worker(stopped, &mut out).expect("an end"));
 }

@@ -143,6 +143,7 @@ fn an_end_while_the_rekeyer_looks_waits_for_it() {
     let stopped = FromWorker::Stopped {
         queue: queue(0),
         base: None,
+        left: false,
     };
     let mut out = bulkhead_dataplane::vhost_user::Outbox::default();
     assert!(!rig.session.on_worker(stopped, &mut out).expect("an end"));

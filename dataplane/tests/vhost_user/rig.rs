@@ -212,6 +212,7 @@ pub fn done(message: &ToWorker) -> FromWorker {
         ToWorker::Stop { queue } => FromWorker::Stopped {
             queue: *queue,
             base: Some(77),
+            left: false,
         },
         ToWorker::SetMemory { queue, .. } => FromWorker::MemorySet { queue: *queue },
         ToWorker::Flush { queue } => FromWorker::Flushed { queue: *queue },

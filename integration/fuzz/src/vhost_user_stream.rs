@@ -126,6 +126,7 @@ impl Workers {
             ToWorker::Stop { queue } => FromWorker::Stopped {
                 queue,
                 base: self.has.remove(&queue).then_some(3),
+                left: false,
             },
             ToWorker::SetMemory { queue, .. } => {
                 known(&self.has, queue);

@@ -74,7 +74,8 @@ impl Child {
                 hello: process.hello,
                 started: now,
                 due: (now + HELLO_WITHIN, "it said no Hello"),
-                closed: None,
+                // One that has closed its channel is given the same time by this rot.
+                closed: process.link.is_none().then_some(now),
                 condemned: false,
                 complaints: 0,
             }));

@@ -139,6 +139,15 @@ impl Supervisor {
         self.on_channel(Seat::Of(Role::Keyd), PollFlags::POLLIN, now);
         let release = self.upgrades.approved.remove(&component);
         let release = release.ok_or_else(|| format!("keyd approved no release of {component}"))?;
+        // keyd may have approved it before it heard of what runs by now.
+        if let Some(runs) = self.upgrades.runs.get(&component)
+            && runs.version > release.version
+        {
+            return Err(format!(
+                "version {} of {component} is older than {}, which runs",
+                release.version, runs.version
+            ));
+        }
         let Some(role) = component.role() else {
             return self.replace_rot(release, request_id, now);
         };
@@ -265,6 +274,7 @@ impl Supervisor {
     /// The data plane goes on serving.
     pub(super) fn on_cant_freeze(&mut self, reason: &str, now: Instant) {
         if self.upgrades.is_freezing() {
+            let reason = plain(reason);
             self.abort_upgrade(&format!("the old one can't freeze: {reason}"), now);
         }
     }
@@ -393,5 +403,24 @@ impl Supervisor {
         if agent.generation() == upgrade.agent && agent.is_up() {
             agent.send(answer, Vec::new(), now);
         }
+    }
+}
+
+/// What a child says, as it may stand in a log and in a message to the agent, however it is meant.
+fn plain(text: &str) -> String {
+    /// Characters; a message has room for many times as many.
+    const MOST: usize = 500;
+    let printable = |c: char| if c.is_control() { ' ' } else { c };
+    text.chars().take(MOST).map(printable).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::plain;
+
+    #[test]
+    fn what_a_child_says_is_cut_and_made_plain() {
+        assert_eq!(plain("not\nnow\u{1b}[2J"), "not now [2J");
+        assert_eq!(plain(&"x".repeat(190 << 10)).len(), 500);
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
-use super::{Handled, Outbox, Outcome, Pending, Session};
+use super::{Handled, Outbox, Outcome, Pending, Session, Vring};
 use crate::memory::SharedArea;
 use crate::stored::{Fd, StoredInflight, StoredLog};
 use crate::vhost_user::feature;
@@ -120,8 +120,12 @@ impl Session {
         Ok(Handled::ReplyWithFd(made.body(), fd))
     }
 
-    /// SET_INFLIGHT_FD: the region for queues that start from now on.
+    /// SET_INFLIGHT_FD: the region for queues that start from now on. None runs: it would keep the one that it has,
+    /// and a successor look for what is in flight in the other.
     pub(super) fn set_inflight(&mut self, given: Inflight, fd: OwnedFd) -> Outcome {
+        if self.vrings.iter().any(Vring::is_started) {
+            return Err("the in-flight region can't change while a queue runs".to_owned());
+        }
         self.set_regions(StoredInflight {
             fd: Arc::new(fd),
             bytes: given.bytes,
@@ -186,9 +190,17 @@ impl Session {
 
     /// The region of a queue that starts.
     pub(super) fn region_of(&self, index: u16, size: u16) -> Result<Option<QueueRegion>, String> {
-        let Some(regions) = self.regions.as_ref().filter(|r| index < r.file.queues) else {
+        let Some(regions) = &self.regions else {
             return Ok(None);
         };
+        if index >= regions.file.queues {
+            // A successor would not know where it goes on.
+            let known = (!self.keeps).then_some(None);
+            let queues = regions.file.queues;
+            return known.ok_or_else(|| {
+                format!("the in-flight region has {queues} queues, and none numbered {index}")
+            });
+        }
         if size > regions.file.queue_size {
             return Err(format!(
                 "the in-flight region is for queues of {} entries, this one has {size}",

@@ -129,7 +129,8 @@ impl Session {
                 continue;
             }
             let start = self.start_of(queue.index, layout);
-            self.begin(start.map_err(ProtocolError::Resume)?, out);
+            let start = start.map_err(ProtocolError::Resume)?;
+            self.begin(start, out);
             left += 1;
         }
         if left > 0 {
@@ -157,6 +158,14 @@ impl Session {
                 self.waiting = None;
             }
         }
+    }
+
+    /// Whether queues that a predecessor's workers had are still to start. Whatever the frontend says afterwards is
+    /// no part of that.
+    #[must_use]
+    pub fn is_resuming(&self) -> bool {
+        let what = self.waiting.as_ref().map(|w| &w.what);
+        matches!(what, Some(Pending::Resume { .. }))
     }
 
     /// Whether queues of a predecessor's are being started, by themselves or because their memory is back.

@@ -120,8 +120,8 @@ impl Session {
             FromWorker::MemorySet { .. } | FromWorker::Changed { .. } => {
                 self.one_less(out)?;
             }
-            FromWorker::Stopped { queue, base } => {
-                self.on_stopped(queue.index, base, out);
+            FromWorker::Stopped { queue, base, left } => {
+                self.on_stopped(queue.index, (base, left), out);
                 return self.settle(out);
             }
             FromWorker::Flushed { .. } => {
@@ -179,11 +179,12 @@ impl Session {
         self.answer(this, result, out)
     }
 
-    fn on_stopped(&mut self, index: u16, base: Option<u32>, out: &mut Outbox) {
+    fn on_stopped(&mut self, index: u16, (base, left): (Option<u32>, bool), out: &mut Outbox) {
         self.set_phase(index, Phase::Stopped);
         if let Some(vring) = self.vrings.get_mut(usize::from(index)) {
             vring.base = base.or(vring.base);
-            vring.anew |= base.is_some();
+            // With chains left the region knows more than the base.
+            vring.anew = (vring.anew || base.is_some()) && !left;
             vring.owes = false;
         }
         if let Some(Pending::Reset { left } | Pending::Close { left }) =

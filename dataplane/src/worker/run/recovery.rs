@@ -1,5 +1,6 @@
 //! What was in flight of a queue when whoever served it before died: taken again first, in order, through the way of
-//! every request. It passed the limits of its device when it was taken first.
+//! every request. It is charged to the limits of its device once more: what was in flight is what the frontend's
+//! region says.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
@@ -39,13 +40,12 @@ pub(super) fn report(queue: &Queue) {
 impl Worker {
     /// Takes some of what was in flight: how many.
     #[cold]
-    pub(super) fn serve_again(&mut self, number: u32, requests: usize) -> usize {
-        let mut portion = Portion {
-            requests,
-            most_bytes: u64::MAX,
-            bytes: 0,
-        };
-        let taken = self.serve_queue::<false, true>(number, &mut portion);
+    pub(super) fn serve_again<const LIMITED: bool>(
+        &mut self,
+        number: u32,
+        portion: &mut Portion,
+    ) -> usize {
+        let taken = self.serve_queue::<LIMITED, true>(number, portion);
         crash_point!("recover.taken");
         if let Some(queue) = self.queue(number) {
             queue.recovers &= queue.ring.left_again() > 0;

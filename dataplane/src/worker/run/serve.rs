@@ -27,6 +27,17 @@ pub(super) struct Portion {
     pub(super) bytes: u64,
 }
 
+impl Portion {
+    /// So many requests, of any size.
+    pub(super) fn of(requests: usize) -> Self {
+        Self {
+            requests,
+            most_bytes: u64::MAX,
+            bytes: 0,
+        }
+    }
+}
+
 /// Takes some requests from a queue: how many, and how its driver broke it, if it did. `AGAIN`: of those that were
 /// in flight when it started.
 #[inline]

@@ -84,13 +84,14 @@ impl Worker {
                 continue;
             }
             let limited = Gate::is_limited(queue.local.device.qos());
-            let taken = if again {
-                self.serve_again(number, turn.batch)
-            } else if limited {
-                let Some(taken) = self.serve_limited(turn, number, now) else {
+            let taken = if limited {
+                let Some(taken) = self.serve_limited(turn, number, (now, again)) else {
                     break;
                 };
                 taken
+            } else if again {
+                let mut portion = Portion::of(turn.batch);
+                self.serve_again::<false>(number, &mut portion)
             } else {
                 self.serve_unlimited(number, turn.batch)
             };
@@ -107,23 +108,28 @@ impl Worker {
 
     #[inline]
     fn serve_unlimited(&mut self, number: u32, requests: usize) -> usize {
-        let mut portion = Portion {
-            requests,
-            most_bytes: u64::MAX,
-            bytes: 0,
-        };
+        let mut portion = Portion::of(requests);
         self.serve_queue::<false, false>(number, &mut portion)
     }
 
     /// As far as the device's limits allow; none: they don't allow anything now.
-    fn serve_limited(&mut self, turn: &Turn, number: u32, now: u64) -> Option<usize> {
+    fn serve_limited(
+        &mut self,
+        turn: &Turn,
+        number: u32,
+        (now, again): (u64, bool),
+    ) -> Option<usize> {
         let allowance = self.turns.allowance(turn.seat, now)?;
         let mut portion = Portion {
             requests: turn.batch.min(allowance.requests),
             most_bytes: allowance.bytes,
             bytes: 0,
         };
-        let taken = self.serve_queue::<true, false>(number, &mut portion);
+        let taken = if again {
+            self.serve_again::<true>(number, &mut portion)
+        } else {
+            self.serve_queue::<true, false>(number, &mut portion)
+        };
         self.turns.passed(turn.seat, taken, portion.bytes);
         Some(taken)
     }
