@@ -26,6 +26,9 @@ struct Arguments {
     /// Kills, upgrades, configurations and nonsense at once, for so long
     #[arg(long, value_name = "N", default_value_t = 6)]
     minutes: u64,
+    /// Memory of the guest meanwhile, in GiB
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=64))]
+    memory_gib: u64,
     /// Only what has this in its name
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
@@ -134,8 +137,12 @@ fn scenarios(arguments: &Arguments) -> Vec<Scenario> {
         ));
     }
     let how_long = Duration::from_secs(60 * arguments.minutes) / 2;
+    let memory = arguments.memory_gib;
     for (name, packed) in [("mixed, split", false), ("mixed, packed", true)] {
-        out.push((name, Box::new(move |name| mixed(name, packed, how_long))));
+        out.push((
+            name,
+            Box::new(move |name| mixed(name, packed, how_long, memory)),
+        ));
     }
     let count = (all / 50).clamp(1, 20);
     for (name, packed) in [("guest, split", false), ("guest, packed", true)] {

@@ -112,11 +112,12 @@ impl Mixed<'_> {
     }
 }
 
-/// Everything at once, for so long.
+/// Everything at once, for so long, with so much guest memory.
 #[must_use]
-pub fn mixed(what: &str, packed: bool, how_long: Duration) -> Row {
+pub fn mixed(what: &str, packed: bool, how_long: Duration, memory_gib: u64) -> Row {
     let scene = Scene {
         packed,
+        memory_bytes: memory_gib << 30,
         own_binaries: true,
         spare: true,
         ..Scene::default()

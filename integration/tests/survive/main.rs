@@ -115,7 +115,7 @@ const OTHERS: &[Test] = &[
     Test {
         name: "survive_everything_at_once",
         needs: Need::Nothing,
-        run: |name| mixed(name, true, Duration::from_secs(20)),
+        run: |name| mixed(name, true, Duration::from_secs(20), 1),
     },
     Test {
         name: "survive_slow_writes",

@@ -67,6 +67,9 @@ pub struct Survive {
     /// With `survive`: kills, upgrades, configurations and nonsense at once, for so long
     #[arg(long, value_name = "N", default_value_t = 6)]
     minutes: u64,
+    /// With `survive`: memory of the guest meanwhile, in GiB
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    memory_gib: u64,
     /// With `survive`: only scenarios with this in their name
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
@@ -88,7 +91,8 @@ fn survive(options: &Survive) -> Result<ExitCode, Box<dyn Error>> {
         .env("BULKHEAD_BIN_DIR", &folder)
         .args(["--kills", &options.kills.to_string()])
         .args(["--upgrades", &options.upgrades.to_string()])
-        .args(["--minutes", &options.minutes.to_string()]);
+        .args(["--minutes", &options.minutes.to_string()])
+        .args(["--memory-gib", &options.memory_gib.to_string()]);
     if let Some(only) = &options.only {
         command.args(["--only", only]);
     }
