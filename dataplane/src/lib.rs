@@ -27,6 +27,7 @@
 //! | [`control`] | what rot, keyd and the agent say becomes what is served |
 //! | [`crash`] | where tests have the process die |
 //! | [`storage`] | where blocks live |
+//! | [`port`] | where packets go |
 //! | [`qos`] | how much a volume, and a group of volumes, may do in a second |
 //! | [`rekey`] | another key for a volume, zone by zone, while it is served |
 //! | [`stored`] | what survives this process, in rot's descriptor store |
@@ -41,6 +42,7 @@ pub mod fds;
 pub mod fence;
 pub mod log_limit;
 pub mod memory;
+pub mod port;
 pub mod qos;
 pub mod rekey;
 pub mod sandbox;
