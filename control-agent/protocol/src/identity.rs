@@ -1,5 +1,5 @@
-//! The names of things that processes agree on: volume ids, socket and group names, and the
-//! policies that travel with them. A value of these types is well-formed.
+//! The names of things that processes agree on: ids of volumes and NICs, names of sockets, groups and
+//! switches, and the policies that travel with them. A value of these types is well-formed.
 
 use std::fmt;
 use std::str::FromStr;
@@ -131,6 +131,12 @@ uuid_id!(
 );
 
 uuid_id!(
+    /// Identity of a network card: 128 bits, written as a UUID.
+    NicId,
+    "NIC id"
+);
+
+uuid_id!(
     /// Identity of one re-key of a volume: random, so that what an earlier re-key left in the file is
     /// not taken for this one's. Written as a UUID.
     RekeyId,
@@ -226,6 +232,103 @@ plain_name!(
     "group name"
 );
 
+plain_name!(
+    /// Name of a switch between network cards: 1 to 64 characters of `a-z 0-9 . _ -`, the first a
+    /// letter or digit.
+    SwitchName,
+    "switch name"
+);
+
+/// What has a socket of its own and is granted, attached and detached by itself.
+///
+/// A volume travels as its 16 bytes alone, as it did before there were NICs, a NIC as `[1, id]`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ServedId {
+    /// A volume.
+    Volume(VolumeId),
+    /// A network card.
+    Nic(NicId),
+}
+
+impl ServedId {
+    /// The volume; none if it is something else.
+    #[must_use]
+    pub fn volume(self) -> Option<VolumeId> {
+        match self {
+            Self::Volume(id) => Some(id),
+            Self::Nic(_) => None,
+        }
+    }
+
+    /// The NIC; none if it is something else.
+    #[must_use]
+    pub fn nic(self) -> Option<NicId> {
+        match self {
+            Self::Volume(_) => None,
+            Self::Nic(id) => Some(id),
+        }
+    }
+}
+
+impl From<VolumeId> for ServedId {
+    fn from(id: VolumeId) -> Self {
+        Self::Volume(id)
+    }
+}
+
+impl From<NicId> for ServedId {
+    fn from(id: NicId) -> Self {
+        Self::Nic(id)
+    }
+}
+
+impl fmt::Display for ServedId {
+    /// As in `volume 0b5f6d1e-9d4c-4d0a-8f5e-2f6a1c3b7e90`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Volume(id) => write!(f, "volume {id}"),
+            Self::Nic(id) => write!(f, "NIC {id}"),
+        }
+    }
+}
+
+impl fmt::Debug for ServedId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Volume(id) => write!(f, "{id:?}"),
+            Self::Nic(id) => write!(f, "{id:?}"),
+        }
+    }
+}
+
+/// Says of a [`ServedId`] on the wire that it is a NIC's.
+const NIC_TAG: u8 = 1;
+
+impl<C> Encode<C> for ServedId {
+    fn encode<W: Write>(
+        &self,
+        e: &mut Encoder<W>,
+        context: &mut C,
+    ) -> Result<(), encode::Error<W::Error>> {
+        match self {
+            Self::Volume(id) => id.encode(e, context),
+            Self::Nic(id) => id.encode(e.array(2)?.u8(NIC_TAG)?, context),
+        }
+    }
+}
+
+impl<'b, C> Decode<'b, C> for ServedId {
+    fn decode(d: &mut Decoder<'b>, context: &mut C) -> Result<Self, decode::Error> {
+        if d.datatype()? == minicbor::data::Type::Bytes {
+            return VolumeId::decode(d, context).map(Self::Volume);
+        }
+        match (d.array()?, d.u8()?) {
+            (Some(2), NIC_TAG) => NicId::decode(d, context).map(Self::Nic),
+            _ => Err(decode::Error::message("neither a volume nor a NIC")),
+        }
+    }
+}
+
 /// What a volume does with DISCARD. Discarding tells the storage which blocks are free;
 /// under encryption that leaks the free map, so the bundle says which is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
@@ -262,6 +365,29 @@ mod tests {
         ] {
             assert!(bad.parse::<VolumeId>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_volume_travels_as_it_did_before_there_were_nics() {
+        let volume = VolumeId([7; 16]);
+        let bytes = minicbor::to_vec(volume).expect("encodes");
+        assert_eq!(
+            minicbor::to_vec(ServedId::from(volume)).ok().as_ref(),
+            Some(&bytes)
+        );
+        assert_eq!(
+            minicbor::decode(&bytes).ok(),
+            Some(ServedId::Volume(volume))
+        );
+        let nic = ServedId::from(NicId([7; 16]));
+        let bytes = minicbor::to_vec(nic).expect("encodes");
+        assert_eq!(bytes[..3], [0x82, 1, 0x50]);
+        assert_eq!(minicbor::decode(&bytes).ok(), Some(nic));
+        let mut other = bytes.clone();
+        other[1] = 2;
+        assert!(minicbor::decode::<ServedId>(&other).is_err());
+        other[..2].copy_from_slice(&[0x83, 1]);
+        assert!(minicbor::decode::<ServedId>(&other).is_err());
     }
 
     #[test]

@@ -34,6 +34,7 @@ pub mod fd_store;
 pub mod identity;
 pub mod keys;
 pub mod limits;
+pub mod net;
 pub mod process;
 pub mod rekey;
 pub mod release;
@@ -41,4 +42,7 @@ pub mod rot;
 pub mod workers;
 
 pub use channel::{Channel, ChannelError, Received};
-pub use identity::{DiscardPolicy, GroupName, InvalidName, RekeyId, SocketName, VolumeId};
+pub use identity::{
+    DiscardPolicy, GroupName, InvalidName, NicId, RekeyId, ServedId, SocketName, SwitchName,
+    VolumeId,
+};

@@ -1,5 +1,5 @@
-//! How much a volume, or a group of volumes, may do: rates with a burst. The bundle carries them, keyd
-//! passes them on in its grants, and the data plane keeps to them.
+//! How much a volume, or a group of volumes, may do: rates with a burst (those of a network card are in
+//! [`crate::net`]). The bundle carries them, keyd passes them on in its grants, and the data plane keeps to them.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::fmt;
@@ -43,7 +43,7 @@ impl Rate {
         }
     }
 
-    fn check(self, what: Unit) -> Result<(), LimitError> {
+    pub(crate) fn check(self, what: Unit) -> Result<(), LimitError> {
         let Self { per_second, burst } = self;
         if !(what.least..=what.most).contains(&per_second) {
             return Err(LimitError {
@@ -71,12 +71,12 @@ impl Rate {
 
 /// What is counted, and its bounds.
 #[derive(Debug, Clone, Copy)]
-struct Unit {
-    name: &'static str,
-    field: &'static str,
-    burst_field: &'static str,
-    least: u64,
-    most: u64,
+pub(crate) struct Unit {
+    pub(crate) name: &'static str,
+    pub(crate) field: &'static str,
+    pub(crate) burst_field: &'static str,
+    pub(crate) least: u64,
+    pub(crate) most: u64,
 }
 
 const REQUESTS: Unit = Unit {
@@ -98,7 +98,7 @@ const BYTES: Unit = Unit {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {problem}")]
 pub struct LimitError {
-    /// Which of the fields `requests`, `requests_burst`, `bandwidth`, `bandwidth_burst`.
+    /// Which of the source's fields, like `requests` or `bandwidth_burst`.
     pub field: &'static str,
     /// What is wrong with it, and what would be right.
     pub problem: String,
@@ -151,7 +151,7 @@ impl fmt::Display for Limits {
 }
 
 /// Bytes in the largest unit of which they are a whole number.
-fn whole(bytes: u64) -> String {
+pub(crate) fn whole(bytes: u64) -> String {
     let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
     let mut fitting = units
         .iter()
