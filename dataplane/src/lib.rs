@@ -24,6 +24,7 @@
 //! | [`memory`] | guest memory and the only ways to its bytes |
 //! | [`virtqueue`] | rings: from what a driver wrote to checked buffers |
 //! | [`blk`] | virtio-blk: device, configuration space, requests, pipeline |
+//! | [`net`] | virtio-net: frames and their offloads |
 //! | [`control`] | what rot, keyd and the agent say becomes what is served |
 //! | [`crash`] | where tests have the process die |
 //! | [`storage`] | where blocks live |
@@ -42,6 +43,7 @@ pub mod fds;
 pub mod fence;
 pub mod log_limit;
 pub mod memory;
+pub mod net;
 pub mod port;
 pub mod qos;
 pub mod rekey;

@@ -1,0 +1,476 @@
+//! What a frame's first bytes say: Ethernet, VLAN tags (802.1Q, 802.1ad), ARP, IPv4, IPv6 with its extension
+//! headers, and where the transport begins.
+//!
+//! Everything here reads a copy that nobody changes any more, and nothing behind its end: what does not lie in
+//! the copy is not known ([`Transport::Hidden`]). Nothing panics, whatever the bytes.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+/// An Ethernet address.
+pub type Mac = [u8; 6];
+
+/// EtherTypes (IEEE 802).
+pub mod ethertype {
+    /// IPv4.
+    pub const IPV4: u16 = 0x0800;
+    /// ARP (RFC 826).
+    pub const ARP: u16 = 0x0806;
+    /// RARP (RFC 903), as hypervisors announce a guest that has moved.
+    pub const RARP: u16 = 0x8035;
+    /// A VLAN tag (802.1Q).
+    pub const VLAN: u16 = 0x8100;
+    /// IPv6.
+    pub const IPV6: u16 = 0x86dd;
+    /// A provider's VLAN tag (802.1ad).
+    pub const PROVIDER_VLAN: u16 = 0x88a8;
+}
+
+/// IP protocol numbers.
+pub mod protocol {
+    /// TCP.
+    pub const TCP: u8 = 6;
+    /// UDP.
+    pub const UDP: u8 = 17;
+    /// ICMPv6.
+    pub const ICMPV6: u8 = 58;
+}
+
+/// Bytes of an Ethernet header.
+pub const ETHERNET_BYTES: usize = 14;
+/// Bytes of a VLAN tag.
+const TAG_BYTES: usize = 4;
+/// VLAN tags that are looked behind: a customer's inside of a provider's.
+pub const MOST_TAGS: usize = 2;
+/// IPv6 extension headers that are followed.
+const MOST_EXTENSIONS: usize = 8;
+/// Bytes of an IPv6 header.
+pub const IPV6_BYTES: usize = 40;
+/// Bytes of the shortest IPv4 header.
+pub const IPV4_BYTES: usize = 20;
+
+/// What is in the frame, behind Ethernet's header and the tags.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Network {
+    /// ARP or RARP between Ethernet and IPv4 addresses.
+    Arp,
+    /// IPv4.
+    Ipv4,
+    /// IPv6.
+    Ipv6,
+    /// The EtherType is one of these, and what follows is not, or lies behind a third tag.
+    Malformed,
+    /// Anything else.
+    Other,
+}
+
+/// What is in the packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transport {
+    /// TCP, at `l4`.
+    Tcp,
+    /// UDP, at `l4`.
+    Udp,
+    /// ICMPv6, at `l4`.
+    Icmpv6,
+    /// Another protocol of IP, at `l4`.
+    Other(u8),
+    /// A fragment: the transport's header is not there, or only its beginning is.
+    Fragment,
+    /// Behind more extension headers than are followed, or than lie in the frame's head.
+    Hidden,
+    /// No IP.
+    None,
+}
+
+/// What a frame's head says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FrameInfo {
+    /// Where it goes.
+    pub dst: Mac,
+    /// Where it says that it comes from.
+    pub src: Mac,
+    /// Tag control information of the outer VLAN tag: priority in the upper 4 bits, identifier in the others.
+    pub tag: Option<u16>,
+    /// The EtherType behind the tags.
+    pub ethertype: u16,
+    /// What it carries.
+    pub network: Network,
+    /// Where that begins.
+    pub l3: u16,
+    /// What that carries.
+    pub transport: Transport,
+    /// Where that begins, if it is there.
+    pub l4: u16,
+    /// An IPv6 routing header comes before it: its destination is not the header's.
+    pub routed: bool,
+    /// The same for all frames of a flow, in both directions, and evenly spread over flows: see [`HashKey`].
+    pub hash: u32,
+}
+
+impl FrameInfo {
+    /// The VLAN that the frame is in; 0 of one without a tag, and of one that only has a priority.
+    #[must_use]
+    #[inline]
+    pub fn vlan(&self) -> u16 {
+        self.tag.unwrap_or(0) & 0x0fff
+    }
+
+    /// Whether it goes to more than one station.
+    #[must_use]
+    #[inline]
+    pub fn is_multicast(&self) -> bool {
+        is_multicast(&self.dst)
+    }
+}
+
+/// Whether an address names more than one station; no frame comes from such a one.
+#[must_use]
+#[inline]
+pub fn is_multicast(mac: &Mac) -> bool {
+    let [first, ..] = mac;
+    first & 1 != 0
+}
+
+/// The secret that flows are hashed with: guests can't tell which flows share a place in a table.
+///
+/// The hash is symmetric. A guest answers on the queue that its own kernel chose, so that a card which
+/// remembers by hash where a flow was sent from finds there where to receive it (virtio 1.2, 5.1.6.5.6.1), and one
+/// entry of a cache serves both directions where that is wanted. Each end (address and port) is mixed by itself and
+/// the two are added: unlike an exclusive or of both, pairs of neighbours don't fall together. Two
+/// multiplications for each end and one for the sum cost a few nanoseconds.
+#[derive(Debug, Clone, Copy)]
+pub struct HashKey([u64; 2]);
+
+impl HashKey {
+    /// Of random bits.
+    #[must_use]
+    pub fn new(secret: u64) -> Self {
+        let other = folded(secret ^ 0x9e37_79b9_7f4a_7c15, 0xd6e8_feb8_6659_fd93);
+        // Odd: a multiplication by it loses nothing.
+        Self([secret | 1, other | 1])
+    }
+
+    /// Mixes an address of 16 bytes and a port. Whoever doesn't know the key can't make a factor zero.
+    #[inline]
+    fn end(self, high: u64, low: u64, port: u16) -> u64 {
+        let Self([key, other]) = self;
+        let mixed = folded(high ^ key, low ^ other);
+        folded(mixed ^ u64::from(port), key)
+    }
+
+    #[inline]
+    fn pair(self, a: u64, b: u64, kind: u64) -> u32 {
+        let Self([_, other]) = self;
+        let mixed = folded(a.wrapping_add(b) ^ kind, other);
+        // The upper half of the word is no worse than the lower.
+        u32::try_from(mixed >> 32).unwrap_or(0)
+    }
+}
+
+/// Both halves of a product: each bit of it depends on all of the factors'.
+#[inline]
+#[expect(clippy::cast_possible_truncation, reason = "halves of a word")]
+fn folded(a: u64, b: u64) -> u64 {
+    let product = u128::from(a) * u128::from(b);
+    (product >> 64) as u64 ^ product as u64
+}
+
+/// `N` bytes at an offset, if they lie in the head.
+#[inline]
+pub(super) fn bytes<const N: usize>(head: &[u8], at: usize) -> Option<[u8; N]> {
+    let part = head.get(at..)?.get(..N)?;
+    part.try_into().ok()
+}
+
+/// A field of two bytes in network order.
+#[inline]
+pub(super) fn word(head: &[u8], at: usize) -> Option<u16> {
+    bytes(head, at).map(u16::from_be_bytes)
+}
+
+/// What the head of a frame says; none if it is shorter than Ethernet's header.
+#[must_use]
+#[inline]
+pub fn parse(head: &[u8], key: HashKey) -> Option<FrameInfo> {
+    let mut info = ethernet(head)?;
+    let l3 = usize::from(info.l3);
+    info.hash = match info.ethertype {
+        ethertype::IPV4 => ipv4(head, l3, &mut info, key),
+        ethertype::IPV6 => ipv6(head, l3, &mut info, key),
+        ethertype::ARP | ethertype::RARP => {
+            // Ethernet (1) and IPv4 addresses of 6 and 4 bytes.
+            let is_arp = bytes(head, l3) == Some([0, 1, 8, 0, 6, 4]) && head.len() >= l3 + 28;
+            info.network = if is_arp {
+                Network::Arp
+            } else {
+                Network::Malformed
+            };
+            None
+        }
+        ethertype::VLAN | ethertype::PROVIDER_VLAN => {
+            info.network = Network::Malformed;
+            None
+        }
+        _ => None,
+    }
+    .unwrap_or_else(|| by_stations(&info, key));
+    Some(info)
+}
+
+/// Ethernet's header and the tags behind it.
+#[inline]
+fn ethernet(head: &[u8]) -> Option<FrameInfo> {
+    let mut info = FrameInfo {
+        dst: bytes(head, 0)?,
+        src: bytes(head, 6)?,
+        tag: None,
+        ethertype: word(head, 12)?,
+        network: Network::Other,
+        l3: 14,
+        transport: Transport::None,
+        l4: 0,
+        routed: false,
+        hash: 0,
+    };
+    let mut at = ETHERNET_BYTES;
+    for _ in 0..MOST_TAGS {
+        if !matches!(info.ethertype, ethertype::VLAN | ethertype::PROVIDER_VLAN) {
+            break;
+        }
+        let (Some(tag), Some(inner)) = (word(head, at), word(head, at + 2)) else {
+            break;
+        };
+        info.tag = info.tag.or(Some(tag));
+        info.ethertype = inner;
+        at += TAG_BYTES;
+    }
+    info.l3 = u16::try_from(at).ok()?;
+    Some(info)
+}
+
+/// The hash of what has no addresses of IP.
+#[inline]
+fn by_stations(info: &FrameInfo, key: HashKey) -> u32 {
+    let station = |[a, b, c, d, e, f]: Mac| u64::from_be_bytes([0, 0, a, b, c, d, e, f]);
+    let (a, b) = (station(info.src), station(info.dst));
+    let kind = u64::from(info.ethertype) | u64::from(info.vlan()) << 16;
+    key.pair(key.end(0, a, 0), key.end(0, b, 0), kind)
+}
+
+/// The ports of a transport that has such.
+#[inline]
+fn ports(head: &[u8], info: &FrameInfo) -> (u16, u16) {
+    let l4 = usize::from(info.l4);
+    match info.transport {
+        Transport::Tcp | Transport::Udp => {
+            let ports = bytes(head, l4).map(|[a, b, c, d]: [u8; 4]| {
+                (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]))
+            });
+            ports.unwrap_or((0, 0))
+        }
+        _ => (0, 0),
+    }
+}
+
+fn transport(protocol: u8) -> Transport {
+    match protocol {
+        protocol::TCP => Transport::Tcp,
+        protocol::UDP => Transport::Udp,
+        protocol::ICMPV6 => Transport::Icmpv6,
+        other => Transport::Other(other),
+    }
+}
+
+/// An IPv4 header (RFC 791) at `l3`: its flow's hash.
+#[inline]
+fn ipv4(head: &[u8], l3: usize, info: &mut FrameInfo, key: HashKey) -> Option<u32> {
+    info.network = Network::Malformed;
+    let header: [u8; IPV4_BYTES] = bytes(head, l3)?;
+    let [version, _, _, _, _, _, f0, f1, _, proto, _, _, source @ ..] = header;
+    let length = usize::from(version & 0xf) * 4;
+    if version >> 4 != 4 || length < IPV4_BYTES || head.len() < l3 + length {
+        return None;
+    }
+    info.network = Network::Ipv4;
+    // More fragments, or an offset.
+    let is_fragment = u16::from_be_bytes([f0, f1]) & 0x3fff != 0;
+    info.l4 = u16::try_from(l3 + length).ok()?;
+    info.transport = if is_fragment {
+        Transport::Fragment
+    } else {
+        transport(proto)
+    };
+    let [s0, s1, s2, s3, d0, d1, d2, d3] = source;
+    let (from, to) = ports(head, info);
+    let source = u64::from(u32::from_be_bytes([s0, s1, s2, s3]));
+    let destination = u64::from(u32::from_be_bytes([d0, d1, d2, d3]));
+    let kind = u64::from(proto) | 4 << 8;
+    Some(key.pair(key.end(0, source, from), key.end(0, destination, to), kind))
+}
+
+/// An IPv6 header (RFC 8200) at `l3`: its flow's hash.
+#[inline]
+fn ipv6(head: &[u8], l3: usize, info: &mut FrameInfo, key: HashKey) -> Option<u32> {
+    info.network = Network::Malformed;
+    let header: [u8; 8] = bytes(head, l3)?;
+    let [version, .., next, _] = header;
+    let source: [u8; 16] = bytes(head, l3 + 8)?;
+    let destination: [u8; 16] = bytes(head, l3 + 24)?;
+    if version >> 4 != 6 {
+        return None;
+    }
+    info.network = Network::Ipv6;
+    let proto = extensions(head, l3 + IPV6_BYTES, next, info);
+    let (from, to) = ports(head, info);
+    let end = |address: [u8; 16], port: u16| {
+        let both = u128::from_be_bytes(address);
+        let high = u64::try_from(both >> 64).unwrap_or(0);
+        let low = u64::try_from(both & u128::from(u64::MAX)).unwrap_or(0);
+        key.end(high, low, port)
+    };
+    let kind = u64::from(proto) | 6 << 8;
+    Some(key.pair(end(source, from), end(destination, to), kind))
+}
+
+/// Follows extension headers (RFC 8200, 4), and says what is behind them; the protocol, for the hash: of a
+/// fragment the same for the first and the others.
+#[inline]
+fn extensions(head: &[u8], mut at: usize, mut next: u8, info: &mut FrameInfo) -> u8 {
+    const HOP_BY_HOP: u8 = 0;
+    const ROUTING: u8 = 43;
+    const FRAGMENT: u8 = 44;
+    const AUTHENTICATION: u8 = 51;
+    const DESTINATION: u8 = 60;
+    for _ in 0..=MOST_EXTENSIONS {
+        let unit = match next {
+            HOP_BY_HOP | ROUTING | DESTINATION => 8,
+            AUTHENTICATION => 4,
+            FRAGMENT => {
+                let follows: Option<[u8; 8]> = bytes(head, at);
+                info.transport = Transport::Fragment;
+                info.l4 = u16::try_from(at + 8).unwrap_or(0);
+                return follows.map_or(FRAGMENT, |[inner, ..]| inner);
+            }
+            _ => {
+                info.transport = transport(next);
+                info.l4 = u16::try_from(at).unwrap_or(0);
+                return next;
+            }
+        };
+        let Some([following, length]) = bytes(head, at) else {
+            break;
+        };
+        info.routed |= next == ROUTING;
+        // In units, not counting the first 8 bytes.
+        at += 8 + unit * usize::from(length);
+        next = following;
+    }
+    info.transport = Transport::Hidden;
+    0
+}
+
+/// The addresses that a frame claims as its sender's, beside the source of its Ethernet header.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Claims {
+    /// ARP's sender, or the link-layer address of a neighbour discovery message.
+    pub mac: Option<Mac>,
+    /// The source of an IPv4 packet, ARP's sender.
+    pub v4: Option<Ipv4Addr>,
+    /// The source of an IPv6 packet.
+    pub v6: Option<Ipv6Addr>,
+    /// The target of a neighbour advertisement, whose MAC address it says to know.
+    pub target: Option<Ipv6Addr>,
+    /// It is of IP and can't be told: malformed, or hidden behind extension headers or in fragments, where
+    /// neighbour discovery must not be (RFC 6980).
+    pub unclear: bool,
+}
+
+/// What a frame claims; of `head` as [`parse`] saw it, of a frame that goes on behind it or not. Only who checks it
+/// asks.
+#[must_use]
+pub fn claims(head: &[u8], goes_on: bool, info: &FrameInfo) -> Claims {
+    let l3 = usize::from(info.l3);
+    let mut claims = Claims::default();
+    match info.network {
+        Network::Arp => {
+            claims.mac = bytes(head, l3 + 8);
+            claims.v4 = bytes(head, l3 + 14).map(|ip: [u8; 4]| Ipv4Addr::from(ip));
+        }
+        Network::Ipv4 => {
+            claims.v4 = bytes(head, l3 + 12).map(|ip: [u8; 4]| Ipv4Addr::from(ip));
+        }
+        Network::Ipv6 => {
+            claims.v6 = address(head, l3 + 8);
+            match info.transport {
+                Transport::Icmpv6 => {
+                    // What lies behind the packet's end is not read by its receiver either.
+                    let payload = usize::from(word(head, l3 + 4).unwrap_or(0));
+                    let end = l3 + IPV6_BYTES + payload;
+                    let message = head.get(..end).unwrap_or(head);
+                    let is_whole = end <= head.len() || !goes_on;
+                    neighbour(message, is_whole, usize::from(info.l4), &mut claims);
+                }
+                Transport::Fragment => claims.unclear = is_icmpv6_fragment(head, info),
+                Transport::Hidden => claims.unclear = true,
+                _ => {}
+            }
+        }
+        Network::Malformed => claims.unclear = true,
+        Network::Other => {}
+    }
+    claims
+}
+
+fn address(head: &[u8], at: usize) -> Option<Ipv6Addr> {
+    bytes(head, at).map(|ip: [u8; 16]| Ipv6Addr::from(ip))
+}
+
+/// Whether a fragment is of ICMPv6, or of something that can't be told.
+fn is_icmpv6_fragment(head: &[u8], info: &FrameInfo) -> bool {
+    // The fragment header is the eight bytes in front.
+    let inner = usize::from(info.l4).checked_sub(8);
+    let inner = inner.and_then(|at| head.get(at)).copied();
+    // What follows it may be an extension header with anything behind.
+    !matches!(inner, Some(protocol::TCP | protocol::UDP))
+}
+
+/// Neighbour discovery (RFC 4861, 4): the link-layer address of its sender, and whose neighbour it says to be.
+fn neighbour(message: &[u8], is_whole: bool, l4: usize, claims: &mut Claims) {
+    const SOURCE: u8 = 1;
+    const TARGET: u8 = 2;
+    let Some(kind) = message.get(l4).copied() else {
+        claims.unclear = true;
+        return;
+    };
+    let (mut at, option) = match kind {
+        // Router solicitation and advertisement.
+        133 => (l4 + 8, SOURCE),
+        134 => (l4 + 16, SOURCE),
+        // Neighbour solicitation and advertisement.
+        135 => (l4 + 24, SOURCE),
+        136 => {
+            claims.target = address(message, l4 + 8);
+            (l4 + 24, TARGET)
+        }
+        // Whom a redirect names is somebody else.
+        _ => return,
+    };
+    claims.unclear = !is_whole || message.len() < at;
+    while at < message.len() {
+        let (Some([kind, units]), Some(mac)) = (bytes(message, at), bytes(message, at + 2)) else {
+            claims.unclear = true;
+            return;
+        };
+        // An option of no length ends nowhere, and of two that name a sender each receiver takes another.
+        if units == 0 || (kind == option && claims.mac.is_some()) {
+            claims.unclear = true;
+            return;
+        }
+        if kind == option {
+            claims.mac = Some(mac);
+        }
+        at += usize::from(units) * 8;
+    }
+}
