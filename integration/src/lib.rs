@@ -9,6 +9,7 @@
 //! - [`arena`]: a `serve` process with two devices, and what must hold of it after any test.
 //! - [`guest`]: a Linux guest in QEMU.
 //! - [`host`]: a complete host, as an operator makes it.
+//! - [`network`]: network namespaces and interfaces.
 //! - [`processes`]: programs under test.
 //! - [`survive`]: a verified load, and kills under it.
 //! - [`workload`]: what guests do with a disk, and what its file looks like afterwards.
@@ -21,6 +22,7 @@ pub mod driver;
 pub mod frontend;
 pub mod guest;
 pub mod host;
+pub mod network;
 pub mod processes;
 pub mod random;
 pub mod survive;

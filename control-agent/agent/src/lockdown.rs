@@ -1,10 +1,12 @@
 //! The agent locks itself in before it takes its first message: it keeps its state directory and
-//! the volume directories, and nothing else of the file system, no capability, no network.
+//! the volume directories, and the device that TAPs are opened by, and nothing else of the file system, no capability,
+//! no network.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::io;
 use std::path::Path;
 
+use bulkhead_interfaces::tap;
 use bulkhead_protocol::process;
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, PathFd, Ruleset, RulesetAttr,
@@ -54,6 +56,11 @@ fn restrict_files(
     for directory in volumes.descriptors() {
         rules = rules.add_rule(PathBeneath::new(directory, volume))?;
     }
+    // An operator makes the TAPs and gives them to the agent's user; what it may do here is opening those.
+    match PathFd::new(tap::DEVICE) {
+        Ok(device) => rules = rules.add_rule(PathBeneath::new(device, volume))?,
+        Err(error) => tracing::info!("no NIC can be connected to a TAP: {error}"),
+    }
     let status = rules.restrict_self()?;
     if status.ruleset == landlock::RulesetStatus::NotEnforced {
         tracing::warn!("this kernel has no Landlock: the agent may open any file its uid may");
@@ -77,6 +84,11 @@ mod tests {
         fs::write(path("volumes/disk"), "disk").expect("write");
         fs::write(path("secret"), "secret").expect("write");
         let volumes = VolumeDirectories::open(&[path("volumes")]).expect("open");
+        let has_taps = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(tap::DEVICE)
+            .is_ok();
         // The rules bind the thread that takes them, and this one ends.
         let tries = std::thread::scope(|scope| {
             let restricted = scope.spawn(|| {
@@ -94,9 +106,14 @@ mod tests {
                     ("open a volume", both.open(path("volumes/disk")).is_ok()),
                     ("no other file", denied(File::open(path("secret")))),
                     ("no /proc", denied(File::open("/proc/self/maps"))),
+                    ("no other device", denied(File::open("/dev/null"))),
                     ("no new volume", denied(File::create(path("volumes/new")))),
                     ("no cut", denied(File::create(path("volumes/disk")))),
                     ("no removal", fs::remove_file(path("volumes/disk")).is_err()),
+                    (
+                        "a TAP's device as before",
+                        both.open(tap::DEVICE).is_ok() == has_taps,
+                    ),
                 ]
             });
             restricted.join().expect("joined")

@@ -53,6 +53,7 @@ pub const TESTS: &[Need] = &[
     ),
     QEMU_STORAGE_DAEMON,
     FIO,
+    need("ip", "iproute2", "makes the interfaces of network tests"),
     need(
         "/usr/lib/systemd/systemd",
         "systemd",

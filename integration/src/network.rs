@@ -1,0 +1,48 @@
+//! Network interfaces for tests: each test has a network namespace of its own, which goes with its thread.
+
+use std::process::Command;
+
+use nix::sched::{CloneFlags, unshare};
+
+/// Gives the calling thread an empty network namespace, which every process that it starts and every socket that it
+/// makes is in. False, after a line that says so, where that isn't allowed.
+#[must_use]
+pub fn enter_namespace(test: &str) -> bool {
+    match unshare(CloneFlags::CLONE_NEWNET) {
+        Ok(()) => {
+            ip("link set dev lo up");
+            true
+        }
+        Err(error) => {
+            println!("skipped: {test}: no network namespace can be made here ({error})");
+            false
+        }
+    }
+}
+
+/// Runs `ip` with these words and gives what it says.
+///
+/// # Panics
+/// It is not there, or fails.
+pub fn ip(words: &str) -> String {
+    let output = Command::new("ip")
+        .args(words.split_whitespace())
+        .output()
+        .expect("ip, of Debian's iproute2");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "ip {words}: {error}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Whether there can be TAPs here; says so where not.
+#[must_use]
+pub fn has_taps(test: &str) -> bool {
+    let opened = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun");
+    if let Err(error) = &opened {
+        println!("skipped: {test}: /dev/net/tun can't be opened ({error})");
+    }
+    opened.is_ok()
+}
