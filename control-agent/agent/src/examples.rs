@@ -45,5 +45,8 @@ pub(crate) fn bundle(volumes: Vec<Volume>) -> HostBundle {
         shred: Vec::new(),
         groups: Vec::new(),
         workers: None,
+        switches: Vec::new(),
+        nics: Vec::new(),
+        force_remove_nics: Vec::new(),
     }
 }

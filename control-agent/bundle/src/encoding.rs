@@ -43,12 +43,42 @@ struct Shape {
 }
 
 const BUNDLE: Shape = Shape {
-    keys: 10,
+    keys: 13,
     children: &[
         (5, "volumes", &VOLUME),
         (8, "groups", &GROUP),
         (9, "workers", &WORKERS),
+        (10, "switches", &SWITCH),
+        (11, "nics", &NIC),
     ],
+};
+/// Its uplink, like a NIC's port, is a list of a number and a map: a field too many in it is found by encoding
+/// it again.
+const SWITCH: Shape = Shape {
+    keys: 2,
+    children: &[],
+};
+const NIC: Shape = Shape {
+    keys: 12,
+    children: &[
+        (6, "socket", &SOCKET),
+        (9, "limits", &NIC_LIMITS),
+        (10, "checks", &CHECKS),
+        (11, "mirror", &MIRROR),
+    ],
+};
+/// Both hold rates.
+const NIC_LIMITS: Shape = Shape {
+    keys: 2,
+    children: &[(0, "tx", &LIMITS), (1, "rx", &LIMITS)],
+};
+const CHECKS: Shape = Shape {
+    keys: 2,
+    children: &[],
+};
+const MIRROR: Shape = Shape {
+    keys: 3,
+    children: &[],
 };
 const GROUP: Shape = Shape {
     keys: 2,

@@ -31,7 +31,7 @@ pub use bulkhead_files::{private_file, reader, text};
 pub use operator::{Fingerprint, KeyError, OperatorKey, OperatorPublicKey};
 pub use reader::SourceError;
 pub use release::ReleaseStatement;
-pub use schema::{Group, HostBundle, Rekey, SealedKeyEntry, SocketSpec, Volume};
+pub use schema::{Group, HostBundle, Nic, Rekey, SealedKeyEntry, SocketSpec, Switch, Volume};
 pub use sign::{SignError, sign, sign_release};
 pub use trust::TrustRoot;
 pub use validate::{ValidationError, validate};

@@ -4,8 +4,11 @@
 
 use bulkhead_protocol::keys::EnvelopeDigest;
 use bulkhead_protocol::limits::Limits;
+use bulkhead_protocol::net::{Mac, MirrorSpec, NicLimits, PortSpec, SpoofChecks, Uplink};
 use bulkhead_protocol::workers::Workers;
-use bulkhead_protocol::{DiscardPolicy, GroupName, RekeyId, SocketName, VolumeId};
+use bulkhead_protocol::{
+    DiscardPolicy, GroupName, NicId, RekeyId, ServedId, SocketName, SwitchName, VolumeId,
+};
 use minicbor::{Decode, Encode};
 
 /// Everything one host is to serve.
@@ -47,6 +50,75 @@ pub struct HostBundle {
     /// The worker threads of the host's data plane; none: as many as the host itself says.
     #[n(9)]
     pub workers: Option<Workers>,
+    /// The switches that network cards can be on. Without any, as without what follows, it is encoded as
+    /// before there were networks.
+    #[n(10)]
+    #[cbor(skip_if = "Vec::is_empty")]
+    pub switches: Vec<Switch>,
+    /// The network cards; one that was there before and is not in the list is removed.
+    #[n(11)]
+    #[cbor(skip_if = "Vec::is_empty")]
+    pub nics: Vec<Nic>,
+    /// Network cards that may be removed while a frontend is connected; none of them is in `nics`.
+    #[n(12)]
+    #[cbor(skip_if = "Vec::is_empty")]
+    pub force_remove_nics: Vec<NicId>,
+}
+
+/// A switch: the network cards on it reach each other, and the world through its uplink.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Switch {
+    /// Its name, which NICs give as their port.
+    #[n(0)]
+    pub name: SwitchName,
+    /// What connects it to the world; none: nothing does.
+    #[n(1)]
+    pub uplink: Option<Uplink>,
+}
+
+/// One network card.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Nic {
+    /// Its identity.
+    #[n(0)]
+    pub id: NicId,
+    /// The name people gave it.
+    #[n(1)]
+    pub name: String,
+    /// Its address, which no other NIC of the host has.
+    #[n(2)]
+    pub mac: Mac,
+    /// Its MTU in bytes, 68 to 65,535.
+    #[n(3)]
+    pub mtu: u16,
+    /// Queue pairs, 1 to 16.
+    #[n(4)]
+    pub queue_pairs: u16,
+    /// What its frames go out of.
+    #[n(5)]
+    pub port: PortSpec,
+    /// Its listener.
+    #[n(6)]
+    pub socket: SocketSpec,
+    /// The only uid whose frontend may connect.
+    #[n(7)]
+    pub allowed_uid: u32,
+    /// What this bundle changes about it, and its removal by a later one, go ahead while a frontend is
+    /// connected.
+    #[n(8)]
+    pub force_removal: bool,
+    /// How much it may send and get.
+    #[n(9)]
+    #[cbor(skip_if = "NicLimits::is_none")]
+    pub limits: NicLimits,
+    /// What it may claim to be.
+    #[n(10)]
+    pub checks: SpoofChecks,
+    /// All its frames are copied into a file, too.
+    #[n(11)]
+    pub mirror: Option<MirrorSpec>,
 }
 
 /// Volumes that share limits, beside those that each of them has.
@@ -178,6 +250,51 @@ impl HostBundle {
     #[must_use]
     pub fn forces_removal_of(&self, id: VolumeId) -> bool {
         self.force_remove.contains(&id) || self.shred.contains(&id)
+    }
+
+    /// The same of anything that is served.
+    #[must_use]
+    pub fn forces_removal_of_served(&self, id: ServedId) -> bool {
+        match id {
+            ServedId::Volume(id) => self.forces_removal_of(id),
+            ServedId::Nic(id) => self.force_remove_nics.contains(&id),
+        }
+    }
+
+    /// The NIC of that id.
+    #[must_use]
+    pub fn nic(&self, id: NicId) -> Option<&Nic> {
+        self.nics.iter().find(|nic| nic.id == id)
+    }
+
+    /// The switch of that name.
+    #[must_use]
+    pub fn switch(&self, name: &SwitchName) -> Option<&Switch> {
+        self.switches.iter().find(|switch| switch.name == *name)
+    }
+
+    /// The name that people gave a volume or a NIC; none if it is not in the bundle.
+    #[must_use]
+    pub fn name_of(&self, id: ServedId) -> Option<&str> {
+        match id {
+            ServedId::Volume(id) => self.volume(id).map(|volume| volume.name.as_str()),
+            ServedId::Nic(id) => self.nic(id).map(|nic| nic.name.as_str()),
+        }
+    }
+
+    /// The listener of each volume and NIC.
+    pub fn sockets(&self) -> impl Iterator<Item = (ServedId, &SocketSpec)> {
+        let volumes = self.volumes.iter().map(|v| (v.id.into(), &v.socket));
+        volumes.chain(self.nics.iter().map(|nic| (nic.id.into(), &nic.socket)))
+    }
+
+    /// The uplink of the switch that a NIC is on.
+    #[must_use]
+    pub fn uplink_of(&self, nic: &Nic) -> Option<&Uplink> {
+        let PortSpec::Switch { switch } = &nic.port else {
+            return None;
+        };
+        self.switch(switch)?.uplink.as_ref()
     }
 
     /// The volume of that id.

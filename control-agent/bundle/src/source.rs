@@ -9,20 +9,23 @@ use std::path::Path;
 use std::str::FromStr;
 
 use bulkhead_protocol::keys::EnvelopeDigest;
-use bulkhead_protocol::{DiscardPolicy, SocketName, VolumeId};
+use bulkhead_protocol::{DiscardPolicy, NicId, SocketName, VolumeId};
 use minicbor::bytes::ByteArray;
 use toml::de::DeValue;
 
 use crate::reader::{Document, SourceError, Table};
-use crate::schema::{Group, HostBundle, SocketSpec, Volume};
+use crate::schema::{HostBundle, Nic, SocketSpec, Volume};
 use crate::text;
 use crate::validate::{Part, ValidationError, validate};
 
 mod keys;
 mod limits;
+mod net;
 mod time;
 
-/// Where the fields of a volume or a group stand.
+pub use net::nic_to_toml;
+
+/// Where the fields of a volume, a group, a switch or a NIC stand.
 struct Place {
     file: String,
     lines: HashMap<String, usize>,
@@ -39,6 +42,15 @@ impl Place {
     }
 }
 
+/// What a file may hold that a bundle includes.
+#[derive(Default)]
+struct Parts {
+    volumes: Vec<Volume>,
+    volume_places: Vec<Place>,
+    nics: Vec<Nic>,
+    nic_places: Vec<Place>,
+}
+
 /// Reads a bundle's source and the files it includes, and validates what they say together.
 ///
 /// # Errors
@@ -52,37 +64,43 @@ pub fn load(path: &Path) -> Result<HostBundle, SourceError> {
     };
     let parsed = document.parse()?;
     let root = Table::root(document, &parsed);
-    let mut volumes = Vec::new();
-    let (mut places, mut group_places) = (Vec::new(), Vec::new());
-    read_volumes(&root, &file, &mut volumes, &mut places)?;
+    let mut parts = Parts::default();
+    parts.read(&root, &file)?;
     let directory = path.parent().unwrap_or(Path::new(""));
     for name in root.strings("include")? {
         let included = directory.join(name);
-        load_volumes(&included, &mut volumes, &mut places).map_err(|error| match error {
+        parts.load(&included).map_err(|error| match error {
             // A file that can't be read is a mistake in the line that names it.
             e if e.line.is_none() => root.error("include", format!("{}: {}", e.file, e.problem)),
             e => e,
         })?;
     }
+    let (groups, group_places) = list(&root, &file, "group", limits::group)?;
+    let (switches, switch_places) = list(&root, &file, "switch", net::switch)?;
     let bundle = HostBundle {
         host: root.string("host")?.to_owned(),
         epoch: root.integer("epoch", u64::MAX)?,
         supersedes: digests(&root)?,
         not_before: time::time(&root, "not_before")?,
         expires: time::time(&root, "expires")?,
-        volumes,
+        volumes: parts.volumes,
         force_remove: parsed_list::<VolumeId>(&root, "force_remove")?,
         shred: parsed_list::<VolumeId>(&root, "shred")?,
-        groups: read_groups(&root, &file, &mut group_places)?,
+        groups,
         workers: limits::workers(&root)?,
+        switches,
+        nics: parts.nics,
+        force_remove_nics: parsed_list::<NicId>(&root, "force_remove_nics")?,
     };
     root.finish()?;
     validate(&bundle).map_err(|error| {
         let (part, place) = match &error.part {
             Part::Bundle => return root.error(error.field, error.problem),
             Part::Workers => ("workers", None),
-            Part::Volume(index, _) => ("volume", places.get(*index)),
+            Part::Volume(index, _) => ("volume", parts.volume_places.get(*index)),
             Part::Group(index, _) => ("group", group_places.get(*index)),
+            Part::Switch(index, _) => ("switch", switch_places.get(*index)),
+            Part::Nic(index, _) => ("nic", parts.nic_places.get(*index)),
         };
         match place {
             Some(place) => located(place, &error),
@@ -98,9 +116,18 @@ pub fn load(path: &Path) -> Result<HostBundle, SourceError> {
 /// # Errors
 /// The first mistake, with file, line and field.
 pub fn load_stanza(path: &Path) -> Result<Vec<Volume>, SourceError> {
-    let mut volumes = Vec::new();
-    load_volumes(path, &mut volumes, &mut Vec::new())?;
-    Ok(volumes)
+    load_stanzas(path).map(|(volumes, _)| volumes)
+}
+
+/// Reads the volumes and the NICs of a file that holds nothing else. Validates no more than each field by
+/// itself.
+///
+/// # Errors
+/// The first mistake, with file, line and field.
+pub fn load_stanzas(path: &Path) -> Result<(Vec<Volume>, Vec<Nic>), SourceError> {
+    let mut parts = Parts::default();
+    parts.load(path)?;
+    Ok((parts.volumes, parts.nics))
 }
 
 fn read(path: &Path, file: &str) -> Result<String, SourceError> {
@@ -112,47 +139,44 @@ fn read(path: &Path, file: &str) -> Result<String, SourceError> {
     })
 }
 
-fn load_volumes(
-    path: &Path,
-    volumes: &mut Vec<Volume>,
-    places: &mut Vec<Place>,
-) -> Result<(), SourceError> {
-    let file = path.display().to_string();
-    let text = read(path, &file)?;
-    let document = Document {
-        file: &file,
-        text: &text,
-    };
-    let parsed = document.parse()?;
-    let root = Table::root(document, &parsed);
-    read_volumes(&root, &file, volumes, places)?;
-    root.finish()
+impl Parts {
+    fn load(&mut self, path: &Path) -> Result<(), SourceError> {
+        let file = path.display().to_string();
+        let text = read(path, &file)?;
+        let document = Document {
+            file: &file,
+            text: &text,
+        };
+        let parsed = document.parse()?;
+        let root = Table::root(document, &parsed);
+        self.read(&root, &file)?;
+        root.finish()
+    }
+
+    fn read(&mut self, root: &Table<'_, '_>, file: &str) -> Result<(), SourceError> {
+        let (volumes, places) = list(root, file, "volume", read_volume)?;
+        self.volumes.extend(volumes);
+        self.volume_places.extend(places);
+        let (nics, places) = list(root, file, "nic", net::nic)?;
+        self.nics.extend(nics);
+        self.nic_places.extend(places);
+        Ok(())
+    }
 }
 
-fn read_volumes(
+/// The tables of a list, and where they stand.
+fn list<T>(
     root: &Table<'_, '_>,
     file: &str,
-    volumes: &mut Vec<Volume>,
-    places: &mut Vec<Place>,
-) -> Result<(), SourceError> {
-    for (index, table) in root.tables("volume")?.iter().enumerate() {
-        volumes.push(read_volume(table)?);
-        places.push(Place::of(file, table, format!("volume[{index}].")));
+    name: &'static str,
+    read: impl Fn(&Table<'_, '_>) -> Result<T, SourceError>,
+) -> Result<(Vec<T>, Vec<Place>), SourceError> {
+    let (mut items, mut places) = (Vec::new(), Vec::new());
+    for (index, table) in root.tables(name)?.iter().enumerate() {
+        items.push(read(table)?);
+        places.push(Place::of(file, table, format!("{name}[{index}].")));
     }
-    Ok(())
-}
-
-fn read_groups(
-    root: &Table<'_, '_>,
-    file: &str,
-    places: &mut Vec<Place>,
-) -> Result<Vec<Group>, SourceError> {
-    let mut groups = Vec::new();
-    for (index, table) in root.tables("group")?.iter().enumerate() {
-        groups.push(limits::group(table)?);
-        places.push(Place::of(file, table, format!("group[{index}].")));
-    }
-    Ok(groups)
+    Ok((items, places))
 }
 
 /// A validation error with the line of the field it is about.
@@ -167,7 +191,6 @@ fn located(place: &Place, error: &ValidationError) -> SourceError {
 }
 
 fn read_volume(table: &Table<'_, '_>) -> Result<Volume, SourceError> {
-    let socket = table.table("socket")?;
     let volume = Volume {
         id: parsed(table, "id", table.string("id")?)?,
         name: table.string("name")?.to_owned(),
@@ -179,12 +202,7 @@ fn read_volume(table: &Table<'_, '_>) -> Result<Volume, SourceError> {
         serial: table.optional_string("serial")?.unwrap_or("").to_owned(),
         discard: discard(table)?,
         queues: queues(table)?,
-        socket: SocketSpec {
-            name: parsed::<SocketName>(&socket, "name", socket.string("name")?)?,
-            uid: u32_field(&socket, "uid", Some(0))?,
-            gid: u32_field(&socket, "gid", Some(0))?,
-            mode: mode(&socket)?,
-        },
+        socket: read_socket(table)?,
         allowed_uid: u32_field(table, "allowed_uid", None)?,
         force_removal: table.boolean("force_removal", false)?,
         sealed_keys: keys::entries(table, "sealed_key")?,
@@ -192,9 +210,21 @@ fn read_volume(table: &Table<'_, '_>) -> Result<Volume, SourceError> {
         limits: limits::limits(table)?,
         group: limits::group_name(table)?,
     };
-    socket.finish()?;
     table.finish()?;
     Ok(volume)
+}
+
+/// The listener of a volume or a NIC.
+fn read_socket(owner: &Table<'_, '_>) -> Result<SocketSpec, SourceError> {
+    let table = owner.table("socket")?;
+    let socket = SocketSpec {
+        name: parsed::<SocketName>(&table, "name", table.string("name")?)?,
+        uid: u32_field(&table, "uid", Some(0))?,
+        gid: u32_field(&table, "gid", Some(0))?,
+        mode: mode(&table)?,
+    };
+    table.finish()?;
+    Ok(socket)
 }
 
 fn parsed<T: FromStr>(

@@ -1,6 +1,7 @@
 //! The bundle's tests: a signed example, and what they share.
 
 mod limits;
+mod net;
 mod refusals;
 mod rekey;
 mod releases;
@@ -97,6 +98,9 @@ fn bundle() -> HostBundle {
         shred: Vec::new(),
         groups: Vec::new(),
         workers: None,
+        switches: Vec::new(),
+        nics: Vec::new(),
+        force_remove_nics: Vec::new(),
     }
 }
 

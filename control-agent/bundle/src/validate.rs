@@ -10,10 +10,11 @@ pub use bulkhead_files::name::{MAX_NAME_BYTES, check_name};
 use bulkhead_protocol::VolumeId;
 
 use crate::RECOVERY_RECIPIENT;
-use crate::schema::{HostBundle, Volume};
+use crate::schema::{HostBundle, SocketSpec, Volume};
 
 mod keys;
 mod limits;
+mod net;
 
 /// Longest path in bytes.
 pub const MAX_PATH_BYTES: usize = 1024;
@@ -24,7 +25,7 @@ pub const MAX_QUEUES: u16 = 64;
 /// Longest fingerprint, encapsulated key or ciphertext in a sealed key, in bytes.
 pub const MAX_SEALED_BYTES: usize = 4096;
 
-/// A part of a bundle that has fields: a volume or a group by its index in the list and its name.
+/// A part of a bundle that has fields: one of a list by its index and its name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Part {
     /// The bundle itself.
@@ -35,6 +36,10 @@ pub enum Part {
     Group(usize, String),
     /// The workers.
     Workers,
+    /// A switch.
+    Switch(usize, String),
+    /// A network card.
+    Nic(usize, String),
 }
 
 impl Part {
@@ -45,6 +50,8 @@ impl Part {
             Self::Volume(_, name) => format!("volume {name:?}: "),
             Self::Group(_, name) => format!("group {name:?}: "),
             Self::Workers => "workers: ".to_owned(),
+            Self::Switch(_, name) => format!("switch {name:?}: "),
+            Self::Nic(_, name) => format!("NIC {name:?}: "),
         }
     }
 }
@@ -83,7 +90,8 @@ pub fn validate(bundle: &HostBundle) -> Result<(), ValidationError> {
             .map_err(|problem| of(Part::Volume(index, volume.name.clone()), problem))?;
     }
     limits::check(bundle)?;
-    check_unique(bundle)
+    check_unique(bundle)?;
+    net::check(bundle)
 }
 
 /// A problem with a field of this part.
@@ -168,16 +176,17 @@ fn check_volume(volume: &Volume, host: &str) -> Result<(), Problem> {
             format!("{} is not between 1 and {MAX_QUEUES}", volume.queues),
         ));
     }
-    if volume.socket.mode > 0o777 {
-        return Err((
-            "socket",
-            format!(
-                "mode 0o{:o} has more than permission bits (0o777)",
-                volume.socket.mode
-            ),
-        ));
-    }
+    check_mode(&volume.socket)?;
     keys::check(volume, host)
+}
+
+fn check_mode(socket: &SocketSpec) -> Result<(), Problem> {
+    let mode = socket.mode;
+    if mode > 0o777 {
+        let problem = format!("mode 0o{mode:o} has more than permission bits (0o777)");
+        return Err(("socket", problem));
+    }
+    Ok(())
 }
 
 fn check_path(path: &str) -> Result<(), String> {

@@ -237,5 +237,8 @@ pub(crate) fn bundle_of(volumes: Vec<Volume>) -> HostBundle {
         shred: Vec::new(),
         groups,
         workers: None,
+        switches: Vec::new(),
+        nics: Vec::new(),
+        force_remove_nics: Vec::new(),
     }
 }

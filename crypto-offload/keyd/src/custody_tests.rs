@@ -163,6 +163,9 @@ fn bundle(epoch: u64, volumes: Vec<Volume>, shred: &[VolumeId]) -> HostBundle {
         shred: shred.to_vec(),
         groups: Vec::new(),
         workers: None,
+        switches: Vec::new(),
+        nics: Vec::new(),
+        force_remove_nics: Vec::new(),
     }
 }
 

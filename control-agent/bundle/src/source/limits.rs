@@ -30,7 +30,7 @@ pub(super) fn limits(owner: &Table<'_, '_>) -> Result<Limits, SourceError> {
 }
 
 /// The rate and the burst that two fields say.
-fn rate(
+pub(super) fn rate(
     table: &Table<'_, '_>,
     burst_field: &'static str,
     field: &'static str,
@@ -47,12 +47,18 @@ fn rate(
     }
 }
 
-fn count(table: &Table<'_, '_>, field: &'static str) -> Result<Option<u64>, SourceError> {
+pub(super) fn count(
+    table: &Table<'_, '_>,
+    field: &'static str,
+) -> Result<Option<u64>, SourceError> {
     table.optional_integer(field, u64::MAX)
 }
 
 /// Bytes, as a number or with a unit.
-fn amount(table: &Table<'_, '_>, field: &'static str) -> Result<Option<u64>, SourceError> {
+pub(super) fn amount(
+    table: &Table<'_, '_>,
+    field: &'static str,
+) -> Result<Option<u64>, SourceError> {
     match table.value(field) {
         None => Ok(None),
         Some(DeValue::String(text)) => {

@@ -4,11 +4,16 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
+use bulkhead_protocol::NicId;
 use bulkhead_protocol::limits::Rate;
+use bulkhead_protocol::net::{
+    InterfaceName, IpPrefix, Mac, MirrorSpec, NicLimits, PortSpec, SpoofChecks, TrafficLimits,
+    Uplink,
+};
 use bulkhead_protocol::workers::Workers;
 
 use crate::private_file::PrivateFileError;
-use crate::{Group, KeyError, OperatorPublicKey, encoding, inspect, verify};
+use crate::{Group, KeyError, Nic, OperatorPublicKey, Switch, encoding, inspect, verify};
 
 #[test]
 fn a_signed_bundle_verifies_to_itself() {
@@ -114,6 +119,86 @@ fn any_volume() -> impl Strategy<Value = Volume> {
         )
 }
 
+fn any_interface() -> impl Strategy<Value = InterfaceName> {
+    "[a-zA-Z0-9][a-zA-Z0-9._-]{0,14}".prop_map(|name| name.parse().expect("a name"))
+}
+
+fn any_switch() -> impl Strategy<Value = Switch> {
+    let tap = any_interface().prop_map(|interface| Uplink::Tap { interface });
+    let af_xdp = (any_interface(), any::<u16>())
+        .prop_map(|(interface, queue)| Uplink::AfXdp { interface, queue });
+    let uplink = proptest::option::of(prop_oneof![tap, af_xdp]);
+    ("[a-z0-9][a-z0-9._-]{0,63}", uplink).prop_map(|(name, uplink)| Switch {
+        name: name.parse().expect("a name"),
+        uplink,
+    })
+}
+
+fn any_nic() -> impl Strategy<Value = Nic> {
+    let port = prop_oneof![
+        any_switch().prop_map(|switch| PortSpec::Switch {
+            switch: switch.name
+        }),
+        any_interface().prop_map(|interface| PortSpec::Tap { interface }),
+        (any_interface(), any::<u16>())
+            .prop_map(|(interface, queue)| PortSpec::AfXdp { interface, queue }),
+        Just(PortSpec::Null),
+    ];
+    let mirror =
+        (any::<String>(), any::<(u32, u64)>()).prop_map(|(file, (snap, most))| MirrorSpec {
+            file,
+            snap_bytes: snap,
+            most_bytes: most,
+        });
+    let source = (any::<std::net::Ipv6Addr>(), any::<bool>()).prop_map(|(address, v4)| {
+        let v4_of = std::net::Ipv4Addr::from_bits(address.to_bits() as u32);
+        match v4 {
+            true => IpPrefix::new(v4_of.into(), 32),
+            false => IpPrefix::new(address.into(), 128),
+        }
+        .expect("a whole address")
+    });
+    let traffic =
+        || (any_rate(), any_rate()).prop_map(|(packets, bytes)| TrafficLimits { packets, bytes });
+    (
+        any::<([u8; 16], [u8; 6])>(),
+        any::<String>(),
+        any::<(u16, u16, u32, bool, bool)>(),
+        port,
+        ("[a-z0-9][a-z0-9._-]{0,63}", any::<(u32, u32, u32)>()),
+        (traffic(), traffic()),
+        (vec(source, 0..3), proptest::option::of(mirror)),
+    )
+        .prop_map(
+            |(ids, name, numbers, port, socket, (tx, rx), (sources, mirror))| {
+                let ((id, mut mac), (mtu, queue_pairs, uid, force, check)) = (ids, numbers);
+                mac[0] = mac[0] & 0xfe | 2;
+                Nic {
+                    id: NicId(id),
+                    name,
+                    mac: Mac::new(mac).expect("of one station"),
+                    mtu,
+                    queue_pairs,
+                    port,
+                    socket: SocketSpec {
+                        name: socket.0.parse().expect("a name"),
+                        uid: socket.1.0,
+                        gid: socket.1.1,
+                        mode: socket.1.2,
+                    },
+                    allowed_uid: uid,
+                    force_removal: force,
+                    limits: NicLimits { tx, rx },
+                    checks: SpoofChecks {
+                        mac: check,
+                        sources,
+                    },
+                    mirror,
+                }
+            },
+        )
+}
+
 fn any_bundle() -> impl Strategy<Value = HostBundle> {
     let ids = vec(any::<[u8; 16]>().prop_map(VolumeId), 0..4);
     let digests = vec(any::<[u8; 48]>().prop_map(Into::into), 0..3);
@@ -124,10 +209,17 @@ fn any_bundle() -> impl Strategy<Value = HostBundle> {
         vec(any_volume(), 0..4),
         (ids.clone(), ids),
         (vec(any_group(), 0..3), any_workers()),
+        (
+            vec(any_switch(), 0..3),
+            vec(any_nic(), 0..3),
+            vec(any::<[u8; 16]>(), 0..3),
+        ),
     )
         .prop_map(
-            |(host, (epoch, not_before, expires), supersedes, volumes, gone, (groups, workers))| {
+            |(host, (epoch, not_before, expires), supersedes, volumes, gone, groups, nets)| {
                 let (force_remove, shred) = gone;
+                let (groups, workers) = groups;
+                let (switches, nics, gone) = nets;
                 HostBundle {
                     host,
                     epoch,
@@ -139,6 +231,9 @@ fn any_bundle() -> impl Strategy<Value = HostBundle> {
                     shred,
                     groups,
                     workers,
+                    switches,
+                    nics,
+                    force_remove_nics: gone.into_iter().map(NicId).collect(),
                 }
             },
         )

@@ -119,7 +119,7 @@ fn mistakes_are_named_with_file_line_and_field() {
         (
             "epoch = 7",
             "epoch = 7\nfoo = 1",
-            "bundle.toml:3: foo: is an unknown field; there are: volume, include, host",
+            "bundle.toml:3: foo: is an unknown field; there are: volume, nic, include, group",
         ),
         (
             "epoch",

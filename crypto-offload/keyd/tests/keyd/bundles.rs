@@ -131,6 +131,9 @@ pub fn bundle(epoch: u64, volumes: Vec<Volume>) -> HostBundle {
         shred: Vec::new(),
         groups: Vec::new(),
         workers: None,
+        switches: Vec::new(),
+        nics: Vec::new(),
+        force_remove_nics: Vec::new(),
     }
 }
 
