@@ -14,6 +14,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 mod again;
+mod unpop;
 
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -75,6 +76,18 @@ impl Cursor {
                 wrap: !self.wrap,
             },
         }
+    }
+
+    /// `by` places back in a ring of `size`; at most once around.
+    pub(super) fn retreated(self, by: u16, size: u16) -> Self {
+        let wrap = self.wrap ^ (by > self.index);
+        let index = if by > self.index {
+            // Below the size: a size at most was taken off.
+            (size - by).saturating_add(self.index)
+        } else {
+            self.index - by
+        };
+        Self { index, wrap }
     }
 
     /// Whether flags say that the driver has made the descriptor here available.

@@ -171,6 +171,12 @@ impl Virtqueue {
         either!(self, queue => queue.pop(chain))
     }
 
+    /// Puts back the chain that was taken last and that has not ended, as if it had not been taken: it is the next
+    /// one again. Of several the last one first.
+    pub fn unpop(&mut self, head: u16) {
+        either!(self, queue => queue.unpop(head));
+    }
+
     /// Has the CPU fetch what the next chain that is given back will be written to.
     #[inline]
     pub fn announce_used(&self) {

@@ -124,6 +124,26 @@ impl PackedRegion {
         store_free(&self.region, at, at);
     }
 
+    /// The chain that was taken last is available again: the stores of [`PackedRegion::taken`] that say otherwise, in
+    /// the opposite order.
+    pub(in crate::virtqueue) fn untaken(&mut self, id: u16) {
+        let Some(&(first, last)) = self.ends.get(usize::from(id)) else {
+            return;
+        };
+        // A batch that was shown since has put its entries in front of what followed.
+        if self.follower(last) != self.free_head {
+            self.region
+                .store_u16(entry(last, ENTRY_NEXT), self.free_head);
+            if let Some(next) = self.next.get_mut(usize::from(last)) {
+                *next = self.free_head;
+            }
+        }
+        self.free_head = first;
+        store_free(&self.region, first, first);
+        self.region.store_u8(entry(first, ENTRY_INFLIGHT), 0);
+        self.counter = self.counter.saturating_sub(1);
+    }
+
     /// Its used descriptor is written, all but what shows it.
     #[inline]
     pub(in crate::virtqueue) fn used(&mut self, id: u16) {

@@ -71,6 +71,12 @@ impl SplitRegion {
         self.region.store_u8(entry(head, ENTRY_INFLIGHT), 1);
     }
 
+    /// The head that was taken last is available again.
+    pub(in crate::virtqueue) fn untaken(&mut self, head: u16) {
+        self.region.store_u8(entry(head, ENTRY_INFLIGHT), 0);
+        self.counter = self.counter.saturating_sub(1);
+    }
+
     /// Its used entry is written.
     #[inline]
     pub(in crate::virtqueue) fn used(&mut self, head: u16) {

@@ -36,7 +36,8 @@ fn live(driver: &mut Driver, queue: &mut Virtqueue, dice: &mut Dice, steps: usiz
         taken.push(id);
     }
     for _ in 0..steps {
-        match dice.roll(6) {
+        match dice.roll(7) {
+            6 => taken.extend(take_and_put_back(driver, queue, dice)),
             0 | 1 => driver.offer(1 + u16::try_from(dice.roll(3)).expect("small")),
             2 | 3 => {
                 if let Some(id) = queue.pop(&mut chain).expect("good") {
@@ -53,6 +54,27 @@ fn live(driver: &mut Driver, queue: &mut Virtqueue, dice: &mut Dice, steps: usiz
             }
         }
     }
+}
+
+/// Takes a few chains, puts back the last of them, and takes one more: the first of those; what stays taken.
+fn take_and_put_back(driver: &mut Driver, queue: &mut Virtqueue, dice: &mut Dice) -> Vec<u16> {
+    let (mut chain, mut taken, mut back) = (Chain::default(), Vec::new(), None);
+    for _ in 0..1 + dice.roll(4) {
+        taken.extend(queue.pop(&mut chain).expect("good"));
+    }
+    if dice.roll(2) == 0 {
+        queue.publish();
+        driver.look();
+    }
+    for _ in 0..dice.roll(taken.len() as u64 + 1) {
+        back = taken.pop();
+        queue.unpop(back.expect("as many"));
+    }
+    if back.is_some() && dice.roll(2) == 0 {
+        assert_eq!(queue.pop(&mut chain).expect("good"), back);
+        taken.extend(back);
+    }
+    taken
 }
 
 /// Whoever serves the ring next takes exactly what the driver waits for, in order, and it can go on.
