@@ -311,6 +311,44 @@ impl GuestBuffer {
         })
     }
 
+    /// Copies `bytes` bytes from offset `from_at` of another buffer, which may be of other memory, of the same or
+    /// overlap, to offset `at`; each byte is read once. False, with nothing copied, where either is too short.
+    #[inline]
+    pub fn copy_from(&self, at: u64, from: &Self, from_at: u64, bytes: usize) -> bool {
+        let (Some(mut to), Some(runs)) = (self.runs(at, bytes), from.runs(from_at, bytes)) else {
+            return false;
+        };
+        let (mut place, mut room) = (NonNull::dangling(), 0);
+        for (mut host, mut left) in runs {
+            while left > 0 {
+                if room == 0 {
+                    let Some(next) = to.next() else {
+                        return false;
+                    };
+                    (place, room) = next;
+                }
+                let here = left.min(room);
+                // SAFETY: both places have that many bytes. They may overlap: one guest can give the same bytes for
+                // both.
+                unsafe {
+                    std::ptr::copy(host.as_ptr(), place.as_ptr(), here);
+                    // At most to their ends.
+                    (host, place) = (host.add(here), place.add(here));
+                }
+                (left, room) = (left - here, room - here);
+            }
+        }
+        true
+    }
+
+    /// Marks the first `bytes` bytes, which were written, in the memory's dirty log, where one is kept.
+    #[inline]
+    pub fn mark_front(&self, bytes: usize) {
+        if let Some(memory) = self.lease.as_ref().filter(|m| m.log().is_enabled()) {
+            self.each(0, bytes, |host, bytes| memory.mark_host(host, bytes as u64));
+        }
+    }
+
     /// Writes zeroes to `bytes` bytes from offset `at`; false where it is too short.
     pub fn zero(&self, at: u64, bytes: usize) -> bool {
         self.each(at, bytes, |host, bytes| {

@@ -5,10 +5,15 @@
 //! | [`header`] | the header in front of every frame |
 //! | [`parse`] | what a frame's first bytes say |
 //! | [`frame`] | a frame on its way, and its offloads, held against it |
+//! | [`receive`] | a frame into a driver's receive buffers |
+//! | [`checksum`], [`offload`] | checksums and segments in software |
 
+pub mod checksum;
 pub mod frame;
 pub mod header;
+pub mod offload;
 pub mod parse;
+pub mod receive;
 
 pub use frame::{Body, Csum, Frame, Gso, GsoKind, HeadBuffer, Offload};
 pub use header::HeaderSize;
