@@ -1,4 +1,4 @@
-//! The data plane: block devices served to virtual machines over vhost-user, from polled
+//! The data plane: disks and network cards served to virtual machines over vhost-user, from polled
 //! io_uring workers, encrypted on the way.
 //!
 //! **A block request** in at most six steps, each a function that can be named:
@@ -24,11 +24,12 @@
 //! | [`memory`] | guest memory and the only ways to its bytes |
 //! | [`virtqueue`] | rings: from what a driver wrote to checked buffers |
 //! | [`blk`] | virtio-blk: device, configuration space, requests, pipeline |
-//! | [`net`] | virtio-net: frames and their offloads |
 //! | [`control`] | what rot, keyd and the agent say becomes what is served |
+//! | [`device`] | a device of either kind, as those see it that serve both |
+//! | [`net`] | virtio-net: network cards, and how their queues are served |
+//! | [`port`] | where a network card's frames go: a switch, an interface of the host, nowhere |
 //! | [`crash`] | where tests have the process die |
 //! | [`storage`] | where blocks live |
-//! | [`port`] | where packets go |
 //! | [`qos`] | how much a volume, and a group of volumes, may do in a second |
 //! | [`rekey`] | another key for a volume, zone by zone, while it is served |
 //! | [`stored`] | what survives this process, in rot's descriptor store |
@@ -39,6 +40,7 @@
 pub mod blk;
 pub mod control;
 pub mod crash;
+pub mod device;
 pub mod fds;
 pub mod fence;
 pub mod log_limit;

@@ -4,18 +4,17 @@
 
 use std::io;
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
 
 use mio::{Registry, Token};
 
-use crate::blk::BlkDevice;
+use crate::device::Device;
 use crate::server::{Access, Event, Manager, Server, ServerConfig};
 
 /// A device and where it is offered.
 #[derive(Debug)]
 pub struct Served {
     /// What is served.
-    pub device: Arc<BlkDevice>,
+    pub device: Device,
     /// Where frontends connect.
     pub listener: UnixListener,
     /// Its name in log lines.
@@ -59,7 +58,7 @@ pub fn run(
     let mut server = Server::new(config)?;
     for served in devices {
         let everybody = Access { allowed_uid: None };
-        server.attach(&served.device, served.listener, everybody, served.label)?;
+        server.attach(served.device, served.listener, everybody, served.label)?;
     }
     ready()?;
     let mut manager = Fixed { failure: None };

@@ -265,6 +265,7 @@ fn allocations(packed: bool, storage: StorageSpec, cipher: Option<Cipher>, round
     };
     let device = BlkDevice::new(geometry, VOLUME_BYTES / 512, storage, cipher);
     let id = QUEUE.device;
+    let device = device.into();
     worker.send(ToWorker::Attach { id, device });
     assert!(matches!(
         reply(&replies),

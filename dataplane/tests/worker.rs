@@ -108,7 +108,7 @@ impl Rig {
         };
         let attach = ToWorker::Attach {
             id: QUEUE.device,
-            device: Arc::clone(&rig.device),
+            device: (&rig.device).into(),
         };
         rig.send(attach);
         assert!(matches!(

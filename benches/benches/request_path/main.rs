@@ -206,7 +206,7 @@ impl Threaded {
         let id = DeviceId(1);
         threaded.send(ToWorker::Attach {
             id,
-            device: device(false),
+            device: device(false).into(),
         });
         assert!(matches!(
             threaded.reply(),

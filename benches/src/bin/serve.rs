@@ -1,4 +1,4 @@
-//! `serve`: disks on sockets. See `serve --help` and `docs/benchmarks.md`.
+//! `serve`: disks and network cards on sockets. See `serve --help` and `docs/benchmarks.md`.
 #![forbid(unsafe_code)]
 
 use std::error::Error;
@@ -6,7 +6,7 @@ use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use bulkhead_benches::serve::arguments::Arguments;
-use bulkhead_benches::serve::{cpus, dataplane, devices, limits, reference};
+use bulkhead_benches::serve::{cpus, dataplane, devices, limits, net, reference};
 use bulkhead_dataplane::serve::Served;
 use clap::Parser as _;
 use nix::sys::signal::{Signal, raise};
@@ -40,7 +40,8 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     cpus::check(&arguments.cpu)?;
     let devices = devices::open(arguments)?;
     let announce = || {
-        for socket in &arguments.socket {
+        let cards = arguments.net.iter().map(|net| &net.socket);
+        for socket in arguments.socket.iter().chain(cards) {
             println!("listening on {}", socket.display());
         }
     };
@@ -49,10 +50,14 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     } else {
         let config = dataplane::config(&arguments.cpu, arguments.workers, arguments.shuffle);
         let limited = |disks: &[Served]| {
-            let disks = disks.iter().map(|served| &*served.device);
+            let disks = disks
+                .iter()
+                .filter_map(|served| served.device.blk().map(|disk| &**disk));
             limits::set(disks, &arguments.limit, arguments.group.as_ref());
         };
-        dataplane::run(devices, &config, limited, announce)?;
+        let disks = devices.iter().map(|device| device.socket.as_path());
+        let cards = net::open(&arguments.net).inspect_err(|_| devices::remove_sockets(disks))?;
+        dataplane::run((devices, cards), &config, limited, announce)?;
     }
     Ok(())
 }

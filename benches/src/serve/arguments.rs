@@ -9,6 +9,7 @@ use bulkhead_protocol::limits::Limits;
 use clap::Parser;
 
 use super::limits;
+use super::net::NetSpec;
 use super::spec::BlkSpec;
 
 /// Most queues of a device: the reference names a queue by its bit in 64.
@@ -23,16 +24,18 @@ Examples:
       --sector-size 4096 --iv-large-sectors --key-file volume.key disk.img NAME` opens it without us
   serve --socket /tmp/a.sock --blk file:a.img --socket /tmp/b.sock --blk ram:256MiB --queues 4
       two disks with four queues each
+  serve --net /tmp/a.sock,switch:lan --net /tmp/b.sock,switch:lan,pairs=2
+      two network cards on one switch, one of them with two queue pairs
 
-Whoever may connect to a socket has its disk: put it into a folder that only they can enter.
+Whoever may connect to a socket has what is there: put it into a folder that only they can enter.
 A signal ends it; the sockets stay, and the next start replaces them. BULKHEAD_LOG sets what is logged (error, warn, info, debug, trace).";
 
-/// Serves disks over vhost-user-blk, one on each socket.
+/// Serves disks over vhost-user-blk and network cards over vhost-user-net, one on each socket.
 #[derive(Debug, Parser)]
 #[command(name = "serve", version, after_help = EXAMPLES)]
 pub struct Arguments {
     /// Where to listen; give one --blk for each
-    #[arg(long, value_name = "PATH", required = true)]
+    #[arg(long, value_name = "PATH", required_unless_present = "net")]
     pub socket: Vec<PathBuf>,
 
     /// What to serve there: null:SIZE (reads nothing, writes nothing), ram:SIZE (memory, gone at the end) or
@@ -42,8 +45,18 @@ pub struct Arguments {
     /// one that begins no transfer from AFTER milliseconds after the start on, for so many milliseconds or for
     /// `ever`) and error=KIND/ERRNO/N:SPEC (another one of which
     /// every Nth read, write, flush, discard, zero or any transfer fails with ERRNO, or is short)
-    #[arg(long, value_name = "SPEC", required = true)]
+    #[arg(long, value_name = "SPEC", required_unless_present = "net")]
     pub blk: Vec<BlkSpec>,
+
+    /// A network card: where to listen, what it is connected to (null, or switch:NAME with all others that name it),
+    /// and mac=ADDRESS, mtu=BYTES, pairs=N (queue pairs), tx-requests=RATE, tx-bytes=RATE, rx-requests=RATE,
+    /// rx-bytes=RATE, all with commas between
+    #[arg(
+        long,
+        value_name = "PATH,PORT[,OPTION...]",
+        conflicts_with = "reference"
+    )]
+    pub net: Vec<NetSpec>,
 
     /// Encrypt with AES-256-XTS, under a random key for each disk unless there is a --key-file
     #[arg(long)]
@@ -145,7 +158,7 @@ pub enum ArgumentError {
         disks: usize,
     },
     /// One path twice.
-    #[error("--socket {0} is given twice: each disk needs its own")]
+    #[error("the socket {0} is given twice: each device needs its own")]
     SocketTwice(PathBuf),
 }
 
@@ -168,7 +181,13 @@ impl Arguments {
             });
         }
         let mut seen = std::collections::BTreeSet::new();
-        if let Some(twice) = self.socket.iter().find(|path| !seen.insert(*path)) {
+        let cards = self.net.iter().map(|net| &net.socket);
+        if let Some(twice) = self
+            .socket
+            .iter()
+            .chain(cards)
+            .find(|path| !seen.insert(*path))
+        {
             return Err(ArgumentError::SocketTwice(twice.clone()));
         }
         let disks = self.blk.iter().cloned();
@@ -261,6 +280,11 @@ mod tests {
         let twice = parse("--socket a --blk null:1GiB --socket a --blk null:1GiB").expect("parses");
         let error = twice.pairs().expect_err("one socket twice");
         assert_eq!(error, ArgumentError::SocketTwice("a".into()));
+        let twice = parse("--socket a --blk null:1GiB --net a,null").expect("parses");
+        let error = twice.pairs().expect_err("one socket twice");
+        assert_eq!(error, ArgumentError::SocketTwice("a".into()));
+        let cards = parse("--net a,null --net b,switch:lan").expect("parses");
+        assert_eq!((cards.pairs(), cards.net.len()), (Ok(Vec::new()), 2));
         assert!(parse("--socket a").is_err());
         assert!(parse("--blk null:1GiB").is_err());
     }

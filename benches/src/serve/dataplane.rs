@@ -17,6 +17,7 @@ use bulkhead_dataplane::storage::{
 use bulkhead_dataplane::worker::WorkerConfig;
 
 use super::devices::{Backing, Device, DiskSpec, Xts};
+use super::net::Card;
 use super::rekey::RekeyError;
 
 /// Bytes of a sector, always (virtio 1.2, 5.2).
@@ -90,15 +91,16 @@ pub fn config(cpus: &[usize], workers: u16, shuffle: Option<u16>) -> ServerConfi
 /// # Errors
 /// See [`ServeError`].
 pub fn run(
-    devices: Vec<Device>,
+    (disks, cards): (Vec<Device>, Vec<Card>),
     config: &ServerConfig,
     made: impl FnOnce(&[Served]),
     ready: impl FnOnce(),
 ) -> Result<(), ServeError> {
     let arena =
-        SecretArena::new((devices.len() * 2).max(1)).map_err(|e| ServeError::Memory("keys", e))?;
-    let served: Result<Vec<_>, _> = devices.into_iter().map(|d| prepare(d, &arena)).collect();
-    let served = served?;
+        SecretArena::new((disks.len() * 2).max(1)).map_err(|e| ServeError::Memory("keys", e))?;
+    let served: Result<Vec<_>, _> = disks.into_iter().map(|d| prepare(d, &arena)).collect();
+    let mut served = served?;
+    served.extend(cards.into_iter().map(offered));
     made(&served);
     sandbox::lock_process()?;
     let locked = || {
@@ -108,11 +110,19 @@ pub fn run(
     Ok(serve::run(config, served, locked)?)
 }
 
+fn offered(card: Card) -> Served {
+    Served {
+        device: card.device.into(),
+        listener: card.listener,
+        label: card.socket.display().to_string(),
+    }
+}
+
 fn prepare(device: Device, arena: &Arc<SecretArena>) -> Result<Served, ServeError> {
     let label = device.socket.display().to_string();
     let device_of_disk = block_device(device.disk, arena);
     Ok(Served {
-        device: device_of_disk.map_err(|e| e.of(&label))?,
+        device: device_of_disk.map_err(|e| e.of(&label))?.into(),
         listener: device.listener,
         label,
     })

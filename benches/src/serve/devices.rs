@@ -278,7 +278,7 @@ fn xts(arguments: &Arguments, serial: &[u8; 20]) -> Result<Option<Xts>, DeviceEr
 }
 
 /// Removes the sockets of devices that won't be served.
-fn remove_sockets<'a>(paths: impl Iterator<Item = &'a Path>) {
+pub fn remove_sockets<'a>(paths: impl Iterator<Item = &'a Path>) {
     for path in paths {
         if let Err(e) = std::fs::remove_file(path) {
             tracing::warn!("{}: can't remove the socket: {e}", path.display());

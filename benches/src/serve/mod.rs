@@ -1,12 +1,13 @@
-//! `serve`: disks on sockets, from a command line: for tests, benchmarks and a first look.
+//! `serve`: disks and network cards on sockets, from a command line: for tests, benchmarks and a first look.
 //!
-//! No bundle and no key service: whoever may connect to a socket has the disk.
+//! No bundle and no key service: whoever may connect to a socket has what is there.
 //!
 //! | module | owns |
 //! | --- | --- |
 //! | [`arguments`] | the command line, parsed and checked as far as that goes without opening anything |
 //! | [`spec`] | what a disk is made of |
 //! | [`devices`] | from there to opened files, keys in secret memory and listeners |
+//! | [`net`] | network cards, from the command line to listeners |
 //! | [`file`] | a disk's file |
 //! | [`rekey`] | a disk's re-key without a key service |
 //! | [`cpus`] | CPUs to serve on |
@@ -22,6 +23,7 @@ pub mod dataplane;
 pub mod devices;
 pub mod file;
 pub mod limits;
+pub mod net;
 pub mod reference;
 pub mod rekey;
 pub mod socket;

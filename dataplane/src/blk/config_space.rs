@@ -3,9 +3,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used)]
 
 use super::device::{BlkDevice, Geometry, SECTOR_BYTES};
-
-/// Bytes that a frontend may ask for: `struct virtio_blk_config`, zero-padded.
-pub const CONFIG_BYTES: usize = 256;
+pub use crate::device::CONFIG_BYTES;
 
 /// Feature bits of virtio-blk.
 pub mod feature {

@@ -102,17 +102,17 @@ impl QueueMetrics {
 
 /// A number that only grows, by one thread at a time, and that any may read.
 #[derive(Debug, Default)]
-struct Counter(AtomicU64);
+pub(crate) struct Counter(AtomicU64);
 
 impl Counter {
     /// Not one indivisible step: that would wait for all that the thread has written so far.
     #[inline]
-    fn add(&self, n: u64) {
+    pub(crate) fn add(&self, n: u64) {
         let sum = self.0.load(Ordering::Relaxed).wrapping_add(n);
         self.0.store(sum, Ordering::Relaxed);
     }
 
-    fn get(&self) -> u64 {
+    pub(crate) fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }

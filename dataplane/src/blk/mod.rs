@@ -15,4 +15,5 @@ pub(crate) use cipher::{Keys, part};
 pub use device::{BlkDevice, Geometry, ResizeError, SECTOR_BYTES};
 pub(crate) use health::{Found, REKEYER};
 pub use health::{Health, LATENCY_BUCKETS, Latency, Level, Patience, Summary};
+pub(crate) use metrics::Counter;
 pub use metrics::{Counts, Metrics, QueueMetrics};

@@ -65,7 +65,7 @@ impl Volumes {
         self.groups.limit(&device, &grant);
         let place = self.place(stored, &device);
         let attached = server.offer(Offer {
-            device: Arc::clone(&device),
+            device: (&device).into(),
             listener,
             access: access(&grant),
             label: label(&grant),

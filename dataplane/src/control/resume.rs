@@ -174,7 +174,7 @@ impl Volumes {
         }
         self.groups.limit(&device, grant);
         let offered = server.offer(Offer {
-            device: Arc::clone(&device),
+            device: (&device).into(),
             listener,
             access: super::attach::access(grant),
             label: super::attach::label(grant),

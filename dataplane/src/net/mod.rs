@@ -1,7 +1,11 @@
-//! virtio-net (virtio 1.2, 5.1): the network card.
+//! virtio-net (virtio 1.2, 5.1): the network card, its configuration space and counters, and its frames.
 //!
 //! | module | owns |
 //! | --- | --- |
+//! | `device` | what a network card is, and what of it changes while it is served |
+//! | [`config_space`] | features, and the configuration space |
+//! | `metrics` | counters of queues, and drops by reason |
+//! | [`lane`] | how a worker serves cards |
 //! | [`header`] | the header in front of every frame |
 //! | [`parse`] | what a frame's first bytes say |
 //! | [`frame`] | a frame on its way, and its offloads, held against it |
@@ -9,12 +13,18 @@
 //! | [`checksum`], [`offload`] | checksums and segments in software |
 
 pub mod checksum;
+pub mod config_space;
+mod device;
 pub mod frame;
 pub mod header;
+pub mod lane;
+mod metrics;
 pub mod offload;
 pub mod parse;
 pub mod receive;
 
+pub use device::{Direction, MAX_QUEUE_PAIRS, MIN_MTU, NetDevice, Shape, part_of};
 pub use frame::{Body, Csum, Frame, Gso, GsoKind, HeadBuffer, Offload};
 pub use header::HeaderSize;
+pub use metrics::{Counts, Metrics, QueueMetrics};
 pub use parse::{FrameInfo, HashKey, Mac};

@@ -17,16 +17,19 @@
 //! | --- | --- |
 //! | [`reason`] | why a frame was dropped |
 //! | [`null`] | the port that takes everything and gives nothing |
+//! | [`spec`] | what a network card is connected to, as the control thread and every worker know it |
 #![forbid(unsafe_code)]
 
 pub mod null;
 pub mod reason;
+pub mod spec;
 
 use crate::net::frame::Frame;
 use crate::worker::ring::{Completion, Ring};
 
 pub use null::NullPort;
 pub use reason::DropReason;
+pub use spec::{PortSpec, SwitchSpec};
 
 /// Number of a NIC among those of its worker. It is also its place in the worker's switch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -13,7 +13,9 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use crate::blk::{BlkDevice, Counts};
+use crate::blk::{self, BlkDevice, Counts};
+use crate::device::Device;
+use crate::net;
 use crate::storage::StorageSpec;
 use crate::worker::message::{DeviceId, QueueId};
 
@@ -64,8 +66,36 @@ impl Weights {
     pub(super) fn cost(self, done: Counts) -> u64 {
         let requests = done.requests_ok.saturating_add(done.requests_failed);
         let bytes = done.read_bytes.saturating_add(done.written_bytes);
+        self.sum(requests, bytes)
+    }
+
+    fn of_frames(self, done: &net::Counts) -> u64 {
+        self.sum(done.packets.saturating_add(done.all_drops()), done.bytes)
+    }
+
+    fn sum(self, requests: u64, bytes: u64) -> u64 {
         let of_requests = requests.saturating_mul(self.request);
         of_requests.saturating_add(bytes >> self.bytes_shift)
+    }
+}
+
+/// What the frames of a network card cost a worker: as much as a request of a disk in memory each, and a copy.
+const NET: Weights = Weights {
+    request: 1,
+    bytes_shift: 11,
+};
+
+/// What a queue of a device has cost its workers so far.
+pub(super) fn work(device: &Device, queue: u16) -> u64 {
+    match device {
+        Device::Blk(device) => {
+            let counts = device.metrics.queue(queue).map(blk::QueueMetrics::counts);
+            counts.map_or(0, |counts| Weights::of(device).cost(counts))
+        }
+        Device::Net(device) => {
+            let counts = device.metrics.queue(queue).map(net::QueueMetrics::counts);
+            counts.map_or(0, |counts| NET.of_frames(&counts))
+        }
     }
 }
 

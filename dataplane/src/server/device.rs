@@ -15,11 +15,12 @@ use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 
 use super::alarm::{Alarm, InWords};
-use super::balance::Weights;
+use super::balance;
 use super::connection::{Connection, Driven, ToWorkers};
 use super::patience::{Due, Waiting};
 use super::{Access, DeviceStatus, Event, Offer};
-use crate::blk::{BlkDevice, Level, QueueMetrics, ResizeError, config_space};
+use crate::blk::{BlkDevice, Level};
+use crate::device::Device;
 use crate::log_limit::LogLimit;
 use crate::stored::Place;
 use crate::vhost_user::Facts;
@@ -45,7 +46,7 @@ enum Stage {
 
 /// A device.
 #[derive(Debug)]
-pub(super) struct Device {
+pub(super) struct State {
     facts: Facts,
     listener: UnixListener,
     access: Access,
@@ -95,14 +96,9 @@ pub(super) fn id_of(token: Token) -> DeviceId {
     DeviceId((token.0 / 2) as u64)
 }
 
-impl Device {
+impl State {
     pub(super) fn new(offer: Offer, id: DeviceId, workers: usize) -> Self {
-        let facts = Facts {
-            id,
-            features: config_space::features(&offer.device.geometry),
-            queues: offer.device.geometry.queues,
-            device: offer.device,
-        };
+        let facts = Facts::of(id, offer.device);
         let stored = offer.place.volume();
         let resumes = stored.is_some_and(|volume| volume.connection.is_some());
         Self {
@@ -191,15 +187,18 @@ impl Device {
     }
 
     /// The device as workers have it.
-    pub(super) fn shared(&self) -> Arc<BlkDevice> {
-        Arc::clone(&self.facts.device)
+    pub(super) fn shared(&self) -> &Device {
+        &self.facts.device
+    }
+
+    /// The disk, if it is one.
+    pub(super) fn disk(&self) -> Option<Arc<BlkDevice>> {
+        self.facts.device.blk().cloned()
     }
 
     /// What one of its queues has cost the workers so far.
     pub(super) fn work(&self, queue: u16) -> u64 {
-        let device = &self.facts.device;
-        let counts = device.metrics.queue(queue).map(QueueMetrics::counts);
-        counts.map_or(0, |counts| Weights::of(device).cost(counts))
+        balance::work(&self.facts.device, queue)
     }
 
     pub(super) fn is_connected(&self) -> bool {
@@ -247,13 +246,20 @@ impl Device {
     }
 
     /// Gives the device another capacity, and tells the frontend.
-    pub(super) fn resize(&mut self, capacity_sectors: u64) -> Result<(), ResizeError> {
-        self.facts.device.resize(capacity_sectors)?;
+    pub(super) fn resize(&mut self, capacity_sectors: u64) -> Result<(), String> {
+        let disk = self.facts.device.blk();
+        let disk = disk.ok_or("it is a network card, and has no capacity")?;
+        disk.resize(capacity_sectors).map_err(|e| e.to_string())?;
+        self.config_changed();
+        Ok(())
+    }
+
+    /// Its configuration space changed: the frontend is told, and a successor.
+    pub(super) fn config_changed(&mut self) {
         if let Some(connection) = &mut self.connection {
             connection.session.config_changed();
             connection.remember(&mut self.place);
         }
-        Ok(())
     }
 
     pub(super) fn status(&self) -> DeviceStatus {
@@ -382,7 +388,7 @@ impl Device {
         let connection = self.connection.as_ref();
         let closing = connection.is_some_and(Connection::is_closing);
         let leaving = matches!(self.stage, Stage::Leaving | Stage::Detaching(_));
-        let give_up = self.facts.device.health.patience().give_up;
+        let give_up = self.facts.device.give_up_after();
         let now = Instant::now();
         match self.waiting.look(now, (closing, leaving), give_up) {
             None => {}
@@ -393,9 +399,10 @@ impl Device {
             }
             Some(Due::Tell) => {
                 self.forget();
+                let health = self.facts.device.health();
                 events.push(Event::GivenUp {
                     id: self.facts.id,
-                    requests: self.facts.device.health.summary().old,
+                    requests: health.map_or(0, |health| health.summary().old),
                 });
             }
         }
@@ -412,7 +419,9 @@ impl Device {
 
     /// Tells people, and the manager, where the storage does worse than before, or better for a while.
     fn look_at_health(&mut self, events: &mut Vec<Event>) {
-        let health = &self.facts.device.health;
+        let Some(health) = self.facts.device.health() else {
+            return;
+        };
         let summary = health.summary();
         if !self.alarm.take(Instant::now(), summary.level) {
             return;

@@ -28,17 +28,18 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Registry, Token};
 
-use crate::blk::{Ciphers, Level, Summary};
+use crate::blk::{BlkDevice, Ciphers, Level, Summary};
 use crate::rekey::{Rekeyer, ToRekeyer};
 use crate::worker::message::{DeviceId, FromWorker, QueueId, ToWorker, ZoneChange};
 use crate::worker::{Replies, WorkerConfig, WorkerHandle, start};
 use connection::ToWorkers;
-use device::Device;
+use device::State;
 use fenced::Fences;
 use freeze::Frozen;
 use moves::Watch;
@@ -180,7 +181,7 @@ pub struct Server {
     /// It has stopped for another process, or is about to.
     frozen: Option<Frozen>,
     replies: Replies,
-    devices: HashMap<DeviceId, Device>,
+    devices: HashMap<DeviceId, State>,
     last_id: u64,
     events: Vec<Event>,
     /// Devices with something to be tried again.
@@ -264,7 +265,7 @@ impl Server {
     pub fn resize(&mut self, id: DeviceId, capacity_sectors: u64) -> Result<(), String> {
         let device = self.devices.get_mut(&id);
         let device = device.ok_or("the device is not attached")?;
-        device.resize(capacity_sectors).map_err(|e| e.to_string())?;
+        device.resize(capacity_sectors)?;
         self.settle(id, ToWorkers::new());
         Ok(())
     }
@@ -276,7 +277,9 @@ impl Server {
     /// That there is no such device; nothing changed.
     pub fn set_ciphers(&mut self, id: DeviceId, ciphers: &Ciphers) -> Result<(), String> {
         let state = self.devices.get(&id).ok_or("the device is not attached")?;
-        let device = state.shared();
+        let device = state
+            .disk()
+            .ok_or("it is a network card, and has no keys")?;
         // Workers first: what the rekeyer tells them of the new keys comes after the keys.
         for worker in &self.workers {
             worker.send(ToWorker::Zone {
@@ -302,17 +305,27 @@ impl Server {
     /// Whether a device's volume is this host's: held, or being taken or let go of.
     #[must_use]
     pub fn has_volume(&self, id: DeviceId) -> bool {
-        self.devices.get(&id).is_some_and(Device::has_volume)
+        self.devices.get(&id).is_some_and(State::has_volume)
     }
 
     /// Has it found out how far the re-key of a device is that another host may have gone on with.
     pub fn look_at_rekey(&self, id: DeviceId) {
-        if let Some(state) = self.devices.get(&id) {
-            self.rekeyer.send(ToRekeyer::Look {
-                id,
-                device: state.shared(),
-            });
+        if let Some(device) = self.disk(id) {
+            self.rekeyer.send(ToRekeyer::Look { id, device });
         }
+    }
+
+    fn disk(&self, id: DeviceId) -> Option<Arc<BlkDevice>> {
+        self.devices.get(&id).and_then(State::disk)
+    }
+
+    /// A network card's link was taken up or down, or something else of its configuration space has changed: its
+    /// frontend is told.
+    pub fn config_changed(&mut self, id: DeviceId) {
+        if let Some(device) = self.devices.get_mut(&id) {
+            device.config_changed();
+        }
+        self.settle(id, ToWorkers::new());
     }
 
     /// Whether new frontends are kept out from now on.
@@ -332,16 +345,13 @@ impl Server {
     /// Whether a frontend is connected.
     #[must_use]
     pub fn is_connected(&self, id: DeviceId) -> bool {
-        self.devices.get(&id).is_some_and(Device::is_connected)
+        self.devices.get(&id).is_some_and(State::is_connected)
     }
 
     /// What a device is doing.
     #[must_use]
     pub fn status(&self, id: DeviceId) -> DeviceStatus {
-        self.devices
-            .get(&id)
-            .map(Device::status)
-            .unwrap_or_default()
+        self.devices.get(&id).map(State::status).unwrap_or_default()
     }
 
     /// Ends [`Server::run`] after the event that is being handled.
@@ -517,7 +527,7 @@ impl Server {
         };
         let message = match message {
             ToWorker::TakeVolume { device: id } => {
-                let device = self.devices.get(&id).map(Device::shared);
+                let device = self.disk(id);
                 device.map(|device| ToRekeyer::Take { id, device })
             }
             ToWorker::LetGoOfVolume { device } => Some(ToRekeyer::LetGo { id: device }),

@@ -4,12 +4,11 @@
 
 use std::io;
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
 
 use super::connection::ToWorkers;
-use super::device::Device;
+use super::device::State;
 use super::{Access, Server};
-use crate::blk::BlkDevice;
+use crate::device::Device;
 use crate::rekey::ToRekeyer;
 use crate::stored::{Fd, Place, StoredVolume};
 use crate::worker::message::{DeviceId, ToWorker};
@@ -18,7 +17,7 @@ use crate::worker::message::{DeviceId, ToWorker};
 #[derive(Debug)]
 pub struct Offer {
     /// What is served.
-    pub device: Arc<BlkDevice>,
+    pub device: Device,
     /// Where frontends connect.
     pub listener: UnixListener,
     /// Who may.
@@ -39,22 +38,21 @@ impl Server {
     pub fn offer(&mut self, offer: Offer) -> io::Result<DeviceId> {
         self.last_id += 1;
         let id = DeviceId(self.last_id);
-        let device = Arc::clone(&offer.device);
-        let mut state = Device::new(offer, id, self.workers.len());
+        let device = offer.device.clone();
+        let mut state = State::new(offer, id, self.workers.len());
         state.fenced = self.fences.is_up();
         if let Err(error) = state.register(self.poll.registry()) {
             state.forget();
             return Err(error);
         }
         self.devices.insert(id, state);
-        self.rekeyer.send(ToRekeyer::Look {
-            id,
-            device: Arc::clone(&device),
-        });
+        if let Some(device) = device.blk().cloned() {
+            self.rekeyer.send(ToRekeyer::Look { id, device });
+        }
         for worker in &self.workers {
             worker.send(ToWorker::Attach {
                 id,
-                device: Arc::clone(&device),
+                device: device.clone(),
             });
         }
         Ok(id)
@@ -66,13 +64,13 @@ impl Server {
     /// When the listener can't be added to the loop.
     pub fn attach(
         &mut self,
-        device: &Arc<BlkDevice>,
+        device: impl Into<Device>,
         listener: UnixListener,
         access: Access,
         label: String,
     ) -> io::Result<DeviceId> {
         self.offer(Offer {
-            device: Arc::clone(device),
+            device: device.into(),
             listener,
             access,
             label,

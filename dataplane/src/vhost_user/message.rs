@@ -46,6 +46,8 @@ pub mod code {
     pub const SET_PROTOCOL_FEATURES: u32 = 16;
     pub const GET_QUEUE_NUM: u32 = 17;
     pub const SET_VRING_ENABLE: u32 = 18;
+    pub const SEND_RARP: u32 = 19;
+    pub const NET_SET_MTU: u32 = 20;
     pub const SET_BACKEND_REQ_FD: u32 = 21;
     pub const GET_CONFIG: u32 = 24;
     pub const SET_CONFIG: u32 = 25;
@@ -199,6 +201,9 @@ pub enum Request {
         index: u32,
         enabled: bool,
     },
+    /// The MAC address of a guest that has come from another host.
+    SendRarp([u8; 6]),
+    NetSetMtu(u64),
     GetQueueNum,
     GetConfig {
         offset: u32,
@@ -391,6 +396,8 @@ fn parse(
             index,
             enabled: state != 0,
         }),
+        code::SEND_RARP => body.u64().map(|word| Request::SendRarp(mac_of(word))),
+        code::NET_SET_MTU => body.u64().map(Request::NetSetMtu),
         code::GET_QUEUE_NUM => Some(Request::GetQueueNum),
         code::GET_CONFIG | code::SET_CONFIG => return config(code, body),
         code::SET_LOG_BASE => return log_base(body, fds),
@@ -428,6 +435,12 @@ fn log_base(
     };
     let fd = needed(fds)?;
     Ok(Some(Request::SetLogBase { bytes, offset, fd }))
+}
+
+/// A MAC address, in the six low bytes of a word in its order.
+fn mac_of(word: u64) -> [u8; 6] {
+    let [a, b, c, d, e, f, ..] = word.to_le_bytes();
+    [a, b, c, d, e, f]
 }
 
 fn pair(body: &mut Fields<'_>) -> Option<(u32, u32)> {

@@ -58,8 +58,12 @@ pub mod protocol_feature {
     pub const MQ: u64 = 1 << 0;
     /// The dirty log as a shared file.
     pub const LOG_SHMFD: u64 = 1 << 1;
+    /// SEND_RARP.
+    pub const RARP: u64 = 1 << 2;
     /// Acknowledgements.
     pub const REPLY_ACK: u64 = 1 << 3;
+    /// NET_SET_MTU.
+    pub const NET_MTU: u64 = 1 << 4;
     /// The backend channel.
     pub const BACKEND_REQ: u64 = 1 << 5;
     /// GET_CONFIG and SET_CONFIG.
@@ -72,7 +76,7 @@ pub mod protocol_feature {
     pub const CONFIGURE_MEM_SLOTS: u64 = 1 << 15;
     /// GET_STATUS and SET_STATUS.
     pub const STATUS: u64 = 1 << 16;
-    /// What is offered.
+    /// What a disk offers.
     pub const OFFERED: u64 = MQ
         | LOG_SHMFD
         | REPLY_ACK
@@ -82,4 +86,7 @@ pub mod protocol_feature {
         | RESET_DEVICE
         | CONFIGURE_MEM_SLOTS
         | STATUS;
+    /// What a network card offers: its configuration space is the frontend's, which would warn of one that
+    /// comes from here.
+    pub const OFFERED_NET: u64 = (OFFERED & !CONFIG) | RARP | NET_MTU;
 }

@@ -9,7 +9,8 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::blk::{BlkDevice, Ciphers};
+use crate::blk::Ciphers;
+use crate::device::Device;
 use crate::fence::Fence;
 use crate::memory::GuestMemory;
 use crate::rekey::Ticket;
@@ -95,12 +96,12 @@ pub struct MovedQueue {
 /// From the control thread to a worker.
 #[derive(Debug)]
 pub enum ToWorker {
-    /// Take a device: its storage descriptor is registered. Answered by [`FromWorker::Attached`].
+    /// Take a device: a disk's storage descriptor is registered. Answered by [`FromWorker::Attached`].
     Attach {
         /// Its number.
         id: DeviceId,
         /// What it is.
-        device: Arc<BlkDevice>,
+        device: Device,
     },
     /// Forget a device whose queues were all stopped. Answered by [`FromWorker::Detached`], after
     /// which this worker holds neither its storage nor its key.
@@ -189,6 +190,11 @@ pub enum ToWorker {
         queue: QueueId,
         /// The descriptor.
         fd: Option<OwnedFd>,
+    },
+    /// Tell the network where a card's guest is now. Not answered.
+    Announce {
+        /// A queue of the card that runs.
+        queue: QueueId,
     },
     /// Make everything that was written to the queue's device stable. Answered by
     /// [`FromWorker::Flushed`].

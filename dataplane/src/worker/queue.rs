@@ -8,8 +8,11 @@ use std::rc::Rc;
 use super::message::{MovedQueue, QueueId, QueueStart};
 use super::ring::{EntryId, FixedFile};
 use crate::blk::Counts;
-use crate::blk::pipeline::{Local, Outcome};
+use crate::blk::pipeline::{Local, Outcome, Pipeline};
 use crate::blk::request::Status;
+use crate::device::Device;
+use crate::net::lane::Lane;
+use crate::qos::Qos;
 use crate::virtqueue::{QueueFeatures, Recovered, RingError, Virtqueue};
 
 /// Where the driver kicks.
@@ -36,13 +39,34 @@ pub struct Call {
     pub fd: OwnedFd,
 }
 
+/// What a queue is for, and what it has beside its ring.
+#[derive(Debug)]
+pub enum Kind {
+    /// Requests of a disk.
+    Blk(Blk),
+    /// Frames of a network card.
+    Net(Lane),
+}
+
+/// What a disk's queue has.
+#[derive(Debug)]
+pub struct Blk {
+    /// The way to its device.
+    pub local: Rc<Local>,
+    /// Negotiated features.
+    pub features: u64,
+    index: u16,
+    /// What ended and is not counted yet.
+    tally: Counts,
+}
+
 /// A queue.
 #[derive(Debug)]
 pub struct Queue {
     /// Which.
     pub id: QueueId,
-    /// The way to its device.
-    pub local: Rc<Local>,
+    /// What it is for.
+    pub kind: Kind,
     /// The ring.
     pub ring: Virtqueue,
     /// SET_VRING_ENABLE.
@@ -79,8 +103,51 @@ pub struct Queue {
     pub empty_since: u64,
     /// Ticks for which it is polled while it is empty.
     pub grace: u64,
-    /// What ended and is not shown yet.
-    tally: Counts,
+}
+
+impl Blk {
+    /// Of a queue that starts.
+    #[must_use]
+    pub fn new(local: Rc<Local>, index: u16, features: u64) -> Self {
+        Self {
+            local,
+            features,
+            index,
+            tally: Counts::default(),
+        }
+    }
+
+    /// Notes the end of a request whose status is written.
+    #[inline(always)]
+    pub fn ended(&mut self, ring: &mut Virtqueue, head: u16, outcome: Outcome) {
+        if outcome.status == Status::Ok {
+            self.tally.requests_ok += 1;
+        } else {
+            self.tally.requests_failed += 1;
+        }
+        self.tally.read_bytes += u64::from(outcome.read_bytes);
+        self.tally.written_bytes += u64::from(outcome.stored_bytes);
+        // The status is the byte behind what was written; of a failed request it is all there is.
+        ring.push_used(head, outcome.written.saturating_add(1));
+    }
+
+    /// Shows the driver what ended, within a batch that [`Queue::publish`] ends; not if its memory went away.
+    #[inline]
+    pub fn show(&mut self, ring: &mut Virtqueue) {
+        if !ring.is_lost() {
+            self.count();
+            ring.show();
+        }
+    }
+
+    /// Counts what ended.
+    #[inline]
+    fn count(&mut self) {
+        let tally = std::mem::take(&mut self.tally);
+        if let Some(metrics) = self.local.device.metrics.queue(self.index) {
+            metrics.add(tally);
+        }
+    }
 }
 
 impl Queue {
@@ -89,7 +156,7 @@ impl Queue {
     ///
     /// # Errors
     /// [`RingError`]: its ring can't lie where it was said to, or its region is not for it.
-    pub fn new(start: QueueStart, local: Rc<Local>) -> Result<Self, RingError> {
+    pub fn new(start: QueueStart, kind: Kind) -> Result<Self, RingError> {
         let features = QueueFeatures::of(start.features);
         let mut ring = Virtqueue::new(&start.memory, start.layout, start.base, features)?;
         ring.set_log(start.log);
@@ -104,7 +171,7 @@ impl Queue {
         }
         let (id, features) = (start.queue, start.features);
         let recovers = ring.left_again() > 0;
-        let queue = Self::with_ring(id, local, ring, features);
+        let queue = Self::with_ring(id, kind, ring, features);
         Ok(Self {
             enabled: start.enabled,
             recovers,
@@ -119,10 +186,10 @@ impl Queue {
     ///
     /// # Errors
     /// [`RingError`]: its ring can't lie where it did.
-    pub fn resume(moved: MovedQueue, local: Rc<Local>) -> Result<Self, RingError> {
+    pub fn resume(moved: MovedQueue, kind: Kind) -> Result<Self, RingError> {
         let ring = moved.ring.resume()?;
         let recovers = ring.left_again() > 0;
-        let queue = Self::with_ring(moved.queue, local, ring, moved.features);
+        let queue = Self::with_ring(moved.queue, kind, ring, moved.features);
         Ok(Self {
             enabled: moved.enabled,
             recovers,
@@ -130,10 +197,10 @@ impl Queue {
         })
     }
 
-    fn with_ring(id: QueueId, local: Rc<Local>, ring: Virtqueue, features: u64) -> Self {
+    fn with_ring(id: QueueId, kind: Kind, ring: Virtqueue, features: u64) -> Self {
         Self {
             id,
-            local,
+            kind,
             ring,
             enabled: false,
             stopping: false,
@@ -152,7 +219,6 @@ impl Queue {
             polled: false,
             empty_since: 0,
             grace: 0,
-            tally: Counts::default(),
         }
     }
 
@@ -206,42 +272,73 @@ impl Queue {
         }
     }
 
-    /// Notes the end of a request whose status is written.
-    #[inline(always)]
-    pub fn ended(&mut self, head: u16, outcome: Outcome) {
-        if outcome.status == Status::Ok {
-            self.tally.requests_ok += 1;
-        } else {
-            self.tally.requests_failed += 1;
+    /// Its disk; none: it is a network card's.
+    #[must_use]
+    #[inline]
+    pub fn local(&self) -> Option<&Rc<Local>> {
+        match &self.kind {
+            Kind::Blk(blk) => Some(&blk.local),
+            Kind::Net(_) => None,
         }
-        self.tally.read_bytes += u64::from(outcome.read_bytes);
-        self.tally.written_bytes += u64::from(outcome.stored_bytes);
-        // The status is the byte behind what was written; of a failed request it is all there is.
-        self.ring.push_used(head, outcome.written.saturating_add(1));
     }
 
-    /// Shows the driver what ended, within a batch that [`Queue::publish`] ends; not if its memory went away.
+    /// Its device.
+    #[must_use]
+    pub fn device(&self) -> Device {
+        match &self.kind {
+            Kind::Blk(blk) => Device::from(&blk.local.device),
+            Kind::Net(lane) => Device::from(lane.device()),
+        }
+    }
+
+    /// The limits that what is taken from it counts against.
+    #[must_use]
     #[inline]
-    pub fn show(&mut self) {
-        if !self.ring.is_lost() {
-            self.count();
-            self.ring.show();
+    pub fn qos(&self) -> &Qos {
+        match &self.kind {
+            Kind::Blk(blk) => blk.local.device.qos(),
+            Kind::Net(lane) => lane.device().tx_qos(),
+        }
+    }
+
+    /// Whether something is taken from it in turns: from one to receive with it is when a frame comes, except for
+    /// what was in flight when it started.
+    #[must_use]
+    #[inline]
+    pub fn has_turns(&self) -> bool {
+        match &self.kind {
+            Kind::Blk(_) => true,
+            Kind::Net(lane) => lane.sends() || self.recovers,
+        }
+    }
+
+    /// Whether there is room for something more that is taken from it. What waits in a clogged one is taken when its
+    /// zone ends, which a message says; without room, when something has ended.
+    #[must_use]
+    pub fn has_room(&self, pipeline: &Pipeline) -> bool {
+        self.local()
+            .is_none_or(|local| !local.is_clogged() && pipeline.room_for(local) > 0)
+    }
+
+    /// Whose it is, for the log.
+    #[must_use]
+    pub fn owner(&self) -> String {
+        match &self.kind {
+            Kind::Blk(blk) => {
+                let serial = String::from_utf8_lossy(&blk.local.device.geometry.serial);
+                serial.trim_end_matches('\0').to_owned()
+            }
+            Kind::Net(lane) => lane.device().to_string(),
         }
     }
 
     /// Shows the driver what ended; whether it wants to be called. A retired queue shows nothing.
     #[inline]
     pub fn publish(&mut self) -> bool {
-        self.count();
-        !self.retired && self.ring.publish()
-    }
-
-    /// Counts what ended.
-    #[inline]
-    fn count(&mut self) {
-        let tally = std::mem::take(&mut self.tally);
-        if let Some(metrics) = self.local.device.metrics.queue(self.id.index) {
-            metrics.add(tally);
+        match &mut self.kind {
+            Kind::Blk(blk) => blk.count(),
+            Kind::Net(lane) => lane.count(),
         }
+        !self.retired && self.ring.publish()
     }
 }

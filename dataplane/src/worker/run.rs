@@ -9,6 +9,7 @@ mod events;
 mod flush;
 mod freeze;
 mod moving;
+mod net;
 mod recovery;
 mod serve;
 mod turn;
@@ -26,12 +27,13 @@ use super::clock;
 use super::load::Meter;
 use super::message::{DeviceId, FromWorker, QueueId, QueueStart, ToWorker, ZoneChange};
 use super::polling::{Next, Polling};
-use super::queue::Queue;
+use super::queue::{Blk, Kind, Queue};
 use super::ring::{Completion, FixedFile};
 use super::turns::Turns;
-use crate::blk::BlkDevice;
 use crate::blk::pipeline::{Local, Outcome, Pipeline, TOKEN_BITS};
 use crate::crash_point;
+use crate::device::Device;
+use crate::net::lane::Cards;
 use crate::virtqueue::RingError;
 use flush::Flushes;
 
@@ -43,6 +45,15 @@ const WAKE: u64 = 2 << TOKEN_BITS;
 const CALL: u64 = 3 << TOKEN_BITS;
 /// Token of signals that nobody waits for.
 const ERROR: u64 = 4 << TOKEN_BITS;
+
+/// A device as a worker has it.
+#[derive(Debug)]
+enum Served {
+    /// The way to a disk.
+    Blk(Rc<Local>),
+    /// The number of a network card.
+    Net(u32),
+}
 
 /// Everything a worker thread owns.
 #[derive(Debug)]
@@ -56,7 +67,8 @@ pub struct Worker {
     receiver: Receiver<ToWorker>,
     replies: Sender<FromWorker>,
     reply_event: Arc<EventFd>,
-    devices: HashMap<DeviceId, Rc<Local>>,
+    devices: HashMap<DeviceId, Served>,
+    cards: Cards,
     /// By number; a number is used again once its queue has nothing in flight.
     queues: Vec<Option<Queue>>,
     numbers: HashMap<QueueId, u32>,
@@ -115,6 +127,7 @@ impl Worker {
             replies: ends.replies,
             reply_event: ends.reply_event,
             devices: HashMap::new(),
+            cards: Cards::default(),
             queues: Vec::new(),
             numbers: HashMap::new(),
             unresumed: HashMap::new(),
@@ -185,7 +198,7 @@ impl Worker {
             ToWorker::Attach { id, device } => self.attach(id, device),
             ToWorker::Detach { id } => self.detach(id),
             ToWorker::GiveUp { id, wipe } => {
-                if let Some(local) = self.devices.get(&id).map(Rc::clone) {
+                if let Some(local) = self.local(id).map(Rc::clone) {
                     self.pipeline.give_up(&local, wipe);
                     self.leave_all_again(&local);
                 }
@@ -218,6 +231,7 @@ impl Worker {
                 self.set_kick(queue, fd);
                 self.reply(FromWorker::Changed { queue });
             }
+            ToWorker::Announce { queue } => self.announce(queue),
             ToWorker::Flush { queue } => self.flush(queue),
             ToWorker::Freeze => self.freezing = true,
             ToWorker::Thaw { fence } => self.thaw(fence),
@@ -236,7 +250,7 @@ impl Worker {
 
     /// What the rekeyer says about a device. One that is gone has no zone.
     fn change_zone(&mut self, id: DeviceId, change: ZoneChange) {
-        let Some(local) = self.devices.get(&id).map(Rc::clone) else {
+        let Some(local) = self.local(id).map(Rc::clone) else {
             return;
         };
         match change {
@@ -263,14 +277,16 @@ impl Worker {
         self.reply(FromWorker::Changed { queue: id });
     }
 
-    fn attach(&mut self, id: DeviceId, device: Arc<BlkDevice>) {
-        let result = match Local::open(device, &mut self.pipeline.ring) {
-            Ok(local) => {
-                self.devices.insert(id, Rc::new(local));
-                Ok(())
-            }
-            Err(e) => Err(format!("the worker can't take the volume's storage: {e}")),
+    fn attach(&mut self, id: DeviceId, device: Device) {
+        let served = match device {
+            Device::Blk(device) => Local::open(device, &mut self.pipeline.ring)
+                .map(|local| Served::Blk(Rc::new(local)))
+                .map_err(|e| format!("the worker can't take the volume's storage: {e}")),
+            Device::Net(device) => Ok(Served::Net(self.cards.join(device))),
         };
+        let result = served.map(|served| {
+            self.devices.insert(id, served);
+        });
         self.reply(FromWorker::Attached {
             id,
             worker: self.index,
@@ -280,9 +296,13 @@ impl Worker {
 
     fn detach(&mut self, id: DeviceId) {
         self.turns.leave(id);
-        if let Some(local) = self.devices.remove(&id) {
-            self.pipeline.forget(self.index, &local);
-            local.close(&mut self.pipeline.ring);
+        match self.devices.remove(&id) {
+            Some(Served::Blk(local)) => {
+                self.pipeline.forget(self.index, &local);
+                local.close(&mut self.pipeline.ring);
+            }
+            Some(Served::Net(card)) => self.cards.leave(card),
+            None => {}
         }
         self.reply(FromWorker::Detached {
             id,
@@ -293,14 +313,11 @@ impl Worker {
     fn start(&mut self, mut start: QueueStart) {
         let id = start.queue;
         let (kick, call) = (start.kick.take(), start.call.take());
-        let started = match (self.devices.get(&id.device), self.numbers.get(&id)) {
-            (Some(local), None) if local.is_wiped() => Err("its keys were wiped".to_owned()),
-            (Some(local), None) => {
-                self.pipeline.take_up(local);
-                Queue::new(start, Rc::clone(local)).map_err(|error| error.to_string())
-            }
-            (None, _) => Err("the device is not attached".to_owned()),
-            (_, Some(_)) => Err("the queue is running".to_owned()),
+        let started = if self.numbers.contains_key(&id) {
+            Err("the queue is running".to_owned())
+        } else {
+            let kind = self.kind_of(id, start.features);
+            kind.and_then(|kind| Queue::new(start, kind).map_err(|error| error.to_string()))
         };
         let queue = match started {
             Ok(queue) => queue,
@@ -314,9 +331,35 @@ impl Worker {
         self.reply(FromWorker::Started { queue: id });
     }
 
+    /// What a queue that comes is for.
+    fn kind_of(&mut self, id: QueueId, features: u64) -> Result<Kind, String> {
+        match self.devices.get(&id.device) {
+            Some(Served::Blk(local)) if local.is_wiped() => Err("its keys were wiped".to_owned()),
+            Some(Served::Blk(local)) => {
+                self.pipeline.take_up(local);
+                let local = Rc::clone(local);
+                Ok(Kind::Blk(Blk::new(local, id.index, features)))
+            }
+            Some(Served::Net(card)) => {
+                let lane = self.cards.lane(*card, id.index, features);
+                lane.map(Kind::Net)
+                    .ok_or_else(|| "it is no card's".to_owned())
+            }
+            None => Err("the device is not attached".to_owned()),
+        }
+    }
+
+    /// A disk as this worker has it.
+    fn local(&self, id: DeviceId) -> Option<&Rc<Local>> {
+        match self.devices.get(&id)? {
+            Served::Blk(local) => Some(local),
+            Served::Net(_) => None,
+        }
+    }
+
     /// Puts a queue under the lowest free number.
     fn place(&mut self, mut queue: Queue) -> u32 {
-        queue.seat = self.turns.seat(queue.id.device, &queue.local.device);
+        queue.seat = self.turns.seat(queue.id.device, &queue.device());
         let free = self.queues.iter().position(Option::is_none);
         let number = free.unwrap_or(self.queues.len());
         if free.is_none() {
@@ -502,7 +545,8 @@ impl Worker {
         let (devices, replies) = (&self.devices, &self.replies);
         let mut any = false;
         self.pipeline.look_at_ages(self.index, |local| {
-            let known = devices.iter().find(|(_, of)| Rc::ptr_eq(of, local));
+            let its = |of: &Served| matches!(of, Served::Blk(of) if Rc::ptr_eq(of, local));
+            let known = devices.iter().find(|(_, of)| its(of));
             if let Some((id, _)) = known {
                 any |= replies.send(FromWorker::Health { id: *id }).is_ok();
             }
@@ -523,10 +567,13 @@ fn note(
 ) {
     let queue = queues.get_mut(number as usize).and_then(Option::as_mut);
     if let Some(queue) = queue {
-        if queue.local.is_given_up() {
+        let Kind::Blk(blk) = &mut queue.kind else {
+            return;
+        };
+        if blk.local.is_given_up() {
             queue.ring.abandon(head);
         } else {
-            queue.ended(head, outcome);
+            blk.ended(&mut queue.ring, head, outcome);
         }
     } else if number < flush::FIRST {
         return;

@@ -15,12 +15,11 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use super::clock;
 use super::message::DeviceId;
-use crate::blk::BlkDevice;
+use crate::device::Device;
 use crate::qos::{Allowance, Gate, Moment};
 
 /// How far a device may be ahead of others, and how long a turn is while others want one.
@@ -46,7 +45,7 @@ const FREE_LOOKS: usize = 4;
 #[derive(Debug)]
 struct Seat {
     id: DeviceId,
-    device: Arc<BlkDevice>,
+    device: Device,
     gate: Gate,
     /// As the gate's, in ticks; 0: it is open.
     shut_until: u64,
@@ -126,7 +125,7 @@ impl Turns {
     }
 
     /// The seat of a device, which gets one if it has none.
-    pub fn seat(&mut self, id: DeviceId, device: &Arc<BlkDevice>) -> u32 {
+    pub fn seat(&mut self, id: DeviceId, device: &Device) -> u32 {
         let of = |seat: &Option<Seat>| seat.as_ref().is_some_and(|seat| seat.id == id);
         let free = |seats: &[Option<Seat>]| seats.iter().position(Option::is_none);
         let at = self.seats.iter().position(of).unwrap_or_else(|| {
@@ -137,7 +136,7 @@ impl Turns {
             if let Some(seat) = self.seats.get_mut(at) {
                 // Its requests are taken for slow ones until more is known.
                 let cost = self.slack / 4;
-                *seat = Some(Seat::new(id, Arc::clone(device), self.level, cost));
+                *seat = Some(Seat::new(id, device.clone(), self.level, cost));
             }
             at
         });
@@ -389,7 +388,7 @@ impl Turns {
 }
 
 impl Seat {
-    fn new(id: DeviceId, device: Arc<BlkDevice>, level: u64, cost: u64) -> Self {
+    fn new(id: DeviceId, device: Device, level: u64, cost: u64) -> Self {
         Self {
             id,
             device,
@@ -413,7 +412,7 @@ impl Seat {
         self.uncounted += ticks;
         if self.uncounted >= COUNT_EVERY {
             let ticks = std::mem::take(&mut self.uncounted);
-            self.device.metrics.add_worker_ticks(ticks);
+            self.device.add_worker_ticks(ticks);
         }
     }
 

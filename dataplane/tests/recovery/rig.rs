@@ -130,7 +130,7 @@ impl Rig {
         };
         rig.tell(ToWorker::Attach {
             id: QUEUE.device,
-            device: BlkDevice::new(geometry, SECTORS, StorageSpec::Delay(storage), None),
+            device: BlkDevice::new(geometry, SECTORS, StorageSpec::Delay(storage), None).into(),
         });
         assert!(matches!(
             rig.hear(),

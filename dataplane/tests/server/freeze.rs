@@ -87,7 +87,7 @@ fn scene() -> Scene {
     let (rot, place) = place(file.reopen().expect("reopen").into(), theirs);
     let id = rig.ask(move |server| {
         let offered = server.offer(Offer {
-            device,
+            device: device.into(),
             listener,
             access: Access { allowed_uid: None },
             label: "disk".to_owned(),

@@ -142,7 +142,7 @@ impl Rig {
         }
         let attach = ToWorker::Attach {
             id,
-            device: Arc::clone(&disk.device),
+            device: (&disk.device).into(),
         };
         self.workers[worker].send(attach);
         let attached = self.reply();

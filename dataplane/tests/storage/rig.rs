@@ -199,7 +199,7 @@ impl Rig {
         for worker in &self.workers {
             worker.send(ToWorker::Attach {
                 id: DeviceId(1),
-                device: Arc::clone(&self.device),
+                device: (&self.device).into(),
             });
         }
         for _ in 0..self.workers.len() {

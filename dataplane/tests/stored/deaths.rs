@@ -82,7 +82,7 @@ fn serve_what_is_stored() {
     let mut server = Server::new(&config).expect("server");
     SWITCH.arm(&point, 0);
     let offer = Offer {
-        device: BlkDevice::new(geometry, 2048, StorageSpec::Null, None),
+        device: BlkDevice::new(geometry, 2048, StorageSpec::Null, None).into(),
         listener: UnixListener::from(listener.try_clone().expect("dup")),
         access: Access { allowed_uid: None },
         label: "disk".to_owned(),

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use bulkhead_dataplane::blk::config_space::{self, feature};
 use bulkhead_dataplane::vhost_user::message::code;
 
-use crate::messages::{config, facts, words};
+use crate::messages::{config, disk, facts, words};
 use crate::rig::{Answer, Rig, ack};
 
 /// All offsets and sizes from 0 to 256 (T28): 66,049 pairs, each read and written.
 #[test]
 fn every_range_is_read_as_it_is_or_refused_and_only_the_cache_mode_is_written() {
     let facts = facts();
-    let whole = config_space::read(&facts.device);
+    let whole = config_space::read(disk(&facts));
     let mut rig = Rig::negotiated_of(facts);
     let mut written = Vec::new();
     for offset in 0..=256usize {
@@ -38,7 +38,7 @@ fn every_range_is_read_as_it_is_or_refused_and_only_the_cache_mode_is_written() 
 #[test]
 fn the_cache_mode_outlives_a_pause_and_not_a_reset() {
     let facts = facts();
-    let device = Arc::clone(&facts.device);
+    let device = Arc::clone(disk(&facts));
     let mut rig = Rig::negotiated_of(facts.clone());
     let through = config(32, &[0]);
     assert_eq!(rig.send(code::SET_CONFIG, through.clone(), vec![]), ack(0));
@@ -57,8 +57,8 @@ fn the_cache_mode_outlives_a_pause_and_not_a_reset() {
 #[test]
 fn without_flush_the_cache_mode_begins_with_write_through() {
     let mut facts = facts();
-    facts.features = config_space::features(&facts.device.geometry);
-    let device = Arc::clone(&facts.device);
+    facts.features = config_space::features(&disk(&facts).geometry);
+    let device = Arc::clone(disk(&facts));
     let mut rig = Rig::of(facts);
     let bare = rig.send(code::GET_FEATURES, vec![], vec![]);
     assert!(matches!(bare, Answer::Reply(_)));

@@ -2,6 +2,7 @@
 //! written down here once more.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use bulkhead_dataplane::blk::{BlkDevice, Geometry};
 use bulkhead_dataplane::storage::StorageSpec;
@@ -41,8 +42,13 @@ pub fn facts() -> Facts {
         id: DeviceId(5),
         features: DEVICE_FEATURES,
         queues: QUEUES,
-        device: BlkDevice::new(geometry, CAPACITY_SECTORS, StorageSpec::Null, None),
+        device: BlkDevice::new(geometry, CAPACITY_SECTORS, StorageSpec::Null, None).into(),
     }
+}
+
+/// The disk of a session.
+pub fn disk(facts: &Facts) -> &Arc<BlkDevice> {
+    facts.device.blk().expect("a disk")
 }
 
 pub fn words(values: &[u64]) -> Vec<u8> {

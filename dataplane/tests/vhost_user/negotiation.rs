@@ -4,7 +4,7 @@ use bulkhead_dataplane::blk::config_space;
 use bulkhead_dataplane::vhost_user::message::code;
 use bulkhead_dataplane::vhost_user::{feature, protocol_feature};
 
-use crate::messages::{DEVICE_FEATURES, QUEUES, SPLIT, config, event, facts, halves, words};
+use crate::messages::{DEVICE_FEATURES, QUEUES, SPLIT, config, disk, event, facts, halves, words};
 use crate::rig::{Answer, Rig, ack};
 
 #[test]
@@ -111,7 +111,7 @@ fn the_configuration_space_is_read_in_parts_and_padded() {
     assert_eq!(read(0, 4), Answer::Reply(config(0, b"disk")));
     assert_eq!(read(2, 3), Answer::Reply(config(2, b"sk\0")));
     assert_eq!(read(255, 1), Answer::Reply(config(255, &[0])));
-    let whole = config_space::read(&facts().device);
+    let whole = config_space::read(disk(&facts()));
     assert_eq!(read(0, 256), Answer::Reply(config(0, &whole)));
     let no = Answer::Reply(vec![]);
     for (offset, size) in [(0, 0), (0, 257), (255, 2), (256, 1), (u32::MAX, 8)] {

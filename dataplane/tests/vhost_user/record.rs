@@ -11,7 +11,7 @@ use bulkhead_dataplane::vhost_user::message::code;
 use bulkhead_dataplane::worker::message::{FromWorker, ToWorker};
 use bulkhead_protocol::{RekeyId, VolumeId};
 
-use crate::messages::{MEMORY_BYTES, facts, halves};
+use crate::messages::{MEMORY_BYTES, disk, facts, halves};
 use crate::rig::{Answer, Rig, ack, done, queue};
 
 fn cipher(byte: u8) -> Arc<Cipher> {
@@ -35,10 +35,10 @@ fn rekeyed() -> Facts {
             previous: cipher(1),
         }),
     };
-    let geometry = facts.device.geometry.clone();
-    let sectors = facts.device.capacity_sectors();
+    let geometry = disk(&facts).geometry.clone();
+    let sectors = disk(&facts).capacity_sectors();
     Facts {
-        device: BlkDevice::with_ciphers(geometry, sectors, StorageSpec::Null, Some(ciphers)),
+        device: BlkDevice::with_ciphers(geometry, sectors, StorageSpec::Null, Some(ciphers)).into(),
         ..facts
     }
 }

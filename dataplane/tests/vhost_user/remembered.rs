@@ -12,7 +12,7 @@ use bulkhead_dataplane::vhost_user::{Facts, Outbox, Session};
 use bulkhead_dataplane::worker::message::{FromWorker, ToWorker};
 
 use crate::messages::{
-    CAPACITY_SECTORS, MEMORY_BYTES, SPLIT, addresses, event, facts, halves, memfd, one_region,
+    CAPACITY_SECTORS, MEMORY_BYTES, SPLIT, addresses, disk, event, facts, halves, memfd, one_region,
 };
 use crate::rig::{Answer, Rig, ack, queue};
 
@@ -200,13 +200,13 @@ fn the_cache_mode_outlives_a_process() {
     let before = facts();
     let rig = Rig::of(before.clone());
     assert!(rig.session.cache_mode().writeback);
-    before.device.set_writeback(false);
+    disk(&before).set_writeback(false);
     let cache = rig.session.cache_mode();
     assert!(!cache.writeback && cache.chosen);
     let next = facts();
-    next.device.resume_cache_mode(cache);
+    disk(&next).resume_cache_mode(cache);
     // Nobody chooses for a driver that has chosen.
-    next.device.negotiated(0);
+    disk(&next).negotiated(0);
     assert_eq!(go_on_with(next, left(&rig)).session.cache_mode(), cache);
 }
 

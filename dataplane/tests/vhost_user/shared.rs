@@ -284,7 +284,7 @@ pub fn on_file(path: &std::path::Path) -> (Rig, Arc<BlkDevice>) {
     };
     let device = BlkDevice::new(geometry, 8, StorageSpec::File(spec), None);
     let facts = Facts {
-        device: Arc::clone(&device),
+        device: (&device).into(),
         ..facts()
     };
     let mut rig = Rig::negotiated();

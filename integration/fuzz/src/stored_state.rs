@@ -89,7 +89,7 @@ fn resume(volume: &StoredVolume<FdNumber>, input: &mut Input<'_>) {
         id: DeviceId(1),
         features: config_space::features(&device.geometry),
         queues: volume.grant.queues,
-        device,
+        device: device.into(),
     };
     if input.flag() {
         // What else it says is seldom looked at.

@@ -79,7 +79,7 @@ fn facts() -> Facts {
         id: DEVICE,
         features: config_space::features(&geometry),
         queues: QUEUES,
-        device: BlkDevice::new(geometry, 4096, StorageSpec::Null, None),
+        device: BlkDevice::new(geometry, 4096, StorageSpec::Null, None).into(),
     }
 }
 

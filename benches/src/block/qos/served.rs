@@ -63,7 +63,7 @@ impl Served {
             let path = bench.on_disk(&format!("{name}-{number}"));
             let device = block_device(spec(*disk)?, &arena).map_err(failed)?;
             offered.push(Device {
-                device: Arc::clone(&device),
+                device: (&device).into(),
                 listener: UnixListener::bind(&path).map_err(in_file(&path))?,
                 label: path.display().to_string(),
             });

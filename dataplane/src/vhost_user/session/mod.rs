@@ -8,6 +8,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 mod migration;
+mod net;
 mod queues;
 mod remembered;
 mod volume;
@@ -20,7 +21,7 @@ use std::time::Instant;
 use super::message::{MAX_REGIONS, Message, ProtocolError, Request, code, config_body, reply};
 use super::vring::{Phase, Vring};
 use super::{BackendChannel, feature, protocol_feature};
-use crate::blk::{BlkDevice, config_space};
+use crate::device::Device;
 use crate::memory::{DirtyLog, GuestMemory, RegionSpec};
 use crate::stored::{Fd, StoredLog};
 use crate::worker::message::{DeviceId, QueueId, ToWorker};
@@ -37,8 +38,21 @@ pub struct Facts {
     pub features: u64,
     /// Queues.
     pub queues: u16,
-    /// The device: its configuration space, and the volume that is taken while queues run.
-    pub device: Arc<BlkDevice>,
+    /// The device: its configuration space, and the volume that is taken while queues run, if it has one.
+    pub device: Device,
+}
+
+impl Facts {
+    /// Of a device, as it is.
+    #[must_use]
+    pub fn of(id: DeviceId, device: Device) -> Self {
+        Self {
+            id,
+            features: device.features(),
+            queues: device.queues(),
+            device,
+        }
+    }
 }
 
 /// What a request leads to.
@@ -104,8 +118,8 @@ pub struct Session {
     keeps: bool,
     /// SET_BACKEND_REQ_FD.
     backend: Option<BackendChannel>,
-    /// The capacity that the frontend knows, in sectors.
-    told_sectors: Option<u64>,
+    /// The configuration space that the frontend knows ([`Device::told`]).
+    told: Option<u64>,
     /// SET_STATUS.
     status: u8,
     hold: Hold,
@@ -157,7 +171,7 @@ impl Session {
             regions: None,
             keeps: false,
             backend: None,
-            told_sectors: None,
+            told: None,
             status: 0,
             hold: Hold::default(),
             fenced: false,
@@ -274,9 +288,9 @@ impl Session {
             Request::SetFeatures(features) => self.set_features(features, out),
             Request::SetOwner => Ok(Handled::Done),
             Request::ResetOwner => Ok(self.reset(out)),
-            Request::GetProtocolFeatures => Ok(word(protocol_feature::OFFERED)),
+            Request::GetProtocolFeatures => Ok(word(self.facts.device.protocol_features())),
             Request::SetProtocolFeatures(features) => {
-                if features & !protocol_feature::OFFERED != 0 {
+                if features & !self.facts.device.protocol_features() != 0 {
                     return Err(format!("protocol features {features:#x} were not offered"));
                 }
                 self.protocol_features = features;
@@ -285,7 +299,7 @@ impl Session {
             Request::GetQueueNum => Ok(word(u64::from(self.facts.queues))),
             Request::GetConfig { offset, size } => self.config(offset, size),
             Request::SetConfig { offset, payload } => {
-                config_space::write(&self.facts.device, offset, &payload).map(done)
+                self.facts.device.write_config(offset, &payload).map(done)
             }
             Request::SetMemTable(regions) => self.set_table(regions, out),
             Request::GetMaxMemSlots => Ok(word(MAX_REGIONS)),
@@ -305,6 +319,8 @@ impl Session {
             Request::SetVringCall { index, fd } => self.set_call(index, fd, out),
             Request::SetVringErr { index, fd } => self.set_error(index, fd, out),
             Request::SetVringEnable { index, enabled } => self.enable(index, enabled, out),
+            Request::SendRarp(mac) => self.announce(mac, out),
+            Request::NetSetMtu(mtu) => self.check_mtu(mtu),
             other => self.perform_shared(other, out),
         }
     }
@@ -342,9 +358,10 @@ impl Session {
         Ok(Handled::Done)
     }
 
-    /// The configuration space changed: a frontend that listens is told.
+    /// The configuration space changed: a frontend that listens, and whose business it is, is told.
     pub fn config_changed(&mut self) {
-        if let Some(backend) = &mut self.backend {
+        let asked_for = self.facts.device.protocol_features() & protocol_feature::CONFIG != 0;
+        if let Some(backend) = self.backend.as_mut().filter(|_| asked_for) {
             backend.config_changed();
         }
         self.note_told();
@@ -353,7 +370,7 @@ impl Session {
     /// What the frontend was told of, if it was: it has the capacity of now.
     fn note_told(&mut self) {
         if self.backend.is_some() && !self.backend_is_due() {
-            self.told_sectors = Some(self.facts.device.capacity_sectors());
+            self.told = Some(self.facts.device.told());
         }
     }
 
@@ -396,13 +413,13 @@ impl Session {
             let to = from.checked_add(usize::try_from(size).ok()?)?;
             Some(from..to)
         };
-        let sectors = self.facts.device.capacity_sectors();
-        let space = config_space::read(&self.facts.device);
+        let told = self.facts.device.told();
+        let space = self.facts.device.config();
         let payload = range().and_then(|range| space.get(range).filter(|p| !p.is_empty()));
         let payload = payload.ok_or_else(|| {
             format!("{size} bytes at {offset} are not in the configuration space")
         })?;
-        self.told_sectors = Some(sectors);
+        self.told = Some(told);
         Ok(Handled::Reply(config_body(offset, size, payload)))
     }
 

@@ -169,7 +169,7 @@ impl Session {
         let owes = vring.owes;
         let index = self.queue(index).index;
         if owes && !self.holds_volume() {
-            let until = Instant::now() + self.facts.device.health.patience().give_up;
+            let until = Instant::now() + self.facts.device.give_up_after();
             return Ok(Handled::Pending(Pending::Owed { index, until }));
         }
         Ok(Handled::Pending(self.finish_and_stop(index, out)))

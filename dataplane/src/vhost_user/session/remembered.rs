@@ -18,7 +18,7 @@ use crate::stored::{
 };
 use crate::vhost_user::message::{ProtocolError, VringAddresses};
 use crate::vhost_user::vring::Phase;
-use crate::vhost_user::{BackendChannel, feature, protocol_feature};
+use crate::vhost_user::{BackendChannel, feature};
 use crate::worker::message::RingLayout;
 
 impl Session {
@@ -43,7 +43,7 @@ impl Session {
             log: self.log_file.clone(),
             backend: self.backend.as_ref().map(|b| Arc::clone(b.socket())),
             step,
-            told_sectors: self.told_sectors,
+            told_sectors: self.told,
         }
     }
 
@@ -65,7 +65,8 @@ impl Session {
     fn take_over(facts: Facts, left: StoredConnection<Fd>) -> Result<Self, String> {
         let mut session = Self::new(facts);
         let offered = session.offered();
-        if left.features & !offered != 0 || left.protocol_features & !protocol_feature::OFFERED != 0
+        if left.features & !offered != 0
+            || left.protocol_features & !session.facts.device.protocol_features() != 0
         {
             return Err(format!(
                 "features {:#x} and protocol features {:#x} were negotiated, and are not offered",
@@ -78,7 +79,7 @@ impl Session {
         session.features = left.features;
         session.protocol_features = left.protocol_features;
         session.status = left.status;
-        session.told_sectors = left.told_sectors;
+        session.told = left.told_sectors;
         if let Some(log) = left.log {
             session.map_log(log)?;
         }
@@ -111,7 +112,7 @@ impl Session {
     /// # Errors
     /// [`ProtocolError::Resume`]: a queue can't be started; the connection has to end.
     pub fn start_again(&mut self, out: &mut Outbox) -> Result<(), ProtocolError> {
-        self.tell_capacity();
+        self.tell_changes();
         let started = self.started();
         if !started.is_empty() {
             self.take_volume(out);
@@ -143,9 +144,9 @@ impl Session {
         Ok(())
     }
 
-    /// The volume may have grown while nobody could tell the frontend.
-    fn tell_capacity(&mut self) {
-        if self.told_sectors != Some(self.facts.device.capacity_sectors()) {
+    /// The device may have changed, a volume grown, while nobody could tell the frontend.
+    fn tell_changes(&mut self) {
+        if self.told != Some(self.facts.device.told()) {
             self.config_changed();
         }
     }

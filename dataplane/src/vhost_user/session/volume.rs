@@ -5,13 +5,16 @@
 //! While somebody else has it, queues start but are not served; the server tries again. Nor are they served
 //! before the rekeyer has found out what of a re-keyed volume is under which key, which it does each time
 //! that the volume is taken: another host may have gone on with it.
+//!
+//! A network card has no volume, and is its own from its first queue on.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Outbox, Pending, Session, Waiting};
-use crate::blk::SECTOR_BYTES;
+use crate::blk::{BlkDevice, SECTOR_BYTES};
 use crate::log_limit::LogLimit;
 use crate::storage::FileSpec;
 use crate::vhost_user::message::{Message, code};
@@ -47,7 +50,7 @@ pub(super) enum Hold {
 
 impl Session {
     fn file(&self) -> Option<&FileSpec> {
-        self.facts.device.storage.file()
+        self.facts.device.file()
     }
 
     /// Whether the volume is ours.
@@ -132,13 +135,15 @@ impl Session {
 
     /// The volume is ours. Where it is re-keyed, or may have been, the rekeyer looks first.
     fn prepare(&mut self, out: &mut Outbox) {
-        let device = &self.facts.device;
-        let may_have_record = |ciphers: crate::blk::Ciphers| {
+        let may_have_record = |device: &Arc<BlkDevice>| {
+            let Some(ciphers) = device.ciphers() else {
+                return false;
+            };
             let bytes = device.capacity_sectors() * SECTOR_BYTES;
             device.measure_storage();
             ciphers.volume.is_some() && (ciphers.rekey.is_some() || device.storage_bytes() > bytes)
         };
-        if device.ciphers().is_some_and(may_have_record) {
+        if self.facts.device.blk().is_some_and(may_have_record) {
             self.hold = Hold::Preparing;
             self.asked_rekeyer = true;
             let device = self.facts.id;
@@ -280,7 +285,7 @@ impl Session {
 
     /// Lets go of the volume, the rekeyer first.
     fn release(&mut self, out: &mut Outbox) {
-        let ciphers = self.facts.device.ciphers();
+        let ciphers = self.facts.device.blk().and_then(|device| device.ciphers());
         let rekeyed = ciphers.is_some_and(|ciphers| ciphers.rekey.is_some());
         if !std::mem::take(&mut self.asked_rekeyer) && !rekeyed {
             return self.let_go();

@@ -188,17 +188,14 @@ impl Worker {
 
     /// Has a queue's driver kick, and waits for it in the ring.
     pub(super) fn arm(&mut self, number: u32) -> Armed {
-        // What waits in a clogged one is taken when its zone ends, which a message says; without room, when
-        // something has ended.
         let place = self
             .queues
             .get_mut(number as usize)
             .and_then(Option::as_mut);
         let pipeline = &self.pipeline;
         let takes = |queue: &&mut Queue| {
-            let local = &queue.local;
             let takes = queue.is_served() || queue.is_recovered();
-            takes && !local.is_clogged() && pipeline.room_for(local) > 0
+            takes && queue.has_room(pipeline)
         };
         let Some(queue) = place.filter(takes) else {
             return Armed::Idle;

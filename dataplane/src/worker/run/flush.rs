@@ -48,7 +48,7 @@ impl Worker {
 
     fn begin_flush(&mut self, queue: QueueId) {
         // A device that is gone has nothing left to be flushed.
-        let Some(local) = self.devices.get(&queue.device).map(Rc::clone) else {
+        let Some(local) = self.local(queue.device).map(Rc::clone) else {
             return self.reply(FromWorker::Flushed { queue });
         };
         self.flushes.last = self.flushes.last.wrapping_add(1);

@@ -7,8 +7,6 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::rc::Rc;
-
 use super::Worker;
 use crate::worker::message::{FromWorker, MovedQueue, QueueId};
 use crate::worker::queue::Queue;
@@ -82,14 +80,9 @@ impl Worker {
         let (id, base) = (moved.queue, moved.ring.base());
         let (kick, call, call_due) = (moved.kick.take(), moved.call.take(), moved.call_due);
         let error = moved.error.take();
-        let local = self.devices.get(&id.device).map(Rc::clone);
-        let resumed = match local {
-            Some(local) => {
-                self.pipeline.take_up(&local);
-                Queue::resume(moved, local).map_err(|error| error.to_string())
-            }
-            None => Err("the device is not attached".to_owned()),
-        };
+        let kind = self.kind_of(id, moved.features);
+        let resumed =
+            kind.and_then(|kind| Queue::resume(moved, kind).map_err(|error| error.to_string()));
         let mut queue = match resumed {
             Ok(queue) => queue,
             Err(reason) => {

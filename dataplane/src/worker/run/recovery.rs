@@ -22,8 +22,7 @@ pub(super) fn report(queue: &Queue) {
     }
     static LIMIT: LogLimit = LogLimit::new();
     let index = queue.id.index;
-    let device = String::from_utf8_lossy(&queue.local.device.geometry.serial);
-    let device = device.trim_end_matches('\0');
+    let device = queue.owner();
     match queue.recovered {
         Recovered::Stale { why } if LIMIT.allows() => tracing::warn!(
             "queue {index} of {device}: its in-flight region is of another life of the ring and does not count: {why}"
@@ -68,7 +67,7 @@ impl Worker {
     /// A device is given up: nothing that was in flight of it is taken again.
     pub(super) fn leave_all_again(&mut self, local: &Rc<Local>) {
         for number in 0..u32::try_from(self.queues.len()).unwrap_or(u32::MAX) {
-            let its = |queue: &&mut Queue| Rc::ptr_eq(&queue.local, local);
+            let its = |queue: &&mut Queue| queue.local().is_some_and(|of| Rc::ptr_eq(of, local));
             if let Some(queue) = self.queue(number).filter(its) {
                 queue.leave_again();
                 self.give_up_if_drained(number);

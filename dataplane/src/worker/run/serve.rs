@@ -3,11 +3,11 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use super::super::batch::{Batch, Taken};
-use super::super::queue::Queue;
+use super::super::queue::Blk;
 use crate::blk::pipeline::{Begun, Outcome, Pipeline, Start};
 use crate::blk::request::{Operation, Status, is_durable, parse};
 use crate::crash_point;
-use crate::virtqueue::{Chain, RingError};
+use crate::virtqueue::{Chain, RingError, Virtqueue};
 
 /// Ended requests are shown to the driver this often while more of the batch follow: it refills the ring
 /// meanwhile.
@@ -42,35 +42,33 @@ impl Portion {
 /// in flight when it started.
 #[inline]
 pub(super) fn serve<const LIMITED: bool, const AGAIN: bool>(
-    queue: &mut Queue,
+    blk: &mut Blk,
+    ring: &mut Virtqueue,
     number: u32,
     pipeline: &mut Pipeline,
     batch: &mut Batch,
     portion: &mut Portion,
 ) -> (usize, Option<RingError>) {
-    queue.ring.disarm();
-    let may = queue.local.may_park();
+    ring.disarm();
+    let may = blk.local.may_park();
     if may == 0 {
         return (0, None);
     }
-    let most = pipeline
-        .room_for(&queue.local)
-        .min(portion.requests)
-        .min(may);
+    let most = pipeline.room_for(&blk.local).min(portion.requests).min(may);
     let broken = if AGAIN {
-        batch.take_again(&mut queue.ring, most)
+        batch.take_again(ring, most)
     } else {
-        batch.take::<LIMITED>(&mut queue.ring, most, portion.most_bytes)
+        batch.take::<LIMITED>(ring, most, portion.most_bytes)
     };
     let taken = batch.taken();
     let count = taken.len();
     if count > 0 {
         crash_point!("fetch.taken");
     }
-    let served = if queue.local.gathers() {
-        gather::<LIMITED>(queue, number, pipeline, taken, portion)
+    let served = if blk.local.gathers() {
+        gather::<LIMITED>(blk, ring, number, pipeline, taken, portion)
     } else {
-        each::<LIMITED>(queue, number, pipeline, taken, portion)
+        each::<LIMITED>(blk, ring, number, pipeline, taken, portion)
     };
     match served {
         Ok(()) => (count, broken),
@@ -84,7 +82,8 @@ pub(super) fn serve<const LIMITED: bool, const AGAIN: bool>(
 /// How many were begun, and [`RingError::NoStatus`]: there is no way to answer the next one.
 #[inline(always)]
 fn each<const LIMITED: bool>(
-    queue: &mut Queue,
+    blk: &mut Blk,
+    ring: &mut Virtqueue,
     number: u32,
     pipeline: &mut Pipeline,
     requests: &mut [Taken],
@@ -92,13 +91,13 @@ fn each<const LIMITED: bool>(
 ) -> Result<(), (usize, RingError)> {
     for (served, taken) in requests.iter_mut().enumerate() {
         if served % SHOW_EVERY == SHOW_EVERY - 1 {
-            queue.show();
+            blk.show(ring);
         }
-        match admit::<LIMITED>(queue, taken, portion) {
-            Ok(Some(operation)) => begin(queue, number, pipeline, taken, operation),
+        match admit::<LIMITED>(blk, ring, taken, portion) {
+            Ok(Some(operation)) => begin(blk, ring, number, pipeline, taken, operation),
             Ok(None) => {}
             Err(error) => {
-                abandon(queue, requests.get(served..));
+                abandon(ring, requests.get(served..));
                 return Err((served, error));
             }
         }
@@ -109,7 +108,8 @@ fn each<const LIMITED: bool>(
 /// Has the reads and writes of a device that does them at once done a few at a time. As [`each`].
 #[inline(never)]
 fn gather<const LIMITED: bool>(
-    queue: &mut Queue,
+    blk: &mut Blk,
+    ring: &mut Virtqueue,
     number: u32,
     pipeline: &mut Pipeline,
     requests: &mut [Taken],
@@ -117,20 +117,20 @@ fn gather<const LIMITED: bool>(
 ) -> Result<(), (usize, RingError)> {
     let mut served = 0;
     for group in requests.chunks_mut(GATHERED) {
-        let admitted = admit_group::<LIMITED>(queue, number, pipeline, group, portion);
+        let admitted = admit_group::<LIMITED>(blk, ring, number, pipeline, group, portion);
         let good = admitted.map_or_else(|(good, _)| good, |()| group.len());
         let group = group.get_mut(..good).unwrap_or_default();
-        queue.ring.announce_used();
-        pipeline.gather(&queue.local, group);
+        ring.announce_used();
+        pipeline.gather(&blk.local, group);
         for taken in group {
-            finish(queue, taken);
+            finish(blk, ring, taken);
         }
         served += good;
         if let Err((_, error)) = admitted {
-            abandon(queue, requests.get(served..));
+            abandon(ring, requests.get(served..));
             return Err((served, error));
         }
-        queue.show();
+        blk.show(ring);
     }
     Ok(())
 }
@@ -141,7 +141,8 @@ fn gather<const LIMITED: bool>(
 /// As [`each`].
 #[inline]
 fn admit_group<const LIMITED: bool>(
-    queue: &mut Queue,
+    blk: &mut Blk,
+    ring: &mut Virtqueue,
     number: u32,
     pipeline: &mut Pipeline,
     group: &mut [Taken],
@@ -149,12 +150,12 @@ fn admit_group<const LIMITED: bool>(
 ) -> Result<(), (usize, RingError)> {
     for (at, taken) in group.iter_mut().enumerate() {
         taken.work = None;
-        match admit::<LIMITED>(queue, taken, portion) {
+        match admit::<LIMITED>(blk, ring, taken, portion) {
             Ok(Some(work @ (Operation::Read { .. } | Operation::Write { .. }))) => {
-                queue.local.announce(work, &taken.chain);
+                blk.local.announce(work, &taken.chain);
                 taken.work = Some(work);
             }
-            Ok(Some(other)) => begin_other(queue, number, pipeline, taken, other),
+            Ok(Some(other)) => begin_other(blk, ring, number, pipeline, taken, other),
             Ok(None) => {}
             Err(error) => return Err((at, error)),
         }
@@ -165,18 +166,19 @@ fn admit_group<const LIMITED: bool>(
 /// Begins a request that neither reads nor writes.
 #[inline(never)]
 fn begin_other(
-    queue: &mut Queue,
+    blk: &mut Blk,
+    ring: &mut Virtqueue,
     number: u32,
     pipeline: &mut Pipeline,
     taken: &mut Taken,
     operation: Operation,
 ) {
-    begin(queue, number, pipeline, taken, operation);
+    begin(blk, ring, number, pipeline, taken, operation);
 }
 
 /// Ends a request that was done, or failed to be, together with others.
 #[inline]
-fn finish(queue: &mut Queue, taken: &Taken) {
+fn finish(blk: &mut Blk, ring: &mut Virtqueue, taken: &Taken) {
     let Some(work) = taken.work else {
         return;
     };
@@ -185,7 +187,7 @@ fn finish(queue: &mut Queue, taken: &Taken) {
     } else {
         Outcome::failed(Status::IoError)
     };
-    end(queue, taken, outcome);
+    end(blk, ring, taken, outcome);
 }
 
 /// What a request asks for; one that can't be done is noted as ended.
@@ -194,12 +196,13 @@ fn finish(queue: &mut Queue, taken: &Taken) {
 /// [`RingError::NoStatus`]: there is no way to answer it.
 #[inline(always)]
 fn admit<const LIMITED: bool>(
-    queue: &mut Queue,
+    blk: &mut Blk,
+    ring: &mut Virtqueue,
     taken: &mut Taken,
     portion: &mut Portion,
 ) -> Result<Option<Operation>, RingError> {
     let Taken { head, chain, .. } = taken;
-    match parse(chain, &queue.local.device, queue.features)? {
+    match parse(chain, &blk.local.device, blk.features)? {
         Ok(operation) => {
             if LIMITED {
                 portion.bytes += data_bytes(operation, chain);
@@ -208,7 +211,7 @@ fn admit<const LIMITED: bool>(
         }
         Err(status) => {
             chain.writable.write_only_last_byte(status as u8);
-            queue.ended(*head, Outcome::failed(status));
+            blk.ended(ring, *head, Outcome::failed(status));
             Ok(None)
         }
     }
@@ -217,7 +220,8 @@ fn admit<const LIMITED: bool>(
 /// Begins a request; one that ends at once is noted as ended.
 #[inline(always)]
 fn begin(
-    queue: &mut Queue,
+    blk: &mut Blk,
+    ring: &mut Virtqueue,
     number: u32,
     pipeline: &mut Pipeline,
     taken: &mut Taken,
@@ -227,28 +231,28 @@ fn begin(
         queue: number,
         head: taken.head,
         operation,
-        local: &queue.local,
-        durable: is_durable(&queue.local.device, queue.features),
+        local: &blk.local,
+        durable: is_durable(&blk.local.device, blk.features),
     };
     let begun = pipeline.begin(start, &mut taken.chain);
     crash_point!("submit.begun");
     if let Begun::Done(outcome) = begun {
-        end(queue, taken, outcome);
+        end(blk, ring, taken, outcome);
     }
 }
 
 /// Writes the status of a request, and notes that it ended.
 #[inline(always)]
-fn end(queue: &mut Queue, taken: &Taken, outcome: Outcome) {
+fn end(blk: &mut Blk, ring: &mut Virtqueue, taken: &Taken, outcome: Outcome) {
     taken.chain.writable.write_last_byte(outcome.status as u8);
-    queue.ended(taken.head, outcome);
+    blk.ended(ring, taken.head, outcome);
 }
 
 /// Gives up requests that nobody will answer: the queue retires.
 #[cold]
-fn abandon(queue: &mut Queue, requests: Option<&[Taken]>) {
+fn abandon(ring: &mut Virtqueue, requests: Option<&[Taken]>) {
     for taken in requests.unwrap_or_default() {
-        queue.ring.abandon(taken.head);
+        ring.abandon(taken.head);
     }
 }
 

@@ -13,6 +13,7 @@ use crate::qos::Gate;
 use crate::worker::batch;
 use crate::worker::clock;
 use crate::worker::message::QueueId;
+use crate::worker::queue::{Kind, Queue};
 use crate::worker::ring::Event;
 use crate::worker::turns::Turn;
 
@@ -34,7 +35,7 @@ impl Worker {
     #[inline]
     fn serve_lone(&mut self, number: u32, requests: usize) -> Option<usize> {
         let queue = self.queue(number)?;
-        if !queue.is_served() || Gate::is_limited(queue.local.device.qos()) {
+        if !queue.is_served() || Gate::is_limited(queue.qos()) {
             return None;
         }
         Some(self.serve_unlimited(number, requests))
@@ -83,7 +84,7 @@ impl Worker {
             if again && !queue.is_recovered() {
                 continue;
             }
-            let limited = Gate::is_limited(queue.local.device.qos());
+            let limited = Gate::is_limited(queue.qos());
             let taken = if limited {
                 let Some(taken) = self.serve_limited(turn, number, (now, again)) else {
                     break;
@@ -147,8 +148,11 @@ impl Worker {
         else {
             return 0;
         };
-        let (pipeline, batch) = (&mut self.pipeline, &mut self.batch);
-        let (taken, broken) = serve::<LIMITED, AGAIN>(queue, number, pipeline, batch, portion);
+        let Kind::Blk(blk) = &mut queue.kind else {
+            return self.serve_card::<AGAIN>(number, portion);
+        };
+        let (ring, pipeline, batch) = (&mut queue.ring, &mut self.pipeline, &mut self.batch);
+        let (taken, broken) = serve::<LIMITED, AGAIN>(blk, ring, number, pipeline, batch, portion);
         if taken > 0 {
             queue.empty_since = 0;
         }
@@ -189,7 +193,8 @@ impl Worker {
     /// Polls a queue: something happened in it.
     #[inline]
     pub(super) fn poll(&mut self, number: u32) {
-        if let Some(queue) = self.queue(number).filter(|queue| !queue.polled) {
+        let goes = |queue: &&mut Queue| !queue.polled && queue.has_turns();
+        if let Some(queue) = self.queue(number).filter(goes) {
             queue.polled = true;
             let seat = queue.seat;
             let parked_at = std::mem::take(&mut queue.empty_since);

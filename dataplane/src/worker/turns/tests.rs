@@ -1,7 +1,7 @@
 //! Devices that share a worker, on a clock that only moves as the test says: what each gets of it.
 
 use super::*;
-use crate::blk::Geometry;
+use crate::blk::{BlkDevice, Geometry};
 use crate::storage::StorageSpec;
 
 /// Ticks are nanoseconds here.
@@ -12,7 +12,7 @@ const MOST: usize = 16;
 const LOOK_NS: u64 = 20;
 const LONG_NS: u64 = 200_000_000;
 
-fn device() -> Arc<BlkDevice> {
+fn device() -> Device {
     let geometry = Geometry {
         logical_block_bytes: 4096,
         read_only: false,
@@ -20,7 +20,7 @@ fn device() -> Arc<BlkDevice> {
         queues: 1,
         discard: false,
     };
-    BlkDevice::new(geometry, 8, StorageSpec::Null, None)
+    BlkDevice::new(geometry, 8, StorageSpec::Null, None).into()
 }
 
 /// A device and its driver.

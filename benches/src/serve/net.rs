@@ -1,0 +1,275 @@
+//! Network cards, as the command line of `serve` says them: `--net PATH,PORT[,OPTION...]`.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::collections::BTreeMap;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use bulkhead_dataplane::net::{MAX_QUEUE_PAIRS, MIN_MTU, NetDevice, Shape};
+use bulkhead_dataplane::port::{PortSpec, SwitchSpec};
+use bulkhead_protocol::limits::Limits;
+
+use super::limits;
+use super::socket::{self, SocketError};
+
+/// MTU of a card that was not given one.
+const USUAL_MTU: u16 = 1500;
+
+/// A card on the command line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetSpec {
+    /// Where to listen.
+    pub socket: PathBuf,
+    /// What it is connected to.
+    pub port: PortName,
+    /// Its address; none: one of its own.
+    pub mac: Option<[u8; 6]>,
+    /// Bytes of the longest packet.
+    pub mtu: u16,
+    /// Queue pairs.
+    pub pairs: u16,
+    /// What it may send.
+    pub tx: Limits,
+    /// What it may receive.
+    pub rx: Limits,
+}
+
+/// What a card is connected to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PortName {
+    /// Nothing.
+    Null,
+    /// The switch of that name, with all others that name it.
+    Switch(String),
+}
+
+/// Not a card.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NetSpecError {
+    /// No socket, or no port behind it.
+    #[error(
+        "{0:?} is no network card: write SOCKET,PORT as in /tmp/a.sock,switch:lan or /tmp/a.sock,null"
+    )]
+    Form(String),
+    /// Not a port.
+    #[error("{0:?} is no port: write null, or switch:NAME")]
+    Port(String),
+    /// Not an option.
+    #[error(
+        "{0:?} is no option of a network card: write mac=52:54:00:00:00:01, mtu={MIN_MTU} to 65535, \
+         pairs=1 to {MAX_QUEUE_PAIRS}, or tx-requests=, tx-bytes=, rx-requests= or rx-bytes= with a rate"
+    )]
+    Option(String),
+}
+
+impl FromStr for NetSpec {
+    type Err = NetSpecError;
+
+    fn from_str(text: &str) -> Result<Self, NetSpecError> {
+        let mut parts = text.split(',');
+        let (Some(socket), Some(port)) = (parts.next().filter(|s| !s.is_empty()), parts.next())
+        else {
+            return Err(NetSpecError::Form(text.to_owned()));
+        };
+        let mut spec = Self {
+            socket: socket.into(),
+            port: port.parse()?,
+            mac: None,
+            mtu: USUAL_MTU,
+            pairs: 1,
+            tx: Limits::default(),
+            rx: Limits::default(),
+        };
+        for option in parts {
+            spec.set(option)
+                .ok_or_else(|| NetSpecError::Option(option.to_owned()))?;
+        }
+        Ok(spec)
+    }
+}
+
+impl FromStr for PortName {
+    type Err = NetSpecError;
+
+    fn from_str(text: &str) -> Result<Self, NetSpecError> {
+        match text.split_once(':') {
+            None if text == "null" => Ok(Self::Null),
+            Some(("switch", name)) if !name.is_empty() => Ok(Self::Switch(name.to_owned())),
+            _ => Err(NetSpecError::Port(text.to_owned())),
+        }
+    }
+}
+
+impl NetSpec {
+    fn set(&mut self, option: &str) -> Option<()> {
+        let (name, value) = option.split_once('=')?;
+        match name {
+            "mac" => self.mac = Some(mac(value)?),
+            "mtu" => self.mtu = value.parse().ok().filter(|mtu| *mtu >= MIN_MTU)?,
+            "pairs" => {
+                let most = 1..=MAX_QUEUE_PAIRS;
+                self.pairs = value.parse().ok().filter(|n| most.contains(n))?;
+            }
+            "tx-requests" | "tx-bytes" | "rx-requests" | "rx-bytes" => {
+                let (direction, what) = name.split_once('-')?;
+                let given = limits::parse(&format!("{what}={value}")).ok()?;
+                let of = match direction {
+                    "tx" => &mut self.tx,
+                    _ => &mut self.rx,
+                };
+                of.requests = given.requests.or(of.requests);
+                of.bytes = given.bytes.or(of.bytes);
+            }
+            _ => return None,
+        }
+        Some(())
+    }
+}
+
+/// A MAC address that a card can have: not a group's, not zero.
+fn mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|part| part.len() == 2)?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    let [first, ..] = mac;
+    let usable = parts.next().is_none() && first & 1 == 0 && mac != [0; 6];
+    usable.then_some(mac)
+}
+
+/// A card to be served.
+#[derive(Debug)]
+pub struct Card {
+    /// Where its listener is.
+    pub socket: PathBuf,
+    /// Its listener, blocking.
+    pub listener: UnixListener,
+    /// What is served there.
+    pub device: Arc<NetDevice>,
+}
+
+/// Makes the cards, and listens for their frontends.
+///
+/// # Errors
+/// [`SocketError`]; then no socket was left behind.
+pub fn open(specs: &[NetSpec]) -> Result<Vec<Card>, SocketError> {
+    let mut switches = BTreeMap::new();
+    let mut cards: Vec<Card> = Vec::new();
+    for (spec, number) in specs.iter().zip(1u16..) {
+        let listener = socket::listen(&spec.socket).inspect_err(|_| {
+            super::devices::remove_sockets(sockets(&cards));
+        })?;
+        cards.push(Card {
+            socket: spec.socket.clone(),
+            listener,
+            device: device(spec, number, &mut switches),
+        });
+    }
+    Ok(cards)
+}
+
+/// Where they listen.
+pub fn sockets(cards: &[Card]) -> impl Iterator<Item = &Path> {
+    cards.iter().map(|card| card.socket.as_path())
+}
+
+fn device(
+    spec: &NetSpec,
+    number: u16,
+    switches: &mut BTreeMap<String, Arc<SwitchSpec>>,
+) -> Arc<NetDevice> {
+    let [high, low] = number.to_be_bytes();
+    let shape = Shape {
+        mac: spec.mac.unwrap_or([0x52, 0x54, 0, 0xb1, high, low]),
+        mtu: spec.mtu,
+        queue_pairs: spec.pairs,
+    };
+    let port = match &spec.port {
+        PortName::Null => PortSpec::Null,
+        PortName::Switch(name) => {
+            let new = || SwitchSpec::new(name.clone());
+            let switch = switches.entry(name.clone()).or_insert_with(new);
+            PortSpec::Switch(Arc::clone(switch))
+        }
+    };
+    let device = NetDevice::with_port(shape, port);
+    device.tx_qos().set(&spec.tx, None);
+    device.rx_qos().set(&spec.rx, None);
+    device
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cards_that_name_one_switch_share_it() {
+        let dir = tempfile::tempdir().expect("folder");
+        let spec = |text: &str| {
+            let text = text.replace('@', &dir.path().display().to_string());
+            text.parse::<NetSpec>().expect("parses")
+        };
+        let specs = [
+            spec("@/a,switch:lan,pairs=4,mtu=9000"),
+            spec("@/b,switch:lan,mac=52:54:00:aa:bb:cc,tx-requests=1000,tx-bytes=1MiB"),
+            spec("@/c,switch:wan"),
+            spec("@/d,null"),
+        ];
+        let cards = open(&specs).expect("opens");
+        let switch = |card: &Card| match &card.device.port {
+            PortSpec::Switch(switch) => Some(switch.number()),
+            PortSpec::Null => None,
+        };
+        let numbers: Vec<_> = cards.iter().map(switch).collect();
+        assert!(numbers[0].is_some() && numbers[0] == numbers[1]);
+        assert!(numbers[2].is_some() && numbers[2] != numbers[0]);
+        assert_eq!(numbers[3], None);
+        assert_eq!(cards[0].device.shape.mtu, 9000);
+        assert_eq!(cards[0].device.queues(), 8);
+        assert_eq!(cards[1].device.shape.mac, [0x52, 0x54, 0, 0xaa, 0xbb, 0xcc]);
+        assert_ne!(cards[2].device.shape.mac, cards[3].device.shape.mac);
+        assert_eq!(specs[1].tx.requests.map(|rate| rate.per_second), Some(1000));
+        assert_eq!(specs[1].tx.bytes.map(|rate| rate.per_second), Some(1 << 20));
+        assert!(specs[1].rx.is_none());
+    }
+
+    #[test]
+    fn what_is_no_card_is_refused() {
+        let cases = [
+            ("", "is no network card"),
+            ("/a", "is no network card"),
+            (",null", "is no network card"),
+            ("/a,bridge:x", "is no port"),
+            ("/a,switch:", "is no port"),
+            ("/a,null,mtu=67", "is no option"),
+            ("/a,null,mtu=65536", "is no option"),
+            ("/a,null,pairs=0", "is no option"),
+            ("/a,null,pairs=17", "is no option"),
+            ("/a,null,mac=53:54:00:00:00:01", "is no option"),
+            ("/a,null,mac=52:54:00:00:00", "is no option"),
+            ("/a,null,mac=00:00:00:00:00:00", "is no option"),
+            ("/a,null,tx-requests=x", "is no option"),
+            ("/a,null,speed=1", "is no option"),
+        ];
+        for (text, expected) in cases {
+            let error = text.parse::<NetSpec>().expect_err(text).to_string();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn nothing_stays_behind_a_failure() {
+        let dir = tempfile::tempdir().expect("folder");
+        std::fs::write(dir.path().join("b"), "a file").expect("write");
+        let spec = |name: &str| {
+            let text = format!("{},null", dir.path().join(name).display());
+            text.parse::<NetSpec>().expect("parses")
+        };
+        open(&[spec("a"), spec("b")]).expect_err("b is a file");
+        assert!(!dir.path().join("a").exists());
+    }
+}
