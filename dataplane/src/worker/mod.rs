@@ -2,6 +2,7 @@
 
 pub(crate) mod batch;
 pub mod clock;
+pub mod frame_buffer;
 pub mod load;
 pub mod message;
 mod polling;

@@ -1,8 +1,9 @@
 //! A worker's io_uring: made disabled, restricted to a handful of operations on fixed files, then
 //! enabled. It owns the buffers that the kernel uses until their completion was seen.
 //!
-//! What a process that was broken into could do with it: read, write, flush and give up blocks of the volumes
-//! and read the eventfds that this worker has anyway. It can't open, connect or pass anything.
+//! What a process that was broken into could do with it: read, write, flush and give up blocks of the volumes,
+//! read the eventfds and send and receive by the network interfaces that this worker has anyway. It can't open,
+//! connect or pass anything.
 //!
 //! UNSAFETY: the kernel reads and writes the buffers of a submitted entry at any time until its
 //! completion. They are moved into the ring's table with the submission and leave it with the
@@ -21,6 +22,7 @@ use io_uring::squeue::{self, Flags};
 use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode};
 
+use super::frame_buffer::FrameBuffer;
 use super::staging::Staging;
 use crate::crash_point;
 use crate::memory::USUAL_MOST_PIECES;
@@ -82,6 +84,22 @@ pub enum Event {
     /// Add one to it. Not by a system call: the frontend shares the open file, and can make it full and
     /// blocking at any time.
     Signal,
+    /// Wait until a socket has something to be read. Without an end of its own, as the first.
+    Readable,
+    /// Have a socket look at its transmit ring: a send of nothing, which waits for nothing.
+    Kick,
+}
+
+/// What is done with a whole frame and an interface. Such an entry is no transfer: it ends at once, or when a frame
+/// comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FrameAction {
+    /// Write the first so many bytes, which are no more than the buffer has.
+    Send(u32),
+    /// Read one that is there: EAGAIN if none is.
+    Take,
+    /// Read one, as soon as it comes.
+    Await,
 }
 
 /// An entry that ended.
@@ -89,8 +107,10 @@ pub enum Event {
 pub struct Completion {
     /// As it was given with the submission.
     pub token: u64,
-    /// The transfer back; none: it was an event.
+    /// The transfer back; none: it was an event or a frame.
     pub transfer: Option<Transfer>,
+    /// The frame's buffer back, if it was one.
+    pub frame: Option<FrameBuffer>,
     /// As many bytes as the kernel says, or the errno. Whether that is all of them, and whether to try
     /// again, is decided by who pushed it.
     pub done: Done,
@@ -104,6 +124,7 @@ pub struct EntryId(u32);
 enum Job {
     Transfer(Transfer),
     Event(Event),
+    Frame(FrameAction, FrameBuffer),
 }
 
 #[derive(Debug)]
@@ -129,7 +150,7 @@ pub struct Ring {
     entries: Box<[Entry]>,
     free: Vec<u32>,
     free_files: Vec<u32>,
-    /// Waits and signals in flight: they end only when something happens.
+    /// Events and frames in flight: they end only when something happens.
     events: u32,
     /// The staging memory is registered as buffer 0.
     registered: bool,
@@ -308,6 +329,26 @@ impl Ring {
         Some(self.enqueue(id, InFlight { token, file, job }))
     }
 
+    /// Queues something with a frame; it is submitted by the next [`Ring::turn`] or [`Ring::wait`].
+    ///
+    /// # Errors
+    /// Gives the buffer back when there is no room, as [`Ring::push`].
+    #[inline]
+    pub fn push_frame(
+        &mut self,
+        token: u64,
+        file: FixedFile,
+        action: FrameAction,
+        buffer: FrameBuffer,
+    ) -> Result<EntryId, FrameBuffer> {
+        let Some(id) = self.free.pop() else {
+            return Err(buffer);
+        };
+        self.events += 1;
+        let job = Job::Frame(action, buffer);
+        Ok(self.enqueue(id, InFlight { token, file, job }))
+    }
+
     #[inline]
     fn enqueue(&mut self, id: u32, in_flight: InFlight) -> EntryId {
         if let Some(entry) = self.entries.get_mut(id as usize) {
@@ -431,16 +472,21 @@ impl Ring {
             entry.iovecs = Vec::with_capacity(USUAL_MOST_PIECES);
         }
         self.free.push(id);
-        let transfer = match in_flight.job {
-            Job::Transfer(transfer) => Some(transfer),
+        let (transfer, frame) = match in_flight.job {
+            Job::Transfer(transfer) => (Some(transfer), None),
             Job::Event(_) => {
                 self.events -= 1;
-                None
+                (None, None)
+            }
+            Job::Frame(_, buffer) => {
+                self.events -= 1;
+                (None, Some(buffer))
             }
         };
         Some(Completion {
             token: in_flight.token,
             transfer,
+            frame,
             done: u64::try_from(result).map_err(|_| -result),
         })
     }
@@ -483,6 +529,10 @@ fn restrictions() -> Vec<Restriction> {
         // DISCARD and WRITE_ZEROES. A restriction can't name the mode: other modes change the length of a
         // volume that this worker may write to anyway.
         Restriction::sqe_op(opcode::Fallocate::CODE),
+        // A socket's receive ring has something; its transmit ring has. Of all that a worker has only AF_XDP sockets
+        // are any; a send takes no address but the one a socket is bound to, and no descriptor.
+        Restriction::sqe_op(opcode::PollAdd::CODE),
+        Restriction::sqe_op(opcode::Send::CODE),
         // A kick that is no longer waited for, a call that can't be made.
         Restriction::sqe_op(opcode::AsyncCancel::CODE),
         // Nothing but files of the table; begun by another thread where a file system makes who begins wait.

@@ -78,10 +78,6 @@ fn escape_ring_everything_else_is_refused() {
     let mut header = std::mem::MaybeUninit::<libc::msghdr>::zeroed();
     let entries = [
         (
-            "send",
-            opcode::Send::new(Fixed(0), &raw const byte, 1).build(),
-        ),
-        (
             "recv",
             opcode::Recv::new(Fixed(0), &raw mut byte, 1).build(),
         ),
@@ -119,7 +115,6 @@ fn escape_ring_everything_else_is_refused() {
             "message ring",
             opcode::MsgRingData::new(Fd(0), 0, 0, None).build(),
         ),
-        ("poll", opcode::PollAdd::new(Fixed(0), 1).build()),
         ("nothing", opcode::Nop::new().build()),
     ];
     for (name, entry) in entries {

@@ -6,9 +6,10 @@ use io_uring::opcode;
 use io_uring::squeue::{self, Flags};
 use io_uring::types::{Fixed, FsyncFlags};
 
-use super::{Entry, Event, Job};
+use super::{Entry, Event, FrameAction, Job};
 use crate::memory::Piece;
 use crate::storage::{Action, Buffer, Transfer};
+use crate::worker::frame_buffer::{FRAME_BUFFER_BYTES, FrameBuffer};
 
 /// `RWF_DSYNC`.
 const RWF_DSYNC: i32 = 0x2;
@@ -40,6 +41,8 @@ fn operation(entry: &mut Entry, registered: bool) -> Option<squeue::Entry> {
             let word = (&raw const entry.word).cast();
             return Some(opcode::Write::new(file, word, 8).build());
         }
+        Job::Event(event @ (Event::Readable | Event::Kick)) => return Some(of_socket(file, *event)),
+        Job::Frame(action, buffer) => return of_frame(file, *action, buffer),
     };
     match &transfer.buffer {
         Buffer::None => without_buffer(file, transfer),
@@ -56,6 +59,32 @@ fn operation(entry: &mut Entry, registered: bool) -> Option<squeue::Entry> {
             }
             pieces => with_list(file, transfer, &mut entry.iovecs, pieces),
         },
+    }
+}
+
+fn of_socket(file: Fixed, event: Event) -> squeue::Entry {
+    if event == Event::Readable {
+        // A constant of the C library, which is not negative.
+        let readable = u32::from(libc::POLLIN.unsigned_abs());
+        return opcode::PollAdd::new(file, readable).build();
+    }
+    opcode::Send::new(file, std::ptr::null(), 0)
+        .flags(libc::MSG_DONTWAIT)
+        .build()
+}
+
+fn of_frame(file: Fixed, action: FrameAction, buffer: &FrameBuffer) -> Option<squeue::Entry> {
+    let at = buffer.at().as_ptr();
+    let most = u32::try_from(FRAME_BUFFER_BYTES).ok()?;
+    match action {
+        FrameAction::Send(bytes) => {
+            (bytes <= most).then(|| opcode::Write::new(file, at, bytes).build())
+        }
+        FrameAction::Take => {
+            let read = opcode::Read::new(file, at, most);
+            Some(read.rw_flags(libc::RWF_NOWAIT).build())
+        }
+        FrameAction::Await => Some(opcode::Read::new(file, at, most).build()),
     }
 }
 
