@@ -18,11 +18,15 @@
 //! | [`reason`] | why a frame was dropped |
 //! | [`null`] | the port that takes everything and gives nothing |
 //! | [`spec`] | what a network card is connected to, as the control thread and every worker know it |
+//! | [`tap`] | the port that leads to a queue of a TAP |
+//! | [`interface`] | what ports that lead to the host's interfaces count |
 #![forbid(unsafe_code)]
 
+pub mod interface;
 pub mod null;
 pub mod reason;
 pub mod spec;
+pub mod tap;
 
 use crate::net::frame::Frame;
 use crate::worker::ring::{Completion, Ring};
@@ -30,6 +34,7 @@ use crate::worker::ring::{Completion, Ring};
 pub use null::NullPort;
 pub use reason::DropReason;
 pub use spec::{PortSpec, SwitchSpec};
+pub use tap::TapPort;
 
 /// Number of a NIC among those of its worker. It is also its place in the worker's switch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

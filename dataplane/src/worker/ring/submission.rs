@@ -41,7 +41,9 @@ fn operation(entry: &mut Entry, registered: bool) -> Option<squeue::Entry> {
             let word = (&raw const entry.word).cast();
             return Some(opcode::Write::new(file, word, 8).build());
         }
-        Job::Event(event @ (Event::Readable | Event::Kick)) => return Some(of_socket(file, *event)),
+        Job::Event(event @ (Event::Readable | Event::Kick)) => {
+            return Some(of_socket(file, *event));
+        }
         Job::Frame(action, buffer) => return of_frame(file, *action, buffer),
     };
     match &transfer.buffer {
