@@ -16,24 +16,30 @@
 //! | module | owns |
 //! | --- | --- |
 //! | [`reason`] | why a frame was dropped |
+//! | [`guard`] | whether a guest sends as itself |
 //! | [`null`] | the port that takes everything and gives nothing |
 //! | [`spec`] | what a network card is connected to, as the control thread and every worker know it |
+//! | [`switch`] | the learning bridge among NICs and one uplink |
 //! | [`tap`] | the port that leads to a queue of a TAP |
 //! | [`interface`] | what ports that lead to the host's interfaces count |
 #![forbid(unsafe_code)]
 
+pub mod guard;
 pub mod interface;
 pub mod null;
 pub mod reason;
 pub mod spec;
+pub mod switch;
 pub mod tap;
 
 use crate::net::frame::Frame;
 use crate::worker::ring::{Completion, Ring};
 
+pub use guard::Guard;
 pub use null::NullPort;
 pub use reason::DropReason;
 pub use spec::{PortSpec, SwitchSpec};
+pub use switch::Switch;
 pub use tap::TapPort;
 
 /// Number of a NIC among those of its worker. It is also its place in the worker's switch.

@@ -1,0 +1,201 @@
+//! Whether a guest sends as itself: each frame's source addresses against those that its NIC may have.
+//!
+//! Two checks, each of which a NIC can be without:
+//!
+//! | check | what must be the NIC's own |
+//! | --- | --- |
+//! | MAC address | the Ethernet source; ARP's sender; the link-layer address that neighbour discovery gives |
+//! | IP addresses | the source of an IPv4 or IPv6 packet; ARP's sender; the target of a neighbour advertisement |
+//!
+//! Beside the listed IP addresses a guest may use those with which it looks for its own: 0.0.0.0 (DHCP, ARP probes),
+//! :: (duplicate address detection), and the link-local address that is made from its MAC address (RFC 4291, appendix
+//! A). Others, such as link-local addresses that it chose at random, must be listed.
+//!
+//! A NIC with a list of IP addresses sends nothing whose claim can't be told: broken headers, neighbour discovery
+//! in fragments or behind more extension headers than are followed, and fragments in which it could be. Ethernet
+//! frames that carry neither IP nor ARP pass.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use super::DropReason;
+use crate::net::frame::Frame;
+use crate::net::parse::{Claims, Mac, Network, Transport};
+
+/// IP addresses that begin with the same bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Prefix {
+    address: IpAddr,
+    bits: u8,
+}
+
+/// A prefix that is longer than its address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{address}/{bits} is no prefix: the address has {most} bits")]
+pub struct PrefixError {
+    address: IpAddr,
+    bits: u8,
+    most: u8,
+}
+
+impl Prefix {
+    /// All addresses whose first `bits` bits are those of `address`; its others don't matter.
+    ///
+    /// # Errors
+    /// The address has fewer bits.
+    pub fn new(address: IpAddr, bits: u8) -> Result<Self, PrefixError> {
+        let most = if address.is_ipv4() { 32 } else { 128 };
+        if bits > most {
+            return Err(PrefixError {
+                address,
+                bits,
+                most,
+            });
+        }
+        Ok(Self { address, bits })
+    }
+}
+
+/// A prefix as it is compared: the bits that count, and what they are.
+#[derive(Debug, Clone, Copy)]
+struct Range<T> {
+    mask: T,
+    value: T,
+}
+
+/// What a NIC's guest may send as.
+#[derive(Debug, Default)]
+pub struct Guard {
+    mac: Option<Mac>,
+    /// None: any IP address.
+    addresses: Option<Addresses>,
+}
+
+#[derive(Debug)]
+struct Addresses {
+    v4: Box<[Range<u32>]>,
+    v6: Box<[Range<u128>]>,
+    /// The link-local address that the NIC's MAC address gives.
+    link_local: Ipv6Addr,
+}
+
+impl Guard {
+    /// For a NIC with this MAC address: whether it must be the frames' source, and which IP addresses may be; no
+    /// prefixes: any.
+    #[must_use]
+    pub fn new(mac: Mac, checks_mac: bool, prefixes: &[Prefix]) -> Self {
+        Self {
+            mac: checks_mac.then_some(mac),
+            addresses: (!prefixes.is_empty()).then(|| Addresses::new(mac, prefixes)),
+        }
+    }
+
+    /// Whether a frame of its guest's may go on.
+    ///
+    /// # Errors
+    /// [`DropReason::SpoofedMac`], [`DropReason::SpoofedIp`].
+    #[inline]
+    pub fn check(&self, frame: &Frame<'_>) -> Result<(), DropReason> {
+        let info = &frame.info;
+        if let Some(mac) = self.mac {
+            if info.src != mac {
+                return Err(DropReason::SpoofedMac);
+            }
+            if info.network == Network::Arp || info.transport == Transport::Icmpv6 {
+                self.check_claimed_mac(mac, frame)?;
+            }
+        }
+        match &self.addresses {
+            Some(addresses) if info.network != Network::Other => addresses.check(&frame.claims()),
+            _ => Ok(()),
+        }
+    }
+
+    #[inline(never)]
+    fn check_claimed_mac(&self, mac: Mac, frame: &Frame<'_>) -> Result<(), DropReason> {
+        let claims = frame.claims();
+        let is_own = claims.mac.is_none_or(|claimed| claimed == mac);
+        if is_own && !claims.unclear {
+            Ok(())
+        } else {
+            Err(DropReason::SpoofedMac)
+        }
+    }
+}
+
+impl Addresses {
+    fn new(mac: Mac, prefixes: &[Prefix]) -> Self {
+        let v4 = prefixes.iter().filter_map(|prefix| match prefix.address {
+            IpAddr::V4(address) => {
+                let mask = u32::MAX
+                    .checked_shl(32 - u32::from(prefix.bits))
+                    .unwrap_or(0);
+                let value = address.to_bits() & mask;
+                Some(Range { mask, value })
+            }
+            IpAddr::V6(_) => None,
+        });
+        let v6 = prefixes.iter().filter_map(|prefix| match prefix.address {
+            IpAddr::V6(address) => {
+                let mask = u128::MAX
+                    .checked_shl(128 - u32::from(prefix.bits))
+                    .unwrap_or(0);
+                let value = address.to_bits() & mask;
+                Some(Range { mask, value })
+            }
+            IpAddr::V4(_) => None,
+        });
+        Self {
+            v4: v4.collect(),
+            v6: v6.collect(),
+            link_local: link_local(mac),
+        }
+    }
+
+    fn check(&self, claims: &Claims) -> Result<(), DropReason> {
+        let may = !claims.unclear
+            && claims.v4.is_none_or(|address| self.has_v4(address))
+            && claims.v6.is_none_or(|address| self.has_v6(address))
+            && claims.target.is_none_or(|address| self.has_v6(address));
+        if may {
+            Ok(())
+        } else {
+            Err(DropReason::SpoofedIp)
+        }
+    }
+
+    fn has_v4(&self, address: Ipv4Addr) -> bool {
+        let bits = address.to_bits();
+        address.is_unspecified() || self.v4.iter().any(|range| bits & range.mask == range.value)
+    }
+
+    fn has_v6(&self, address: Ipv6Addr) -> bool {
+        let bits = address.to_bits();
+        address.is_unspecified()
+            || address == self.link_local
+            || self.v6.iter().any(|range| bits & range.mask == range.value)
+    }
+}
+
+/// The link-local address of a MAC address (RFC 4291, appendix A): its bits, with one turned, around ff-fe.
+fn link_local([a, b, c, d, e, f]: Mac) -> Ipv6Addr {
+    Ipv6Addr::from([
+        0xfe,
+        0x80,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        a ^ 2,
+        b,
+        c,
+        0xff,
+        0xfe,
+        d,
+        e,
+        f,
+    ])
+}

@@ -1,0 +1,236 @@
+//! The switch: a learning bridge (IEEE 802.1Q) among the NICs that are connected to it, and at most one way out of the
+//! host, its uplink.
+//!
+//! One worker serves all queues of all of its NICs. So a frame from one guest to another goes from the sender's
+//! buffers into the receiver's in one copy, without a lock, another thread or a system call, and with its offloads as
+//! they are: a segment of 64 KiB crosses whole, its checksum never computed, if the receiver takes such.
+//!
+//! Where a frame goes is decided once for each flow ([`flow`]), by what the switch has learned ([`table`]). Broadcast,
+//! multicast and frames for stations that aren't known go to everyone else. What bridges keep to themselves (spanning
+//! tree and its like) goes nowhere, and nothing goes back to where it came from.
+//!
+//! A receiver without room loses the frame, and nobody waits for it. Copying a frame to all others takes its sender's
+//! time on the worker, so that a guest that floods has a smaller part left and others have not.
+//!
+//! | module | owns |
+//! | --- | --- |
+//! | [`station`] | MAC addresses in VLANs, and members |
+//! | [`table`] | where the stations are |
+//! | [`flow`] | what was decided about flows |
+//! | [`bridge`] | the decision |
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+pub mod bridge;
+pub mod flow;
+pub mod station;
+pub mod table;
+
+use super::{DropReason, Nic, Port, Sink};
+use crate::net::frame::Frame;
+use crate::net::parse::FrameInfo;
+use crate::worker::ring::{Completion, Ring};
+use bridge::{Bridge, Verdict};
+pub use bridge::{Counts, JoinError, MOST_NICS};
+use station::{Member, Station};
+
+/// A switch whose uplink is a `U`.
+#[derive(Debug)]
+pub struct Switch<U> {
+    bridge: Bridge,
+    uplink: Option<U>,
+}
+
+impl<U: Port> Switch<U> {
+    /// A switch without NICs. It allocates its tables and may measure the clock: for a worker's start.
+    #[must_use]
+    pub fn new(uplink: Option<U>) -> Self {
+        Self {
+            bridge: Bridge::default(),
+            uplink,
+        }
+    }
+
+    /// Connects a NIC, whose own MAC address is known from now on and stays its own. It allocates.
+    ///
+    /// # Errors
+    /// [`JoinError`]: it is not connected then.
+    pub fn join(&mut self, nic: Nic, mac: [u8; 6]) -> Result<(), JoinError> {
+        self.bridge.join(nic, mac)
+    }
+
+    /// Takes a NIC off, with what was learned from it; nothing happens if it isn't connected.
+    pub fn leave(&mut self, nic: Nic) {
+        self.bridge.leave(nic);
+    }
+
+    /// Its NICs.
+    #[must_use]
+    pub fn nics(&self) -> &[Nic] {
+        self.bridge.members()
+    }
+
+    /// What it has done so far.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.bridge.counts()
+    }
+
+    /// Stations that it knows now. It looks at the whole table: for `status`.
+    #[must_use]
+    pub fn stations(&self) -> usize {
+        self.bridge.stations()
+    }
+
+    /// The way out.
+    #[must_use]
+    pub fn uplink(&self) -> Option<&U> {
+        self.uplink.as_ref()
+    }
+
+    /// Another way out, or none, and the one until now. That one must be idle, or its completions are to be given to
+    /// it further on.
+    pub fn set_uplink(&mut self, uplink: Option<U>) -> Option<U> {
+        self.bridge.forget_uplink();
+        std::mem::replace(&mut self.uplink, uplink)
+    }
+
+    /// Copies a frame to all NICs but one, and out of the host.
+    fn flood(
+        &mut self,
+        from: Nic,
+        frame: &Frame<'_>,
+        to: &mut impl Sink,
+        ring: &mut Ring,
+    ) -> Result<(), DropReason> {
+        let others = flood_nics(&self.bridge, from.into(), frame, to);
+        match &mut self.uplink {
+            // Who else got it has got it: what the uplink lost is counted apart.
+            Some(uplink) => {
+                if uplink.transmit(from, frame, to, ring).is_err() {
+                    self.bridge.counts.uplink_drops += 1;
+                }
+                Ok(())
+            }
+            None if others == 0 => Err(DropReason::NoPort),
+            None => Ok(()),
+        }
+    }
+}
+
+impl<U: Port> Port for Switch<U> {
+    #[inline]
+    fn receive(&mut self, now: u64, to: &mut impl Sink, ring: &mut Ring) -> usize {
+        self.bridge.set_now(now);
+        let Some(uplink) = &mut self.uplink else {
+            return 0;
+        };
+        let bridge = &mut self.bridge;
+        uplink.receive(now, &mut Inward { bridge, to }, ring)
+    }
+
+    #[inline]
+    fn room(&self) -> usize {
+        usize::MAX
+    }
+
+    #[inline]
+    fn transmit(
+        &mut self,
+        from: Nic,
+        frame: &Frame<'_>,
+        to: &mut impl Sink,
+        ring: &mut Ring,
+    ) -> Result<(), DropReason> {
+        match decide(&mut self.bridge, from.into(), &frame.info) {
+            Verdict::To(member) => match (member.nic(), &mut self.uplink) {
+                (Some(nic), _) => {
+                    // What became of it there is counted there.
+                    let _ = to.deliver(nic, frame);
+                    Ok(())
+                }
+                (None, Some(uplink)) => uplink.transmit(from, frame, to, ring),
+                (None, None) => Err(DropReason::NoPort),
+            },
+            Verdict::Flood => self.flood(from, frame, to, ring),
+            Verdict::Drop(reason) => Err(reason),
+        }
+    }
+
+    #[inline]
+    fn flush(&mut self, ring: &mut Ring) {
+        if let Some(uplink) = &mut self.uplink {
+            uplink.flush(ring);
+        }
+    }
+
+    fn landed(&mut self, completion: Completion, ring: &mut Ring) {
+        if let Some(uplink) = &mut self.uplink {
+            uplink.landed(completion, ring);
+        }
+    }
+
+    fn arm(&mut self, ring: &mut Ring) -> bool {
+        self.uplink.as_mut().is_none_or(|uplink| uplink.arm(ring))
+    }
+
+    fn stop(&mut self, ring: &mut Ring) {
+        if let Some(uplink) = &mut self.uplink {
+            uplink.stop(ring);
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.uplink.as_ref().is_none_or(Port::is_idle)
+    }
+}
+
+/// What comes in by the uplink.
+struct Inward<'a, S> {
+    bridge: &'a mut Bridge,
+    to: &'a mut S,
+}
+
+impl<S: Sink> Sink for Inward<'_, S> {
+    /// To whom it is for, whichever NIC the uplink takes it to be for.
+    #[inline]
+    fn deliver(&mut self, _to: Nic, frame: &Frame<'_>) -> Result<(), DropReason> {
+        let reason = match decide(self.bridge, Member::UPLINK, &frame.info) {
+            Verdict::To(member) => match member.nic() {
+                Some(nic) => return self.to.deliver(nic, frame),
+                None => DropReason::Hairpin,
+            },
+            Verdict::Flood => match flood_nics(self.bridge, Member::UPLINK, frame, self.to) {
+                0 => DropReason::NoPort,
+                _ => return Ok(()),
+            },
+            Verdict::Drop(reason) => reason,
+        };
+        self.bridge.counts.uplink_drops += 1;
+        Err(reason)
+    }
+}
+
+#[inline]
+fn decide(bridge: &mut Bridge, from: Member, info: &FrameInfo) -> Verdict {
+    let vlan = info.vlan();
+    let destination = Station::new(info.dst, vlan);
+    let source = Station::new(info.src, vlan);
+    bridge.decide(from, destination, source)
+}
+
+/// Copies a frame to all NICs but the one that it is from: how many they were.
+fn flood_nics(bridge: &Bridge, from: Member, frame: &Frame<'_>, to: &mut impl Sink) -> usize {
+    let mut others = 0;
+    for nic in bridge.members() {
+        if Member::from(*nic) != from {
+            others += 1;
+            // What became of it there is counted there.
+            let _ = to.deliver(*nic, frame);
+        }
+    }
+    others
+}
+
+#[cfg(test)]
+mod tests;
