@@ -1,0 +1,224 @@
+//! Whether a guest sends as itself.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use bulkhead_dataplane::net::frame::Frame;
+use bulkhead_dataplane::net::header::Header;
+use bulkhead_dataplane::port::DropReason;
+use bulkhead_dataplane::port::DropReason::{SpoofedIp, SpoofedMac};
+use bulkhead_dataplane::port::guard::{Guard, Prefix};
+
+use crate::frames::{arp, ethernet, ip, mac, tagged};
+use crate::rig::key;
+
+fn guard(checks_mac: bool, prefixes: &[(&str, u8)]) -> Guard {
+    let prefix = |(address, bits): &(&str, u8)| {
+        Prefix::new(address.parse().expect("an address"), *bits).expect("a prefix")
+    };
+    let prefixes: Vec<Prefix> = prefixes.iter().map(prefix).collect();
+    Guard::new(mac(1), checks_mac, &prefixes)
+}
+
+/// Of a NIC with the MAC address 1 and the IP addresses 10.0.0.1, 10.1.0.0/16 and 2001:db8::1.
+fn strict() -> Guard {
+    guard(
+        true,
+        &[("10.0.0.1", 32), ("10.1.0.0", 16), ("2001:db8::1", 128)],
+    )
+}
+
+fn check(guard: &Guard, bytes: &[u8]) -> Result<(), DropReason> {
+    guard.check(&Frame::of_bytes(&Header::default(), bytes, key()).expect("a frame"))
+}
+
+/// A frame of the NIC's with a packet from an address.
+fn from(address: &str) -> Vec<u8> {
+    let src: IpAddr = address.parse().expect("an address");
+    let dst = if src.is_ipv4() {
+        "10.9.9.9"
+    } else {
+        "2001:db8::9"
+    };
+    packet(
+        src,
+        dst.parse().expect("an address"),
+        17,
+        &[0, 1, 0, 2, 0, 8, 0, 0],
+    )
+}
+
+fn packet(src: IpAddr, dst: IpAddr, protocol: u8, payload: &[u8]) -> Vec<u8> {
+    let (ethertype, packet) = ip(src, dst, protocol, payload);
+    ethernet(mac(2), mac(1), ethertype, &packet)
+}
+
+fn v4(address: &str) -> Ipv4Addr {
+    address.parse().expect("an address")
+}
+
+/// A neighbour advertisement (136) or solicitation (135) with a link-layer address.
+fn neighbour(kind: u8, src: &str, target: &str, link: Option<[u8; 6]>) -> Vec<u8> {
+    let mut message = vec![kind, 0, 0, 0, 0x60, 0, 0, 0];
+    message.extend(target.parse::<Ipv6Addr>().expect("an address").octets());
+    if let Some(link) = link {
+        message.extend([if kind == 136 { 2 } else { 1 }, 1]);
+        message.extend(link);
+    }
+    let [src, dst] = [src, "ff02::1"].map(|address| address.parse().expect("an address"));
+    packet(src, dst, 58, &message)
+}
+
+#[test]
+fn the_ethernet_source_must_be_the_nics() {
+    let foreign = ethernet(mac(2), mac(3), 0x88b5, &[0; 50]);
+    let own = ethernet(mac(2), mac(1), 0x88b5, &[0; 50]);
+    for guard in [guard(true, &[]), strict()] {
+        assert_eq!(check(&guard, &foreign), Err(SpoofedMac));
+        assert_eq!(check(&guard, &own), Ok(()));
+        let tagged = tagged(5, mac(2), mac(3), 0x88b5, &[0; 50]);
+        assert_eq!(check(&guard, &tagged), Err(SpoofedMac));
+    }
+    assert_eq!(check(&guard(false, &[]), &foreign), Ok(()));
+    assert_eq!(check(&Guard::default(), &foreign), Ok(()));
+}
+
+#[test]
+fn a_packet_comes_from_a_listed_address() {
+    let cases = [
+        ("10.0.0.1", Ok(())),
+        ("10.0.0.2", Err(SpoofedIp)),
+        ("10.1.2.3", Ok(())),
+        ("10.2.0.0", Err(SpoofedIp)),
+        ("255.255.255.255", Err(SpoofedIp)),
+        ("0.0.0.0", Ok(())),
+        ("2001:db8::1", Ok(())),
+        ("2001:db8::2", Err(SpoofedIp)),
+        ("::", Ok(())),
+        // Of its MAC address, and of another.
+        ("fe80::ff:fe00:1", Ok(())),
+        ("fe80::ff:fe00:2", Err(SpoofedIp)),
+    ];
+    for (address, expected) in cases {
+        assert_eq!(check(&strict(), &from(address)), expected, "{address}");
+        assert_eq!(
+            check(&guard(true, &[]), &from(address)),
+            Ok(()),
+            "{address}"
+        );
+        let untagged = from(address);
+        let ethertype = u16::from_be_bytes([untagged[12], untagged[13]]);
+        let in_vlan = tagged(9, mac(2), mac(1), ethertype, &untagged[14..]);
+        assert_eq!(check(&strict(), &in_vlan), expected, "{address} in a VLAN");
+    }
+    let any_v4 = guard(true, &[("0.0.0.0", 0)]);
+    assert_eq!(check(&any_v4, &from("8.8.8.8")), Ok(()));
+    assert_eq!(check(&any_v4, &from("2001:db8::1")), Err(SpoofedIp));
+    let any_v6 = guard(true, &[("::", 0)]);
+    assert_eq!(check(&any_v6, &from("2001:db8::77")), Ok(()));
+    assert_eq!(check(&any_v6, &from("10.0.0.1")), Err(SpoofedIp));
+}
+
+#[test]
+fn addresses_are_looked_at_without_the_mac_check_too() {
+    let guard = guard(false, &[("10.0.0.1", 32)]);
+    let mut foreign = from("10.0.0.1");
+    foreign[6..12].copy_from_slice(&mac(9));
+    assert_eq!(check(&guard, &foreign), Ok(()));
+    assert_eq!(check(&guard, &from("10.0.0.2")), Err(SpoofedIp));
+}
+
+#[test]
+fn arp_says_nothing_about_others() {
+    let arp = |sender: u8, address| arp(2, mac(1), (mac(sender), v4(address)), v4("10.0.0.9"));
+    for guard in [guard(true, &[]), strict()] {
+        assert_eq!(check(&guard, &arp(1, "10.0.0.1")), Ok(()));
+        assert_eq!(check(&guard, &arp(1, "0.0.0.0")), Ok(()), "a probe");
+        assert_eq!(check(&guard, &arp(2, "10.0.0.1")), Err(SpoofedMac));
+    }
+    assert_eq!(check(&strict(), &arp(1, "10.0.0.2")), Err(SpoofedIp));
+    assert_eq!(check(&guard(true, &[]), &arp(1, "10.0.0.2")), Ok(()));
+    // Cut short: nobody can tell what it says.
+    let short = &arp(1, "10.0.0.1")[..30];
+    assert_eq!(check(&strict(), short), Err(SpoofedIp));
+}
+
+#[test]
+fn neighbour_discovery_says_nothing_about_others() {
+    let own = "2001:db8::1";
+    let cases = [
+        (neighbour(136, own, own, Some(mac(1))), Ok(()), Ok(())),
+        (neighbour(136, own, own, None), Ok(()), Ok(())),
+        (
+            neighbour(136, own, own, Some(mac(2))),
+            Err(SpoofedMac),
+            Err(SpoofedMac),
+        ),
+        (
+            neighbour(136, own, "2001:db8::2", Some(mac(1))),
+            Err(SpoofedIp),
+            Ok(()),
+        ),
+        (
+            neighbour(135, own, "2001:db8::2", Some(mac(1))),
+            Ok(()),
+            Ok(()),
+        ),
+        (
+            neighbour(135, own, "2001:db8::2", Some(mac(3))),
+            Err(SpoofedMac),
+            Err(SpoofedMac),
+        ),
+        (
+            neighbour(135, "2001:db8::3", own, Some(mac(1))),
+            Err(SpoofedIp),
+            Ok(()),
+        ),
+        // Duplicate address detection.
+        (neighbour(135, "::", own, None), Ok(()), Ok(())),
+    ];
+    for (at, (bytes, with_addresses, with_mac)) in cases.iter().enumerate() {
+        assert_eq!(check(&strict(), bytes), *with_addresses, "case {at}");
+        assert_eq!(check(&guard(true, &[]), bytes), *with_mac, "case {at}");
+        assert_eq!(check(&Guard::default(), bytes), Ok(()), "case {at}");
+    }
+}
+
+#[test]
+fn what_cannot_be_told_does_not_pass_where_it_matters() {
+    let own: IpAddr = "2001:db8::1".parse().expect("an address");
+    let all: IpAddr = "ff02::1".parse().expect("an address");
+    // An advertisement in the first of two fragments.
+    let mut fragment = vec![58, 0, 0, 1, 0, 0, 0, 7];
+    fragment.extend(&neighbour(136, "2001:db8::1", "2001:db8::2", Some(mac(1)))[54..]);
+    let fragment = packet(own, all, 44, &fragment);
+    assert_eq!(check(&strict(), &fragment), Err(SpoofedIp));
+    // One of UDP says nothing but its source.
+    let datagram = packet(
+        own,
+        all,
+        44,
+        &[17, 0, 0, 1, 0, 0, 0, 7, 1, 2, 3, 4, 5, 6, 7, 8],
+    );
+    assert_eq!(check(&strict(), &datagram), Ok(()));
+    // Says that it is IPv4, and is not.
+    let broken = ethernet(mac(2), mac(1), 0x0800, &[0x65; 60]);
+    assert_eq!(check(&strict(), &broken), Err(SpoofedIp));
+    assert_eq!(check(&guard(true, &[]), &broken), Ok(()));
+    // No IP, no claim.
+    assert_eq!(
+        check(&strict(), &ethernet(mac(2), mac(1), 0x88b5, &[0; 50])),
+        Ok(())
+    );
+}
+
+#[test]
+fn a_prefix_is_no_longer_than_its_address() {
+    let v4: IpAddr = "10.0.0.0".parse().expect("an address");
+    assert!(Prefix::new(v4, 33).is_err() && Prefix::new(v4, 32).is_ok());
+    let v6: IpAddr = "::".parse().expect("an address");
+    let error = Prefix::new(v6, 129).expect_err("too long");
+    assert_eq!(
+        error.to_string(),
+        "::/129 is no prefix: the address has 128 bits"
+    );
+}

@@ -1,0 +1,8 @@
+//! Ports: what each of them must do, what only a switch does, and whether a guest sends as itself.
+
+mod frames;
+mod guard;
+mod null;
+mod rig;
+mod suite;
+mod switch;
