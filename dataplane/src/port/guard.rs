@@ -19,43 +19,11 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use bulkhead_protocol::net::{IpPrefix, SpoofChecks};
+
 use super::DropReason;
 use crate::net::frame::Frame;
 use crate::net::parse::{Claims, Mac, Network, Transport};
-
-/// IP addresses that begin with the same bits.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Prefix {
-    address: IpAddr,
-    bits: u8,
-}
-
-/// A prefix that is longer than its address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{address}/{bits} is no prefix: the address has {most} bits")]
-pub struct PrefixError {
-    address: IpAddr,
-    bits: u8,
-    most: u8,
-}
-
-impl Prefix {
-    /// All addresses whose first `bits` bits are those of `address`; its others don't matter.
-    ///
-    /// # Errors
-    /// The address has fewer bits.
-    pub fn new(address: IpAddr, bits: u8) -> Result<Self, PrefixError> {
-        let most = if address.is_ipv4() { 32 } else { 128 };
-        if bits > most {
-            return Err(PrefixError {
-                address,
-                bits,
-                most,
-            });
-        }
-        Ok(Self { address, bits })
-    }
-}
 
 /// A prefix as it is compared: the bits that count, and what they are.
 #[derive(Debug, Clone, Copy)]
@@ -74,20 +42,20 @@ pub struct Guard {
 
 #[derive(Debug)]
 struct Addresses {
-    v4: Box<[Range<u32>]>,
-    v6: Box<[Range<u128>]>,
+    v4: Vec<Range<u32>>,
+    v6: Vec<Range<u128>>,
     /// The link-local address that the NIC's MAC address gives.
     link_local: Ipv6Addr,
 }
 
 impl Guard {
-    /// For a NIC with this MAC address: whether it must be the frames' source, and which IP addresses may be; no
-    /// prefixes: any.
+    /// For a NIC with this MAC address.
     #[must_use]
-    pub fn new(mac: Mac, checks_mac: bool, prefixes: &[Prefix]) -> Self {
+    pub fn new(mac: Mac, checks: &SpoofChecks) -> Self {
+        let sources = &checks.sources;
         Self {
-            mac: checks_mac.then_some(mac),
-            addresses: (!prefixes.is_empty()).then(|| Addresses::new(mac, prefixes)),
+            mac: checks.mac.then_some(mac),
+            addresses: (!sources.is_empty()).then(|| Addresses::new(mac, sources)),
         }
     }
 
@@ -125,32 +93,26 @@ impl Guard {
 }
 
 impl Addresses {
-    fn new(mac: Mac, prefixes: &[Prefix]) -> Self {
-        let v4 = prefixes.iter().filter_map(|prefix| match prefix.address {
-            IpAddr::V4(address) => {
-                let mask = u32::MAX
-                    .checked_shl(32 - u32::from(prefix.bits))
-                    .unwrap_or(0);
-                let value = address.to_bits() & mask;
-                Some(Range { mask, value })
-            }
-            IpAddr::V6(_) => None,
-        });
-        let v6 = prefixes.iter().filter_map(|prefix| match prefix.address {
-            IpAddr::V6(address) => {
-                let mask = u128::MAX
-                    .checked_shl(128 - u32::from(prefix.bits))
-                    .unwrap_or(0);
-                let value = address.to_bits() & mask;
-                Some(Range { mask, value })
-            }
-            IpAddr::V4(_) => None,
-        });
-        Self {
-            v4: v4.collect(),
-            v6: v6.collect(),
+    fn new(mac: Mac, prefixes: &[IpPrefix]) -> Self {
+        let mut addresses = Self {
+            v4: Vec::new(),
+            v6: Vec::new(),
             link_local: link_local(mac),
+        };
+        for prefix in prefixes {
+            let bits = u32::from(prefix.bits());
+            match prefix.address() {
+                IpAddr::V4(address) => addresses.v4.push(Range {
+                    mask: u32::MAX.checked_shl(32 - bits).unwrap_or(0),
+                    value: address.to_bits(),
+                }),
+                IpAddr::V6(address) => addresses.v6.push(Range {
+                    mask: u128::MAX.checked_shl(128 - bits).unwrap_or(0),
+                    value: address.to_bits(),
+                }),
+            }
         }
+        addresses
     }
 
     fn check(&self, claims: &Claims) -> Result<(), DropReason> {
