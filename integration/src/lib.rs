@@ -10,6 +10,7 @@
 //! - [`guest`]: a Linux guest in QEMU.
 //! - [`host`]: a complete host, as an operator makes it.
 //! - [`network`]: network namespaces and interfaces.
+//! - [`packets`]: frames to send, and what must be true of one that arrives.
 //! - [`processes`]: programs under test.
 //! - [`survive`]: a verified load, and kills under it.
 //! - [`workload`]: what guests do with a disk, and what its file looks like afterwards.
@@ -23,6 +24,7 @@ pub mod frontend;
 pub mod guest;
 pub mod host;
 pub mod network;
+pub mod packets;
 pub mod processes;
 pub mod random;
 pub mod survive;

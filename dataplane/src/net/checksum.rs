@@ -88,7 +88,8 @@ mod tests {
 
     /// Ones' complement has two zeroes.
     fn is_same(a: u16, b: u16) -> bool {
-        a == b || (a % 0xffff == 0 && b % 0xffff == 0)
+        let is_zero = |sum: u16| [0, 0xffff].contains(&sum);
+        a == b || (is_zero(a) && is_zero(b))
     }
 
     #[test]

@@ -7,13 +7,12 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use super::claims::{self, Claims};
 use super::header::{
     DATA_VALID, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, Header, HeaderSize, MOST_BYTES,
     NEEDS_CSUM,
 };
-use super::parse::{
-    self, Claims, ETHERNET_BYTES, FrameInfo, HashKey, MOST_TAGS, Network, Transport, word,
-};
+use super::parse::{self, ETHERNET_BYTES, FrameInfo, HashKey, MOST_TAGS, Network, Transport, word};
 use crate::memory::GuestBuffer;
 use crate::port::DropReason;
 
@@ -276,7 +275,7 @@ impl<'a> Frame<'a> {
     /// The addresses that it claims as its sender's, beside [`FrameInfo::src`].
     #[must_use]
     pub fn claims(&self) -> Claims {
-        parse::claims(self.head, !self.body.is_empty(), &self.info)
+        claims::claims(self.head, !self.body.is_empty(), &self.info)
     }
 
     /// Copies all of it to the front of `to`: its length; none where that is too short.

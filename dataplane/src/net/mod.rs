@@ -8,11 +8,13 @@
 //! | [`lane`] | how a worker serves cards |
 //! | [`header`] | the header in front of every frame |
 //! | [`parse`] | what a frame's first bytes say |
+//! | [`claims`] | whom a frame says to be from |
 //! | [`frame`] | a frame on its way, and its offloads, held against it |
 //! | [`receive`] | a frame into a driver's receive buffers |
 //! | [`checksum`], [`offload`] | checksums and segments in software |
 
 pub mod checksum;
+pub mod claims;
 pub mod config_space;
 mod device;
 pub mod frame;
@@ -28,3 +30,6 @@ pub use frame::{Body, Csum, Frame, Gso, GsoKind, HeadBuffer, Offload};
 pub use header::HeaderSize;
 pub use metrics::{Counts, Metrics, QueueMetrics};
 pub use parse::{FrameInfo, HashKey, Mac};
+
+#[cfg(test)]
+mod tests;
