@@ -22,8 +22,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use bulkhead_protocol::net::{IpPrefix, SpoofChecks};
 
 use super::DropReason;
+use crate::net::claims::Claims;
 use crate::net::frame::Frame;
-use crate::net::parse::{Claims, Mac, Network, Transport};
+use crate::net::parse::{Mac, Network, Transport};
 
 /// A prefix as it is compared: the bits that count, and what they are.
 #[derive(Debug, Clone, Copy)]

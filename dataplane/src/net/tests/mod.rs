@@ -5,6 +5,7 @@ mod frame;
 mod offload;
 mod parse;
 mod receive;
+mod rig;
 
 use std::sync::Arc;
 
