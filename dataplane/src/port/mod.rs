@@ -17,6 +17,7 @@
 //! | --- | --- |
 //! | [`reason`] | why a frame was dropped |
 //! | [`guard`] | whether a guest sends as itself |
+//! | [`mirror`] | copies of a NIC's frames in a file |
 //! | [`null`] | the port that takes everything and gives nothing |
 //! | [`spec`] | what a network card is connected to, as the control thread and every worker know it |
 //! | [`switch`] | the learning bridge among NICs and one uplink |
@@ -26,6 +27,7 @@
 
 pub mod guard;
 pub mod interface;
+pub mod mirror;
 pub mod null;
 pub mod reason;
 pub mod spec;
@@ -36,6 +38,7 @@ use crate::net::frame::Frame;
 use crate::worker::ring::{Completion, Ring};
 
 pub use guard::Guard;
+pub use mirror::{Mirror, MirrorFile};
 pub use null::NullPort;
 pub use reason::DropReason;
 pub use spec::{PortSpec, SwitchSpec};

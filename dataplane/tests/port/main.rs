@@ -2,6 +2,7 @@
 
 mod frames;
 mod guard;
+mod mirror;
 mod null;
 mod rig;
 mod suite;
