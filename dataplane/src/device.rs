@@ -9,7 +9,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::blk::{self, BlkDevice, Health, Patience};
+use crate::blk::{self, BlkDevice, Health};
 use crate::net::{self, NetDevice};
 use crate::qos::Qos;
 use crate::storage::FileSpec;
@@ -174,7 +174,7 @@ impl Device {
     #[must_use]
     pub fn give_up_after(&self) -> Duration {
         let patience = self.health().map(Health::patience);
-        patience.unwrap_or(Patience::default()).give_up
+        patience.unwrap_or_default().give_up
     }
 
     /// It was given up and does not come back: lets go of its keys for good.

@@ -49,7 +49,7 @@ pub struct Arguments {
     pub blk: Vec<BlkSpec>,
 
     /// A network card: where to listen, what it is connected to (null, or switch:NAME with all others that name it),
-    /// and mac=ADDRESS, mtu=BYTES, pairs=N (queue pairs), tx-requests=RATE, tx-bytes=RATE, rx-requests=RATE,
+    /// and mac=ADDRESS, mtu=BYTES, pairs=N (queue pairs), guard=off (it may send as anybody), tx-requests=RATE, tx-bytes=RATE, rx-requests=RATE,
     /// rx-bytes=RATE, all with commas between
     #[arg(
         long,

@@ -8,8 +8,9 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use bulkhead_dataplane::net::{MAX_QUEUE_PAIRS, MIN_MTU, NetDevice, Shape};
-use bulkhead_dataplane::port::{PortSpec, SwitchSpec};
+use bulkhead_dataplane::port::{Guard, PortSpec, SwitchSpec};
 use bulkhead_protocol::limits::Limits;
+use bulkhead_protocol::net::SpoofChecks;
 
 use super::limits;
 use super::socket::{self, SocketError};
@@ -30,6 +31,8 @@ pub struct NetSpec {
     pub mtu: u16,
     /// Queue pairs.
     pub pairs: u16,
+    /// Its guest may send as itself only.
+    pub guarded: bool,
     /// What it may send.
     pub tx: Limits,
     /// What it may receive.
@@ -59,7 +62,7 @@ pub enum NetSpecError {
     /// Not an option.
     #[error(
         "{0:?} is no option of a network card: write mac=52:54:00:00:00:01, mtu={MIN_MTU} to 65535, \
-         pairs=1 to {MAX_QUEUE_PAIRS}, or tx-requests=, tx-bytes=, rx-requests= or rx-bytes= with a rate"
+         pairs=1 to {MAX_QUEUE_PAIRS}, guard=on or off, or tx-requests=, tx-bytes=, rx-requests= or rx-bytes= with a rate"
     )]
     Option(String),
 }
@@ -79,6 +82,7 @@ impl FromStr for NetSpec {
             mac: None,
             mtu: USUAL_MTU,
             pairs: 1,
+            guarded: true,
             tx: Limits::default(),
             rx: Limits::default(),
         };
@@ -108,6 +112,13 @@ impl NetSpec {
         match name {
             "mac" => self.mac = Some(mac(value)?),
             "mtu" => self.mtu = value.parse().ok().filter(|mtu| *mtu >= MIN_MTU)?,
+            "guard" => {
+                self.guarded = match value {
+                    "on" => true,
+                    "off" => false,
+                    _ => return None,
+                }
+            }
             "pairs" => {
                 let most = 1..=MAX_QUEUE_PAIRS;
                 self.pairs = value.parse().ok().filter(|n| most.contains(n))?;
@@ -191,12 +202,17 @@ fn device(
     let port = match &spec.port {
         PortName::Null => PortSpec::Null,
         PortName::Switch(name) => {
-            let new = || SwitchSpec::new(name.clone());
+            let new = || SwitchSpec::new(name.clone(), None);
             let switch = switches.entry(name.clone()).or_insert_with(new);
             PortSpec::Switch(Arc::clone(switch))
         }
     };
-    let device = NetDevice::with_port(shape, port);
+    let checks = SpoofChecks {
+        mac: spec.guarded,
+        ..SpoofChecks::default()
+    };
+    let guard = Guard::new(shape.mac, &checks);
+    let device = NetDevice::with_port(shape, port, guard);
     device.tx_qos().set(&spec.tx, None);
     device.rx_qos().set(&spec.rx, None);
     device
@@ -222,7 +238,7 @@ mod tests {
         let cards = open(&specs).expect("opens");
         let switch = |card: &Card| match &card.device.port {
             PortSpec::Switch(switch) => Some(switch.number()),
-            PortSpec::Null => None,
+            _ => None,
         };
         let numbers: Vec<_> = cards.iter().map(switch).collect();
         assert!(numbers[0].is_some() && numbers[0] == numbers[1]);
@@ -254,6 +270,7 @@ mod tests {
             ("/a,null,mac=00:00:00:00:00:00", "is no option"),
             ("/a,null,tx-requests=x", "is no option"),
             ("/a,null,speed=1", "is no option"),
+            ("/a,null,guard=no", "is no option"),
         ];
         for (text, expected) in cases {
             let error = text.parse::<NetSpec>().expect_err(text).to_string();

@@ -7,8 +7,10 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use bulkhead_protocol::net::SpoofChecks;
+
 use super::metrics::Metrics;
-use crate::port::PortSpec;
+use crate::port::{Guard, PortSpec};
 use crate::qos::Qos;
 
 /// Queue pairs of a card at most.
@@ -55,6 +57,8 @@ pub struct NetDevice {
     pub shape: Shape,
     /// What it is connected to.
     pub port: PortSpec,
+    /// What its guest may send as.
+    pub guard: Guard,
     /// Counters, written by the workers.
     pub metrics: Metrics,
     tx_qos: Qos,
@@ -76,12 +80,16 @@ impl NetDevice {
     /// A card whose frames go nowhere.
     #[must_use]
     pub fn new(shape: Shape) -> Arc<Self> {
-        Self::with_port(shape, PortSpec::Null)
+        Self::with_port(
+            shape,
+            PortSpec::Null,
+            Guard::new(shape.mac, &SpoofChecks::default()),
+        )
     }
 
     /// A card on a port, with its link up.
     #[must_use]
-    pub fn with_port(shape: Shape, port: PortSpec) -> Arc<Self> {
+    pub fn with_port(shape: Shape, port: PortSpec, guard: Guard) -> Arc<Self> {
         let queue_pairs = shape.queue_pairs.clamp(1, MAX_QUEUE_PAIRS);
         let shape = Shape {
             queue_pairs,
@@ -90,6 +98,7 @@ impl NetDevice {
         Arc::new(Self {
             shape,
             port,
+            guard,
             metrics: Metrics::new(queue_pairs * 2),
             tx_qos: Qos::default(),
             rx_qos: Qos::default(),

@@ -42,6 +42,18 @@ impl Counts {
         }
     }
 
+    /// Whether nothing was counted.
+    #[must_use]
+    #[inline]
+    pub fn is_nothing(&self) -> bool {
+        self.packets == 0 && !self.has_drops()
+    }
+
+    #[inline]
+    fn has_drops(&self) -> bool {
+        self.drops.iter().fold(0, |any, count| any | count) != 0
+    }
+
     /// All frames that went no further.
     #[must_use]
     pub fn all_drops(&self) -> u64 {
@@ -123,10 +135,17 @@ impl QueueMetrics {
     pub fn add(&self, counts: &Counts) {
         self.packets.add(counts.packets);
         self.bytes.add(counts.bytes);
-        for (mine, others) in self.drops.iter().zip(counts.drops) {
-            if others > 0 {
+        if counts.has_drops() {
+            for (mine, others) in self.drops.iter().zip(counts.drops) {
                 mine.add(others);
             }
+        }
+    }
+
+    /// Counts a frame that went no further.
+    pub fn dropped(&self, reason: DropReason) {
+        if let Some(count) = self.drops.get(reason.number()) {
+            count.add(1);
         }
     }
 

@@ -5,7 +5,7 @@
 //! | `device` | what a network card is, and what of it changes while it is served |
 //! | [`config_space`] | features, and the configuration space |
 //! | `metrics` | counters of queues, and drops by reason |
-//! | [`lane`] | how a worker serves cards |
+//! | `lane` | how a worker serves cards |
 //! | [`header`] | the header in front of every frame |
 //! | [`parse`] | what a frame's first bytes say |
 //! | [`claims`] | whom a frame says to be from |
@@ -19,7 +19,7 @@ pub mod config_space;
 mod device;
 pub mod frame;
 pub mod header;
-pub mod lane;
+pub(crate) mod lane;
 mod metrics;
 pub mod offload;
 pub mod parse;

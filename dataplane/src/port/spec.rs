@@ -3,8 +3,11 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::interface::InterfaceCounters;
 
 /// Where a network card's frames go.
 #[derive(Debug, Clone)]
@@ -13,6 +16,26 @@ pub enum PortSpec {
     Null,
     /// To others on the same switch, and to its uplink.
     Switch(Arc<SwitchSpec>),
+    /// Out of the host, by an interface of its own.
+    Outside(OutsideSpec),
+}
+
+/// An interface of the host's.
+#[derive(Debug, Clone)]
+pub enum OutsideSpec {
+    /// A TAP.
+    Tap(Arc<TapSpec>),
+}
+
+/// A TAP that is open.
+#[derive(Debug)]
+pub struct TapSpec {
+    /// The interface.
+    pub name: String,
+    /// Its queues, one for each queue pair of the card; a switch's uplink has one.
+    pub queues: Vec<OwnedFd>,
+    /// What it counts.
+    pub counters: Arc<InterfaceCounters>,
 }
 
 /// A switch: one worker serves all cards that are on it.
@@ -22,15 +45,21 @@ pub struct SwitchSpec {
     number: u64,
     /// As the operator named it.
     pub name: String,
+    /// Its way out of the host; none: it has none.
+    pub uplink: Option<OutsideSpec>,
 }
 
 impl SwitchSpec {
     /// A switch without anything on it.
     #[must_use]
-    pub fn new(name: String) -> Arc<Self> {
+    pub fn new(name: String, uplink: Option<OutsideSpec>) -> Arc<Self> {
         static LAST: AtomicU64 = AtomicU64::new(0);
         let number = LAST.fetch_add(1, Ordering::Relaxed) + 1;
-        Arc::new(Self { number, name })
+        Arc::new(Self {
+            number,
+            name,
+            uplink,
+        })
     }
 
     /// Its number.

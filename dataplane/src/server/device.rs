@@ -18,10 +18,13 @@ use super::alarm::{Alarm, InWords};
 use super::balance;
 use super::connection::{Connection, Driven, ToWorkers};
 use super::patience::{Due, Waiting};
+use super::placement::Together;
 use super::{Access, DeviceStatus, Event, Offer};
 use crate::blk::{BlkDevice, Level};
 use crate::device::Device;
 use crate::log_limit::LogLimit;
+use crate::net::part_of;
+use crate::port::PortSpec;
 use crate::stored::Place;
 use crate::vhost_user::Facts;
 use crate::worker::message::{DeviceId, FromWorker};
@@ -199,6 +202,17 @@ impl State {
     /// What one of its queues has cost the workers so far.
     pub(super) fn work(&self, queue: u16) -> u64 {
         balance::work(&self.facts.device, queue)
+    }
+
+    /// With which others a queue is served.
+    pub(super) fn together(&self, queue: u16) -> Option<Together> {
+        let card = self.facts.device.net()?;
+        Some(match &card.port {
+            PortSpec::Switch(switch) => Together::Switch(switch.number()),
+            PortSpec::Null | PortSpec::Outside(_) => {
+                Together::Pair(self.facts.id, part_of(queue).1)
+            }
+        })
     }
 
     pub(super) fn is_connected(&self) -> bool {

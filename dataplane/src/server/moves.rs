@@ -123,7 +123,7 @@ impl Server {
     /// takes too long, or something is said about the queue in between.
     ///
     /// # Errors
-    /// That there is no such worker, or that the queue does not run elsewhere.
+    /// That there is no such worker, or that the queue does not run elsewhere, or is a network card's.
     pub fn move_queue(&mut self, queue: QueueId, worker: usize) -> Result<(), String> {
         let count = self.workers.len();
         if worker >= count {
@@ -132,7 +132,9 @@ impl Server {
         let from = self.placement.set_out(queue, worker, Instant::now());
         let from = from.and_then(|from| self.workers.get(from));
         let from =
-            from.ok_or("the queue does not run, is moving or stopping, or is there already")?;
+            from.ok_or(
+            "the queue does not run, is moving or stopping, is there already, or is a network card's",
+        )?;
         from.send(ToWorker::Move { queue });
         Ok(())
     }
@@ -225,7 +227,10 @@ impl Server {
         if matches!(message, ToWorker::Start(_)) {
             self.watch.measure_if_old(&self.workers);
         }
-        let (worker, message) = self.placement.route(queue, message, &self.watch.busy);
+        let device = self.devices.get(&queue.device);
+        let together = device.and_then(|device| device.together(queue.index));
+        let busy = &self.watch.busy;
+        let (worker, message) = self.placement.route((queue, together), message, busy);
         if let Some(message) = message {
             self.send(worker, message);
         }

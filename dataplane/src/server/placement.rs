@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use super::balance::{self, Permille};
-use crate::worker::message::{QueueId, ToWorker};
+use crate::worker::message::{DeviceId, QueueId, ToWorker};
 
 /// How long a queue may drain before it moves: meanwhile its requests wait.
 const LONGEST_DRAIN: Duration = Duration::from_millis(20);
@@ -19,10 +19,21 @@ const REST: Duration = Duration::from_secs(2);
 /// And one whose move was given up.
 const LONG_REST: Duration = Duration::from_secs(10);
 
+/// Queues that one worker serves together, and that stay where they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Together {
+    /// All of the cards on the switch with this number: frames go from one to the other without a lock.
+    Switch(u64),
+    /// A queue pair of a card.
+    Pair(DeviceId, u16),
+}
+
 /// Where a queue is.
 #[derive(Debug)]
 struct Place {
     worker: usize,
+    /// With which others it is; none: it goes where there is room.
+    together: Option<Together>,
     way: Option<Way>,
     /// Its worker has begun with it: one that may not start goes nowhere.
     runs: bool,
@@ -76,7 +87,7 @@ impl Placement {
     /// knows.
     pub(super) fn route(
         &mut self,
-        queue: QueueId,
+        (queue, together): (QueueId, Option<Together>),
         message: ToWorker,
         busy: &[Permille],
     ) -> (usize, Option<ToWorker>) {
@@ -89,10 +100,12 @@ impl Placement {
             let tell = !std::mem::replace(&mut way.told_to_stay, true);
             return (place.worker, tell.then_some(ToWorker::Stay { queue }));
         }
-        let worker = balance::place(queue.device, busy, self.places());
+        let place = || balance::place(queue.device, busy, self.places());
+        let worker = self.home_of(together).unwrap_or_else(place);
         if matches!(message, ToWorker::Start(_)) {
             let place = Place {
                 worker,
+                together,
                 way: None,
                 runs: false,
                 stops: false,
@@ -102,6 +115,14 @@ impl Placement {
             self.places.insert(queue, place);
         }
         (worker, Some(message))
+    }
+
+    /// The worker of the queues that one is with, if any of them is somewhere.
+    fn home_of(&self, together: Option<Together>) -> Option<usize> {
+        let together = together?;
+        let mut places = self.places.values();
+        let other = places.find(|place| place.together == Some(together))?;
+        Some(other.worker)
     }
 
     /// Every queue, with the worker that has it or is to have it.
@@ -143,10 +164,11 @@ impl Placement {
     }
 
     /// A queue sets out for another worker; the one that it has, to be told. None: it has no worker, does not run
-    /// yet, is on its way already, stops, or is there.
+    /// yet, is on its way already, stops, is there, or stays with others.
     pub(super) fn set_out(&mut self, queue: QueueId, to: usize, now: Instant) -> Option<usize> {
         let place = self.places.get_mut(&queue)?;
-        if !place.runs || place.stops || place.way.is_some() || place.worker == to {
+        let stays = place.together.is_some() || place.way.is_some() || place.worker == to;
+        if !place.runs || place.stops || stays {
             return None;
         }
         place.way = Some(Way {
@@ -258,7 +280,8 @@ impl Placement {
                 let work = work(*queue);
                 let cost = work.saturating_sub(std::mem::replace(&mut place.work, work));
                 let rested = place.rests_until.is_none_or(|until| until <= now);
-                (*queue, place.worker, cost, rested)
+                let movable = rested && place.together.is_none();
+                (*queue, place.worker, cost, movable)
             })
             .collect()
     }
@@ -271,7 +294,6 @@ impl Placement {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::worker::message::DeviceId;
 
     const QUEUE: QueueId = QueueId {
         device: DeviceId(1),
@@ -296,6 +318,7 @@ mod tests {
             QUEUE,
             Place {
                 worker: 0,
+                together: None,
                 way: None,
                 runs: true,
                 stops: false,
@@ -311,15 +334,18 @@ mod tests {
         for goes in [true, false] {
             let (mut placement, now) = (placed(), Instant::now());
             assert!(matches!(
-                placement.route(QUEUE, enable(true), &[0, 0]),
+                placement.route((QUEUE, None), enable(true), &[0, 0]),
                 (0, Some(ToWorker::SetEnabled { .. }))
             ));
             assert_eq!(placement.set_out(QUEUE, 1, now), Some(0));
             assert!(matches!(
-                placement.route(QUEUE, enable(false), &[0, 0]),
+                placement.route((QUEUE, None), enable(false), &[0, 0]),
                 (0, Some(ToWorker::Stay { .. }))
             ));
-            assert!(matches!(placement.route(QUEUE, stop(), &[0, 0]), (0, None)));
+            assert!(matches!(
+                placement.route((QUEUE, None), stop(), &[0, 0]),
+                (0, None)
+            ));
             let arrival = if goes {
                 placement.moved(QUEUE, now)
             } else {
@@ -339,7 +365,7 @@ mod tests {
                 given_up: u64::from(!goes),
             };
             assert_eq!(placement.moves(), expected);
-            let (worker, message) = placement.route(QUEUE, stop(), &[0, 0]);
+            let (worker, message) = placement.route((QUEUE, None), stop(), &[0, 0]);
             assert!(message.is_some());
             assert_eq!(worker, usize::from(goes));
         }
@@ -373,13 +399,13 @@ mod tests {
     #[test]
     fn a_queue_that_stops_goes_nowhere() {
         let (mut placement, now) = (placed(), Instant::now());
-        let (_, sent) = placement.route(QUEUE, stop(), &[0, 0]);
+        let (_, sent) = placement.route((QUEUE, None), stop(), &[0, 0]);
         assert!(sent.is_some());
         assert_eq!(placement.set_out(QUEUE, 1, now), None);
         // Not even after a move that had begun before.
         let mut placement = placed();
         placement.set_out(QUEUE, 1, now);
-        placement.route(QUEUE, stop(), &[0, 0]);
+        placement.route((QUEUE, None), stop(), &[0, 0]);
         assert!(placement.moved(QUEUE, now).is_some());
         assert_eq!(placement.set_out(QUEUE, 0, now), None);
     }
@@ -418,5 +444,64 @@ mod tests {
         let (mut placement, now) = (placed(), Instant::now());
         placement.set_out(QUEUE, 1, now);
         assert_eq!(placement.places().collect::<Vec<_>>(), [(QUEUE, 1)]);
+    }
+
+    fn start(queue: QueueId) -> ToWorker {
+        let (memory, _) = crate::memory::anonymous(4096).expect("memory");
+        ToWorker::Start(Box::new(crate::worker::message::QueueStart {
+            queue,
+            memory: std::sync::Arc::new(memory),
+            layout: crate::worker::message::RingLayout {
+                size: 1,
+                desc: 0,
+                avail: 0,
+                used: 0,
+            },
+            base: 0,
+            log: None,
+            region: None,
+            anew: true,
+            features: 0,
+            enabled: true,
+            kick: None,
+            call: None,
+            error: None,
+        }))
+    }
+
+    /// Else two workers would have to share a switch.
+    #[test]
+    fn queues_of_one_switch_are_together_and_stay() {
+        let (mut placement, now) = (Placement::default(), Instant::now());
+        let queue = |device, index| QueueId {
+            device: DeviceId(device),
+            index,
+        };
+        let mut place = |queue, together, busy: [u16; 2]| {
+            let (worker, _) = placement.route((queue, Some(together)), start(queue), &busy);
+            worker
+        };
+        let lan = Together::Switch(1);
+        assert_eq!(place(queue(1, 0), lan, [900, 0]), 1);
+        for index in 1..4 {
+            assert_eq!(place(queue(1, index), lan, [0, 900]), 1);
+        }
+        assert_eq!(place(queue(2, 0), lan, [0, 1000]), 1);
+        assert_eq!(place(queue(3, 0), Together::Switch(2), [0, 1000]), 0);
+        // Of another card each pair goes by itself, and its queues together.
+        let pair = |pair| Together::Pair(DeviceId(4), pair);
+        assert_eq!(place(queue(4, 0), pair(0), [0, 1000]), 0);
+        assert_eq!(place(queue(4, 1), pair(0), [1000, 0]), 0);
+        assert_eq!(place(queue(4, 2), pair(1), [1000, 0]), 1);
+        placement.begun(queue(1, 0));
+        assert_eq!(placement.set_out(queue(1, 0), 0, now), None);
+        assert!(
+            placement
+                .look(now, |_| 0)
+                .iter()
+                .all(|(.., movable)| !movable)
+        );
+        // For a successor they all leave.
+        assert_eq!(placement.park(queue(1, 0), now), Some(1));
     }
 }

@@ -6,7 +6,7 @@ pub mod frame_buffer;
 pub mod load;
 pub mod message;
 mod polling;
-mod queue;
+pub(crate) mod queue;
 pub mod ring;
 mod run;
 pub mod staging;

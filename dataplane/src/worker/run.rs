@@ -45,6 +45,8 @@ const WAKE: u64 = 2 << TOKEN_BITS;
 const CALL: u64 = 3 << TOKEN_BITS;
 /// Token of signals that nobody waits for.
 const ERROR: u64 = 4 << TOKEN_BITS;
+/// Tokens of ports of network cards.
+const PORT: u64 = 5 << TOKEN_BITS;
 
 /// A device as a worker has it.
 #[derive(Debug)]
@@ -52,7 +54,7 @@ enum Served {
     /// The way to a disk.
     Blk(Rc<Local>),
     /// The number of a network card.
-    Net(u32),
+    Net(u16),
 }
 
 /// Everything a worker thread owns.
@@ -127,7 +129,7 @@ impl Worker {
             replies: ends.replies,
             reply_event: ends.reply_event,
             devices: HashMap::new(),
-            cards: Cards::default(),
+            cards: Cards::new(PORT),
             queues: Vec::new(),
             numbers: HashMap::new(),
             unresumed: HashMap::new(),
@@ -151,6 +153,9 @@ impl Worker {
             self.pipeline.turn();
             let mut busy = self.take_messages();
             busy |= self.serve_queues();
+            if self.cards.hears() {
+                busy |= self.hear();
+            }
             self.pipeline.ring.turn();
             self.pipeline.turn();
             busy |= self.take_completions();
@@ -165,12 +170,17 @@ impl Worker {
             }
             if busy {
                 self.polling.busy();
-            } else if self.ending && self.numbers.is_empty() && self.flushes.is_empty() {
+            } else if self.ending && self.is_done() {
                 return;
             } else if self.polling.idle() == Next::Sleep {
                 self.sleep();
             }
         }
+    }
+
+    /// Whether nothing is left of what it was told to end.
+    fn is_done(&self) -> bool {
+        self.numbers.is_empty() && self.flushes.is_empty() && !self.cards.is_closing()
     }
 
     fn reply(&self, message: FromWorker) {
@@ -191,6 +201,7 @@ impl Worker {
     }
 
     fn take_message(&mut self, message: ToWorker) {
+        self.cards.look_again();
         if let Some(queue) = message.changes() {
             self.look_again(queue);
         }
@@ -217,6 +228,7 @@ impl Worker {
                     }
                     // Requests that ended at once hold on to the memory before.
                     self.batch.release();
+                    self.cards.release();
                 }
                 self.reply(FromWorker::MemorySet { queue });
             }
@@ -282,7 +294,7 @@ impl Worker {
             Device::Blk(device) => Local::open(device, &mut self.pipeline.ring)
                 .map(|local| Served::Blk(Rc::new(local)))
                 .map_err(|e| format!("the worker can't take the volume's storage: {e}")),
-            Device::Net(device) => Ok(Served::Net(self.cards.join(device))),
+            Device::Net(device) => self.cards.join(device).map(Served::Net),
         };
         let result = served.map(|served| {
             self.devices.insert(id, served);
@@ -317,7 +329,8 @@ impl Worker {
             Err("the queue is running".to_owned())
         } else {
             let kind = self.kind_of(id, start.features);
-            kind.and_then(|kind| Queue::new(start, kind).map_err(|error| error.to_string()))
+            let queue = kind.and_then(|kind| Queue::new(start, kind).map_err(|e| e.to_string()));
+            queue.and_then(|queue| self.connect(queue))
         };
         let queue = match started {
             Ok(queue) => queue,
@@ -342,11 +355,19 @@ impl Worker {
             }
             Some(Served::Net(card)) => {
                 let lane = self.cards.lane(*card, id.index, features);
-                lane.map(Kind::Net)
-                    .ok_or_else(|| "it is no card's".to_owned())
+                let none = || "the card has no such queue".to_owned();
+                lane.map(Kind::Net).ok_or_else(none)
             }
             None => Err("the device is not attached".to_owned()),
         }
+    }
+
+    /// Connects a card's queue with its port.
+    fn connect(&mut self, mut queue: Queue) -> Result<Queue, String> {
+        if let Kind::Net(lane) = &mut queue.kind {
+            self.cards.come(lane, &mut self.pipeline.ring)?;
+        }
+        Ok(queue)
     }
 
     /// A disk as this worker has it.
@@ -408,10 +429,7 @@ impl Worker {
         let Some(queue) = self.queues.get_mut(number as usize).and_then(Option::take) else {
             return;
         };
-        self.numbers.remove(&queue.id);
-        self.turns.unpoll(queue.seat, number);
-        // It may hold on to the guest memory of requests that ended at once.
-        self.batch.release();
+        self.leave(number, &queue);
         self.reply(FromWorker::Stopped {
             queue: queue.id,
             base: Some(queue.ring.base()),
@@ -419,7 +437,20 @@ impl Worker {
         });
     }
 
+    /// A queue is not here any more.
+    fn leave(&mut self, number: u32, queue: &Queue) {
+        self.numbers.remove(&queue.id);
+        self.turns.unpoll(queue.seat, number);
+        // It may hold on to the guest memory of requests that ended at once.
+        self.batch.release();
+        if let Kind::Net(lane) = &queue.kind {
+            self.cards.go(lane, &mut self.pipeline.ring);
+            self.cards.release();
+        }
+    }
+
     fn retire(&mut self, number: u32, error: RingError) {
+        self.cards.look_again();
         let Some(queue) = self.queue(number).filter(|queue| !queue.retired) else {
             return;
         };
@@ -534,6 +565,10 @@ impl Worker {
                 return true;
             }
             3 => self.has_called(completion.token),
+            5 => {
+                self.port_landed(completion);
+                return true;
+            }
             _ => {}
         }
         false

@@ -1,19 +1,37 @@
-//! How a worker serves network cards: the queues of a card, and the turns in which frames go from one to where its
-//! port leads.
+//! How a worker serves network cards: their queues, their ports, and the turns in which frames go from one to the
+//! other.
+//!
+//! **A frame from one guest to another**, in a turn of the queue that sends it:
+//! 1. some chains are taken together, and what is read of them first is asked for ([`Cards::transmit`]);
+//! 2. a frame's header and head are copied and held against each other ([`Frame::of_chain`](super::Frame::of_chain)), and
+//!    what it claims to be against what its card may be ([`Guard`](crate::port::Guard));
+//! 3. the port decides where it goes ([`Port::transmit`](crate::port::Port::transmit)), and has it copied into the
+//!    receiver's buffers ([`Delivery`], [`deliver`](super::receive::deliver));
+//! 4. all chains are given back, and each queue that got something or gave something is published once.
+//!
+//! Nothing of a card is ever in flight between two turns: whoever stops, moves or hands over a queue waits for nothing.
 //!
 //! | module | owns |
 //! | --- | --- |
-//! | `transmit` | a turn of a queue that sends |
+//! | `cards` | which cards are here, with their queues and ports |
+//! | `ports` | a port of whichever kind |
+//! | `transmit` | a turn of a queue that sends, and of a port that gives |
+//! | `delivery` | the way into a card's receive queues |
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod cards;
+mod delivery;
+mod ports;
 mod transmit;
 
 use std::sync::Arc;
 
-use super::{Counts, Direction, NetDevice, part_of};
-use crate::virtqueue::Chain;
-pub use transmit::transmit;
+use super::receive::Receiver;
+use super::{Counts, Direction, HeaderSize, NetDevice, part_of};
+pub use cards::Cards;
+use delivery::Delivery;
+pub use transmit::Asked;
 
 /// Frames that are taken from a queue together at most.
 pub const MOST_FRAMES: usize = 32;
@@ -23,17 +41,41 @@ pub const MOST_FRAMES: usize = 32;
 pub struct Lane {
     device: Arc<NetDevice>,
     /// Number of the card on this worker.
-    pub card: u32,
+    card: u16,
     /// Its number in the card.
     index: u16,
     direction: Direction,
-    /// Negotiated features.
-    pub features: u64,
+    pair: u16,
+    /// Number of its port on this worker.
+    port: usize,
+    /// What is in front of each frame that is sent.
+    header: HeaderSize,
+    /// How frames are received.
+    receiver: Receiver,
+    /// It is among those that are published at the end of the turn.
+    touched: bool,
     /// What happened and is not counted yet.
-    pub tally: Counts,
+    tally: Counts,
 }
 
 impl Lane {
+    fn new(device: Arc<NetDevice>, card: u16, index: u16, features: u64) -> Self {
+        let (direction, pair) = part_of(index);
+        let mtu = device.shape.mtu;
+        Self {
+            device,
+            card,
+            index,
+            direction,
+            pair,
+            port: usize::MAX,
+            header: HeaderSize::of(features),
+            receiver: Receiver::of(features, mtu),
+            touched: false,
+            tally: Counts::default(),
+        }
+    }
+
     /// The card.
     #[must_use]
     #[inline]
@@ -51,76 +93,12 @@ impl Lane {
     /// Counts what happened.
     #[inline]
     pub fn count(&mut self) {
-        let tally = std::mem::take(&mut self.tally);
+        if self.tally.is_nothing() {
+            return;
+        }
         if let Some(metrics) = self.device.metrics.queue(self.index) {
-            metrics.add(&tally);
+            metrics.add(&self.tally);
         }
-    }
-}
-
-/// A card that was given to this worker.
-#[derive(Debug)]
-struct Card {
-    device: Arc<NetDevice>,
-}
-
-/// The cards of a worker, and room for what is under way of their frames.
-#[derive(Debug)]
-pub struct Cards {
-    cards: Vec<Option<Card>>,
-    batch: Box<[Chain]>,
-}
-
-impl Default for Cards {
-    fn default() -> Self {
-        Self {
-            cards: Vec::new(),
-            batch: (0..MOST_FRAMES).map(|_| Chain::with_capacity(8)).collect(),
-        }
-    }
-}
-
-impl Cards {
-    /// A card comes; its number.
-    pub fn join(&mut self, device: Arc<NetDevice>) -> u32 {
-        let card = Some(Card { device });
-        let free = self.cards.iter().position(Option::is_none);
-        let number = free.unwrap_or(self.cards.len());
-        match self.cards.get_mut(number) {
-            Some(place) => *place = card,
-            None => self.cards.push(card),
-        }
-        u32::try_from(number).unwrap_or(u32::MAX)
-    }
-
-    /// A card goes, of which no queue is here any more.
-    pub fn leave(&mut self, number: u32) {
-        if let Some(place) = self.cards.get_mut(number as usize) {
-            *place = None;
-        }
-    }
-
-    /// What queue `index` of a card has beside its ring; none: there is no such card or queue.
-    pub fn lane(&mut self, number: u32, index: u16, features: u64) -> Option<Lane> {
-        let card = self.cards.get(number as usize)?.as_ref()?;
-        if index >= card.device.queues() {
-            return None;
-        }
-        let (direction, _) = part_of(index);
-        Some(Lane {
-            device: Arc::clone(&card.device),
-            card: number,
-            index,
-            direction,
-            features,
-            tally: Counts::default(),
-        })
-    }
-
-    /// Lets go of the guest memory of frames that are done.
-    pub fn release(&mut self) {
-        for chain in &mut self.batch {
-            chain.release();
-        }
+        self.tally = Counts::default();
     }
 }

@@ -59,10 +59,7 @@ impl Worker {
         let Some(queue) = self.queues.get_mut(number as usize).and_then(Option::take) else {
             return;
         };
-        self.numbers.remove(&queue.id);
-        self.turns.unpoll(queue.seat, number);
-        // It may hold on to the guest memory of requests that ended at once.
-        self.batch.release();
+        self.leave(number, &queue);
         let (call, due) = call.map_or((None, false), |(fd, due)| (Some(fd), due));
         let parked = queue.park();
         let moved = MovedQueue {

@@ -9,6 +9,7 @@ use super::events::Armed;
 use super::serve::{Portion, serve};
 use super::{WAKE, Worker};
 use crate::blk::pipeline::ageing::LOOK_EVERY;
+use crate::net::lane::MOST_FRAMES;
 use crate::qos::Gate;
 use crate::worker::batch;
 use crate::worker::clock;
@@ -17,13 +18,16 @@ use crate::worker::queue::{Kind, Queue};
 use crate::worker::ring::Event;
 use crate::worker::turns::Turn;
 
+/// Requests or frames of a turn at most.
+const MOST: usize = MOST_FRAMES;
+const _: () = assert!(MOST_FRAMES >= batch::MOST);
 /// How long a queue without a kick, and a request that no completion will wake, may wait for its worker.
 const SHORT_SLEEP: Duration = Duration::from_micros(100);
 impl Worker {
     /// Gives every device a turn that may have one; whether any had requests.
     #[inline]
     pub(super) fn serve_queues(&mut self) -> bool {
-        if let Some((number, requests)) = self.turns.lone(batch::MOST)
+        if let Some((number, requests)) = self.turns.lone(MOST)
             && let Some(taken) = self.serve_lone(number, requests)
         {
             return taken > 0;
@@ -48,7 +52,7 @@ impl Worker {
         let mut busy = false;
         // A device may fall out of its place meanwhile: the one that gets it has its turn in the next round.
         for place in 0..self.turns.awake() {
-            let Some(turn) = self.turns.turn(place, &round, from, batch::MOST) else {
+            let Some(turn) = self.turns.turn(place, &round, from, MOST) else {
                 continue;
             };
             let requests = self.serve_device(&turn, from);
@@ -226,6 +230,9 @@ impl Worker {
                 .ring
                 .push_event(WAKE, self.wake, Event::Wait)
                 .is_some();
+        }
+        if !self.cards.arm(&mut self.pipeline.ring) {
+            return self.polling.busy();
         }
         // A message that came before the wait is in the channel; one that comes later wakes.
         if self.receiver.is_empty() && self.wake_is_awaited {

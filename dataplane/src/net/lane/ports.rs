@@ -1,0 +1,143 @@
+//! A port of whichever kind, without a table of functions: the kind is looked at once for each frame, or less often.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::os::fd::AsFd as _;
+use std::sync::Arc;
+
+use crate::net::HashKey;
+use crate::net::frame::Frame;
+use crate::port::tap::TapPort;
+use crate::port::{DropReason, Nic, NullPort, OutsideSpec, Port, Sink, Switch, Tokens};
+use crate::worker::ring::{Completion, Ring};
+
+/// A way out of the host.
+#[derive(Debug)]
+pub enum Outside {
+    /// A queue of a TAP.
+    Tap(TapPort),
+}
+
+/// A port.
+#[derive(Debug)]
+pub enum AnyPort {
+    /// To nowhere.
+    Null(NullPort),
+    /// To other cards.
+    Switch(Box<Switch<Outside>>),
+    /// Out of the host.
+    Outside(Outside),
+}
+
+/// Opens a way out of the host on this worker, for a queue pair of a card.
+///
+/// # Errors
+/// Why that can't be, in words.
+pub(super) fn open(
+    spec: &OutsideSpec,
+    (nic, pair): (Nic, u16),
+    (tokens, key): (Tokens, HashKey),
+    ring: &mut Ring,
+) -> Result<Outside, String> {
+    match spec {
+        OutsideSpec::Tap(tap) => {
+            let name = &tap.name;
+            let queue = tap.queues.get(usize::from(pair));
+            let queue = queue.ok_or_else(|| format!("the TAP {name} has no queue {pair}"))?;
+            let file = ring.register_file(queue.as_fd());
+            let file = file.map_err(|e| format!("the TAP {name} can't be used: {e}"))?;
+            let counters = Arc::clone(&tap.counters);
+            TapPort::new(nic, file, tokens, key, counters)
+                .map(Outside::Tap)
+                .map_err(|error| {
+                    ring.forget_file(file);
+                    format!("there is no memory for frames of the TAP {name}: {error}")
+                })
+        }
+    }
+}
+
+impl Outside {
+    /// Takes it off the ring, in which it has nothing any more.
+    fn close(self, ring: &mut Ring) {
+        match self {
+            Self::Tap(tap) => ring.forget_file(tap.file()),
+        }
+    }
+}
+
+impl AnyPort {
+    /// Whether frames can come from outside.
+    pub(super) fn hears(&self) -> bool {
+        match self {
+            Self::Null(_) => false,
+            Self::Switch(switch) => switch.uplink().is_some(),
+            Self::Outside(_) => true,
+        }
+    }
+
+    /// Takes it off the ring, in which it has nothing any more.
+    pub(super) fn close(self, ring: &mut Ring) {
+        match self {
+            Self::Null(_) => {}
+            Self::Switch(mut switch) => {
+                if let Some(uplink) = switch.set_uplink(None) {
+                    uplink.close(ring);
+                }
+            }
+            Self::Outside(outside) => outside.close(ring),
+        }
+    }
+}
+
+/// A port that is one of several kinds.
+macro_rules! one_of {
+    ($type:ident: $($kind:ident),+) => {
+        impl Port for $type {
+            #[inline]
+            fn receive(&mut self, now: u64, to: &mut impl Sink, ring: &mut Ring) -> usize {
+                match self { $(Self::$kind(port) => port.receive(now, to, ring),)+ }
+            }
+
+            #[inline]
+            fn room(&self) -> usize {
+                match self { $(Self::$kind(port) => port.room(),)+ }
+            }
+
+            #[inline]
+            fn transmit(
+                &mut self,
+                from: Nic,
+                frame: &Frame<'_>,
+                to: &mut impl Sink,
+                ring: &mut Ring,
+            ) -> Result<(), DropReason> {
+                match self { $(Self::$kind(port) => port.transmit(from, frame, to, ring),)+ }
+            }
+
+            #[inline]
+            fn flush(&mut self, ring: &mut Ring) {
+                match self { $(Self::$kind(port) => port.flush(ring),)+ }
+            }
+
+            fn landed(&mut self, completion: Completion, ring: &mut Ring) {
+                match self { $(Self::$kind(port) => port.landed(completion, ring),)+ }
+            }
+
+            fn arm(&mut self, ring: &mut Ring) -> bool {
+                match self { $(Self::$kind(port) => port.arm(ring),)+ }
+            }
+
+            fn stop(&mut self, ring: &mut Ring) {
+                match self { $(Self::$kind(port) => port.stop(ring),)+ }
+            }
+
+            fn is_idle(&self) -> bool {
+                match self { $(Self::$kind(port) => port.is_idle(),)+ }
+            }
+        }
+    };
+}
+
+one_of!(AnyPort: Null, Switch, Outside);
+one_of!(Outside: Tap);
