@@ -5,6 +5,7 @@
 //! - [`driver`]: guest memory, split and packed virtqueues and virtio-blk requests, down to raw
 //!   descriptors; and a slow packed device to compare others with.
 //! - [`disk`]: both together: an attached block device.
+//! - [`card`]: the same of a network card.
 //! - [`doomed`]: frontends that are killed, and connections that come and go.
 //! - [`arena`]: a `serve` process with two devices, and what must hold of it after any test.
 //! - [`guest`]: a Linux guest in QEMU.
@@ -17,6 +18,7 @@
 
 pub mod aes_schedule;
 pub mod arena;
+pub mod card;
 pub mod disk;
 pub mod doomed;
 pub mod driver;
