@@ -69,14 +69,20 @@ pub struct Run {
 /// # Errors
 /// What the compiler says.
 pub fn build() -> Result<(), Box<dyn Error>> {
-    let output = nightly::cargo()
-        .current_dir(workspace().join("integration/fuzz/engine"))
-        .args(["build", "--quiet"])
-        .output()?;
+    let output = build_command().output()?;
     if output.status.success() {
         return Ok(());
     }
     Err(String::from_utf8_lossy(&output.stderr).into_owned().into())
+}
+
+/// What builds it.
+pub fn build_command() -> Command {
+    let mut command = nightly::cargo();
+    command
+        .current_dir(workspace().join("integration/fuzz/engine"))
+        .args(["build", "--quiet"]);
+    command
 }
 
 fn engine() -> PathBuf {

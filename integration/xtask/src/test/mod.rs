@@ -1,6 +1,7 @@
 //! `cargo xtask test`: checks, every test of every package, one line at the end.
 
 mod sanitized;
+pub mod suites;
 
 use std::error::Error;
 use std::fs;
@@ -9,6 +10,10 @@ use std::process::{Command, ExitCode, Stdio};
 
 use crate::packages::{self, GUEST, TESTS};
 use crate::{binaries, previous, report, workspace};
+use suites::Suite;
+
+/// The package whose stored state the version before reads and writes.
+const DATA_PLANE: &str = "bulkhead-dataplane";
 
 /// What a suite's output says.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -33,29 +38,17 @@ pub fn run(filter: Option<&str>) -> Result<ExitCode, Box<dyn Error>> {
     let logs = binaries("debug").join("test-logs");
     fs::create_dir_all(&logs)?;
     let mut total = Counts::default();
-    let packages = members()?;
     if filter.is_none() {
         for (name, arguments) in checks() {
             total.add(check(name, &arguments, &logs)?);
         }
     }
     // Everything first, so that each test finds the binaries of the other packages.
-    let build = ["build", "--workspace", "--all-targets", "--quiet"];
-    let built = check("build", &build.map(str::to_owned), &logs)?;
+    let (built, built_suites) = build()?;
     let compiles = built.failed == 0;
     total.add(built);
-    if compiles && filter.is_none_or(|filter| "bulkhead-integration".contains(filter)) {
-        total.add(build_version_before()?);
-    }
-    for package in packages.iter().filter(|_| compiles) {
-        if filter.is_none_or(|filter| package.contains(filter)) {
-            total.add(suite(package, &logs)?);
-        }
-    }
     if compiles {
-        total.add(version_before(filter, &logs)?);
-        total.add(portable_ciphers(filter, &logs)?);
-        total.add(sanitized::run(filter, &logs)?);
+        total.add(run_suites(filter, &built_suites, &logs)?);
     }
     if !total.skipped.is_empty() {
         println!("\nskipped:");
@@ -139,58 +132,66 @@ fn check(name: &str, arguments: &[String], logs: &Path) -> Result<Counts, Box<dy
     Ok(counts)
 }
 
-fn suite(package: &str, logs: &Path) -> Result<Counts, Box<dyn Error>> {
-    // Tests that passed print what they left out: `skipped: ...`.
-    let arguments = [
-        "test",
-        "-p",
-        package,
-        "--no-fail-fast",
-        "--",
-        "--show-output",
-    ];
-    report_suite(package, &mut cargo(&arguments.map(str::to_owned)), logs)
+/// Builds the workspace once, for all that is run: programs, benches and test programs.
+fn build() -> Result<(Counts, Vec<Suite>), Box<dyn Error>> {
+    let arguments = ["build", "--workspace", "--all-targets"].map(str::to_owned);
+    step_of_build("build", "clean", || suites::build(&mut cargo(&arguments)))
 }
 
-/// The data plane of the version before, for tests that go from one version to the other.
-fn build_version_before() -> Result<Counts, Box<dyn Error>> {
+/// Runs a build that counts as one test; what it made, which is nothing where it failed.
+fn step_of_build<T: Default>(
+    name: &str,
+    evidence: &str,
+    build: impl FnOnce() -> Result<T, Box<dyn Error>>,
+) -> Result<(Counts, T), Box<dyn Error>> {
     let mut counts = Counts::default();
-    report::step("build of the version before", || match previous::build() {
-        Ok(()) => {
+    let mut made = T::default();
+    report::step(name, || match build() {
+        Ok(new) => {
             counts.passed += 1;
-            Ok("its data plane".to_owned())
+            made = new;
+            Ok(evidence.to_owned())
         }
         Err(error) => {
-            counts.fail("build of the version before".to_owned());
+            counts.fail(name.to_owned());
             Ok(format!("FAILED\n{}", tail(&error.to_string(), 40)))
         }
     })?;
-    Ok(counts)
+    Ok((counts, made))
 }
 
-/// What is stored, in the format of the version before.
-fn version_before(filter: Option<&str>, logs: &Path) -> Result<Counts, Box<dyn Error>> {
-    let package = "bulkhead-dataplane";
-    if filter.is_some_and(|filter| !package.contains(filter)) {
-        return Ok(Counts::default());
+/// Runs what is built, package by package, while what the nightly compiler checks is built behind it.
+fn run_suites(
+    filter: Option<&str>,
+    built: &[Suite],
+    logs: &Path,
+) -> Result<Counts, Box<dyn Error>> {
+    let wanted = |name: &str| filter.is_none_or(|filter| name.contains(filter));
+    let mut total = Counts::default();
+    let mut before = Vec::new();
+    if wanted("bulkhead-integration") || wanted(DATA_PLANE) {
+        // For tests that go from one version to the other.
+        let name = "build of the version before";
+        let (counts, suites) = step_of_build(name, "its data plane", previous::build)?;
+        total.add(counts);
+        before = suites;
     }
-    let arguments = [
-        "test",
-        "-p",
-        package,
-        "--test",
-        "stored",
-        "--no-fail-fast",
-        "--",
-        "--show-output",
-    ];
-    let mut command = previous::cargo()?;
-    command.args(arguments);
-    report_suite(
-        &format!("{package}, state of the version before"),
-        &mut command,
-        logs,
-    )
+    let sanitized = sanitized::Build::begin(filter);
+    for package in members()?.iter().filter(|package| wanted(package)) {
+        total.add(suites::run(package, &suites::of(package, built), logs)?);
+    }
+    if wanted(DATA_PLANE) {
+        let name = format!("{DATA_PLANE}, state of the version before");
+        total.add(suites::run(&name, &suites::named("stored", &before), logs)?);
+    }
+    if wanted("documentation") {
+        let arguments = ["test", "--workspace", "--doc", "--no-fail-fast"].map(str::to_owned);
+        let mut command = cargo(&arguments);
+        total.add(report_suite("documentation", &mut command, logs)?);
+    }
+    total.add(portable_ciphers(filter, logs)?);
+    total.add(sanitized.run(logs)?);
+    Ok(total)
 }
 
 /// The ciphers' tests with everything left out that is written for one architecture.

@@ -3,7 +3,12 @@
 
 use std::error::Error;
 use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread::JoinHandle;
 
+use super::suites::behind;
 use super::{Counts, report_suite};
 use crate::{fuzz, nightly, report};
 
@@ -37,42 +42,93 @@ const LOCKED_IN: [&str; 4] = [
 /// Seconds that each fuzz target goes on after its corpus.
 const FUZZ_SECONDS: u32 = 5;
 
-/// Runs both, as far as the filter has them.
-///
-/// # Errors
-/// When cargo or a target can't be started.
-pub fn run(filter: Option<&str>, logs: &Path) -> Result<Counts, Box<dyn Error>> {
-    let wanted = |name: &str| filter.is_none_or(|filter| name.contains(filter));
-    let mut counts = Counts::default();
-    if let Some(reason) = nightly::missing() {
-        for name in ["asan", "fuzz"].into_iter().filter(|name| wanted(name)) {
-            counts.skipped.push(format!("{name}: {reason}"));
-        }
-        return Ok(counts);
-    }
-    if wanted("asan") {
-        counts.add(tests(logs)?);
-    }
-    if wanted("fuzz") {
-        counts.add(targets()?);
-    }
-    Ok(counts)
+/// What is to be run, being built behind everything else: the time it takes is what the tests that wait leave.
+#[derive(Debug)]
+pub struct Build {
+    tests: bool,
+    targets: bool,
+    /// Why nothing can be.
+    missing: Option<String>,
+    builder: Option<JoinHandle<Result<(), String>>>,
 }
 
-fn tests(logs: &Path) -> Result<Counts, Box<dyn Error>> {
+impl Build {
+    /// Begins to build both, as far as the filter has them.
+    pub fn begin(filter: Option<&str>) -> Self {
+        let wanted = |name: &str| filter.is_none_or(|filter| name.contains(filter));
+        let (tests, targets) = (wanted("asan"), wanted("fuzz"));
+        let missing = nightly::missing();
+        let is_built = missing.is_none() && (tests || targets);
+        Self {
+            tests,
+            targets,
+            missing,
+            builder: is_built.then(|| std::thread::spawn(move || build(tests, targets))),
+        }
+    }
+
+    /// Waits for what is built, and runs it.
+    ///
+    /// # Errors
+    /// When cargo or a target can't be started.
+    pub fn run(mut self, logs: &Path) -> Result<Counts, Box<dyn Error>> {
+        let mut counts = Counts::default();
+        if let Some(reason) = &self.missing {
+            let both = [("asan", self.tests), ("fuzz", self.targets)];
+            let skipped = both.iter().filter(|(_, wanted)| *wanted);
+            let skipped = skipped.map(|(name, _)| format!("{name}: {reason}"));
+            counts.skipped.extend(skipped);
+            return Ok(counts);
+        }
+        if let Some(builder) = self.builder.take() {
+            report::step("asan build", || match builder.join() {
+                Ok(Ok(())) => Ok("waited for".to_owned()),
+                // It is said again by what needs it, with what the compiler says.
+                Ok(Err(error)) => Ok(format!("FAILED\n{error}")),
+                Err(_) => Err("the builder panicked".into()),
+            })?;
+        }
+        if self.tests {
+            counts.add(tests(logs)?);
+        }
+        if self.targets {
+            counts.add(targets()?);
+        }
+        Ok(counts)
+    }
+}
+
+/// Builds tests and targets; what the compiler says.
+fn build(tests: bool, targets: bool) -> Result<(), String> {
+    let run = |command: &Command| {
+        let output = behind(command).output().map_err(|e| e.to_string())?;
+        if output.status.success() {
+            return Ok(());
+        }
+        Err(String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    if tests {
+        run(tests_command().args(["--no-run", "--quiet"]))?;
+    }
+    if targets {
+        run(&fuzz::build_command())?;
+    }
+    Ok(())
+}
+
+/// Cargo, with the tests that are run.
+fn tests_command() -> Command {
     let mut command = nightly::cargo();
-    command.args([
-        "test",
-        "-p",
-        "bulkhead-dataplane",
-        "-p",
-        "bulkhead-crypto",
-        "--lib",
-        "--no-fail-fast",
-    ]);
+    let packages = ["test", "-p", "bulkhead-dataplane", "-p", "bulkhead-crypto"];
+    command.args(packages).args(["--lib", "--no-fail-fast"]);
     for target in TARGETS {
         command.args(["--test", target]);
     }
+    command
+}
+
+fn tests(logs: &Path) -> Result<Counts, Box<dyn Error>> {
+    let mut command = tests_command();
     command.args(["--", "--show-output"]);
     for name in LEFT_OUT {
         command.args(["--skip", name]);
@@ -82,6 +138,7 @@ fn tests(logs: &Path) -> Result<Counts, Box<dyn Error>> {
     Ok(counts)
 }
 
+/// Runs every fuzz target, as many at once as there are processors: each runs on one.
 fn targets() -> Result<Counts, Box<dyn Error>> {
     let mut counts = Counts::default();
     report::step("fuzz", || {
@@ -89,19 +146,45 @@ fn targets() -> Result<Counts, Box<dyn Error>> {
             counts.fail("fuzz: the targets are not built".to_owned());
             return Ok(format!("FAILED\n{error}"));
         }
-        Ok("built".to_owned())
+        let mut lines = String::new();
+        for (name, run) in run_all() {
+            let run = run?;
+            lines.push_str(&format!("\n    {name}: {}", run.line));
+            match run.failure {
+                None => counts.passed += 1,
+                Some(failure) => {
+                    counts.fail(format!("fuzz {name}"));
+                    lines.push_str(&format!(" FAILED\n{failure}"));
+                }
+            }
+        }
+        Ok(format!("{}{lines}\n   ", counts.line()))
     })?;
-    let built = counts.failed == 0;
-    for target in bulkhead_fuzz::TARGETS.iter().filter(|_| built) {
-        report::step(&format!("fuzz {}", target.name), || {
-            let run = fuzz::fuzz(target.name, FUZZ_SECONDS)?;
-            let Some(failure) = run.failure else {
-                counts.passed += 1;
-                return Ok(run.line);
-            };
-            counts.fail(format!("fuzz {}", target.name));
-            Ok(format!("FAILED\n{failure}"))
-        })?;
-    }
     Ok(counts)
+}
+
+/// How each target's run went, in their order.
+fn run_all() -> Vec<(&'static str, Result<fuzz::Run, String>)> {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let next = AtomicUsize::new(0);
+    let runs = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..processors {
+            scope.spawn(|| {
+                loop {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(target) = bulkhead_fuzz::TARGETS.get(index) else {
+                        return;
+                    };
+                    let run = fuzz::fuzz(target.name, FUZZ_SECONDS).map_err(|e| e.to_string());
+                    let mut runs = runs.lock().unwrap_or_else(PoisonError::into_inner);
+                    runs.push((index, target.name, run));
+                }
+            });
+        }
+    });
+    let mut runs = runs.into_inner().unwrap_or_else(PoisonError::into_inner);
+    runs.sort_by_key(|(index, _, _)| *index);
+    let in_order = runs.into_iter().map(|(_, name, run)| (name, run));
+    in_order.collect()
 }
