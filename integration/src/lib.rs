@@ -14,6 +14,7 @@
 //! - [`packets`]: frames to send, and what must be true of one that arrives.
 //! - [`processes`]: programs under test.
 //! - [`survive`]: a verified load, and kills under it.
+//! - [`transfer`]: bytes that a network carries, each compared.
 //! - [`workload`]: what guests do with a disk, and what its file looks like afterwards.
 
 pub mod aes_schedule;
@@ -30,4 +31,5 @@ pub mod packets;
 pub mod processes;
 pub mod random;
 pub mod survive;
+pub mod transfer;
 pub mod workload;

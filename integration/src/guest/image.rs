@@ -9,7 +9,7 @@ use std::process::Command;
 
 use super::boot::Boot;
 use super::cpio::Archive;
-use super::{GuestError, GuestSpec};
+use super::{GuestError, GuestSpec, nic};
 use crate::processes::installed;
 
 /// The last line of a guest's console.
@@ -32,7 +32,10 @@ pub fn build(boot: &Boot, spec: &GuestSpec<'_>) -> Result<Vec<u8>, GuestError> {
     let busybox = program("busybox")?;
     archive.file("bin/busybox", &fs::read(busybox)?);
     archive.link("bin/sh", "busybox");
-    let names: Vec<&str> = DISK_MODULES.iter().chain(spec.modules).copied().collect();
+    let mut names: Vec<&str> = DISK_MODULES.iter().chain(spec.modules).copied().collect();
+    if !spec.machine.nics.is_empty() {
+        names.extend(nic::MODULES);
+    }
     let mut load = String::new();
     for path in boot.with_dependencies(&names)? {
         let name = file_name(&path);

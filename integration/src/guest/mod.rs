@@ -4,11 +4,13 @@
 //! - [`boot`]: the kernel's ELF and its modules, unpacked from Debian's package into a cache folder.
 //! - [`cpio`]: the archive format of initial ram disks.
 //! - [`image`]: what lies in the guest's root: busybox, modules, host programs with their libraries.
+//! - [`nic`]: network cards.
 //! - [`qmp`]: commands to a running QEMU.
 
 pub mod boot;
 pub mod cpio;
 pub mod image;
+pub mod nic;
 pub mod qmp;
 
 use std::fs;
@@ -19,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use crate::processes::{Process, ProcessError, installed};
 use boot::{Boot, BootError};
+pub use nic::GuestNic;
 
 /// How long a boot may take before it is called failed.
 pub const BOOT_PATIENCE: Duration = Duration::from_secs(120);
@@ -97,6 +100,10 @@ pub struct Machine {
     pub qmp: Option<PathBuf>,
     /// The socket on which another QEMU hands its guest over; the guest doesn't boot.
     pub incoming: Option<PathBuf>,
+    /// Its network cards.
+    pub nics: Vec<GuestNic>,
+    /// The guest's own reboot starts it again, instead of ending it.
+    pub reboots: bool,
 }
 
 impl Default for Machine {
@@ -105,6 +112,8 @@ impl Default for Machine {
             cpus: 1,
             qmp: None,
             incoming: None,
+            nics: Vec::new(),
+            reboots: false,
         }
     }
 }
@@ -133,7 +142,7 @@ impl Guest {
             installed(QEMU).ok_or_else(|| io::Error::other(format!("{QEMU} is not installed")))?,
         );
         command
-            .args(["-nodefaults", "-no-user-config", "-no-reboot"])
+            .args(["-nodefaults", "-no-user-config"])
             .args(["-display", "none", "-serial", "stdio", "-monitor", "none"])
             .args(["-machine", "q35,memory-backend=memory"])
             .args(["-accel", "tcg,thread=multi", "-cpu", "max", "-m", MEMORY])
@@ -150,6 +159,12 @@ impl Guest {
             .arg(command_line());
         for (index, disk) in spec.disks.iter().enumerate() {
             command.args(disk_arguments(index, disk));
+        }
+        for (index, nic) in spec.machine.nics.iter().enumerate() {
+            command.args(nic.arguments(index));
+        }
+        if !spec.machine.reboots {
+            command.arg("-no-reboot");
         }
         if let Some(socket) = &spec.machine.qmp {
             let socket = format!("unix:{},server=on,wait=off", socket.display());

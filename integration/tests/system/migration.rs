@@ -186,6 +186,7 @@ impl Pair {
                 cpus: 2,
                 qmp: Some(qmp.clone()),
                 incoming: incoming.cloned(),
+                ..Machine::default()
             },
         };
         let guest = Guest::start(&boot()?, &spec)?;

@@ -54,6 +54,12 @@ pub const TESTS: &[Need] = &[
     QEMU_STORAGE_DAEMON,
     FIO,
     need("ip", "iproute2", "makes the interfaces of network tests"),
+    need("iperf3", "iperf3", "loads the guests' network cards"),
+    need(
+        "ethtool",
+        "ethtool",
+        "switches offloads of the guests' network cards on and off",
+    ),
     need(
         "/usr/lib/systemd/systemd",
         "systemd",
