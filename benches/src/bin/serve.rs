@@ -56,7 +56,8 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
             limits::set(disks, &arguments.limit, arguments.group.as_ref());
         };
         let disks = devices.iter().map(|device| device.socket.as_path());
-        let cards = net::open(&arguments.net).inspect_err(|_| devices::remove_sockets(disks))?;
+        let cards = net::open(&arguments.net, &arguments.uplink)
+            .inspect_err(|_| devices::remove_sockets(disks))?;
         dataplane::run((devices, cards), &config, limited, announce)?;
     }
     Ok(())

@@ -9,7 +9,7 @@ use bulkhead_protocol::limits::Limits;
 use clap::Parser;
 
 use super::limits;
-use super::net::NetSpec;
+use super::net::{NetSpec, UplinkSpec};
 use super::spec::BlkSpec;
 
 /// Most queues of a device: the reference names a queue by its bit in 64.
@@ -48,7 +48,8 @@ pub struct Arguments {
     #[arg(long, value_name = "SPEC", required_unless_present = "net")]
     pub blk: Vec<BlkSpec>,
 
-    /// A network card: where to listen, what it is connected to (null, or switch:NAME with all others that name it),
+    /// A network card: where to listen, what it is connected to (null, switch:NAME
+    /// with all others that name it, or tap:INTERFACE),
     /// and mac=ADDRESS, mtu=BYTES, pairs=N (queue pairs), guard=off (it may send as anybody), tx-requests=RATE, tx-bytes=RATE, rx-requests=RATE,
     /// rx-bytes=RATE, all with commas between
     #[arg(
@@ -57,6 +58,10 @@ pub struct Arguments {
         conflicts_with = "reference"
     )]
     pub net: Vec<NetSpec>,
+
+    /// A switch's way out of the host: SWITCH=tap:INTERFACE
+    #[arg(long, value_name = "SWITCH=PORT", requires = "net")]
+    pub uplink: Vec<UplinkSpec>,
 
     /// Encrypt with AES-256-XTS, under a random key for each disk unless there is a --key-file
     #[arg(long)]

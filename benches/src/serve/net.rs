@@ -8,7 +8,10 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use bulkhead_dataplane::net::{MAX_QUEUE_PAIRS, MIN_MTU, NetDevice, Shape};
-use bulkhead_dataplane::port::{Guard, PortSpec, SwitchSpec};
+use bulkhead_dataplane::port::{Guard, OutsideSpec, PortSpec, SwitchSpec, TapSpec};
+
+use bulkhead_interfaces::InterfaceName;
+use bulkhead_interfaces::tap::{self, TapError};
 use bulkhead_protocol::limits::Limits;
 use bulkhead_protocol::net::SpoofChecks;
 
@@ -46,6 +49,24 @@ pub enum PortName {
     Null,
     /// The switch of that name, with all others that name it.
     Switch(String),
+    /// An interface of the host's.
+    Outside(Interface),
+}
+
+/// An interface of the host's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Interface {
+    /// A TAP, which is there.
+    Tap(InterfaceName),
+}
+
+/// A switch's way out of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UplinkSpec {
+    /// The switch.
+    pub switch: String,
+    /// The interface.
+    pub interface: Interface,
 }
 
 /// Not a card.
@@ -57,8 +78,11 @@ pub enum NetSpecError {
     )]
     Form(String),
     /// Not a port.
-    #[error("{0:?} is no port: write null, or switch:NAME")]
+    #[error("{0:?} is no port: write null, switch:NAME or tap:INTERFACE")]
     Port(String),
+    /// Not an uplink.
+    #[error("{0:?} is no uplink: write SWITCH=tap:INTERFACE")]
+    Uplink(String),
     /// Not an option.
     #[error(
         "{0:?} is no option of a network card: write mac=52:54:00:00:00:01, mtu={MIN_MTU} to 65535, \
@@ -101,8 +125,29 @@ impl FromStr for PortName {
         match text.split_once(':') {
             None if text == "null" => Ok(Self::Null),
             Some(("switch", name)) if !name.is_empty() => Ok(Self::Switch(name.to_owned())),
-            _ => Err(NetSpecError::Port(text.to_owned())),
+            _ => interface(text).map(Self::Outside),
         }
+    }
+}
+
+fn interface(text: &str) -> Result<Interface, NetSpecError> {
+    let name = text.strip_prefix("tap:").and_then(|name| name.parse().ok());
+    name.map(Interface::Tap)
+        .ok_or_else(|| NetSpecError::Port(text.to_owned()))
+}
+
+impl FromStr for UplinkSpec {
+    type Err = NetSpecError;
+
+    fn from_str(text: &str) -> Result<Self, NetSpecError> {
+        let (switch, port) = text
+            .split_once('=')
+            .filter(|(switch, _)| !switch.is_empty())
+            .ok_or_else(|| NetSpecError::Uplink(text.to_owned()))?;
+        Ok(Self {
+            switch: switch.to_owned(),
+            interface: interface(port)?,
+        })
     }
 }
 
@@ -163,21 +208,41 @@ pub struct Card {
     pub device: Arc<NetDevice>,
 }
 
+/// Why cards can't be served.
+#[derive(Debug, thiserror::Error)]
+pub enum CardError {
+    /// A listener.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// A TAP.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+}
+
 /// Makes the cards, and listens for their frontends.
 ///
 /// # Errors
-/// [`SocketError`]; then no socket was left behind.
-pub fn open(specs: &[NetSpec]) -> Result<Vec<Card>, SocketError> {
+/// [`CardError`]; then no socket was left behind.
+pub fn open(specs: &[NetSpec], uplinks: &[UplinkSpec]) -> Result<Vec<Card>, CardError> {
     let mut switches = BTreeMap::new();
-    let mut cards: Vec<Card> = Vec::new();
+    for uplink in uplinks {
+        let way = outside(&uplink.interface, 1)?;
+        let switch = SwitchSpec::new(uplink.switch.clone(), Some(way));
+        switches.insert(uplink.switch.clone(), switch);
+    }
+    let mut devices = Vec::new();
     for (spec, number) in specs.iter().zip(1u16..) {
+        devices.push(device(spec, number, &mut switches)?);
+    }
+    let mut cards: Vec<Card> = Vec::new();
+    for (spec, device) in specs.iter().zip(devices) {
         let listener = socket::listen(&spec.socket).inspect_err(|_| {
             super::devices::remove_sockets(sockets(&cards));
         })?;
         cards.push(Card {
             socket: spec.socket.clone(),
             listener,
-            device: device(spec, number, &mut switches),
+            device,
         });
     }
     Ok(cards)
@@ -192,7 +257,7 @@ fn device(
     spec: &NetSpec,
     number: u16,
     switches: &mut BTreeMap<String, Arc<SwitchSpec>>,
-) -> Arc<NetDevice> {
+) -> Result<Arc<NetDevice>, TapError> {
     let [high, low] = number.to_be_bytes();
     let shape = Shape {
         mac: spec.mac.unwrap_or([0x52, 0x54, 0, 0xb1, high, low]),
@@ -206,6 +271,7 @@ fn device(
             let switch = switches.entry(name.clone()).or_insert_with(new);
             PortSpec::Switch(Arc::clone(switch))
         }
+        PortName::Outside(interface) => PortSpec::Outside(outside(interface, spec.pairs)?),
     };
     let checks = SpoofChecks {
         mac: spec.guarded,
@@ -215,7 +281,17 @@ fn device(
     let device = NetDevice::with_port(shape, port, guard);
     device.tx_qos().set(&spec.tx, None);
     device.rx_qos().set(&spec.rx, None);
-    device
+    Ok(device)
+}
+
+fn outside(interface: &Interface, pairs: u16) -> Result<OutsideSpec, TapError> {
+    match interface {
+        Interface::Tap(name) => Ok(OutsideSpec::Tap(Arc::new(TapSpec {
+            queues: tap::open(name, pairs)?.queues,
+            name: name.to_string(),
+            counters: Arc::default(),
+        }))),
+    }
 }
 
 #[cfg(test)]
@@ -235,7 +311,7 @@ mod tests {
             spec("@/c,switch:wan"),
             spec("@/d,null"),
         ];
-        let cards = open(&specs).expect("opens");
+        let cards = open(&specs, &[]).expect("opens");
         let switch = |card: &Card| match &card.device.port {
             PortSpec::Switch(switch) => Some(switch.number()),
             _ => None,
@@ -261,6 +337,8 @@ mod tests {
             (",null", "is no network card"),
             ("/a,bridge:x", "is no port"),
             ("/a,switch:", "is no port"),
+            ("/a,tap:", "is no port"),
+            ("/a,tap:a/b", "is no port"),
             ("/a,null,mtu=67", "is no option"),
             ("/a,null,mtu=65536", "is no option"),
             ("/a,null,pairs=0", "is no option"),
@@ -286,7 +364,23 @@ mod tests {
             let text = format!("{},null", dir.path().join(name).display());
             text.parse::<NetSpec>().expect("parses")
         };
-        open(&[spec("a"), spec("b")]).expect_err("b is a file");
+        open(&[spec("a"), spec("b")], &[]).expect_err("b is a file");
         assert!(!dir.path().join("a").exists());
+    }
+
+    #[test]
+    fn an_uplink_names_its_switch_and_an_interface_that_is_there() {
+        let uplink: UplinkSpec = "lan=tap:no-such-tap".parse().expect("parses");
+        assert_eq!(uplink.switch, "lan");
+        let error = open(&[], &[uplink]).expect_err("there is none");
+        assert!(error.to_string().contains("no-such-tap"), "{error}");
+        for (text, expected) in [
+            ("lan", "is no uplink"),
+            ("=tap:x", "is no uplink"),
+            ("lan=null", "is no port"),
+        ] {
+            let error = text.parse::<UplinkSpec>().expect_err(text).to_string();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
     }
 }
