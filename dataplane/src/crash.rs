@@ -40,6 +40,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use crate::hand;
+
 /// What the switch begins with.
 pub const MAGIC: [u64; 2] = [0x6872_616d_7469_6d62, 0x9e1f_c4a5_d2b7_3880];
 
@@ -52,6 +54,9 @@ pub struct Switch {
     armed: AtomicU64,
     /// How often it is to be passed before.
     before: AtomicU64,
+    /// Not 0: only while the volume in the slot before this is in hand, which is blamed for it. Else nobody is, as for a kill
+    /// from outside.
+    whose: AtomicU64,
 }
 
 /// The process's switch.
@@ -59,6 +64,7 @@ pub static SWITCH: Switch = Switch {
     magic: [AtomicU64::new(MAGIC[0]), AtomicU64::new(MAGIC[1])],
     armed: AtomicU64::new(0),
     before: AtomicU64::new(0),
+    whose: AtomicU64::new(0),
 };
 
 /// Hash of a point's name (FNV-1a).
@@ -93,9 +99,16 @@ impl Switch {
 
     #[cold]
     fn count_down(&self) {
+        let whose = self.whose.load(Relaxed);
+        if whose != 0 && hand::current().slot().map(|slot| u64::from(slot) + 1) != Some(whose) {
+            return;
+        }
         // Several threads may pass at once: one of them finds nothing left.
         let left = self.before.fetch_sub(1, Relaxed);
         if left == 0 || left > u64::MAX / 2 {
+            if whose != 0 {
+                hand::blame();
+            }
             std::process::abort();
         }
     }
@@ -131,6 +144,7 @@ mod tests {
             magic: [const { AtomicU64::new(0) }; 2],
             armed: AtomicU64::new(hash("here")),
             before: AtomicU64::new(2),
+            whose: AtomicU64::new(0),
         };
         other.pass(hash("there"));
         other.pass(hash("here"));

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::blk::{self, BlkDevice, Health};
+use crate::hand::SharedHand;
 use crate::net::{self, NetDevice};
 use crate::qos::Qos;
 use crate::storage::FileSpec;
@@ -191,6 +192,15 @@ impl Device {
         match self {
             Self::Blk(device) => device.qos(),
             Self::Net(device) => device.tx_qos(),
+        }
+    }
+
+    /// What a thread that works for it has in hand.
+    #[must_use]
+    pub fn hand(&self) -> &SharedHand {
+        match self {
+            Self::Blk(device) => &device.hand,
+            Self::Net(device) => &device.hand,
         }
     }
 

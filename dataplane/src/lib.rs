@@ -43,6 +43,7 @@ pub mod crash;
 pub mod device;
 pub mod fds;
 pub mod fence;
+pub mod hand;
 pub mod log_limit;
 pub mod memory;
 pub mod net;

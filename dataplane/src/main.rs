@@ -9,6 +9,7 @@ use bulkhead_crypto::SecretArena;
 use bulkhead_crypto::xts::Kernel;
 use bulkhead_dataplane::control::{Control, KEY_SLOTS, Staff, Start};
 use bulkhead_dataplane::fence::Fence;
+use bulkhead_dataplane::hand;
 use bulkhead_dataplane::sandbox;
 use bulkhead_dataplane::server::{Server, ServerConfig};
 use bulkhead_dataplane::stored::{Found, Inherited, Keeper};
@@ -76,6 +77,12 @@ fn run(host: Option<Workers>) -> Result<(), Failure> {
         }
     }
     let (keeper, found) = inherited.take_over()?;
+    if let Some(blamed) = keeper.blamed() {
+        hand::watch(blamed)?;
+    }
+    if is_candidate() {
+        keeper.forgive_all();
+    }
     // Before anything is submitted.
     let number = keep_own(&keeper, &found, &staff, &end)?;
     let mut control = Control::new(start, arena, &server, staff, (keeper, number))?;
@@ -122,6 +129,7 @@ fn serve(staff: &Staff, fence: Fence) -> std::io::Result<Server> {
 /// which files would have to be opened.
 fn end_on_panic() {
     std::panic::set_hook(Box::new(|panic| {
+        hand::blame();
         tracing::error!("{panic}");
         std::process::abort();
     }));

@@ -12,6 +12,7 @@ use super::cipher::{Cipher, Ciphers};
 use super::config_space::feature;
 use super::health::Health;
 use super::metrics::Metrics;
+use crate::hand::SharedHand;
 use crate::log_limit::LogLimit;
 use crate::memory::SharedFlag;
 use crate::qos::Qos;
@@ -133,6 +134,8 @@ pub struct BlkDevice {
     flush_failed: AtomicBool,
     /// The same, where a successor finds it.
     kept_flush_failure: OnceLock<Arc<SharedFlag>>,
+    /// What a thread that works for it has in hand.
+    pub hand: SharedHand,
     /// Length of its storage when it was looked at last: the rekeyer can't ask the kernel.
     storage_bytes: AtomicU64,
     /// The record of a re-key that is over is being closed, behind the end that it has now.
@@ -191,6 +194,7 @@ impl BlkDevice {
             lacks: AtomicU8::new(0),
             flush_failed: AtomicBool::new(false),
             kept_flush_failure: OnceLock::new(),
+            hand: SharedHand::default(),
             storage_bytes,
             closing: AtomicBool::new(false),
             wiped: AtomicBool::new(false),

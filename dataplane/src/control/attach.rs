@@ -70,6 +70,7 @@ impl Volumes {
             access: access(&grant),
             label: label(&grant),
             place,
+            aside: None,
         });
         let volume = self.table.get_mut(&id).ok_or("it is gone")?;
         match attached {
@@ -137,6 +138,7 @@ impl Volumes {
                 if let Some(flag) = place.flush_failed() {
                     device.keep_flush_failure(flag);
                 }
+                device.hand.set(place.hand());
                 place
             }
             Err(error) => {

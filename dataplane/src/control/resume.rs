@@ -20,8 +20,10 @@ use super::grant::{GrantedKeys, check};
 use super::page::{Page, Pages, expand_stored};
 use super::volumes::{Held, Serving, Volume, Volumes};
 use crate::crash_point;
+use crate::hand::{self, Hand};
 use crate::server::{Offer, Server};
 use crate::storage::FileSpec;
+use crate::stored::deaths::MOST_DEATHS;
 use crate::stored::{Fd, Found, Place, StoredVolume};
 use crate::worker::message::DeviceId;
 
@@ -53,8 +55,16 @@ impl Control {
                 continue;
             };
             let volume = stored.grant.volume;
-            let connected = stored.connection.is_some();
-            match self.volumes.resume(server, &self.arena, stored, place) {
+            let aside = set_aside(&place);
+            if let Some(reason) = &aside {
+                tracing::error!(%volume, "{reason}");
+            }
+            let connected = stored.connection.is_some() && aside.is_none();
+            hand::take(place.hand());
+            match self
+                .volumes
+                .resume(server, &self.arena, stored, (place, aside))
+            {
                 Ok(device) if connected => {
                     self.resuming.insert(device);
                 }
@@ -62,6 +72,7 @@ impl Control {
                 Err(reason) => tracing::error!(%volume, "it can't be served on: {reason}"),
             }
         }
+        hand::take(Hand::NOTHING);
         crash_point!("start.offered");
     }
 
@@ -104,7 +115,7 @@ impl Volumes {
         server: &mut Server,
         arena: &Arc<SecretArena>,
         stored: StoredVolume<Fd>,
-        place: Place,
+        (place, aside): (Place, Option<String>),
     ) -> Result<DeviceId, String> {
         let id = stored.grant.volume;
         if self.table.contains_key(&id) {
@@ -114,7 +125,7 @@ impl Volumes {
             return Err("it is stored twice".to_owned());
         }
         match self.prepare(arena, &stored) {
-            Ok((listener, file)) => self.offer(server, &stored, (listener, file), place),
+            Ok((listener, file)) => self.offer(server, &stored, (listener, file), (place, aside)),
             Err(reason) => {
                 place.remove();
                 Err(reason)
@@ -154,7 +165,7 @@ impl Volumes {
         server: &mut Server,
         stored: &StoredVolume<Fd>,
         (listener, file): (UnixListener, FileSpec),
-        place: Place,
+        (place, aside): (Place, Option<String>),
     ) -> Result<DeviceId, String> {
         let grant = &stored.grant;
         let device = match self.take_device(grant, file) {
@@ -167,6 +178,7 @@ impl Volumes {
         if let Some(flag) = place.flush_failed() {
             device.keep_flush_failure(flag);
         }
+        device.hand.set(place.hand());
         device.resume_cache_mode(stored.cache);
         if let Some(told) = stored.connection.as_ref().and_then(|c| c.told_sectors) {
             // What a frontend was told of stays there, if the file has it.
@@ -179,6 +191,7 @@ impl Volumes {
             access: super::attach::access(grant),
             label: super::attach::label(grant),
             place,
+            aside,
         });
         let device_id = offered.map_err(|e| format!("its listener can't be watched: {e}"))?;
         if stored.refuses_new {
@@ -189,6 +202,14 @@ impl Volumes {
         }
         Ok(device_id)
     }
+}
+
+/// Why a volume is not served on although it was served, if it has killed one process after the other.
+fn set_aside(place: &Place) -> Option<String> {
+    let deaths = place.deaths();
+    (deaths >= MOST_DEATHS).then(|| {
+        format!("set aside: it killed {deaths} data planes in a row; detach it, or upgrade the data plane")
+    })
 }
 
 /// The keys of a stored volume. All pages are wiped if one of them is of no use.

@@ -21,6 +21,7 @@ mod mapping;
 mod prefetch;
 mod prepared;
 pub mod sigbus;
+mod words;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
@@ -36,6 +37,7 @@ use lease::Window;
 use mapping::Mapping;
 pub(crate) use prefetch::{will_read, will_write};
 pub use prepared::Prepared;
+pub use words::SharedWords;
 
 /// A region as a frontend describes it (vhost-user, "Memory region description").
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

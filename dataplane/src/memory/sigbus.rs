@@ -160,6 +160,7 @@ extern "C" fn handler(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::
     // SAFETY: the thread's own errno: the interrupted code may be about to read it.
     let errno = unsafe { *libc::__errno_location() };
     if !replace(address) {
+        crate::hand::blame();
         // Not guest memory: a fault of this process. With the default action the access, which is
         // made again on return, ends it.
         // SAFETY: signal takes plain integers.

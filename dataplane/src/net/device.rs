@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bulkhead_protocol::net::SpoofChecks;
 
 use super::metrics::Metrics;
+use crate::hand::SharedHand;
 use crate::port::{Guard, PortSpec};
 use crate::qos::Qos;
 
@@ -64,6 +65,8 @@ pub struct NetDevice {
     tx_qos: Qos,
     rx_qos: Qos,
     up: AtomicBool,
+    /// What a thread that works for it has in hand.
+    pub hand: SharedHand,
 }
 
 impl fmt::Display for NetDevice {
@@ -103,6 +106,7 @@ impl NetDevice {
             tx_qos: Qos::default(),
             rx_qos: Qos::default(),
             up: AtomicBool::new(true),
+            hand: SharedHand::default(),
         })
     }
 

@@ -12,6 +12,7 @@ use super::left::{Flush, Left};
 use crate::blk::BlkDevice;
 use crate::blk::pipeline::{MAX_RETRIES, is_temporary};
 use crate::fence::Fence;
+use crate::hand;
 use crate::storage::{Action, Begin, Buffer, Completion, Polled, Storage, Transfer};
 use crate::worker::message::DeviceId;
 use crate::worker::ring::Ring;
@@ -92,6 +93,7 @@ impl Io {
     /// # Errors
     /// Something of it was left behind, which has to end first.
     pub(super) fn turn_to(&mut self, id: DeviceId, device: &Arc<BlkDevice>) -> Result<(), String> {
+        hand::take(device.hand.get());
         self.whose = Some((id, Arc::clone(device)));
         if !self.has_left(id) {
             return Ok(());

@@ -22,6 +22,7 @@ use super::placement::Together;
 use super::{Access, DeviceStatus, Event, Offer};
 use crate::blk::{BlkDevice, Level};
 use crate::device::Device;
+use crate::hand::Hand;
 use crate::log_limit::LogLimit;
 use crate::net::part_of;
 use crate::port::PortSpec;
@@ -62,6 +63,8 @@ pub(super) struct State {
     failure: Option<String>,
     connection: Option<Connection>,
     pub(super) refuse_new: bool,
+    /// Why nothing of it is served although it is offered, if so: it stays like that until it is detached.
+    aside: Option<String>,
     /// Requests of an earlier process may still be under way.
     pub(super) fenced: bool,
     /// A predecessor's connection is to go on, or its queues are starting.
@@ -115,6 +118,7 @@ impl State {
             failure: None,
             connection: None,
             refuse_new: false,
+            aside: offer.aside,
             fenced: false,
             resumes,
             detach_due: false,
@@ -162,6 +166,11 @@ impl State {
     /// Its name in log lines.
     pub(super) fn label(&self) -> &str {
         &self.label
+    }
+
+    /// What a thread that works for it has in hand.
+    pub(super) fn hand(&self) -> Hand {
+        self.facts.device.hand().get()
     }
 
     /// Whether a queue's driver broke it.
@@ -278,7 +287,10 @@ impl State {
 
     pub(super) fn status(&self) -> DeviceStatus {
         let Some(connection) = &self.connection else {
-            return DeviceStatus::default();
+            return DeviceStatus {
+                fault: self.aside.clone(),
+                ..DeviceStatus::default()
+            };
         };
         let (running_queues, retired_queues) = connection.session.queues();
         DeviceStatus {
@@ -377,7 +389,9 @@ impl State {
                 }
                 true
             }
-            Stage::Attached if self.connection.is_none() && !self.refuse_new => {
+            Stage::Attached
+                if self.connection.is_none() && !self.refuse_new && self.aside.is_none() =>
+            {
                 self.accept(registry, out, events)
             }
             Stage::Leaving if self.connection.is_none() && !self.fenced => {
@@ -505,6 +519,9 @@ impl State {
 
     /// Goes on with the connection that a predecessor left, if it left one.
     fn go_on(&mut self, registry: &Registry, out: &mut ToWorkers, events: &mut Vec<Event>) {
+        if self.aside.is_some() {
+            return self.forget_connection();
+        }
         let resumed = Connection::resumed(&mut self.place, self.facts.clone());
         let resumed = resumed.map_err(|error| error.to_string());
         let watched = resumed.and_then(|connection| {

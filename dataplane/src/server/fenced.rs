@@ -97,7 +97,7 @@ impl Server {
         let ids: Vec<DeviceId> = self.devices.keys().copied().collect();
         for id in ids {
             let mut out = ToWorkers::new();
-            if let Some(device) = self.devices.get_mut(&id) {
+            if let Some(device) = self.take_up(id) {
                 device.fence_is_gone(&mut out);
             }
             self.settle(id, out);

@@ -35,6 +35,7 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Registry, Token};
 
 use crate::blk::{BlkDevice, Ciphers, Level, Summary};
+use crate::hand::{self, Hand};
 use crate::rekey::{Rekeyer, ToRekeyer};
 use crate::worker::message::{DeviceId, FromWorker, QueueId, ToWorker, ZoneChange};
 use crate::worker::{Replies, WorkerConfig, WorkerHandle, start};
@@ -380,6 +381,7 @@ impl Server {
                 Err(error) => return Err(error),
             }
             for event in &events {
+                hand::take(Hand::NOTHING);
                 match event.token() {
                     REPLIES => self.take_replies(),
                     token if token.0 >= MANAGER_TOKENS => manager.ready(&mut self, token),
@@ -392,6 +394,7 @@ impl Server {
                     }
                 }
             }
+            hand::take(Hand::NOTHING);
             if tried.elapsed() >= RETRY && !self.is_frozen() {
                 tried = Instant::now();
                 self.try_again();
@@ -418,7 +421,7 @@ impl Server {
     fn try_again(&mut self) {
         for id in std::mem::take(&mut self.retry) {
             let mut out = ToWorkers::new();
-            if let Some(device) = self.devices.get_mut(&id) {
+            if let Some(device) = self.take_up(id) {
                 device.retry(&mut out);
             }
             self.settle(id, out);
@@ -434,10 +437,17 @@ impl Server {
         }
     }
 
+    /// The device, which this thread works for from now on.
+    fn take_up(&mut self, id: DeviceId) -> Option<&mut State> {
+        let device = self.devices.get_mut(&id)?;
+        hand::take(device.hand());
+        Some(device)
+    }
+
     fn ready(&mut self, token: Token, frontend_gone: bool) {
         let id = device::id_of(token);
         let mut out = ToWorkers::new();
-        if let Some(device) = self.devices.get_mut(&id) {
+        if let Some(device) = self.take_up(id) {
             device.ready(frontend_gone, &mut out);
         }
         self.settle(id, out);
@@ -470,7 +480,7 @@ impl Server {
             return;
         };
         let mut out = ToWorkers::new();
-        if let Some(device) = self.devices.get_mut(&id) {
+        if let Some(device) = self.take_up(id) {
             device.on_worker(message, &mut out);
         }
         self.settle(id, out);

@@ -26,6 +26,8 @@ pub struct Offer {
     pub label: String,
     /// Where it is remembered for a successor. The connection that a predecessor left there goes on.
     pub place: Place,
+    /// Why nothing of it is to be served, if so: no frontend is let in, and one that a predecessor left is sent away.
+    pub aside: Option<String>,
 }
 
 impl Server {
@@ -39,6 +41,7 @@ impl Server {
         self.last_id += 1;
         let id = DeviceId(self.last_id);
         let device = offer.device.clone();
+        let is_served = offer.aside.is_none();
         let mut state = State::new(offer, id, self.workers.len());
         state.fenced = self.fences.is_up();
         if let Err(error) = state.register(self.poll.registry()) {
@@ -46,7 +49,7 @@ impl Server {
             return Err(error);
         }
         self.devices.insert(id, state);
-        if let Some(device) = device.blk().cloned() {
+        if let Some(device) = device.blk().filter(|_| is_served).cloned() {
             self.rekeyer.send(ToRekeyer::Look { id, device });
         }
         for worker in &self.workers {
@@ -75,6 +78,7 @@ impl Server {
             access,
             label,
             place: Place::none(),
+            aside: None,
         })
     }
 

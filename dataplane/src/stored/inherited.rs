@@ -182,6 +182,7 @@ pub(super) struct Remains {
     pub(super) numbered: BTreeMap<u16, BTreeMap<FdNumber, Fd>>,
     pub(super) fences: Vec<(u64, OwnedFd)>,
     pub(super) workers: Option<Workers>,
+    pub(super) deaths: Option<OwnedFd>,
     pub(super) prepared: BTreeMap<u16, Prepared>,
     pub(super) unknown: Vec<FdName>,
 }
@@ -198,6 +199,7 @@ impl Remains {
             }
             Some(Name::Fence(generation)) => self.fences.push((generation, owned(fd)?)),
             Some(Name::Workers) => self.workers = workers::read(&fd),
+            Some(Name::Deaths) => self.deaths = Some(owned(fd)?),
             _ => self.unknown.push(name),
         }
         Ok(())

@@ -16,12 +16,14 @@ use bulkhead_protocol::identity::InvalidName;
 use bulkhead_protocol::workers::Workers;
 
 use super::Fd;
+use super::deaths::Deaths;
 use super::file::FileError;
 use super::inherited::{Inherited, Remains};
 use super::names::{Name, SLOTS};
 use super::place::{Kept, Place};
 use super::volume::{FdNumber, StoredVolume};
 use super::workers;
+use crate::memory::SharedWords;
 
 /// Why something is not remembered. What was remembered before still is.
 #[derive(Debug, thiserror::Error)]
@@ -49,6 +51,8 @@ pub(super) struct Shared {
     pub(super) store: Store,
     /// Slots that are somebody's.
     pub(super) taken: BTreeSet<u16>,
+    /// Which volumes kill.
+    pub(super) deaths: Deaths,
 }
 
 pub(super) fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
@@ -92,10 +96,11 @@ impl Keeper {
 
     /// The same of what was sorted.
     pub(super) fn take_over(
-        store: Store,
+        mut store: Store,
         mut remains: Remains,
     ) -> Result<(Self, Found), KeepError> {
         let shared = Shared {
+            deaths: take_deaths(&mut store, remains.deaths.take())?,
             store,
             taken: BTreeSet::new(),
         };
@@ -134,6 +139,20 @@ impl Keeper {
         drop(rest);
         let shared = Some(shared);
         Ok((Self { shared }, found))
+    }
+
+    /// Which volumes kill; none where there is no store. ([`SharedWords`] is where threads blame one.)
+    #[must_use]
+    pub fn blamed(&self) -> Option<Arc<SharedWords>> {
+        let shared = self.shared.as_ref();
+        shared.map(|shared| lock(shared).deaths.words())
+    }
+
+    /// Another program goes on: what volumes did to the one before does not count.
+    pub fn forgive_all(&self) {
+        if let Some(shared) = &self.shared {
+            lock(shared).deaths.forgive_all();
+        }
     }
 
     /// Whether there is a store.
@@ -198,6 +217,26 @@ impl Keeper {
         let name = Name::Fence(generation).name()?;
         Ok(lock(shared).store.remove(name)?)
     }
+}
+
+/// The deaths that a predecessor left, counted; else none, where a successor finds them.
+fn take_deaths(store: &mut Store, left: Option<OwnedFd>) -> Result<Deaths, KeepError> {
+    let name = Name::Deaths.name()?;
+    if let Some(fd) = left {
+        match Deaths::open(fd) {
+            Ok(deaths) => {
+                deaths.count_all();
+                return Ok(deaths);
+            }
+            Err(error) => {
+                tracing::error!("which volumes have killed the process is not known: {error}");
+                store.remove(name)?;
+            }
+        }
+    }
+    let deaths = Deaths::create().map_err(FileError::from)?;
+    store.push(name, &[deaths.as_fd()])?;
+    Ok(deaths)
 }
 
 impl Shared {

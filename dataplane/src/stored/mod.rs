@@ -7,6 +7,7 @@
 //! | [`format`] | the bytes of that: versions, digest, which of two copies counts |
 //! | [`file`] | the memfd that they lie in, and the flag that a worker raises in it |
 //! | `workers` | how many workers there are |
+//! | [`deaths`] | how often each volume has killed the process |
 //! | `names` | the names in the store |
 //! | [`keeper`] | this process's part of the store, and the taking over of what a predecessor left |
 //! | [`place`] | which descriptors of a volume are stored, in which order they come and go |
@@ -18,6 +19,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+pub mod deaths;
 pub mod file;
 pub mod format;
 pub mod inherited;
@@ -30,6 +32,7 @@ mod workers;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+pub use deaths::Deaths;
 pub use inherited::Inherited;
 pub use keeper::{Found, KeepError, Keeper};
 pub use place::Place;

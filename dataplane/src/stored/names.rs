@@ -6,6 +6,7 @@
 //! | `v<slot>.<number>` | a descriptor that this state names |
 //! | `fence.<generation>` | the read end of a process's fence |
 //! | `all.workers` | how many workers the process has |
+//! | `all.deaths` | how often each volume has killed the process |
 //!
 //! A slot is a small number, not the volume's id: it is free again when the volume is served no more.
 #![forbid(unsafe_code)]
@@ -26,6 +27,7 @@ pub(super) enum Name {
     Numbered(u16, FdNumber),
     Fence(u64),
     Workers,
+    Deaths,
 }
 
 impl Name {
@@ -33,6 +35,7 @@ impl Name {
     pub(super) fn parse(name: FdName) -> Option<Self> {
         let parsed = match name.as_str().split_once('.')? {
             ("all", "workers") => Self::Workers,
+            ("all", "deaths") => Self::Deaths,
             ("fence", generation) => Self::Fence(generation.parse().ok()?),
             (slot, what) => {
                 let slot = slot.strip_prefix('v')?.parse().ok()?;
@@ -56,6 +59,7 @@ impl Name {
             Self::Numbered(slot, FdNumber(number)) => format!("v{slot}.{number}"),
             Self::Fence(generation) => format!("fence.{generation}"),
             Self::Workers => "all.workers".to_owned(),
+            Self::Deaths => "all.deaths".to_owned(),
         }
         .parse()
     }
@@ -75,6 +79,7 @@ mod tests {
             Name::Numbered(0, FdNumber(0)),
             Name::Fence(0),
             Name::Workers,
+            Name::Deaths,
             Name::Fence(9_999_999_999),
         ] {
             let text = name.name().expect("16 characters are enough");

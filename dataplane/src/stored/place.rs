@@ -16,6 +16,7 @@ use super::names::{Name, SLOTS};
 use super::volume::{FdNumber, Step, StoredCache, StoredConnection, StoredVolume};
 use crate::control::MAX_VOLUMES;
 use crate::crash_point;
+use crate::hand::Hand;
 use crate::memory::{Prepared, SharedFlag};
 
 /// Descriptors that a volume has in any store that has room for them: those of a guest with one queue, and some more.
@@ -48,6 +49,20 @@ impl Place {
     #[must_use]
     pub fn flush_failed(&self) -> Option<Arc<SharedFlag>> {
         self.0.as_ref().map(|kept| kept.file.flush_failed())
+    }
+
+    /// What a thread that works for the volume has in hand.
+    #[must_use]
+    pub fn hand(&self) -> Hand {
+        let slot = self.0.as_ref().map(|kept| kept.slot);
+        slot.map_or(Hand::NOTHING, Hand::of)
+    }
+
+    /// How often in a row the volume's work has killed the process.
+    #[must_use]
+    pub fn deaths(&self) -> u32 {
+        let kept = self.0.as_ref();
+        kept.map_or(0, |kept| lock(&kept.shared).deaths.of_slot(kept.slot))
     }
 
     /// Remembers something else of the volume: what was granted, its keys, whether it takes frontends.
@@ -151,6 +166,7 @@ impl Kept {
         let slot = (0..SLOTS).find(|slot| !free.taken.contains(slot));
         let slot = slot.ok_or(KeepError::NoPlace)?;
         free.taken.insert(slot);
+        free.deaths.forgive(slot);
         drop(free);
         Ok(Self {
             shared: Arc::clone(shared),

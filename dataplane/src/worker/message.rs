@@ -248,6 +248,34 @@ impl ToWorker {
             _ => None,
         }
     }
+
+    /// The device that it is about.
+    #[must_use]
+    pub fn device(&self) -> Option<DeviceId> {
+        match self {
+            Self::Attach { id, .. }
+            | Self::Detach { id }
+            | Self::GiveUp { id, .. }
+            | Self::Zone { id, .. }
+            | Self::TakeVolume { device: id }
+            | Self::LetGoOfVolume { device: id } => Some(*id),
+            Self::Start(start) => Some(start.queue.device),
+            Self::Resume(moved) => Some(moved.queue.device),
+            Self::Finish { queue }
+            | Self::Stop { queue }
+            | Self::Move { queue }
+            | Self::Stay { queue }
+            | Self::SetMemory { queue, .. }
+            | Self::SetEnabled { queue, .. }
+            | Self::SetLog { queue, .. }
+            | Self::SetKick { queue, .. }
+            | Self::SetCall { queue, .. }
+            | Self::SetError { queue, .. }
+            | Self::Announce { queue }
+            | Self::Flush { queue } => Some(queue.device),
+            Self::Freeze | Self::Thaw { .. } | Self::End => None,
+        }
+    }
 }
 
 /// What a re-key changes in a worker. Not answered.

@@ -11,6 +11,7 @@ use crate::blk::Counts;
 use crate::blk::pipeline::{Local, Outcome, Pipeline};
 use crate::blk::request::Status;
 use crate::device::Device;
+use crate::hand::Hand;
 use crate::net::lane::Lane;
 use crate::qos::Qos;
 use crate::virtqueue::{QueueFeatures, Recovered, RingError, Virtqueue};
@@ -95,6 +96,8 @@ pub struct Queue {
     pub error: Option<OwnedFd>,
     /// Negotiated features.
     pub features: u64,
+    /// What a worker that serves it has in hand.
+    pub hand: Hand,
     /// Its device's seat ([`super::turns::Turns`]).
     pub seat: u32,
     /// It is looked at in each turn of its device; else its kick is waited for.
@@ -215,6 +218,7 @@ impl Queue {
             call_due: false,
             error: None,
             features,
+            hand: Hand::NOTHING,
             seat: 0,
             polled: false,
             empty_since: 0,

@@ -33,6 +33,7 @@ use super::turns::Turns;
 use crate::blk::pipeline::{Local, Outcome, Pipeline, TOKEN_BITS};
 use crate::crash_point;
 use crate::device::Device;
+use crate::hand::{self, Hand};
 use crate::net::lane::Cards;
 use crate::virtqueue::RingError;
 use flush::Flushes;
@@ -70,6 +71,7 @@ pub struct Worker {
     replies: Sender<FromWorker>,
     reply_event: Arc<EventFd>,
     devices: HashMap<DeviceId, Served>,
+    hands: HashMap<DeviceId, Hand>,
     cards: Cards,
     /// By number; a number is used again once its queue has nothing in flight.
     queues: Vec<Option<Queue>>,
@@ -129,6 +131,7 @@ impl Worker {
             replies: ends.replies,
             reply_event: ends.reply_event,
             devices: HashMap::new(),
+            hands: HashMap::new(),
             cards: Cards::new(PORT),
             queues: Vec::new(),
             numbers: HashMap::new(),
@@ -195,9 +198,19 @@ impl Worker {
             return false;
         }
         while let Ok(message) = self.receiver.try_recv() {
+            hand::take(self.hand_for(&message));
             self.take_message(message);
         }
         true
+    }
+
+    /// For whom a message is.
+    fn hand_for(&self, message: &ToWorker) -> Hand {
+        if let ToWorker::Attach { device, .. } = message {
+            return device.hand().get();
+        }
+        let hand = message.device().and_then(|id| self.hands.get(&id));
+        hand.copied().unwrap_or_default()
     }
 
     fn take_message(&mut self, message: ToWorker) {
@@ -290,6 +303,7 @@ impl Worker {
     }
 
     fn attach(&mut self, id: DeviceId, device: Device) {
+        self.hands.insert(id, device.hand().get());
         let served = match device {
             Device::Blk(device) => Local::open(device, &mut self.pipeline.ring)
                 .map(|local| Served::Blk(Rc::new(local)))
@@ -308,6 +322,7 @@ impl Worker {
 
     fn detach(&mut self, id: DeviceId) {
         self.turns.leave(id);
+        self.hands.remove(&id);
         match self.devices.remove(&id) {
             Some(Served::Blk(local)) => {
                 self.pipeline.forget(self.index, &local);
@@ -380,7 +395,9 @@ impl Worker {
 
     /// Puts a queue under the lowest free number.
     fn place(&mut self, mut queue: Queue) -> u32 {
-        queue.seat = self.turns.seat(queue.id.device, &queue.device());
+        let device = queue.device();
+        queue.seat = self.turns.seat(queue.id.device, &device);
+        queue.hand = device.hand().get();
         let free = self.queues.iter().position(Option::is_none);
         let number = free.unwrap_or(self.queues.len());
         if free.is_none() {
@@ -478,6 +495,7 @@ impl Worker {
         let Some(queue) = self.queue(number) else {
             return;
         };
+        hand::take(queue.hand);
         if queue.ring.is_lost() {
             return self.retire(number, RingError::MemoryLost);
         }

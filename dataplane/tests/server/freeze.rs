@@ -92,6 +92,7 @@ fn scene() -> Scene {
             access: Access { allowed_uid: None },
             label: "disk".to_owned(),
             place,
+            aside: None,
         });
         offered.expect("watched")
     });

@@ -87,6 +87,7 @@ fn serve_what_is_stored() {
         access: Access { allowed_uid: None },
         label: "disk".to_owned(),
         place,
+        aside: None,
     };
     server.offer(offer).expect("watched");
     server.run(&mut Nothing).expect("it is killed before");

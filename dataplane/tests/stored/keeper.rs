@@ -242,7 +242,7 @@ fn a_volume_outlives_a_connection_of_which_something_is_missing() {
 #[test]
 fn a_full_store_costs_the_connection_and_nothing_else() {
     let mut rot = Rot::new();
-    rot.limit = 5 + 20;
+    rot.limit = 1 + 5 + 20;
     let (keeper, mut place) = begin(&mut rot);
     place.put_connection(StoredCache::default(), Some(connection(2, 20, &mut fd)));
     let names = ["v0.0", "v0.1", "v0.2", "v0.3", "v0.state"];

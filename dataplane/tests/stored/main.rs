@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "an ioctl")]
 
 mod deaths;
+mod faults;
 mod format;
 mod golden;
 mod keeper;

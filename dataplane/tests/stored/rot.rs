@@ -5,6 +5,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use bulkhead_protocol::fd_store::message::Notification;
 use bulkhead_protocol::fd_store::{self, FdName, Store};
 
+/// What the first process stores, of whatever it serves.
+pub const DEATHS: &str = "all.deaths";
+
 /// A message and what came with it.
 pub type Sent = (Notification, Vec<OwnedFd>);
 
@@ -29,10 +32,11 @@ impl Rot {
         }
     }
 
-    /// Takes what was sent; the messages, in words.
+    /// Takes what was sent; the messages, in words, but for [`DEATHS`].
     pub fn settle(&mut self) -> Vec<String> {
         let sent = self.receive();
-        sent.into_iter().map(|sent| self.apply(sent)).collect()
+        let said = sent.into_iter().map(|sent| self.apply(sent));
+        said.filter(|said| !said.ends_with(DEATHS)).collect()
     }
 
     /// What was sent, before anything is done about it.
@@ -112,9 +116,11 @@ impl Rot {
         self.socket = self.candidate.take();
     }
 
+    /// The names of what is stored, but for [`DEATHS`].
     pub fn names(&mut self) -> Vec<String> {
         self.settle();
-        let mut names: Vec<_> = self.stored.iter().map(|(n, _)| n.to_string()).collect();
+        let names = self.stored.iter().map(|(name, _)| name.to_string());
+        let mut names: Vec<_> = names.filter(|name| name != DEATHS).collect();
         names.sort();
         names
     }

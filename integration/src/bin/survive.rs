@@ -3,6 +3,7 @@
 
 use std::process::ExitCode;
 
+use bulkhead_integration::survive::aside::a_volume_that_kills;
 use bulkhead_integration::survive::disk::Base;
 use bulkhead_integration::survive::fleet::Scene;
 use bulkhead_integration::survive::guest::{guest_on_host, guest_on_serve};
@@ -120,6 +121,7 @@ fn scenarios(arguments: &Arguments) -> Vec<Scenario> {
         "rot",
         Box::new(move |name| deaths_of_rot(name, &Scene::default(), few)),
     ));
+    out.push(("a volume that kills", Box::new(a_volume_that_kills)));
     let count = arguments.upgrades;
     for (name, scene) in [
         ("upgrades, split", Scene::default()),

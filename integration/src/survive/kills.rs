@@ -238,7 +238,7 @@ pub fn kill_pid(pid: u32) -> io::Result<Instant> {
 }
 
 /// Whether a process has threads that may still run.
-fn is_alive(pid: u32) -> bool {
+pub(super) fn is_alive(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // Behind the name, which may have blanks and parentheses in it.
     let state = stat.rsplit(')').next().unwrap_or_default().trim_start();
@@ -344,18 +344,28 @@ impl<'a> Child<'a> {
 }
 
 impl Child<'_> {
-    /// Has the one that is just being started die at a point, if it is told in time: when it had died.
-    fn dies_early(&mut self, point: &'static str) -> Result<Option<Instant>, KillError> {
+    /// The switch of the one that runs or is just being started, and its process id.
+    pub(super) fn switch(&mut self) -> Result<(Switch, u32), KillError> {
         let pid = self.pid()?;
         let deadline = Instant::now() + START_PATIENCE;
         // Between fork and exec it has none.
-        let switch = loop {
+        loop {
             match Switch::find(pid) {
-                Ok(switch) => break switch,
+                Ok(switch) => return Ok((switch, pid)),
                 Err(error) if Instant::now() > deadline => return Err(error.into()),
                 Err(_) => std::thread::sleep(Duration::from_micros(100)),
             }
-        };
+        }
+    }
+
+    /// It has died by itself: the next one is not that.
+    pub(super) fn has_died(&mut self) {
+        self.running = None;
+    }
+
+    /// Has the one that is just being started die at a point, if it is told in time: when it had died.
+    fn dies_early(&mut self, point: &'static str) -> Result<Option<Instant>, KillError> {
+        let (switch, pid) = self.switch()?;
         switch.arm(point, 0)?;
         self.before_death();
         let deadline = Instant::now() + EARLY_PATIENCE;

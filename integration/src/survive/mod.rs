@@ -15,6 +15,7 @@
 //! - [`scenarios`]: what is done to the processes, and a row of a table for each.
 //! - [`times`]: how long the disks were away.
 
+pub mod aside;
 pub mod content;
 pub mod disk;
 pub mod fences;

@@ -10,6 +10,7 @@ const MAGIC: [u64; 2] = [0x6872_616d_7469_6d62, 0x9e1f_c4a5_d2b7_3880];
 /// Where its fields lie.
 const ARMED_AT: u64 = 16;
 const BEFORE_AT: u64 = 24;
+const WHOSE_AT: u64 = 32;
 /// A mapping that has more bytes than this is none of a program's variables.
 const MOST_BYTES: u64 = 16 << 20;
 
@@ -95,10 +96,24 @@ impl Switch {
     /// # Errors
     /// What writing to its memory fails with.
     pub fn arm(&self, point: &str, before: u64) -> io::Result<()> {
+        self.set(point, before, 0)
+    }
+
+    /// Has the process die at the point of this name when it works for the volume in this slot of its store, as if by a
+    /// fault of its own.
+    ///
+    /// # Errors
+    /// What writing to its memory fails with.
+    pub fn arm_for(&self, point: &str, slot: u16) -> io::Result<()> {
+        self.set(point, 0, u64::from(slot) + 1)
+    }
+
+    fn set(&self, point: &str, before: u64, whose: u64) -> io::Result<()> {
         let write = |value: u64, at| self.memory.write_all_at(&value.to_le_bytes(), self.at + at);
         // Nothing is armed while the count is another one's.
         write(0, ARMED_AT)?;
         write(before, BEFORE_AT)?;
+        write(whose, WHOSE_AT)?;
         write(hash(point), ARMED_AT)
     }
 }

@@ -11,6 +11,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::time::Duration;
 
 use bulkhead_integration::host::own_uid;
+use bulkhead_integration::survive::aside::a_volume_that_kills;
 use bulkhead_integration::survive::disk::Base;
 use bulkhead_integration::survive::fleet::Scene;
 use bulkhead_integration::survive::guest;
@@ -116,6 +117,11 @@ const OTHERS: &[Test] = &[
         name: "survive_everything_at_once",
         needs: Need::Nothing,
         run: |name| mixed(name, true, Duration::from_secs(20), 1),
+    },
+    Test {
+        name: "survive_a_volume_that_kills",
+        needs: Need::Root,
+        run: a_volume_that_kills,
     },
     Test {
         name: "survive_slow_writes",

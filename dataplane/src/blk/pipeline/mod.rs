@@ -305,6 +305,7 @@ impl Pipeline {
         let (index, at) = untoken(token);
         let flight = self.flights.get_mut(index as usize)?;
         let local = flight.local.clone()?;
+        crate::hand::take(local.device.hand.get());
         let result = transfer.judge(done);
         if let Err(errno) = result
             && is_temporary(transfer.action, errno)

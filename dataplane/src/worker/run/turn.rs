@@ -9,6 +9,7 @@ use super::events::Armed;
 use super::serve::{Portion, serve};
 use super::{WAKE, Worker};
 use crate::blk::pipeline::ageing::LOOK_EVERY;
+use crate::hand;
 use crate::net::lane::MOST_FRAMES;
 use crate::qos::Gate;
 use crate::worker::batch;
@@ -152,6 +153,7 @@ impl Worker {
         else {
             return 0;
         };
+        hand::take(queue.hand);
         let Kind::Blk(blk) = &mut queue.kind else {
             return self.serve_card::<AGAIN>(number, portion);
         };
