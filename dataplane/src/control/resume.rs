@@ -50,7 +50,7 @@ impl Control {
                 }
             }
         }
-        for place in found.volumes {
+        for place in found.places {
             let Some(stored) = place.volume().cloned() else {
                 continue;
             };

@@ -111,7 +111,7 @@ impl Connection {
     /// # Errors
     /// It can't go on, and is to be forgotten.
     pub(super) fn resumed(place: &mut Place, facts: Facts) -> Result<Option<Self>, ProtocolError> {
-        let left = place.volume().and_then(|volume| volume.connection.clone());
+        let left = place.connection().cloned();
         let Some(left) = left else {
             return Ok(None);
         };

@@ -105,8 +105,7 @@ pub(super) fn id_of(token: Token) -> DeviceId {
 impl State {
     pub(super) fn new(offer: Offer, id: DeviceId, workers: usize) -> Self {
         let facts = Facts::of(id, offer.device);
-        let stored = offer.place.volume();
-        let resumes = stored.is_some_and(|volume| volume.connection.is_some());
+        let resumes = offer.place.connection().is_some();
         Self {
             facts,
             listener: offer.listener,
@@ -159,8 +158,7 @@ impl State {
 
     /// Whether a successor can go on with what is served of it.
     pub(super) fn can_be_handed_over(&self) -> bool {
-        let stored = self.place.volume().and_then(|v| v.connection.as_ref());
-        self.connection.is_none() || stored.is_some()
+        self.connection.is_none() || self.place.connection().is_some()
     }
 
     /// Its name in log lines.

@@ -17,7 +17,8 @@ use nix::sys::uio::{pread, pwrite};
 use nix::unistd::ftruncate;
 
 use super::format::{COPIES, COPY_BYTES, FormatError, Numbered, encode, latest};
-use super::volume::{FdNumber, StoredVolume};
+use super::kinds::Stored;
+use super::volume::FdNumber;
 use crate::memory::{SharedArea, SharedFlag};
 use crate::vhost_user::inflight_flags;
 
@@ -65,7 +66,7 @@ impl StateFile {
     ///
     /// # Errors
     /// It is no state memfd, or no state in it can be read.
-    pub fn open(fd: OwnedFd) -> Result<(Self, StoredVolume<FdNumber>), FileError> {
+    pub fn open(fd: OwnedFd) -> Result<(Self, Stored<FdNumber>), FileError> {
         let numbered = read(fd.as_fd())?;
         let flush_failed = flag(fd.as_fd())?;
         let file = Self {
@@ -73,16 +74,16 @@ impl StateFile {
             sequence: numbered.sequence,
             flush_failed,
         };
-        Ok((file, numbered.volume))
+        Ok((file, numbered.stored))
     }
 
     /// Writes a state; the one before stays readable until this one is whole.
     ///
     /// # Errors
     /// It is too long, or `pwrite` fails; the one before is in force then.
-    pub fn write(&mut self, volume: &StoredVolume<FdNumber>) -> Result<(), FileError> {
+    pub fn write(&mut self, stored: &Stored<FdNumber>) -> Result<(), FileError> {
         let sequence = self.sequence + 1;
-        let bytes = encode(sequence, volume)?;
+        let bytes = encode(sequence, stored)?;
         let copy = sequence % COPIES as u64;
         write_at(self.fd.as_fd(), &bytes, copy * COPY_BYTES as u64)?;
         self.sequence = sequence;
@@ -126,8 +127,8 @@ fn flag(fd: BorrowedFd<'_>) -> io::Result<Arc<SharedFlag>> {
 ///
 /// # Errors
 /// As [`StateFile::open`].
-pub fn look_at(fd: BorrowedFd<'_>) -> Result<StoredVolume<FdNumber>, FileError> {
-    Ok(read(fd)?.volume)
+pub fn look_at(fd: BorrowedFd<'_>) -> Result<Stored<FdNumber>, FileError> {
+    Ok(read(fd)?.stored)
 }
 
 fn read(fd: BorrowedFd<'_>) -> Result<Numbered, FileError> {

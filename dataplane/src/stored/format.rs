@@ -1,4 +1,4 @@
-//! The bytes of a volume's state (`docs/formats/state.md`): a frame with version, sequence number and
+//! The bytes of a state (`docs/formats/state.md`): a frame with version, sequence number and
 //! digest around CBOR, written to two copies in turn, so that a death in the middle of a write leaves the
 //! copy before.
 //!
@@ -12,13 +12,12 @@ use std::collections::BTreeSet;
 
 use sha2::{Digest, Sha256};
 
-use super::volume::{FdNumber, Step, StoredConnection, StoredVolume};
+use super::kinds::Stored;
+use super::volume::{FdNumber, Step, StoredConnection};
 use crate::vhost_user::message::{HEADER_BYTES, MAX_BODY_BYTES, MAX_REGIONS};
 
 /// The version that this build writes.
-pub const WRITTEN_BY: u16 = if cfg!(previous_state_format) { 1 } else { 2 };
-/// The oldest version that reads what this build writes.
-pub const READABLE_BY: u16 = 1;
+pub const WRITTEN_BY: u16 = if cfg!(previous_state_format) { 2 } else { 3 };
 /// Bytes of one copy, frame and all.
 pub const COPY_BYTES: usize = 16 << 10;
 /// Copies of a state, one behind the other.
@@ -29,6 +28,8 @@ pub const FRAME_BYTES: usize = 80;
 pub const MAX_PAYLOAD_BYTES: usize = COPY_BYTES - FRAME_BYTES;
 
 const MAGIC: &[u8; 16] = b"bulkhead volume ";
+/// Where it says what is stored.
+const KIND_AT: usize = 32;
 /// Where the digest of everything else lies.
 const DIGEST_AT: usize = 48;
 /// A sequence number counts messages: none ever comes near. (A forged one must not make us overflow.)
@@ -71,18 +72,23 @@ pub struct Numbered {
     /// From 1 on.
     pub sequence: u64,
     /// What it says.
-    pub volume: StoredVolume<FdNumber>,
+    pub stored: Stored<FdNumber>,
 }
 
 /// The bytes of a copy, without what lies behind them in it.
 ///
 /// # Errors
 /// [`FormatError::TooLong`].
-pub fn encode(sequence: u64, volume: &StoredVolume<FdNumber>) -> Result<Vec<u8>, FormatError> {
+pub fn encode(sequence: u64, stored: &Stored<FdNumber>) -> Result<Vec<u8>, FormatError> {
+    let kind = Kind::of(stored);
+    if kind.readable_by() > WRITTEN_BY {
+        return Err(FormatError::Value("this version has nothing of its kind"));
+    }
     let mut bytes = vec![0; FRAME_BYTES];
-    match before(volume) {
-        Some(volume) => minicbor::encode(volume, &mut bytes),
-        None => minicbor::encode(volume, &mut bytes),
+    match stored {
+        Stored::Volume(volume) => minicbor::encode(volume, &mut bytes),
+        Stored::Nic(nic) => minicbor::encode(nic, &mut bytes),
+        Stored::Switch(switch) => minicbor::encode(switch, &mut bytes),
     }
     .map_err(|_| FormatError::Value("it does not encode"))?;
     let payload_bytes = bytes.len() - FRAME_BYTES;
@@ -93,9 +99,10 @@ pub fn encode(sequence: u64, volume: &StoredVolume<FdNumber>) -> Result<Vec<u8>,
     let head = [
         &MAGIC[..],
         &WRITTEN_BY.to_le_bytes(),
-        &READABLE_BY.to_le_bytes(),
+        &kind.readable_by().to_le_bytes(),
         &length.to_le_bytes(),
         &sequence.to_le_bytes(),
+        &[kind as u8],
     ]
     .concat();
     put(&mut bytes, 0, &head);
@@ -104,16 +111,36 @@ pub fn encode(sequence: u64, volume: &StoredVolume<FdNumber>) -> Result<Vec<u8>,
     Ok(bytes)
 }
 
-/// What the version before would have written, where that is not the same.
-fn before(volume: &StoredVolume<FdNumber>) -> Option<StoredVolume<FdNumber>> {
-    if !cfg!(previous_state_format) {
-        return None;
+/// What is stored. The versions before 3 know volumes alone, and wrote nothing there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Kind {
+    Volume = 0,
+    Nic = 1,
+    Switch = 2,
+}
+
+impl Kind {
+    fn of(stored: &Stored<FdNumber>) -> Self {
+        match stored {
+            Stored::Volume(_) => Self::Volume,
+            Stored::Nic(_) => Self::Nic,
+            Stored::Switch(_) => Self::Switch,
+        }
     }
-    let mut volume = volume.clone();
-    if let Some(connection) = &mut volume.connection {
-        connection.told_sectors = None;
+
+    fn parse(byte: u64) -> Option<Self> {
+        let all = [Self::Volume, Self::Nic, Self::Switch];
+        all.into_iter().find(|kind| *kind as u64 == byte)
     }
-    Some(volume)
+
+    /// The oldest version that reads what this build writes of it.
+    fn readable_by(self) -> u16 {
+        match self {
+            Self::Volume => 1,
+            Self::Nic | Self::Switch => 3,
+        }
+    }
 }
 
 fn put(bytes: &mut [u8], at: usize, what: &[u8]) {
@@ -142,18 +169,21 @@ pub fn decode(copy: &[u8]) -> Result<Numbered, FormatError> {
             readable_by: frame.readable_by,
         });
     }
+    let kind = Kind::parse(frame.kind).ok_or(FormatError::Value("its kind"))?;
     let mut decoder = minicbor::Decoder::new(frame.payload);
-    let volume: StoredVolume<FdNumber> = decoder
-        .decode()
-        .map_err(|_| FormatError::Damaged("it does not decode"))?;
+    let stored = match kind {
+        Kind::Volume => decoder.decode().map(Stored::Volume),
+        Kind::Nic => decoder.decode().map(Stored::Nic),
+        Kind::Switch => decoder.decode().map(Stored::Switch),
+    };
+    let stored = stored.map_err(|_| FormatError::Damaged("it does not decode"))?;
     if decoder.position() != frame.payload.len() {
         return Err(FormatError::Damaged("something follows it"));
     }
-    let volume = before(&volume).unwrap_or(volume);
-    check(&volume)?;
+    check(&stored)?;
     Ok(Numbered {
         sequence: frame.sequence,
-        volume,
+        stored,
     })
 }
 
@@ -176,6 +206,7 @@ struct Frame<'a> {
     written_by: u16,
     readable_by: u16,
     sequence: u64,
+    kind: u64,
     payload: &'a [u8],
 }
 
@@ -205,6 +236,7 @@ impl<'a> Frame<'a> {
             written_by: half(16),
             readable_by: half(18),
             sequence,
+            kind: le(head, KIND_AT, DIGEST_AT - KIND_AT),
             payload: whole.get(FRAME_BYTES..).unwrap_or_default(),
         })
     }
@@ -219,16 +251,17 @@ fn le(head: &[u8; FRAME_BYTES], at: usize, bytes: usize) -> u64 {
 
 /// What the types leave open. (What keyd granted, and what is wrong with a descriptor, is found where it is
 /// used.)
-fn check(volume: &StoredVolume<FdNumber>) -> Result<(), FormatError> {
+fn check(stored: &Stored<FdNumber>) -> Result<(), FormatError> {
     let mut seen = BTreeSet::new();
     let mut once = |number| match seen.insert(number) {
         true => Ok(()),
         false => Err(FormatError::Value("a descriptor is named twice")),
     };
-    volume.clone().try_map(&mut once)?;
-    match &volume.connection {
-        Some(connection) => check_connection(connection, volume.grant.queues),
-        None => Ok(()),
+    stored.clone().try_map(&mut once)?;
+    match (stored.connection(), stored.queues()) {
+        (Some(connection), Some(queues)) => check_connection(connection, queues),
+        (Some(_), None) => Err(FormatError::Value("the number of its queues")),
+        (None, _) => Ok(()),
     }
 }
 

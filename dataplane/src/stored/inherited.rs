@@ -16,8 +16,9 @@ use bulkhead_protocol::workers::Workers;
 use super::Fd;
 use super::file::{FileError, look_at};
 use super::keeper::{Found, KeepError, Keeper};
+use super::kinds::Stored;
 use super::names::{Name, SLOTS};
-use super::volume::{FdNumber, StoredVolume};
+use super::volume::FdNumber;
 use super::workers;
 use crate::memory::Prepared;
 
@@ -111,10 +112,10 @@ impl Inherited {
     pub fn prepare(&mut self) {
         let until = Instant::now() + PREPARE_WITHIN;
         let mut prepared = BTreeMap::new();
-        for (slot, volume) in self.look() {
+        for (slot, stored) in self.look() {
             let of: &mut Prepared = prepared.entry(slot).or_default();
-            let connection = volume.connection.into_iter();
-            for region in connection.flat_map(|connection| connection.memory) {
+            let memory = stored.connection().map(|connection| &connection.memory);
+            for region in memory.into_iter().flatten() {
                 // What can't be mapped now fails, or not, when the connection is taken over.
                 if let Err(error) = of.add(&region.spec(), region.fd.as_fd(), until) {
                     tracing::warn!("guest memory is not mapped ahead: {error}");
@@ -125,10 +126,10 @@ impl Inherited {
         self.prepared = prepared;
     }
 
-    /// The volumes that are served now, by slot, as far as they can be made out: the process that serves may be in the
+    /// What is served now, by slot, as far as they can be made out: the process that serves may be in the
     /// middle of a change. A descriptor that stays is the same value each time.
     #[must_use]
-    pub fn look(&self) -> Vec<(u16, StoredVolume<Fd>)> {
+    pub fn look(&self) -> Vec<(u16, Stored<Fd>)> {
         let mut states = Vec::new();
         let mut numbered = BTreeMap::new();
         for (name, fd) in &self.there {

@@ -19,9 +19,10 @@ use super::Fd;
 use super::deaths::Deaths;
 use super::file::FileError;
 use super::inherited::{Inherited, Remains};
+use super::kinds::Stored;
 use super::names::{Name, SLOTS};
 use super::place::{Kept, Place};
-use super::volume::{FdNumber, StoredVolume};
+use super::volume::FdNumber;
 use super::workers;
 use crate::memory::SharedWords;
 
@@ -68,8 +69,8 @@ pub struct Keeper {
 /// What a predecessor left.
 #[derive(Debug, Default)]
 pub struct Found {
-    /// Volumes that it served ([`Place::volume`]), by slot.
-    pub volumes: Vec<Place>,
+    /// What it served ([`Place::stored`]), by slot.
+    pub places: Vec<Place>,
     /// The read ends of earlier processes' fences, with their generations. They stay stored.
     pub fences: Vec<(u64, OwnedFd)>,
     /// The workers that it had. They stay stored.
@@ -115,7 +116,7 @@ impl Keeper {
             match Kept::take(&shared, slot, fd, fds) {
                 Ok((mut kept, trouble)) => {
                     kept.prepared = remains.prepared.remove(&slot);
-                    found.volumes.push(Place(Some(Box::new(kept))));
+                    found.places.push(Place(Some(Box::new(kept))));
                     found.lost.extend(trouble);
                 }
                 Err((reason, fds)) => {
@@ -161,15 +162,15 @@ impl Keeper {
         self.shared.is_some()
     }
 
-    /// A place for a volume that is served from now on.
+    /// A place for what is served from now on.
     ///
     /// # Errors
     /// [`KeepError`]; nothing of it is stored then.
-    pub fn place(&self, volume: StoredVolume<Fd>) -> Result<Place, KeepError> {
+    pub fn place(&self, stored: impl Into<Stored<Fd>>) -> Result<Place, KeepError> {
         let Some(shared) = &self.shared else {
             return Ok(Place::none());
         };
-        let mut kept = Kept::new(shared, volume)?;
+        let mut kept = Kept::new(shared, stored.into())?;
         match kept.begin() {
             Ok(()) => Ok(Place(Some(Box::new(kept)))),
             Err(error) => {

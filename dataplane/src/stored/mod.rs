@@ -1,9 +1,11 @@
-//! What survives this process: of each volume that is served one state memfd and the descriptors that it
+//! What survives this process: of each volume, card and switch that is served one state memfd and the descriptors that it
 //! names, all of them in rot's descriptor store (ADR 0027, ADR 0028, `docs/formats/state.md`).
 //!
 //! | module | owns |
 //! | --- | --- |
 //! | [`volume`] | what is remembered of a volume and of its frontend's connection |
+//! | [`nic`] | what is remembered of a network card, and of a switch |
+//! | [`kinds`] | what a slot is: one of these |
 //! | [`format`] | the bytes of that: versions, digest, which of two copies counts |
 //! | [`file`] | the memfd that they lie in, and the flag that a worker raises in it |
 //! | `workers` | how many workers there are |
@@ -24,7 +26,9 @@ pub mod file;
 pub mod format;
 pub mod inherited;
 pub mod keeper;
+pub mod kinds;
 mod names;
+pub mod nic;
 pub mod place;
 pub mod volume;
 mod workers;
@@ -35,6 +39,8 @@ use std::sync::Arc;
 pub use deaths::Deaths;
 pub use inherited::Inherited;
 pub use keeper::{Found, KeepError, Keeper};
+pub use kinds::Stored;
+pub use nic::{StoredNic, StoredPort, StoredSwitch};
 pub use place::Place;
 pub use volume::{
     FdNumber, Reply, Step, StoredCache, StoredConnection, StoredInflight, StoredLog, StoredPhase,

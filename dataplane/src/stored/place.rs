@@ -1,4 +1,4 @@
-//! A volume's place in rot's store: what is to be remembered is put into it as a whole, and it sees for itself
+//! A place in rot's store: what is to be remembered is put into it as a whole, and it sees for itself
 //! which descriptors are new and which are no longer named.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
@@ -12,7 +12,9 @@ use bulkhead_protocol::fd_store::StoreError;
 use super::Fd;
 use super::file::{FileError, StateFile};
 use super::keeper::{KeepError, Shared, lock};
+use super::kinds::Stored;
 use super::names::{Name, SLOTS};
+use super::nic::StoredNic;
 use super::volume::{FdNumber, Step, StoredCache, StoredConnection, StoredVolume};
 use crate::control::MAX_VOLUMES;
 use crate::crash_point;
@@ -35,8 +37,23 @@ impl Place {
 
     /// What is remembered; none: nothing is kept here.
     #[must_use]
+    pub fn stored(&self) -> Option<&Stored<Fd>> {
+        self.0.as_ref().map(|kept| &kept.stored)
+    }
+
+    /// The same of a volume.
+    #[must_use]
     pub fn volume(&self) -> Option<&StoredVolume<Fd>> {
-        self.0.as_ref().map(|kept| &kept.volume)
+        match self.stored()? {
+            Stored::Volume(volume) => Some(volume),
+            Stored::Nic(_) | Stored::Switch(_) => None,
+        }
+    }
+
+    /// The connection that is remembered, if there is one.
+    #[must_use]
+    pub fn connection(&self) -> Option<&StoredConnection<Fd>> {
+        self.stored()?.connection()
     }
 
     /// Whether anything is kept here.
@@ -70,12 +87,32 @@ impl Place {
     /// # Errors
     /// [`KeepError`]: what was remembered before still is.
     pub fn update(&mut self, change: impl FnOnce(&mut StoredVolume<Fd>)) -> Result<(), KeepError> {
+        self.change(|stored| {
+            if let Stored::Volume(volume) = stored {
+                change(volume);
+            }
+        })
+    }
+
+    /// The same of a network card.
+    ///
+    /// # Errors
+    /// As [`Place::update`].
+    pub fn update_nic(&mut self, change: impl FnOnce(&mut StoredNic<Fd>)) -> Result<(), KeepError> {
+        self.change(|stored| {
+            if let Stored::Nic(nic) = stored {
+                change(nic);
+            }
+        })
+    }
+
+    fn change(&mut self, change: impl FnOnce(&mut Stored<Fd>)) -> Result<(), KeepError> {
         let Some(kept) = &mut self.0 else {
             return Ok(());
         };
-        let before = kept.volume.clone();
-        change(&mut kept.volume);
-        kept.write().inspect_err(|_| kept.volume = before)
+        let before = kept.stored.clone();
+        change(&mut kept.stored);
+        kept.write().inspect_err(|_| kept.stored = before)
     }
 
     /// Remembers the connection as it is now, or that there is none. If it can't be, a successor will
@@ -84,12 +121,17 @@ impl Place {
         let Some(kept) = &mut self.0 else {
             return;
         };
-        kept.volume.cache = cache;
+        if let Stored::Volume(volume) = &mut kept.stored {
+            volume.cache = cache;
+        }
         kept.prepared = None;
         if now.is_none() {
             kept.given_up = false;
         }
-        kept.volume.connection = now.filter(|_| !kept.given_up);
+        let now = now.filter(|_| !kept.given_up);
+        if let Some(connection) = kept.stored.connection_mut() {
+            *connection = now;
+        }
         if let Err(error) = kept.write() {
             kept.give_up(&error);
         }
@@ -101,7 +143,7 @@ impl Place {
         let Some(kept) = &mut self.0 else {
             return;
         };
-        if let Some(connection) = &mut kept.volume.connection {
+        if let Some(Some(connection)) = kept.stored.connection_mut() {
             connection.step = step;
             if let Err(error) = kept.write() {
                 kept.give_up(&error);
@@ -115,8 +157,10 @@ impl Place {
         let Some(kept) = &mut self.0 else {
             return;
         };
-        let vrings = kept.volume.connection.as_mut().map(|c| &mut c.vrings);
-        let Some(vring) = vrings.and_then(|vrings| vrings.get_mut(usize::from(queue))) else {
+        let Some(Some(connection)) = kept.stored.connection_mut() else {
+            return;
+        };
+        let Some(vring) = connection.vrings.get_mut(usize::from(queue)) else {
             return;
         };
         vring.anew = false;
@@ -139,11 +183,11 @@ pub(super) struct Kept {
     shared: Arc<Mutex<Shared>>,
     slot: u16,
     file: StateFile,
-    volume: StoredVolume<Fd>,
+    stored: Stored<Fd>,
     /// As it stands in the file.
-    written: Option<StoredVolume<FdNumber>>,
-    /// What is stored, by where the value lies.
-    stored: BTreeMap<usize, (FdNumber, Fd)>,
+    written: Option<Stored<FdNumber>>,
+    /// Its descriptors in the store, by where the value lies.
+    there: BTreeMap<usize, (FdNumber, Fd)>,
     /// The next number.
     next: u32,
     /// This connection could not be remembered, and is not from then on.
@@ -157,10 +201,7 @@ fn key(fd: &Fd) -> usize {
 }
 
 impl Kept {
-    pub(super) fn new(
-        shared: &Arc<Mutex<Shared>>,
-        volume: StoredVolume<Fd>,
-    ) -> Result<Self, KeepError> {
+    pub(super) fn new(shared: &Arc<Mutex<Shared>>, stored: Stored<Fd>) -> Result<Self, KeepError> {
         let file = StateFile::create().map_err(FileError::from)?;
         let mut free = lock(shared);
         let slot = (0..SLOTS).find(|slot| !free.taken.contains(slot));
@@ -172,9 +213,9 @@ impl Kept {
             shared: Arc::clone(shared),
             slot,
             file,
-            volume,
+            stored,
             written: None,
-            stored: BTreeMap::new(),
+            there: BTreeMap::new(),
             next: 0,
             given_up: false,
             prepared: None,
@@ -206,18 +247,21 @@ impl Kept {
             fds.get(&number).cloned().ok_or_else(missing)
         };
         let mut trouble = None;
-        if let Some(connection) = written.connection.take() {
+        if let Some(Some(connection)) = written.connection_mut().map(Option::take) {
             match connection.clone().try_map(&mut { find }) {
-                Ok(_) => written.connection = Some(connection),
+                Ok(_) => written
+                    .connection_mut()
+                    .into_iter()
+                    .for_each(|place| *place = Some(connection.clone())),
                 Err(reason) => {
                     trouble = Some(format!(
-                        "the connection of the volume in slot {slot}: {reason}"
+                        "the connection of {written} in slot {slot}: {reason}"
                     ));
                 }
             }
         }
-        let volume = written.clone().try_map(&mut { find });
-        let volume = volume.map_err(|reason| (reason, numbers()))?;
+        let stored = written.clone().try_map(&mut { find });
+        let stored = stored.map_err(|reason| (reason, numbers()))?;
         let next = fds
             .keys()
             .next_back()
@@ -227,9 +271,9 @@ impl Kept {
             shared: Arc::clone(shared),
             slot,
             file,
-            volume,
+            stored,
             written: trouble.is_none().then_some(written),
-            stored: fds
+            there: fds
                 .iter()
                 .map(|(n, fd)| (key(fd), (*n, Arc::clone(fd))))
                 .collect(),
@@ -245,8 +289,8 @@ impl Kept {
 
     /// Stores what is new, writes the state if it is another, removes what it does not name.
     fn write(&mut self) -> Result<(), KeepError> {
-        let volume = self.volume.clone();
-        let numbered = volume.try_map(&mut |fd| self.number(&fd));
+        let stored = self.stored.clone();
+        let numbered = stored.try_map(&mut |fd| self.number(&fd));
         let written = numbered.and_then(|numbered| {
             if self.written.as_ref() != Some(&numbered) {
                 crash_point!("state.stored");
@@ -262,14 +306,14 @@ impl Kept {
 
     /// Its number; it is stored if it was not.
     fn number(&mut self, fd: &Fd) -> Result<FdNumber, KeepError> {
-        if let Some((number, _)) = self.stored.get(&key(fd)) {
+        if let Some((number, _)) = self.there.get(&key(fd)) {
             return Ok(*number);
         }
         self.check_share()?;
         let number = self.free_number();
         let name = Name::Numbered(self.slot, number).name()?;
         lock(&self.shared).store.push(name, &[fd.as_fd()])?;
-        self.stored.insert(key(fd), (number, Arc::clone(fd)));
+        self.there.insert(key(fd), (number, Arc::clone(fd)));
         Ok(number)
     }
 
@@ -278,7 +322,7 @@ impl Kept {
         loop {
             let number = FdNumber(self.next);
             self.next = self.next.wrapping_add(1);
-            if self.stored.values().all(|(other, _)| *other != number) {
+            if self.there.values().all(|(other, _)| *other != number) {
                 return number;
             }
         }
@@ -290,10 +334,10 @@ impl Kept {
         let shared = lock(&self.shared);
         let half = shared.store.limit() / 2;
         let share = (half / MAX_VOLUMES).max(LEAST_SHARE);
-        if self.stored.len() < share || shared.store.len() < half {
+        if self.there.len() < share || shared.store.len() < half {
             return Ok(());
         }
-        Err(KeepError::Share(self.stored.len()))
+        Err(KeepError::Share(self.there.len()))
     }
 
     fn remove_unnamed(&mut self) -> Result<(), KeepError> {
@@ -302,7 +346,7 @@ impl Kept {
             let _: Result<_, ()> = written.try_map(&mut |number| Ok(named.insert(number)));
         }
         let mut gone = Vec::new();
-        self.stored.retain(|_, (number, _)| {
+        self.there.retain(|_, (number, _)| {
             let stays = named.contains(number);
             if !stays {
                 gone.push(*number);
@@ -321,13 +365,15 @@ impl Kept {
             end_with_rot();
         }
         tracing::error!(
-            "volume {}: its frontend's connection will not outlive this process: {error}",
-            self.volume.grant.volume
+            "{}: its frontend's connection will not outlive this process: {error}",
+            self.stored
         );
         self.given_up = true;
-        self.volume.connection = None;
+        if let Some(connection) = self.stored.connection_mut() {
+            *connection = None;
+        }
         if let Err(error) = self.write() {
-            tracing::error!("volume {}: {error}", self.volume.grant.volume);
+            tracing::error!("{}: {error}", self.stored);
         }
     }
 
@@ -337,13 +383,13 @@ impl Kept {
         let remove = || -> Result<(), KeepError> {
             let mut shared = lock(&self.shared);
             shared.store.remove(Name::State(slot).name()?)?;
-            let numbers = self.stored.values().map(|(number, _)| *number);
+            let numbers = self.there.values().map(|(number, _)| *number);
             shared.remove_all(slot, numbers.collect::<Vec<_>>())?;
             shared.taken.remove(&slot);
             Ok(())
         };
         if let Err(error) = remove() {
-            tracing::error!("a volume that is gone stays in the store: {error}");
+            tracing::error!("what is served no more stays in the store: {error}");
         }
     }
 }

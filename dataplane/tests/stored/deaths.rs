@@ -66,7 +66,7 @@ fn serve_what_is_stored() {
     let store = std::io::stdin().as_fd().try_clone_to_owned().expect("dup");
     let (_keeper, mut found) =
         Keeper::take(Store::new(store, 4096).expect("a store")).expect("rot");
-    let place = found.volumes.pop().expect("a volume");
+    let place = found.places.pop().expect("a volume");
     let listener = Arc::clone(&place.volume().expect("kept").listener);
     let geometry = Geometry {
         logical_block_bytes: 512,
@@ -286,7 +286,7 @@ impl World {
         let _ = self.server.0.wait();
         let (_, found) = Keeper::take(self.rot.start()).expect("rot");
         assert!(found.lost.is_empty(), "{:?}", found.lost);
-        let volume = found.volumes[0].volume().expect("kept");
+        let volume = found.places[0].volume().expect("kept");
         volume.connection.clone()
     }
 }

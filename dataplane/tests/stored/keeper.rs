@@ -5,16 +5,17 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use bulkhead_dataplane::stored::file::FILE_BYTES;
-use bulkhead_dataplane::stored::format::{COPIES, COPY_BYTES, WRITTEN_BY};
+use bulkhead_dataplane::stored::format::{COPIES, COPY_BYTES};
 use bulkhead_dataplane::stored::{
-    Fd, Found, Inherited, Keeper, Place, Step, StoredCache, StoredVolume,
+    Fd, Found, Inherited, Keeper, Place, Step, Stored, StoredCache, StoredPort, StoredSwitch,
+    StoredVolume,
 };
 use bulkhead_protocol::fd_store::FdName;
 use bulkhead_protocol::fd_store::message::Notification;
 use nix::sys::uio::{pread, pwrite};
 
 use crate::rot::{Rot, Sent, copy};
-use crate::sample::{connection, fd, idle, same};
+use crate::sample::{connection, fd, idle, idle_nic, same};
 
 fn volume() -> StoredVolume<Fd> {
     idle(2, &mut fd)
@@ -27,7 +28,7 @@ fn take(rot: &mut Rot) -> (Keeper, Found) {
 /// A keeper with one volume, and what became of it.
 fn begin(rot: &mut Rot) -> (Keeper, Place) {
     let (keeper, found) = take(rot);
-    assert!(found.volumes.is_empty() && found.lost.is_empty());
+    assert!(found.places.is_empty() && found.lost.is_empty());
     let place = keeper.place(volume()).expect("room");
     (keeper, place)
 }
@@ -36,12 +37,7 @@ fn begin(rot: &mut Rot) -> (Keeper, Place) {
 fn assert_same(one: &StoredVolume<Fd>, other: &StoredVolume<Fd>) {
     let count = |volume: &StoredVolume<Fd>| {
         let mut fds = Vec::new();
-        let mut volume = volume.clone();
-        if WRITTEN_BY < 2
-            && let Some(connection) = &mut volume.connection
-        {
-            connection.told_sectors = None;
-        }
+        let volume = volume.clone();
         let counted: Result<_, ()> = volume.try_map(&mut |fd| {
             fds.push(fd);
             Ok(fds.len())
@@ -75,7 +71,7 @@ fn a_successor_has_what_was_put_last() {
     for _ in 0..3 {
         let (_, found) = take(&mut rot);
         assert!(found.lost.is_empty(), "{:?}", found.lost);
-        let [one, two] = &found.volumes[..] else {
+        let [one, two] = &found.places[..] else {
             panic!("two volumes: {found:?}");
         };
         assert_same(one.volume().expect("kept"), &first);
@@ -154,9 +150,16 @@ fn a_death_at_any_step_leaves_one_state_or_the_other() {
             assert_eq!(pwrite(state(&rot).0, bytes, 0), Ok(bytes.len()));
             let (_, found) = take(&mut rot);
             assert!(found.lost.is_empty(), "{died_after}: {:?}", found.lost);
-            assert_same(found.volumes[0].volume().expect("kept"), expected);
+            assert_same(found.places[0].volume().expect("kept"), expected);
             assert_eq!(rot.names().len(), 5 + count(expected), "{died_after}");
         }
+    }
+}
+
+fn volume_of(stored: Stored<Fd>) -> StoredVolume<Fd> {
+    match stored {
+        Stored::Volume(volume) => volume,
+        other => panic!("no volume: {other:?}"),
     }
 }
 
@@ -183,7 +186,7 @@ fn what_no_state_names_is_removed() {
             .push((name, lone.as_fd().try_clone_to_owned().expect("dup")));
     }
     let (_, found) = take(&mut rot);
-    assert_eq!((found.volumes.len(), found.lost.len()), (1, 0));
+    assert_eq!((found.places.len(), found.lost.len()), (1, 0));
     assert_eq!(rot.names(), ["v0.0", "v0.1", "v0.2", "v0.3", "v0.state"]);
 }
 
@@ -201,7 +204,7 @@ fn a_state_that_can_not_be_read_is_removed_with_all_that_it_has() {
     }
     let (keeper, found) = take(&mut rot);
     assert_eq!(
-        (found.volumes.len(), found.lost.len()),
+        (found.places.len(), found.lost.len()),
         (1, 1),
         "{:?}",
         found.lost
@@ -230,7 +233,7 @@ fn a_volume_outlives_a_connection_of_which_something_is_missing() {
     rot.settle();
     rot.stored.retain(|(name, _)| name.as_str() != "v0.6");
     let (_, found) = take(&mut rot);
-    let volume = found.volumes[0].volume().expect("kept");
+    let volume = found.places[0].volume().expect("kept");
     assert!(
         volume.connection.is_none() && found.lost.len() == 1,
         "{:?}",
@@ -270,7 +273,7 @@ fn a_failed_flush_is_known_to_the_successor() {
     flag.raise();
     drop((keeper, place, flag));
     let (_, found) = take(&mut rot);
-    assert!(found.volumes[0].flush_failed().expect("kept").is_raised());
+    assert!(found.places[0].flush_failed().expect("kept").is_raised());
 }
 
 /// A candidate sees what the process that serves does, leaves all of it alone, and then has it.
@@ -280,7 +283,7 @@ fn a_candidate_follows_and_takes_over_when_it_is_told_to() {
     let (keeper, mut place) = begin(&mut rot);
     let mut candidate = Inherited::of(rot.start_candidate());
     assert_eq!(candidate.look().len(), 1);
-    let (_, first) = candidate.look().remove(0);
+    let first = volume_of(candidate.look().remove(0).1);
     assert_same(&first, place.volume().expect("kept"));
     assert!(!candidate.follow().expect("rot"), "nothing has happened");
     // The state is there before rot has passed on what it names: nothing can be made out of it yet.
@@ -291,11 +294,9 @@ fn a_candidate_follows_and_takes_over_when_it_is_told_to() {
     assert!(candidate.follow().expect("rot"));
     let seen = candidate.look();
     assert_eq!(seen.len(), 2);
-    assert_same(&seen[0].1, place.volume().expect("kept"));
-    assert!(
-        Arc::ptr_eq(&seen[0].1.file, &first.file),
-        "it is the same one"
-    );
+    let seen = volume_of(seen[0].1.clone());
+    assert_same(&seen, place.volume().expect("kept"));
+    assert!(Arc::ptr_eq(&seen.file, &first.file), "it is the same one");
     place.remove();
     rot.settle();
     assert!(candidate.follow().expect("rot"));
@@ -306,8 +307,58 @@ fn a_candidate_follows_and_takes_over_when_it_is_told_to() {
     rot.promote();
     let (_keeper, found) = candidate.take_over().expect("rot");
     assert!(found.lost.is_empty(), "{:?}", found.lost);
-    assert_same(found.volumes[0].volume().expect("kept"), &kept);
+    assert_same(found.places[0].volume().expect("kept"), &kept);
     assert_eq!(rot.names(), before, "all of it is still stored");
+}
+
+#[test]
+fn a_card_and_a_switch_are_found_too() {
+    let mut rot = Rot::new();
+    let (keeper, _) = take(&mut rot);
+    let switch = StoredSwitch {
+        name: "lan".parse().expect("a name"),
+        uplink: None,
+        port: StoredPort::nothing(),
+    };
+    let of_switch = keeper.place(switch.clone()).expect("room");
+    let mut place = keeper.place(idle_nic(2, &mut fd)).expect("room");
+    assert_eq!(
+        rot.names(),
+        ["v0.state", "v1.0", "v1.1", "v1.2", "v1.state"]
+    );
+    place.put_connection(StoredCache::default(), Some(connection(4, 2, &mut fd)));
+    place
+        .update_nic(|nic| nic.refuses_new = false)
+        .expect("put");
+    place.begins(3);
+    place.mark(Step::Idle);
+    let kept = place.stored().cloned().expect("kept");
+    assert!(place.volume().is_none() && place.connection().is_some());
+    drop((keeper, place, of_switch));
+    let (keeper, mut found) = take(&mut rot);
+    assert!(found.lost.is_empty(), "{:?}", found.lost);
+    let (nic, of_switch) = (
+        found.places.pop().expect("one"),
+        found.places.pop().expect("two"),
+    );
+    let Some(Stored::Switch(stored)) = of_switch.stored() else {
+        panic!("no switch: {of_switch:?}");
+    };
+    assert!(stored.name == switch.name && stored.port.taps.is_empty());
+    let inodes = |stored: &Stored<Fd>| {
+        let inode = |fd: Fd| Ok::<_, ()>(nix::sys::stat::fstat(&fd).expect("stat").st_ino);
+        stored.clone().try_map(&mut { inode }).expect("no failure")
+    };
+    assert_eq!(inodes(nic.stored().expect("kept")), inodes(&kept));
+    let Some(Stored::Nic(stored)) = nic.stored() else {
+        panic!("no card: {nic:?}");
+    };
+    let connection = stored.connection.as_ref().expect("one");
+    assert!(!stored.refuses_new && !connection.vrings[3].anew && connection.vrings[2].anew);
+    nic.remove();
+    of_switch.remove();
+    assert_eq!(rot.names(), Vec::<String>::new());
+    drop(keeper);
 }
 
 #[test]

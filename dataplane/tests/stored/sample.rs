@@ -4,12 +4,13 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use bulkhead_dataplane::stored::{
-    Fd, FdNumber, Reply, Step, StoredCache, StoredConnection, StoredInflight, StoredLog,
-    StoredPhase, StoredRegion, StoredRing, StoredVolume, StoredVring,
+    Fd, FdNumber, Reply, Step, StoredCache, StoredConnection, StoredInflight, StoredLog, StoredNic,
+    StoredPhase, StoredPort, StoredRegion, StoredRing, StoredSwitch, StoredVolume, StoredVring,
 };
 use bulkhead_protocol::keys::VolumeGrant;
 use bulkhead_protocol::limits::{GroupGrant, Limits, Rate};
-use bulkhead_protocol::{DiscardPolicy, RekeyId, VolumeId};
+use bulkhead_protocol::net::{NicGrant, NicLimits, PortSpec, SpoofChecks, TrafficLimits, Uplink};
+use bulkhead_protocol::{DiscardPolicy, NicId, RekeyId, VolumeId};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 pub fn fd() -> Fd {
@@ -132,4 +133,70 @@ pub fn full(queues: u16, regions: u64) -> StoredVolume<FdNumber> {
     let mut volume = idle(queues, &mut number);
     volume.connection = Some(connection(queues, regions, &mut number));
     volume
+}
+
+/// Nobody is connected to it. Each descriptor is a new one.
+pub fn idle_nic<F>(pairs: u16, fd: &mut impl FnMut() -> F) -> StoredNic<F> {
+    let rate = Some(Rate::with_default_burst(10_000));
+    let limits = TrafficLimits {
+        packets: rate,
+        bytes: rate,
+    };
+    StoredNic {
+        grant: NicGrant {
+            nic: NicId([8; 16]),
+            socket: "nic".parse().expect("a name"),
+            allowed_uid: 1000,
+            mac: "52:54:00:12:34:56".parse().expect("an address"),
+            mtu: 1500,
+            queue_pairs: pairs,
+            port: PortSpec::Tap {
+                interface: "tap0".parse().expect("a name"),
+            },
+            uplink: None,
+            limits: NicLimits {
+                tx: limits,
+                rx: limits,
+            },
+            checks: SpoofChecks {
+                mac: true,
+                sources: vec!["192.0.2.0/24".parse().expect("a prefix")],
+            },
+            mirror: None,
+            epoch: 3,
+        },
+        listener: fd(),
+        port: StoredPort {
+            taps: (0..pairs).map(|_| fd()).collect(),
+            has_uso: true,
+        },
+        refuses_new: true,
+        connection: None,
+    }
+}
+
+/// A card with everything that there can be.
+pub fn nic(pairs: u16, regions: u64) -> StoredNic<FdNumber> {
+    let mut next = 0;
+    let mut number = || {
+        next += 1;
+        FdNumber(next)
+    };
+    let mut nic = idle_nic(pairs, &mut number);
+    nic.connection = Some(connection(2 * pairs, regions, &mut number));
+    nic
+}
+
+/// A switch with an uplink.
+pub fn switch() -> StoredSwitch<FdNumber> {
+    StoredSwitch {
+        name: "lan".parse().expect("a name"),
+        uplink: Some(Uplink::Tap {
+            interface: "tap1".parse().expect("a name"),
+        }),
+        port: StoredPort {
+            taps: vec![FdNumber(1)],
+            has_uso: false,
+        },
+    }
 }

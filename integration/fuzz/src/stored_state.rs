@@ -1,4 +1,4 @@
-//! `stored_state`: what a predecessor left of a volume, of any version and in any condition. Whatever it is, it is
+//! `stored_state`: what a predecessor left of a volume, a network card or a switch, of any version and in any condition. Whatever it is, it is
 //! refused, or read to values in their range that are written and read back the same.
 
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use bulkhead_dataplane::blk::config_space;
 use bulkhead_dataplane::stored::format::{
     COPY_BYTES, FRAME_BYTES, FormatError, MAX_PAYLOAD_BYTES, Numbered, decode, encode, latest,
 };
-use bulkhead_dataplane::stored::{Fd, FdNumber, StoredConnection, StoredVolume};
+use bulkhead_dataplane::stored::{Fd, FdNumber, Stored, StoredConnection};
 use bulkhead_dataplane::vhost_user::{Facts, Outbox, Session, feature, protocol_feature};
 use bulkhead_dataplane::worker::message::DeviceId;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -49,7 +49,9 @@ fn frame(sequence: u64, [written_by, readable_by]: [u16; 2], payload: &[u8]) -> 
     bytes.extend((readable_by % 4).to_le_bytes());
     bytes.extend(length.to_le_bytes());
     bytes.extend((sequence >> (sequence % 64)).to_le_bytes());
-    bytes.extend([0; 16]);
+    // Volumes, cards, switches, and what nobody knows.
+    bytes.push((written_by >> 8) as u8 % 4);
+    bytes.extend([0; 15]);
     let digest = Sha256::new().chain_update(&bytes).chain_update(payload);
     bytes.extend(digest.finalize());
     assert_eq!(bytes.len(), FRAME_BYTES);
@@ -59,16 +61,16 @@ fn frame(sequence: u64, [written_by, readable_by]: [u16; 2], payload: &[u8]) -> 
 
 /// What was read is written and read back the same, and a session is made of it or refused.
 fn accepted(numbered: &Numbered, input: &mut Input<'_>) {
-    let volume = &numbered.volume;
-    if let Ok(again) = encode(numbered.sequence, volume) {
+    let stored = &numbered.stored;
+    if let Ok(again) = encode(numbered.sequence, stored) {
         assert_eq!(decode(&again).as_ref(), Ok(numbered));
     }
-    resume(volume, input);
+    resume(stored, input);
 }
 
 /// Has a session go on from it. Most descriptors are what they have to be; some are something else.
-fn resume(volume: &StoredVolume<FdNumber>, input: &mut Input<'_>) {
-    let Some(connection) = volume.connection.clone() else {
+fn resume(stored: &Stored<FdNumber>, input: &mut Input<'_>) {
+    let (Some(connection), Some(queues)) = (stored.connection().cloned(), stored.queues()) else {
         return;
     };
     let mut kinds = kinds(&connection).into_iter();
@@ -88,7 +90,7 @@ fn resume(volume: &StoredVolume<FdNumber>, input: &mut Input<'_>) {
     let facts = Facts {
         id: DeviceId(1),
         features: config_space::features(&device.geometry),
-        queues: volume.grant.queues,
+        queues,
         device: device.into(),
     };
     if input.flag() {
