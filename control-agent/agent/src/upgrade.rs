@@ -73,6 +73,8 @@ impl Agent {
             (Answer::Approved(release), None) => self.ask_rot(now, release),
             // There will be no one to hear how it ends.
             (Answer::Upgrading, Some(release)) if release.component == Component::Agent => {
+                // Whoever asks until the next one answers is not to take what this one was for what came of it.
+                self.programs.retain(|p| p.component != Component::Agent);
                 self.end_upgrade(AdminReply::UpgradeBegun { release });
             }
             (Answer::Upgrading, Some(_)) => {}

@@ -122,14 +122,23 @@ pub fn start(what: &Start<'_>) -> io::Result<Child> {
     }
 }
 
-/// The child is ours and not reaped yet, so the number can't have been taken by another process.
+/// The child is ours and not reaped yet, so the number can't have been taken by another process. One of which there is no
+/// pidfd is ended: nobody would ever hear of its end.
 pub(crate) fn open_pidfd(pid: libc::pid_t) -> io::Result<OwnedFd> {
     // SAFETY: plain integers.
     let raw = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
     match RawFd::try_from(raw) {
         // SAFETY: the kernel has just made this descriptor for us.
         Ok(raw) if raw >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(raw) }),
-        _ => Err(io::Error::last_os_error()),
+        _ => {
+            let error = io::Error::last_os_error();
+            // SAFETY: plain integers, and nobody wants to know how it ended.
+            unsafe {
+                libc::kill(pid, libc::SIGKILL);
+                libc::waitpid(pid, ptr::null_mut(), 0);
+            }
+            Err(error)
+        }
     }
 }
 
