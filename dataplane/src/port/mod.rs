@@ -22,10 +22,11 @@
 //! | [`spec`] | what a network card is connected to, as the control thread and every worker know it |
 //! | [`switch`] | the learning bridge among NICs and one uplink |
 //! | [`tap`] | the port that leads to a queue of a TAP |
+//! | [`afxdp`] | the port that leads to a queue of an interface, past the host's stack |
 //! | [`interface`] | what ports that lead to the host's interfaces count |
-#![forbid(unsafe_code)]
 
 pub mod guard;
+pub mod afxdp;
 pub mod interface;
 pub mod mirror;
 pub mod null;
@@ -39,6 +40,7 @@ use crate::worker::ring::{Completion, Ring};
 
 pub use guard::Guard;
 pub use mirror::{Mirror, MirrorFile};
+pub use afxdp::AfXdpPort;
 pub use null::NullPort;
 pub use reason::DropReason;
 pub use spec::{OutsideSpec, PortSpec, SwitchSpec, TapSpec};

@@ -64,7 +64,7 @@ const CONTROL: [c_long; 13] = [
     libc::SYS_pread64,   // the trial read of a volume
     libc::SYS_pwrite64,  // a volume's state, for the next process
     libc::SYS_mlock,     // a key's page that is not memfd_secret
-    libc::SYS_ftruncate, // an in-flight region's length
+    libc::SYS_ftruncate, // the length of an in-flight region, of an AF_XDP port's memory
     libc::SYS_flock,     // whose a volume is
 ];
 
@@ -174,7 +174,7 @@ fn restricted_control() -> Result<Calls, BackendError> {
             libc::SYS_pipe2,
             vec![one_of(1, number(libc::O_CLOEXEC | libc::O_NONBLOCK))?],
         ),
-        // An in-flight region. Nothing is ever executed.
+        // An in-flight region, an AF_XDP port's memory. Nothing is ever executed.
         (
             libc::SYS_memfd_create,
             vec![one_of(1, u64::from(inflight_flags().bits()))?],
@@ -185,12 +185,27 @@ fn restricted_control() -> Result<Calls, BackendError> {
             vec![
                 socket_option(libc::SO_PEERCRED)?,
                 socket_option(libc::SO_PEEK_OFF)?,
+                xdp_option(libc::XDP_MMAP_OFFSETS)?,
+                xdp_option(libc::XDP_OPTIONS)?,
             ],
         ),
-        // Where a frontend's messages are looked at.
+        // Where a frontend's messages are looked at; memory and rings of an AF_XDP socket.
         (
             libc::SYS_setsockopt,
-            vec![socket_option(libc::SO_PEEK_OFF)?],
+            vec![
+                socket_option(libc::SO_PEEK_OFF)?,
+                xdp_option(libc::XDP_UMEM_REG)?,
+                xdp_option(libc::XDP_UMEM_FILL_RING)?,
+                xdp_option(libc::XDP_UMEM_COMPLETION_RING)?,
+                xdp_option(libc::XDP_TX_RING)?,
+            ],
+        ),
+        // Such a socket to its queue. A filter can't see the address, only that it is as long as that of an AF_XDP
+        // socket. The other sockets here are connections and listeners of frontends, and channels, all unix ones:
+        // the name that one of those could get leads nobody anywhere, because nothing here may listen.
+        (
+            libc::SYS_bind,
+            vec![one_of(2, size_of::<libc::sockaddr_xdp>() as u64)?],
         ),
         // `send`: replies to frontends, to no address but the socket's peer.
         (
@@ -223,6 +238,14 @@ fn one_of(argument: u8, value: u64) -> Result<SeccompRule, BackendError> {
 fn socket_option(option: i32) -> Result<SeccompRule, BackendError> {
     SeccompRule::new(vec![
         equals(1, number(libc::SOL_SOCKET))?,
+        equals(2, number(option))?,
+    ])
+}
+
+/// An option of AF_XDP sockets.
+fn xdp_option(option: i32) -> Result<SeccompRule, BackendError> {
+    SeccompRule::new(vec![
+        equals(1, number(libc::SOL_XDP))?,
         equals(2, number(option))?,
     ])
 }

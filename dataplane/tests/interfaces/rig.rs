@@ -10,6 +10,9 @@ use bulkhead_dataplane::worker::clock;
 use bulkhead_dataplane::worker::ring::Ring;
 use bulkhead_dataplane::worker::staging::Staging;
 
+use super::host::GUEST_PORT;
+use super::packets::payload_of;
+
 /// Longer than anything takes.
 pub const LONG: Duration = Duration::from_secs(60);
 
@@ -57,6 +60,11 @@ impl Rig {
     /// A turn as a worker has it.
     pub fn turn(&mut self, port: &mut impl Port) {
         port.receive(clock::now(), &mut self.inbox, &mut self.ring);
+        self.flush(port);
+    }
+
+    /// The end of a batch, and what is in the ring done.
+    pub fn flush(&mut self, port: &mut impl Port) {
         port.flush(&mut self.ring);
         self.ring.turn();
         self.reap(port);
@@ -84,11 +92,25 @@ impl Rig {
         mut done: impl FnMut(&mut Inbox) -> bool,
     ) {
         let since = Instant::now();
-        while !done(&mut self.inbox) {
-            assert!(since.elapsed() < LONG, "{what} did not happen");
+        loop {
             self.turn(port);
+            if done(&mut self.inbox) {
+                return;
+            }
+            assert!(since.elapsed() < LONG, "{what} did not happen");
             self.sleep(port, Duration::from_millis(10));
         }
+    }
+
+    /// Waits for so many datagrams of the host's to the guest.
+    pub fn answers(&mut self, port: &mut impl Port, count: usize) -> Vec<(Offload, Vec<u8>)> {
+        let mut got = Vec::new();
+        self.until(port, "all the answers", |inbox| {
+            let frames = inbox.frames.drain(..);
+            got.extend(frames.filter(|(_, frame)| payload_of(frame, GUEST_PORT).is_some()));
+            got.len() >= count
+        });
+        got
     }
 
     /// Sends a frame.

@@ -61,6 +61,11 @@ pub const TESTS: &[Need] = &[
         "switches offloads of the guests' network cards on and off",
     ),
     need(
+        "ethtool",
+        "ethtool",
+        "switches offloads of these on and off",
+    ),
+    need(
         "/usr/lib/systemd/systemd",
         "systemd",
         "is rot's parent in a container of its own",
