@@ -25,8 +25,8 @@
 //! | [`afxdp`] | the port that leads to a queue of an interface, past the host's stack |
 //! | [`interface`] | what ports that lead to the host's interfaces count |
 
-pub mod guard;
 pub mod afxdp;
+pub mod guard;
 pub mod interface;
 pub mod mirror;
 pub mod null;
@@ -38,9 +38,9 @@ pub mod tap;
 use crate::net::frame::Frame;
 use crate::worker::ring::{Completion, Ring};
 
+pub use afxdp::AfXdpPort;
 pub use guard::Guard;
 pub use mirror::{Mirror, MirrorFile};
-pub use afxdp::AfXdpPort;
 pub use null::NullPort;
 pub use reason::DropReason;
 pub use spec::{OutsideSpec, PortSpec, SwitchSpec, TapSpec};

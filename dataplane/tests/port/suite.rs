@@ -15,6 +15,8 @@ pub trait Outside {
     const LEADS_OUT: bool = true;
     /// Whether a segment arrives with its header, uncut; else whoever sends it must know what the port takes.
     const TAKES_SEGMENTS: bool = true;
+    /// The longest that does.
+    const LONGEST_SEGMENT: usize = 65_549;
     /// Whether other frames than the tests' arrive, such as a host's own announcements: they are left out.
     const IS_ALONE: bool = true;
 
@@ -173,7 +175,8 @@ fn segments<O: Outside>(rig: &mut Rig<O::Port>, outside: &mut O) {
     if !O::TAKES_SEGMENTS {
         return;
     }
-    let segments = [1600, 9000, 65_000, 65_549].map(|bytes| segment(THERE, HERE, bytes, 1448));
+    let lengths = [1600, 9000, 65_000, O::LONGEST_SEGMENT];
+    let segments = lengths.map(|bytes| segment(THERE, HERE, bytes, 1448));
     rig.send(NIC, &segments);
     arrive(rig, outside, &segments);
 }
