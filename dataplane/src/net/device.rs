@@ -4,13 +4,14 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_protocol::net::SpoofChecks;
 
 use super::metrics::Metrics;
 use crate::hand::SharedHand;
+use crate::port::mirror::MirrorFile;
 use crate::port::{Guard, PortSpec};
 use crate::qos::Qos;
 
@@ -65,6 +66,8 @@ pub struct NetDevice {
     tx_qos: Qos,
     rx_qos: Qos,
     up: AtomicBool,
+    /// Where its frames are copied to.
+    mirror: Mutex<Option<Arc<MirrorFile>>>,
     /// What a thread that works for it has in hand.
     pub hand: SharedHand,
 }
@@ -106,6 +109,7 @@ impl NetDevice {
             tx_qos: Qos::default(),
             rx_qos: Qos::default(),
             up: AtomicBool::new(true),
+            mirror: Mutex::new(None),
             hand: SharedHand::default(),
         })
     }
@@ -140,6 +144,23 @@ impl NetDevice {
     /// Takes its link up or down; the frontend still has to be told.
     pub fn set_up(&self, up: bool) {
         self.up.store(up, Ordering::Relaxed);
+    }
+
+    /// Where its frames are copied to, if they are.
+    #[must_use]
+    pub fn mirror(&self) -> Option<Arc<MirrorFile>> {
+        self.lock_mirror().clone()
+    }
+
+    /// Has its frames copied there from now on, or no longer; the workers still have to be told
+    /// ([`Server::set_mirror`](crate::server::Server::set_mirror)).
+    pub(crate) fn set_mirror(&self, mirror: Option<Arc<MirrorFile>>) {
+        *self.lock_mirror() = mirror;
+    }
+
+    /// Not on the way of a frame, and held for no more than a copy.
+    fn lock_mirror(&self) -> MutexGuard<'_, Option<Arc<MirrorFile>>> {
+        self.mirror.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// As [`Device::told`](crate::device::Device::told).

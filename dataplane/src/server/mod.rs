@@ -36,6 +36,7 @@ use mio::{Events, Interest, Poll, Registry, Token};
 
 use crate::blk::{BlkDevice, Ciphers, Level, Summary};
 use crate::hand::{self, Hand};
+use crate::port::mirror::MirrorFile;
 use crate::rekey::{Rekeyer, ToRekeyer};
 use crate::worker::message::{DeviceId, FromWorker, QueueId, ToWorker, ZoneChange};
 use crate::worker::{Replies, WorkerConfig, WorkerHandle, start};
@@ -327,6 +328,28 @@ impl Server {
             device.config_changed();
         }
         self.settle(id, ToWorkers::new());
+    }
+
+    /// Has a card's frames copied to this file from now on, or no longer. What was recorded for the one before is
+    /// still written.
+    ///
+    /// # Errors
+    /// That there is no such card; nothing changed.
+    pub fn set_mirror(
+        &mut self,
+        id: DeviceId,
+        mirror: Option<Arc<MirrorFile>>,
+    ) -> Result<(), String> {
+        let state = self.devices.get(&id).ok_or("the card is not attached")?;
+        let card = state
+            .shared()
+            .net()
+            .ok_or("it is a disk, and has no frames")?;
+        card.set_mirror(mirror);
+        for worker in &self.workers {
+            worker.send(ToWorker::LookAtMirror { id });
+        }
+        Ok(())
     }
 
     /// Whether new frontends are kept out from now on.

@@ -196,6 +196,11 @@ pub enum ToWorker {
         /// A queue of the card that runs.
         queue: QueueId,
     },
+    /// A card's mirror is another one from now on, or none. Not answered.
+    LookAtMirror {
+        /// The card.
+        id: DeviceId,
+    },
     /// Make everything that was written to the queue's device stable. Answered by
     /// [`FromWorker::Flushed`].
     Flush {
@@ -256,6 +261,7 @@ impl ToWorker {
             Self::Attach { id, .. }
             | Self::Detach { id }
             | Self::GiveUp { id, .. }
+            | Self::LookAtMirror { id }
             | Self::Zone { id, .. }
             | Self::TakeVolume { device: id }
             | Self::LetGoOfVolume { device: id } => Some(*id),

@@ -257,6 +257,7 @@ impl Worker {
                 self.reply(FromWorker::Changed { queue });
             }
             ToWorker::Announce { queue } => self.announce(queue),
+            ToWorker::LookAtMirror { id } => self.look_at_mirror(id),
             ToWorker::Flush { queue } => self.flush(queue),
             ToWorker::Freeze => self.freezing = true,
             ToWorker::Thaw { fence } => self.thaw(fence),
@@ -443,10 +444,10 @@ impl Worker {
         self.publish(number);
         self.drop_kick(number);
         self.drop_call(number);
-        let Some(queue) = self.queues.get_mut(number as usize).and_then(Option::take) else {
+        let Some(mut queue) = self.queues.get_mut(number as usize).and_then(Option::take) else {
             return;
         };
-        self.leave(number, &queue);
+        self.leave(number, &mut queue);
         self.reply(FromWorker::Stopped {
             queue: queue.id,
             base: Some(queue.ring.base()),
@@ -455,23 +456,29 @@ impl Worker {
     }
 
     /// A queue is not here any more.
-    fn leave(&mut self, number: u32, queue: &Queue) {
+    fn leave(&mut self, number: u32, queue: &mut Queue) {
         self.numbers.remove(&queue.id);
         self.turns.unpoll(queue.seat, number);
         // It may hold on to the guest memory of requests that ended at once.
         self.batch.release();
-        if let Kind::Net(lane) = &queue.kind {
+        if let Kind::Net(lane) = &mut queue.kind {
             self.cards.go(lane, &mut self.pipeline.ring);
             self.cards.release();
         }
     }
 
     fn retire(&mut self, number: u32, error: RingError) {
-        self.cards.look_again();
-        let Some(queue) = self.queue(number).filter(|queue| !queue.retired) else {
+        let queue = self
+            .queues
+            .get_mut(number as usize)
+            .and_then(Option::as_mut);
+        let Some(queue) = queue.filter(|queue| !queue.retired) else {
             return;
         };
         queue.retired = true;
+        if let Kind::Net(lane) = &mut queue.kind {
+            self.cards.go(lane, &mut self.pipeline.ring);
+        }
         queue.leave_again();
         let leaving = std::mem::take(&mut queue.leaving);
         let event = queue.error.take();

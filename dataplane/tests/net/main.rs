@@ -1,6 +1,7 @@
 //! Network cards with a real server, its workers and drivers: frames from one guest to another, and what becomes of
 //! them when something is not as it should be.
 
+mod mirror;
 mod queues;
 mod rig;
 

@@ -10,6 +10,7 @@ use std::hash::BuildHasher as _;
 use std::sync::Arc;
 
 use super::delivery::{Delivery, Inbox};
+use super::mirrors::Mirrors;
 use super::ports::{AnyPort, Outside, open};
 use super::transmit::Frames;
 use super::{Lane, MOST_FRAMES};
@@ -61,6 +62,7 @@ pub struct Cards {
     pub(super) hearing: Vec<usize>,
     /// Ports without queues that have something in the ring.
     closing: Vec<usize>,
+    pub(super) mirrors: Mirrors,
     pub(super) frames: Frames,
     pub(super) scratch: Scratch,
     pub(super) key: HashKey,
@@ -83,6 +85,7 @@ impl Cards {
             ports: Vec::new(),
             hearing: Vec::new(),
             closing: Vec::new(),
+            mirrors: Mirrors::new(tokens),
             frames: Frames::default(),
             scratch: Scratch::default(),
             key: HashKey::new(RandomState::new().hash_one(tokens)),
@@ -159,21 +162,27 @@ impl Cards {
             _ => Ok(()),
         };
         self.stale = true;
+        self.mirror(lane.card, ring);
         joined.map_err(|error| {
             self.go(lane, ring);
             error.to_string()
         })
     }
 
-    /// A queue of a card has gone, or could not come.
-    pub fn go(&mut self, lane: &Lane, ring: &mut Ring) {
+    /// A queue of a card has gone, or could not come, or is retired: nothing leads from it to its port any more.
+    pub fn go(&mut self, lane: &mut Lane, ring: &mut Ring) {
         self.stale = true;
+        let at = std::mem::replace(&mut lane.port, usize::MAX);
+        if at == usize::MAX {
+            return;
+        }
         let Some(card) = self.card(lane.card) else {
             return;
         };
         card.queues = card.queues.saturating_sub(1);
         let is_last = card.queues == 0;
-        let Some(slot) = self.ports.get_mut(lane.port).and_then(Option::as_mut) else {
+        self.mirror(lane.card, ring);
+        let Some(slot) = self.ports.get_mut(at).and_then(Option::as_mut) else {
             return;
         };
         if let (AnyPort::Switch(switch), true) = (&mut slot.port, is_last) {
@@ -182,10 +191,17 @@ impl Cards {
         slot.queues = slot.queues.saturating_sub(1);
         if slot.queues == 0 {
             slot.port.stop(ring);
-            self.hearing.retain(|port| *port != lane.port);
-            self.closing.push(lane.port);
+            self.hearing.retain(|port| *port != at);
+            self.closing.push(at);
             self.close(ring);
         }
+    }
+
+    /// Has a card's frames copied to where they are to be now, while it has queues here.
+    pub fn mirror(&mut self, number: u16, ring: &mut Ring) {
+        let card = self.card(number).filter(|card| card.queues > 0);
+        let file = card.and_then(|card| card.device.mirror());
+        self.mirrors.set(Nic(number), file.as_ref(), ring);
     }
 
     /// Takes ports away that have nothing in the ring any more.
@@ -288,6 +304,9 @@ impl Cards {
 
     /// An entry of a port's has ended.
     pub fn landed(&mut self, completion: Completion, ring: &mut Ring) {
+        let Err(completion) = self.mirrors.landed(completion, ring) else {
+            return;
+        };
         let is_its = |slot: &&mut Slot| slot.tokens.has(completion.token);
         if let Some(slot) = self.ports.iter_mut().flatten().find(is_its) {
             slot.port.landed(completion, ring);
@@ -306,10 +325,10 @@ impl Cards {
         })
     }
 
-    /// Whether ports that are not used any more have something in the ring.
+    /// Whether ports or mirrors that are not used any more have something in the ring.
     #[must_use]
     pub fn is_closing(&self) -> bool {
-        !self.closing.is_empty()
+        !self.closing.is_empty() || self.mirrors.is_closing()
     }
 
     /// A queue that got something, or gave something, and is not published yet.
@@ -345,6 +364,7 @@ impl Cards {
         let delivery = Delivery {
             queues,
             inboxes: &mut self.inboxes,
+            mirrors: &mut self.mirrors,
             scratch: &mut self.scratch,
             touched: &mut self.touched,
             broken: &mut self.broken,

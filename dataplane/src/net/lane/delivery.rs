@@ -4,9 +4,11 @@
 
 use std::sync::Arc;
 
+use super::mirrors::Mirrors;
 use crate::net::frame::Frame;
 use crate::net::receive::{Delivered, Refused, Scratch, deliver};
 use crate::net::{MAX_QUEUE_PAIRS, NetDevice};
+use crate::port::mirror::pcapng::Direction;
 use crate::port::{DropReason, Nic, Sink};
 use crate::qos::{Gate, Moment};
 use crate::virtqueue::RingError;
@@ -109,6 +111,7 @@ impl Inbox {
 pub struct Delivery<'a> {
     pub(super) queues: &'a mut [Option<Queue>],
     pub(super) inboxes: &'a mut [Option<Inbox>],
+    pub(super) mirrors: &'a mut Mirrors,
     pub(super) scratch: &'a mut Scratch,
     /// Queues that got something, to be published at the end of the turn.
     pub(super) touched: &'a mut Vec<u32>,
@@ -180,7 +183,10 @@ impl Sink for Delivery<'_> {
                 .passed(qos, delivered.packets, delivered.bytes, now);
         }
         match result {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                self.mirrors.record(to, Direction::Inbound, frame);
+                Ok(())
+            }
             Err(Refused::Dropped(reason)) => {
                 lane.tally.dropped(reason);
                 Err(reason)

@@ -16,12 +16,14 @@
 //! | `cards` | which cards are here, with their queues and ports |
 //! | `ports` | a port of whichever kind |
 //! | `transmit` | a turn of a queue that sends, and of a port that gives |
+//! | `mirrors` | copies of what a card sends and receives |
 //! | `delivery` | the way into a card's receive queues |
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 mod cards;
 mod delivery;
+mod mirrors;
 mod ports;
 mod transmit;
 

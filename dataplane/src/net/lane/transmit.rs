@@ -8,6 +8,7 @@ use crate::net::frame::{Frame, HeadBuffer};
 use crate::net::header::Header;
 use crate::net::parse::ethertype::RARP;
 use crate::net::{Counts, HashKey, HeaderSize, NetDevice};
+use crate::port::mirror::pcapng::Direction;
 use crate::port::{DropReason, Nic, Port as _};
 use crate::virtqueue::{Chain, RingError, Virtqueue};
 use crate::worker::clock;
@@ -143,6 +144,7 @@ impl Sender<'_> {
             return Err(DropReason::LinkDown);
         }
         self.device.guard.check(&frame)?;
+        to.mirrors.record(self.nic, Direction::Outbound, &frame);
         to.note(self.nic, frame.info.hash, self.pair);
         port.transmit(self.nic, &frame, to, ring)?;
         Ok(frame.bytes())
@@ -194,6 +196,7 @@ impl Cards {
         let mut delivery = Delivery {
             queues,
             inboxes: &mut self.inboxes,
+            mirrors: &mut self.mirrors,
             scratch: &mut self.scratch,
             touched: &mut self.touched,
             broken: &mut self.broken,
@@ -203,6 +206,7 @@ impl Cards {
         let taken = self.frames.taken();
         let counts = sender.send(taken, port, &mut delivery, ring);
         port.flush(ring);
+        self.mirrors.flush(ring);
         if let Some((lane, virtqueue)) = lane_of(queues, number) {
             for place in taken {
                 virtqueue.push_used(place.id, 0);
@@ -225,6 +229,7 @@ impl Cards {
                 port.flush(ring);
             }
         }
+        self.mirrors.flush(ring);
         frames
     }
 
@@ -253,6 +258,7 @@ impl Cards {
             tracing::debug!("nobody heard of a guest that has come: {}", reason.name());
         }
         port.flush(ring);
+        self.mirrors.flush(ring);
     }
 }
 

@@ -56,10 +56,10 @@ impl Worker {
         }
         let kick = self.drop_kick(number);
         let call = self.drop_call(number);
-        let Some(queue) = self.queues.get_mut(number as usize).and_then(Option::take) else {
+        let Some(mut queue) = self.queues.get_mut(number as usize).and_then(Option::take) else {
             return;
         };
-        self.leave(number, &queue);
+        self.leave(number, &mut queue);
         let (call, due) = call.map_or((None, false), |(fd, due)| (Some(fd), due));
         let parked = queue.park();
         let moved = MovedQueue {

@@ -2,11 +2,11 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use super::Worker;
 use super::serve::Portion;
+use super::{Served, Worker};
 use crate::net::lane::Asked;
 use crate::virtqueue::{Chain, RingError, Virtqueue};
-use crate::worker::message::QueueId;
+use crate::worker::message::{DeviceId, QueueId};
 use crate::worker::ring::Completion;
 
 impl Worker {
@@ -67,6 +67,13 @@ impl Worker {
     /// Something of a port's has ended.
     pub(super) fn port_landed(&mut self, completion: Completion) {
         self.cards.landed(completion, &mut self.pipeline.ring);
+    }
+
+    /// A card's mirror is another one.
+    pub(super) fn look_at_mirror(&mut self, id: DeviceId) {
+        if let Some(Served::Net(card)) = self.devices.get(&id) {
+            self.cards.mirror(*card, &mut self.pipeline.ring);
+        }
     }
 
     /// A card's guest has come from another host.
