@@ -48,10 +48,10 @@ pub struct Arguments {
     #[arg(long, value_name = "SPEC", required_unless_present = "net")]
     pub blk: Vec<BlkSpec>,
 
-    /// A network card: where to listen, what it is connected to (null, switch:NAME
-    /// with all others that name it, or tap:INTERFACE),
-    /// and mac=ADDRESS, mtu=BYTES, pairs=N (queue pairs), guard=off (it may send as anybody), tx-requests=RATE, tx-bytes=RATE, rx-requests=RATE,
-    /// rx-bytes=RATE, all with commas between
+    /// A network card: where to listen, what it is connected to (null, switch:NAME with all others that name it,
+    /// tap:INTERFACE, or xdp:INTERFACE/QUEUE), and mac=ADDRESS, mtu=BYTES, pairs=N (queue pairs), guard=off (it
+    /// may send as anybody), tx-requests=RATE, tx-bytes=RATE, rx-requests=RATE, rx-bytes=RATE, all with commas
+    /// between
     #[arg(
         long,
         value_name = "PATH,PORT[,OPTION...]",
@@ -59,7 +59,7 @@ pub struct Arguments {
     )]
     pub net: Vec<NetSpec>,
 
-    /// A switch's way out of the host: SWITCH=tap:INTERFACE
+    /// A switch's way out of the host: SWITCH=tap:INTERFACE, or SWITCH=xdp:INTERFACE/QUEUE
     #[arg(long, value_name = "SWITCH=PORT", requires = "net")]
     pub uplink: Vec<UplinkSpec>,
 

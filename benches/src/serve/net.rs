@@ -8,10 +8,12 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use bulkhead_dataplane::net::{MAX_QUEUE_PAIRS, MIN_MTU, NetDevice, Shape};
-use bulkhead_dataplane::port::{Guard, OutsideSpec, PortSpec, SwitchSpec, TapSpec};
+use bulkhead_dataplane::port::afxdp::{XdpError, XdpQueue};
+use bulkhead_dataplane::port::{Guard, OutsideSpec, PortSpec, SwitchSpec, TapSpec, XdpSpec};
 
 use bulkhead_interfaces::InterfaceName;
 use bulkhead_interfaces::tap::{self, TapError};
+use bulkhead_interfaces::xdp::{self, Prepared};
 use bulkhead_protocol::limits::Limits;
 use bulkhead_protocol::net::SpoofChecks;
 
@@ -58,6 +60,8 @@ pub enum PortName {
 pub enum Interface {
     /// A TAP, which is there.
     Tap(InterfaceName),
+    /// A queue of an interface, by AF_XDP, and those behind it for further queue pairs.
+    Xdp(InterfaceName, u32),
 }
 
 /// A switch's way out of the host.
@@ -78,10 +82,10 @@ pub enum NetSpecError {
     )]
     Form(String),
     /// Not a port.
-    #[error("{0:?} is no port: write null, switch:NAME or tap:INTERFACE")]
+    #[error("{0:?} is no port: write null, switch:NAME, tap:INTERFACE or xdp:INTERFACE/QUEUE")]
     Port(String),
     /// Not an uplink.
-    #[error("{0:?} is no uplink: write SWITCH=tap:INTERFACE")]
+    #[error("{0:?} is no uplink: write SWITCH=tap:INTERFACE or SWITCH=xdp:INTERFACE/QUEUE")]
     Uplink(String),
     /// Not an option.
     #[error(
@@ -131,9 +135,15 @@ impl FromStr for PortName {
 }
 
 fn interface(text: &str) -> Result<Interface, NetSpecError> {
-    let name = text.strip_prefix("tap:").and_then(|name| name.parse().ok());
-    name.map(Interface::Tap)
-        .ok_or_else(|| NetSpecError::Port(text.to_owned()))
+    let parsed = match text.split_once(':') {
+        Some(("tap", name)) => name.parse().ok().map(Interface::Tap),
+        Some(("xdp", rest)) => rest.split_once('/').and_then(|(name, queue)| {
+            let name = name.parse().ok()?;
+            Some(Interface::Xdp(name, queue.parse().ok()?))
+        }),
+        _ => None,
+    };
+    parsed.ok_or_else(|| NetSpecError::Port(text.to_owned()))
 }
 
 impl FromStr for UplinkSpec {
@@ -217,6 +227,12 @@ pub enum CardError {
     /// A TAP.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// An interface for AF_XDP.
+    #[error(transparent)]
+    Prepare(#[from] xdp::XdpError),
+    /// Its sockets.
+    #[error(transparent)]
+    Xdp(#[from] XdpError),
 }
 
 /// Makes the cards, and listens for their frontends.
@@ -226,7 +242,7 @@ pub enum CardError {
 pub fn open(specs: &[NetSpec], uplinks: &[UplinkSpec]) -> Result<Vec<Card>, CardError> {
     let mut switches = BTreeMap::new();
     for uplink in uplinks {
-        let way = outside(&uplink.interface, 1)?;
+        let way = outside(&uplink.interface, 1, USUAL_MTU)?;
         let switch = SwitchSpec::new(uplink.switch.clone(), Some(way));
         switches.insert(uplink.switch.clone(), switch);
     }
@@ -257,7 +273,7 @@ fn device(
     spec: &NetSpec,
     number: u16,
     switches: &mut BTreeMap<String, Arc<SwitchSpec>>,
-) -> Result<Arc<NetDevice>, TapError> {
+) -> Result<Arc<NetDevice>, CardError> {
     let [high, low] = number.to_be_bytes();
     let shape = Shape {
         mac: spec.mac.unwrap_or([0x52, 0x54, 0, 0xb1, high, low]),
@@ -271,7 +287,9 @@ fn device(
             let switch = switches.entry(name.clone()).or_insert_with(new);
             PortSpec::Switch(Arc::clone(switch))
         }
-        PortName::Outside(interface) => PortSpec::Outside(outside(interface, spec.pairs)?),
+        PortName::Outside(interface) => {
+            PortSpec::Outside(outside(interface, spec.pairs, spec.mtu)?)
+        }
     };
     let checks = SpoofChecks {
         mac: spec.guarded,
@@ -284,13 +302,25 @@ fn device(
     Ok(device)
 }
 
-fn outside(interface: &Interface, pairs: u16) -> Result<OutsideSpec, TapError> {
+fn outside(interface: &Interface, pairs: u16, mtu: u16) -> Result<OutsideSpec, CardError> {
     match interface {
         Interface::Tap(name) => Ok(OutsideSpec::Tap(Arc::new(TapSpec {
             queues: tap::open(name, pairs)?.queues,
             name: name.to_string(),
             counters: Arc::default(),
         }))),
+        Interface::Xdp(name, first) => {
+            let prepared = Prepared::new(name)?;
+            let (mut queues, mut links) = (Vec::new(), Vec::new());
+            for queue in (*first..).take(usize::from(pairs)) {
+                let made = prepared.socket(queue)?;
+                let (index, queue) = (made.interface_index, made.queue);
+                queues.push(XdpQueue::new(made.socket, index, queue, mtu)?);
+                links.push(made.link);
+            }
+            let spec = XdpSpec::new(name.to_string(), queues, links);
+            Ok(OutsideSpec::Xdp(spec))
+        }
     }
 }
 
@@ -339,6 +369,8 @@ mod tests {
             ("/a,switch:", "is no port"),
             ("/a,tap:", "is no port"),
             ("/a,tap:a/b", "is no port"),
+            ("/a,xdp:eth0", "is no port"),
+            ("/a,xdp:eth0/x", "is no port"),
             ("/a,null,mtu=67", "is no option"),
             ("/a,null,mtu=65536", "is no option"),
             ("/a,null,pairs=0", "is no option"),

@@ -43,7 +43,7 @@ pub use guard::Guard;
 pub use mirror::{Mirror, MirrorFile};
 pub use null::NullPort;
 pub use reason::DropReason;
-pub use spec::{OutsideSpec, PortSpec, SwitchSpec, TapSpec};
+pub use spec::{OutsideSpec, PortSpec, SwitchSpec, TapSpec, XdpSpec};
 pub use switch::Switch;
 pub use tap::TapPort;
 

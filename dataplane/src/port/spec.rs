@@ -4,9 +4,10 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::afxdp::XdpQueue;
 use super::interface::InterfaceCounters;
 
 /// Where a network card's frames go.
@@ -25,6 +26,8 @@ pub enum PortSpec {
 pub enum OutsideSpec {
     /// A TAP.
     Tap(Arc<TapSpec>),
+    /// Queues of an interface, by AF_XDP.
+    Xdp(Arc<XdpSpec>),
 }
 
 /// A TAP that is open.
@@ -36,6 +39,51 @@ pub struct TapSpec {
     pub queues: Vec<OwnedFd>,
     /// What it counts.
     pub counters: Arc<InterfaceCounters>,
+}
+
+/// AF_XDP sockets that are set up.
+#[derive(Debug)]
+pub struct XdpSpec {
+    /// The interface.
+    pub name: String,
+    /// A socket for each queue pair of the card (a switch's uplink has one), while no worker has it.
+    queues: Vec<Mutex<Option<XdpQueue>>>,
+    /// What it counts.
+    pub counters: Arc<InterfaceCounters>,
+    /// What keeps the program on the interface.
+    _links: Vec<OwnedFd>,
+}
+
+impl XdpSpec {
+    /// Sockets for queue pairs, in order, and what is to be kept open with them.
+    #[must_use]
+    pub fn new(name: String, queues: Vec<XdpQueue>, links: Vec<OwnedFd>) -> Arc<Self> {
+        let queues = queues.into_iter().map(|queue| Mutex::new(Some(queue)));
+        Arc::new(Self {
+            name,
+            queues: queues.collect(),
+            counters: Arc::default(),
+            _links: links,
+        })
+    }
+
+    fn place(&self, pair: u16) -> Option<MutexGuard<'_, Option<XdpQueue>>> {
+        let place = self.queues.get(usize::from(pair))?;
+        Some(place.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The socket of a pair, for a worker; none: there is none, or another worker has it still.
+    #[must_use]
+    pub fn take(&self, pair: u16) -> Option<XdpQueue> {
+        self.place(pair)?.take()
+    }
+
+    /// It is a port no longer.
+    pub fn give_back(&self, pair: u16, queue: XdpQueue) {
+        if let Some(mut place) = self.place(pair) {
+            *place = Some(queue);
+        }
+    }
 }
 
 /// A switch: one worker serves all cards that are on it.

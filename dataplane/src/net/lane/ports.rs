@@ -8,7 +8,9 @@ use std::sync::Arc;
 use crate::net::HashKey;
 use crate::net::frame::Frame;
 use crate::port::tap::TapPort;
-use crate::port::{DropReason, Nic, NullPort, OutsideSpec, Port, Sink, Switch, Tokens};
+use crate::port::{
+    AfXdpPort, DropReason, Nic, NullPort, OutsideSpec, Port, Sink, Switch, Tokens, XdpSpec,
+};
 use crate::worker::ring::{Completion, Ring};
 
 /// A way out of the host.
@@ -16,6 +18,16 @@ use crate::worker::ring::{Completion, Ring};
 pub enum Outside {
     /// A queue of a TAP.
     Tap(TapPort),
+    /// A queue of an interface, by AF_XDP.
+    Xdp(Box<Xdp>),
+}
+
+/// An AF_XDP port, and where its socket came from.
+#[derive(Debug)]
+pub struct Xdp {
+    port: AfXdpPort,
+    spec: Arc<XdpSpec>,
+    pair: u16,
 }
 
 /// A port.
@@ -54,6 +66,29 @@ pub(super) fn open(
                     format!("there is no memory for frames of the TAP {name}: {error}")
                 })
         }
+        OutsideSpec::Xdp(xdp) => {
+            let (name, counters) = (&xdp.name, Arc::clone(&xdp.counters));
+            let queue = xdp.take(pair).ok_or_else(|| {
+                format!(
+                    "{name} has no AF_XDP socket for pair {pair}, or another worker has it still"
+                )
+            })?;
+            let [socket, _] = queue.descriptors();
+            let file = match ring.register_file(socket) {
+                Ok(file) => file,
+                Err(error) => {
+                    xdp.give_back(pair, queue);
+                    return Err(format!(
+                        "the AF_XDP socket of {name} can't be used: {error}"
+                    ));
+                }
+            };
+            Ok(Outside::Xdp(Box::new(Xdp {
+                port: AfXdpPort::new(nic, file, tokens, key, counters, queue),
+                spec: Arc::clone(xdp),
+                pair,
+            })))
+        }
     }
 }
 
@@ -62,6 +97,11 @@ impl Outside {
     fn close(self, ring: &mut Ring) {
         match self {
             Self::Tap(tap) => ring.forget_file(tap.file()),
+            Self::Xdp(xdp) => {
+                let Xdp { port, spec, pair } = *xdp;
+                ring.forget_file(port.file());
+                spec.give_back(pair, port.into_queue());
+            }
         }
     }
 }
@@ -92,16 +132,16 @@ impl AnyPort {
 
 /// A port that is one of several kinds.
 macro_rules! one_of {
-    ($type:ident: $($kind:ident),+) => {
+    ($type:ident: $($kind:ident $(. $of:ident)?),+) => {
         impl Port for $type {
             #[inline]
             fn receive(&mut self, now: u64, to: &mut impl Sink, ring: &mut Ring) -> usize {
-                match self { $(Self::$kind(port) => port.receive(now, to, ring),)+ }
+                match self { $(Self::$kind(port) => port$(.$of)?.receive(now, to, ring),)+ }
             }
 
             #[inline]
             fn room(&self) -> usize {
-                match self { $(Self::$kind(port) => port.room(),)+ }
+                match self { $(Self::$kind(port) => port$(.$of)?.room(),)+ }
             }
 
             #[inline]
@@ -112,32 +152,34 @@ macro_rules! one_of {
                 to: &mut impl Sink,
                 ring: &mut Ring,
             ) -> Result<(), DropReason> {
-                match self { $(Self::$kind(port) => port.transmit(from, frame, to, ring),)+ }
+                match self {
+                    $(Self::$kind(port) => port$(.$of)?.transmit(from, frame, to, ring),)+
+                }
             }
 
             #[inline]
             fn flush(&mut self, ring: &mut Ring) {
-                match self { $(Self::$kind(port) => port.flush(ring),)+ }
+                match self { $(Self::$kind(port) => port$(.$of)?.flush(ring),)+ }
             }
 
             fn landed(&mut self, completion: Completion, ring: &mut Ring) {
-                match self { $(Self::$kind(port) => port.landed(completion, ring),)+ }
+                match self { $(Self::$kind(port) => port$(.$of)?.landed(completion, ring),)+ }
             }
 
             fn arm(&mut self, ring: &mut Ring) -> bool {
-                match self { $(Self::$kind(port) => port.arm(ring),)+ }
+                match self { $(Self::$kind(port) => port$(.$of)?.arm(ring),)+ }
             }
 
             fn stop(&mut self, ring: &mut Ring) {
-                match self { $(Self::$kind(port) => port.stop(ring),)+ }
+                match self { $(Self::$kind(port) => port$(.$of)?.stop(ring),)+ }
             }
 
             fn is_idle(&self) -> bool {
-                match self { $(Self::$kind(port) => port.is_idle(),)+ }
+                match self { $(Self::$kind(port) => port$(.$of)?.is_idle(),)+ }
             }
         }
     };
 }
 
 one_of!(AnyPort: Null, Switch, Outside);
-one_of!(Outside: Tap);
+one_of!(Outside: Tap, Xdp.port);
