@@ -16,14 +16,16 @@ use bulkhead_protocol::control::WorkersStatus;
 use bulkhead_protocol::keys::HostKeys;
 use bulkhead_protocol::release::ProgramStatus;
 use bulkhead_protocol::rot::Role;
-use bulkhead_protocol::{SocketName, VolumeId};
+use bulkhead_protocol::{ServedId, SocketName, VolumeId};
 
 use crate::apply::Apply;
 use crate::converge::Pass;
 use crate::key_use::{KeyUse, SAMPLE_EVERY};
 use crate::message::{Action, Answer, ClientId, Event, Peer};
+use crate::networks::Attached;
 use crate::open_files::Files;
-use crate::operators::Waiting;
+use crate::operators::{About, Waiting};
+use crate::ports::Ports;
 use crate::store::{Found, Store, Stored};
 use crate::upgrade::Upgrade;
 use crate::volume_file::VolumeDirectories;
@@ -56,12 +58,14 @@ pub(crate) struct Known {
     pub(crate) accepted: Option<Stored>,
     /// A bundle that keyd may have accepted: nothing else happens until that is known.
     pub(crate) candidate: Option<Stored>,
+    /// Ports of the bundle in force that were opened with it and have not gone to the data plane yet.
+    pub(crate) ports: Ports,
     /// Files of the bundle in force that were opened with it and have not gone to the data plane yet.
     pub(crate) files: Files,
     /// keyd accepted the bundle in force since it and the data plane were started.
     pub(crate) granted: bool,
     /// Grants that did not arrive, with the reason.
-    pub(crate) undelivered: BTreeMap<VolumeId, String>,
+    pub(crate) undelivered: BTreeMap<ServedId, String>,
     /// What keyd said last of the host's key and of what was shredded; none before it said anything.
     pub(crate) keys: Option<HostKeys>,
     /// The data plane's workers, as it said last.
@@ -70,8 +74,10 @@ pub(crate) struct Known {
     pub(crate) bound: BTreeMap<SocketName, SocketSpec>,
     /// Volumes that the data plane serves; none until it was asked.
     pub(crate) attached: Option<BTreeSet<VolumeId>>,
-    /// Volumes that may accept no frontend because of a removal that did not happen.
-    pub(crate) cancel: BTreeSet<VolumeId>,
+    /// The NICs and switches that the data plane has; none until it was asked.
+    pub(crate) networks: Option<Attached>,
+    /// Volumes and NICs that may accept no frontend because of a removal that did not happen.
+    pub(crate) cancel: BTreeSet<ServedId>,
 }
 
 /// A question that a peer has not answered yet.
@@ -120,6 +126,7 @@ pub struct Agent {
     pub(crate) sample_at: Instant,
     pub(crate) sample_question: Option<Question>,
     pub(crate) serving: Option<ClientId>,
+    pub(crate) asked_about: About,
     pub(crate) waiting: VecDeque<Waiting>,
     next_id: u64,
     /// How often a peer started or ended, now and when the job's last question was put.
@@ -141,9 +148,9 @@ impl Agent {
             candidate,
         } = found;
         // An earlier agent may have ended between preparing a removal and undoing it.
-        let volumes = accepted.as_ref().map_or(&[][..], |s| &s.bundle.volumes);
+        let sockets = accepted.iter().flat_map(|stored| stored.bundle.sockets());
         let known = Known {
-            cancel: volumes.iter().map(|volume| volume.id).collect(),
+            cancel: sockets.map(|(id, _)| id).collect(),
             accepted,
             candidate,
             ..Known::default()
@@ -163,6 +170,7 @@ impl Agent {
             sample_at: now + SAMPLE_EVERY,
             sample_question: None,
             serving: None,
+            asked_about: About::default(),
             waiting: VecDeque::new(),
             next_id: 1,
             changes: 0,
@@ -351,6 +359,7 @@ impl Agent {
         self.known.granted = false;
         if peer == Peer::Dataplane {
             self.known.attached = None;
+            self.known.networks = None;
             self.known.workers = None;
             self.known.undelivered.clear();
             self.sample_question = None;
@@ -383,11 +392,7 @@ impl Agent {
         } else if self.question.take_if(is_it).is_some() {
             self.job_outcome(now, peer, Outcome::Answer(answer));
         } else if self.status_question.take_if(is_it).is_some() {
-            let volumes = match answer {
-                Answer::Volumes(volumes, _) => Some(volumes),
-                _ => None,
-            };
-            self.answer_status(volumes);
+            self.answer_status(Some(answer));
         } else {
             // An undo is not waited for, and an answer may come after its deadline.
             tracing::debug!("{peer} answered request {request_id}, which nobody waits for");

@@ -13,7 +13,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use bulkhead_bundle::text::to_hex;
 use bulkhead_bundle::{HostBundle, Policy, verify};
-use bulkhead_protocol::VolumeId;
+use bulkhead_protocol::ServedId;
 use bulkhead_protocol::admin::AdminReply;
 use bulkhead_protocol::control::{AgentToDataplane, VolumeStatus};
 use bulkhead_protocol::envelope::{read_capped, to_memfd};
@@ -22,7 +22,8 @@ use bulkhead_protocol::keys::{AgentToKeyd, Undelivered};
 use crate::agent::{ACCEPT_TIME, Agent, Job, Outcome};
 use crate::message::{Action, Answer, ClientId, Peer};
 use crate::open_files::{self, Files};
-use crate::plan::{Leaving, Plan, refuse_shrinking};
+use crate::plan::{Leaving, Plan, kind, refuse_shrinking};
+use crate::ports::{self, Ports};
 use crate::rekey;
 use crate::store::Stored;
 use crate::text::first_lines;
@@ -34,8 +35,9 @@ pub(crate) struct Apply {
     stored: Stored,
     plan: Plan,
     files: Files,
-    /// Volumes that the data plane was asked to prepare, the one being asked included.
-    prepared: Vec<VolumeId>,
+    ports: Ports,
+    /// Volumes and NICs that the data plane was asked to prepare, the one being asked included.
+    prepared: Vec<ServedId>,
     phase: Phase,
 }
 
@@ -64,6 +66,7 @@ struct Checked {
     stored: Stored,
     plan: Plan,
     files: Files,
+    ports: Ports,
 }
 
 impl Agent {
@@ -86,6 +89,7 @@ impl Agent {
             stored,
             plan,
             files,
+            ports,
         } = checked;
         let again = self.store.last_digest() == Some(stored.bundle.digest());
         let mut steps = plan.describe(&stored.bundle);
@@ -106,6 +110,7 @@ impl Agent {
             stored,
             plan,
             files,
+            ports,
             prepared: Vec::new(),
             phase: Phase::Survey,
         }));
@@ -143,10 +148,12 @@ impl Agent {
             &plan,
         )?;
         rekey::check_files(&self.host.directories, &bundle, &plan)?;
+        let ports = ports::open_new(old, &bundle)?;
         Ok(Checked {
             stored: Stored { bundle, envelope },
             plan,
             files,
+            ports,
         })
     }
 
@@ -164,8 +171,9 @@ impl Agent {
             None => self.ask_keyd(now),
             Some(leaving) => {
                 let reason = format!(
-                    "volume {}: whether it is in use can't be asked while the data plane is not \
+                    "{} {}: whether it is in use can't be asked while the data plane is not \
                      there; try again when `bulkhead status` shows it, or set force_removal",
+                    kind(leaving.id),
                     leaving.name
                 );
                 self.refuse(reason);
@@ -193,12 +201,7 @@ impl Agent {
                 self.prepare_next(now);
             }
             (Phase::Prepare(left), Answer::Refused(reason)) => {
-                let name = left.front().map_or("", |leaving| &leaving.name);
-                let reason = format!(
-                    "volume {name} is in use and can't be removed or changed ({reason}): \
-                     disconnect its frontend, or sign the bundle with force_removal = true for \
-                     the volume (one that goes: name it in force_remove)"
-                );
+                let reason = left.front().map_or(reason.clone(), |l| in_use(l, &reason));
                 self.refuse(reason);
             }
             (
@@ -220,7 +223,11 @@ impl Agent {
         let Job::Apply(apply) = &mut self.job else {
             return;
         };
-        let has = |leaving: &&Leaving| volumes.iter().any(|status| status.volume == leaving.id);
+        // A NIC that it has not is prepared at once.
+        let has = |leaving: &&Leaving| match leaving.id {
+            ServedId::Volume(id) => volumes.iter().any(|status| status.volume == id),
+            ServedId::Nic(_) => true,
+        };
         let leaving = apply.plan.leaving.iter().filter(has).cloned().collect();
         apply.phase = Phase::Prepare(leaving);
         self.prepare_next(now);
@@ -236,11 +243,11 @@ impl Agent {
         let Some(leaving) = left.front() else {
             return self.ask_keyd(now);
         };
-        let (volume, force) = (leaving.id, leaving.force);
-        apply.prepared.push(volume);
+        let (id, force) = (leaving.id, leaving.force);
+        apply.prepared.push(id);
         self.ask_dataplane(now, |request_id| AgentToDataplane::PrepareRemove {
             request_id,
-            volume,
+            id,
             force,
         });
     }
@@ -323,6 +330,7 @@ impl Agent {
             return self.end_job(Some((client, applied)));
         }
         self.known.files.extend(apply.files);
+        self.known.ports.extend(apply.ports);
         steps.push("kept as the bundle in force".to_owned());
         // What did not arrive is due as a step of the pass.
         let _ = self.take_grants(undelivered);
@@ -358,12 +366,10 @@ impl Agent {
             return;
         };
         if self.is_there(Peer::Dataplane) {
-            for volume in apply.prepared {
+            for id in apply.prepared {
                 let request_id = self.fresh_id();
-                self.act(Action::Dataplane(
-                    AgentToDataplane::CancelRemove { request_id, volume },
-                    None,
-                ));
+                let cancel = AgentToDataplane::CancelRemove { request_id, id };
+                self.act(Action::Dataplane(cancel, Vec::new()));
             }
         }
         let reason = reason.into();
@@ -397,6 +403,19 @@ impl Agent {
             }
         }
     }
+}
+
+/// Why something can't go, for the operator.
+fn in_use(leaving: &Leaving, reason: &str) -> String {
+    let (kind, name) = (kind(leaving.id), &leaving.name);
+    let list = match leaving.id {
+        ServedId::Volume(_) => "force_remove",
+        ServedId::Nic(_) => "force_remove_nics",
+    };
+    format!(
+        "{kind} {name} is in use and can't be removed or changed ({reason}): disconnect its frontend, or sign \
+         the bundle with force_removal = true for the {kind} (one that goes: name it in {list})"
+    )
 }
 
 fn plan_and_keyd(apply: &Apply) -> Vec<String> {

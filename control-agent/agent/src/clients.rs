@@ -121,7 +121,7 @@ fn with_descriptors(
             let [envelope] = received.take_fds()?;
             Some(envelope)
         }
-        AdminRequest::Status => {
+        AdminRequest::Status | AdminRequest::Nics { .. } => {
             let [] = received.take_fds()?;
             None
         }

@@ -3,7 +3,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use bulkhead_bundle::{HostBundle, key_scope};
-use bulkhead_protocol::VolumeId;
+use bulkhead_protocol::ServedId;
 use bulkhead_protocol::keys::Undelivered;
 
 use crate::agent::Agent;
@@ -30,14 +30,21 @@ impl Agent {
             self.known.candidate = Some(candidate);
             return Err(error);
         }
-        for leaving in &plan.leaving {
-            self.known.files.remove(&leaving.id);
+        for volume in plan
+            .leaving
+            .iter()
+            .filter_map(|leaving| leaving.id.volume())
+        {
+            self.known.files.remove(&volume);
         }
+        // Those of the new bundle are opened already, or when they are due.
+        self.known.ports.clear();
         self.known
             .cancel
-            .retain(|id| candidate.bundle.volume(*id).is_some());
+            .retain(|id| candidate.bundle.name_of(*id).is_some());
         self.known.granted = false;
         self.known.attached = None;
+        self.known.networks = None;
         for warning in candidate
             .bundle
             .volumes
@@ -54,13 +61,14 @@ impl Agent {
     pub(crate) fn take_grants(&mut self, undelivered: Vec<Undelivered>) -> Result<(), String> {
         // What was granted to a process that is gone has to be granted again.
         self.known.granted = self.asked_same_peers();
-        // A grant that differs detached its volume.
+        // A grant that differs detached its volume or NIC.
         self.known.attached = None;
+        self.known.networks = None;
         let pairs = undelivered.into_iter();
-        self.known.undelivered = pairs.map(|u| (u.volume, plain(&u.reason))).collect();
+        self.known.undelivered = pairs.map(|u| (u.id, plain(&u.reason))).collect();
         let bundle = self.known.accepted.as_ref().map(|stored| &stored.bundle);
-        let line = |(id, reason): (&VolumeId, &String)| {
-            let name = bundle.and_then(|b| Some(b.volume(*id)?.name.clone()));
+        let line = |(id, reason): (&ServedId, &String)| {
+            let name = bundle.and_then(|b| b.name_of(*id).map(str::to_owned));
             format!("{}: {reason}", name.unwrap_or_else(|| id.to_string()))
         };
         if self.known.undelivered.is_empty() {
@@ -100,15 +108,19 @@ impl Agent {
 /// What is left to do once this bundle is in force.
 fn unfinished_with(before: &Unfinished, bundle: &HostBundle, plan: &Plan) -> Unfinished {
     let mut unfinished = before.clone();
-    let volumes = &bundle.volumes;
+    let sockets = bundle.sockets();
     unfinished
         .listeners
-        .extend(volumes.iter().map(|volume| volume.socket.name.clone()));
+        .extend(sockets.map(|(_, socket)| socket.name.clone()));
     for leaving in &plan.leaving {
+        // What a NIC is connected to is a matter of its grant.
+        let Some(volume) = leaving.id.volume() else {
+            continue;
+        };
         match leaving.change {
-            Some(Change::File) => unfinished.detach.insert(leaving.id),
+            Some(Change::File) => unfinished.detach.insert(volume),
             // The data plane detaches it: at a new grant, or because it has none any more.
-            Some(Change::Grant) | None => unfinished.detach.remove(&leaving.id),
+            Some(Change::Grant) | None => unfinished.detach.remove(&volume),
         };
     }
     unfinished

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
 use std::time::Instant;
 
-use bulkhead_bundle::Volume;
+use bulkhead_bundle::{HostBundle, SocketSpec};
 use bulkhead_protocol::admin::AdminReply;
 use bulkhead_protocol::control::{AgentToDataplane, VolumeStatus};
 use bulkhead_protocol::keys::AgentToKeyd;
@@ -78,7 +78,10 @@ impl Agent {
         // Whatever grant it lacks: keyd sends them all again in the next pass.
         pass.grant_again |= matches!(
             (&step, &outcome),
-            (Step::Attach(_), Outcome::Answer(Answer::Refused(_)))
+            (
+                Step::Attach(_) | Step::AttachNic(_) | Step::AttachSwitch(_),
+                Outcome::Answer(Answer::Refused(_))
+            )
         );
         let result = match outcome {
             Outcome::Answer(answer) => self.step_answered(&step, answer),
@@ -168,7 +171,7 @@ impl Agent {
                 });
             }
             Step::Bind(name) => {
-                let socket = self.listener(name)?.socket.clone();
+                let socket = self.listener(name)?.clone();
                 self.ask(now, peer, |request_id| {
                     Action::Rot(ToRot::Bind {
                         request_id,
@@ -180,6 +183,11 @@ impl Agent {
                 });
             }
             Step::Attach(id) => self.begin_attach(now, *id)?,
+            Step::AttachSwitch(name) => self.begin_attach_switch(now, name)?,
+            Step::AttachNic(id) => self.begin_attach_nic(now, *id)?,
+            Step::SurveyNetworks => {
+                self.ask_dataplane(now, |request_id| AgentToDataplane::Networks { request_id })
+            }
             Step::Survey => {
                 self.ask_dataplane(now, |request_id| AgentToDataplane::Status { request_id })
             }
@@ -195,14 +203,14 @@ impl Agent {
                 }
                 self.ask_dataplane(now, |request_id| AgentToDataplane::Detach {
                     request_id,
-                    volume,
+                    id: volume.into(),
                 });
             }
-            Step::Cancel(volume) => {
-                let volume = *volume;
+            Step::Cancel(id) => {
+                let id = *id;
                 self.ask_dataplane(now, |request_id| AgentToDataplane::CancelRemove {
                     request_id,
-                    volume,
+                    id,
                 });
             }
         }
@@ -215,7 +223,9 @@ impl Agent {
         now: Instant,
         make: impl FnOnce(u64) -> AgentToDataplane,
     ) {
-        self.ask(now, Peer::Dataplane, |id| Action::Dataplane(make(id), None));
+        self.ask(now, Peer::Dataplane, |id| {
+            Action::Dataplane(make(id), Vec::new())
+        });
     }
 
     fn envelope_of(&self, step: &Step) -> Result<std::os::fd::OwnedFd, String> {
@@ -227,13 +237,13 @@ impl Agent {
         envelope::to_memfd(&stored.envelope).map_err(|error| error.to_string())
     }
 
-    fn listener(&self, name: &SocketName) -> Result<&Volume, String> {
-        let volumes = self.known.accepted.as_ref().map(|s| &s.bundle.volumes);
-        volumes
-            .into_iter()
-            .flatten()
-            .find(|volume| volume.socket.name == *name)
-            .ok_or_else(|| "no volume has it".to_owned())
+    fn listener(&self, name: &SocketName) -> Result<&SocketSpec, String> {
+        let bundle = self.known.accepted.as_ref().map(|stored| &*stored.bundle);
+        let mut sockets = bundle.into_iter().flat_map(HostBundle::sockets);
+        sockets
+            .find(|(_, socket)| socket.name == *name)
+            .map(|(_, socket)| socket)
+            .ok_or_else(|| "nothing has it".to_owned())
     }
 
     /// Sends the volume's file, opened when the bundle was taken in or now. Nothing of it stays here.
@@ -258,7 +268,7 @@ impl Agent {
                 volume: id,
                 socket,
             };
-            Action::Dataplane(message, Some(descriptor))
+            Action::Dataplane(message, vec![descriptor])
         });
         Ok(())
     }
@@ -296,7 +306,7 @@ impl Agent {
                 Ok(())
             }
             (Step::Bind(name), Answer::Done) => {
-                let socket = self.listener(name)?.socket.clone();
+                let socket = self.listener(name)?.clone();
                 self.known.bound.insert(name.clone(), socket);
                 Ok(())
             }
@@ -309,6 +319,19 @@ impl Agent {
             }
             (Step::Attach(id), Answer::Done) => {
                 self.known.attached.get_or_insert_default().insert(*id);
+                Ok(())
+            }
+            (Step::SurveyNetworks, Answer::Networks(networks)) => {
+                self.known.networks = Some(networks.into());
+                Ok(())
+            }
+            (Step::AttachSwitch(name), Answer::Done) => {
+                let networks = self.known.networks.get_or_insert_default();
+                networks.switches.insert(name.clone());
+                Ok(())
+            }
+            (Step::AttachNic(id), Answer::Done) => {
+                self.known.networks.get_or_insert_default().nics.insert(*id);
                 Ok(())
             }
             (Step::Unbind(name), Answer::Done) => self.unbound(name),

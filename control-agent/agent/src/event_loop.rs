@@ -303,11 +303,11 @@ impl EventLoop {
                     sent => note(Peer::Rot, sent),
                 },
                 Action::Keyd(message, envelope) => {
-                    send(self.keyd.as_ref(), Peer::Keyd, &message, Some(&envelope));
+                    send(self.keyd.as_ref(), Peer::Keyd, &message, &[envelope]);
                 }
-                Action::Dataplane(message, file) => {
+                Action::Dataplane(message, fds) => {
                     let link = self.dataplane.as_ref();
-                    send(link, Peer::Dataplane, &message, file.as_ref());
+                    send(link, Peer::Dataplane, &message, &fds);
                 }
                 Action::Reply(client, reply) => {
                     self.clients.reply(client, reply);

@@ -1,8 +1,9 @@
-//! A volume and a bundle for this crate's own tests, which change of them what matters.
+//! A volume, a NIC and a bundle for this crate's own tests, which change of them what matters.
 
-use bulkhead_bundle::{HostBundle, SocketSpec, Volume};
+use bulkhead_bundle::{HostBundle, Nic, SocketSpec, Volume};
 use bulkhead_protocol::limits::Limits;
-use bulkhead_protocol::{DiscardPolicy, VolumeId};
+use bulkhead_protocol::net::{NicLimits, PortSpec, SpoofChecks};
+use bulkhead_protocol::{DiscardPolicy, NicId, VolumeId};
 
 /// An encrypted volume of 1 MiB; each number is another, with a file and a listener of its own.
 pub(crate) fn volume(number: u8) -> Volume {
@@ -48,5 +49,32 @@ pub(crate) fn bundle(volumes: Vec<Volume>) -> HostBundle {
         switches: Vec::new(),
         nics: Vec::new(),
         force_remove_nics: Vec::new(),
+    }
+}
+
+/// A NIC on the switch `lan`.
+pub(crate) fn nic(number: u8) -> Nic {
+    Nic {
+        id: NicId([0x80 + number; 16]),
+        name: format!("net{number}"),
+        mac: format!("52:54:00:00:00:{number:02x}")
+            .parse()
+            .expect("a MAC"),
+        mtu: 1500,
+        queue_pairs: 1,
+        port: PortSpec::Switch {
+            switch: "lan".parse().expect("a name"),
+        },
+        socket: SocketSpec {
+            name: format!("vm{number}-net").parse().expect("a name"),
+            uid: 1000,
+            gid: 1000,
+            mode: 0o660,
+        },
+        allowed_uid: 1000,
+        force_removal: false,
+        limits: NicLimits::default(),
+        checks: SpoofChecks::default(),
+        mirror: None,
     }
 }

@@ -190,7 +190,7 @@ impl Agent {
         });
         self.act(Action::Dataplane(
             AgentToDataplane::Status { request_id },
-            None,
+            Vec::new(),
         ));
     }
 

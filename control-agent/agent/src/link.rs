@@ -70,14 +70,9 @@ impl Link {
 
 /// A message that can't be sent is one that gets no answer: its question ends with the channel,
 /// or with its deadline.
-pub(crate) fn send<M: Encode<()>>(
-    link: Option<&Link>,
-    peer: Peer,
-    message: &M,
-    fd: Option<&OwnedFd>,
-) {
+pub(crate) fn send<M: Encode<()>>(link: Option<&Link>, peer: Peer, message: &M, fds: &[OwnedFd]) {
     let Some(link) = link else { return };
-    let fds: Vec<_> = fd.map(AsFd::as_fd).into_iter().collect();
+    let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
     note(peer, link.channel.send(message, &fds));
 }
 

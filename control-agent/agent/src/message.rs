@@ -5,7 +5,8 @@ use std::os::fd::OwnedFd;
 use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::admin::{AdminReply, AdminRequest, ProcessStatus};
 use bulkhead_protocol::control::{
-    AgentToDataplane, DataplaneToAgent, StorageStatus, VolumeStatus, WorkersStatus,
+    AgentToDataplane, DataplaneToAgent, Networks, NicStatus, StorageStatus, VolumeStatus,
+    WorkersStatus,
 };
 use bulkhead_protocol::keys::{AgentToKeyd, HostKeys, KeydToAgent, MAX_SHREDS, Undelivered};
 use bulkhead_protocol::release::{ProgramStatus, Release};
@@ -60,6 +61,10 @@ pub enum Answer {
     Upgrading,
     /// What the volumes are doing, and the data plane's workers.
     Volumes(Vec<VolumeStatus>, WorkersStatus),
+    /// Which NICs and switches the data plane has.
+    Networks(Networks),
+    /// What the NICs are doing.
+    Nics(Vec<NicStatus>),
     /// The data plane serves a volume no more, although so many of its requests have not ended.
     GivenUp(u32),
     /// The storage of a volume does worse than before, or better. Nobody asked.
@@ -104,8 +109,8 @@ pub enum Action {
     Rot(ToRot),
     /// To keyd, with an envelope.
     Keyd(AgentToKeyd, OwnedFd),
-    /// To the data plane, with a volume's file where the message has one.
-    Dataplane(AgentToDataplane, Option<OwnedFd>),
+    /// To the data plane, with the descriptors that belong to the message.
+    Dataplane(AgentToDataplane, Vec<OwnedFd>),
     /// To an operator; the connection is closed afterwards.
     Reply(ClientId, AdminReply),
 }
@@ -155,6 +160,11 @@ pub fn from_dataplane(message: DataplaneToAgent) -> (u64, Answer) {
             workers.problem = workers.problem.as_deref().map(plain);
             (request_id, Answer::Volumes(volumes, workers))
         }
+        DataplaneToAgent::Networks {
+            request_id,
+            networks,
+        } => (request_id, Answer::Networks(networks)),
+        DataplaneToAgent::Nics { request_id, nics } => (request_id, Answer::Nics(nics)),
         // No question has this number.
         DataplaneToAgent::Storage { volume, status } => (0, Answer::Storage(volume, status)),
         DataplaneToAgent::GivenUp {

@@ -4,11 +4,12 @@
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
+use bulkhead_protocol::NicId;
 use bulkhead_protocol::admin::{AdminReply, AdminRequest};
-use bulkhead_protocol::control::{AgentToDataplane, VolumeStatus};
+use bulkhead_protocol::control::AgentToDataplane;
 
 use crate::agent::{Agent, Job, Question};
-use crate::message::{Action, ClientId, Peer};
+use crate::message::{Action, Answer, ClientId, Peer};
 
 /// Most operators that wait.
 const MAX_WAITING: usize = 8;
@@ -25,8 +26,19 @@ pub(crate) struct Waiting {
 #[derive(Debug)]
 enum Ask {
     Status,
+    Nics { after: Option<NicId> },
     Apply { dry_run: bool, envelope: OwnedFd },
     Upgrade { statement: OwnedFd },
+}
+
+/// What the operator that is served asked about.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) enum About {
+    /// All but the NICs.
+    #[default]
+    Host,
+    /// Some NICs.
+    Nics { after: Option<NicId> },
 }
 
 impl Agent {
@@ -46,6 +58,7 @@ impl Agent {
         }
         let ask = match (request, envelope) {
             (AdminRequest::Status, _) => Ask::Status,
+            (AdminRequest::Nics { after }, _) => Ask::Nics { after },
             (AdminRequest::Apply { dry_run }, Some(envelope)) => Ask::Apply { dry_run, envelope },
             (AdminRequest::Upgrade, Some(statement)) => Ask::Upgrade { statement },
             (AdminRequest::Apply { .. } | AdminRequest::Upgrade, None) => {
@@ -69,14 +82,16 @@ impl Agent {
         };
         self.serving = Some(client);
         match ask {
-            Ask::Status => self.ask_status(now),
+            Ask::Status => self.ask_status(now, About::Host),
+            Ask::Nics { after } => self.ask_status(now, About::Nics { after }),
             Ask::Apply { dry_run, envelope } => self.start_apply(now, client, dry_run, &envelope),
             Ask::Upgrade { statement } => self.start_upgrade(now, client, statement),
         }
         true
     }
 
-    fn ask_status(&mut self, now: Instant) {
+    fn ask_status(&mut self, now: Instant, about: About) {
+        self.asked_about = about;
         if !self.is_there(Peer::Dataplane) {
             return self.answer_status(None);
         }
@@ -86,17 +101,27 @@ impl Agent {
             peer: Peer::Dataplane,
             deadline: now + STATUS_TIME,
         });
-        self.act(Action::Dataplane(
-            AgentToDataplane::Status { request_id },
-            None,
-        ));
+        let message = match about {
+            About::Host => AgentToDataplane::Status { request_id },
+            About::Nics { after } => AgentToDataplane::Nics { request_id, after },
+        };
+        self.act(Action::Dataplane(message, Vec::new()));
     }
 
-    /// Answers the operator that is served, with what the data plane said.
-    pub(crate) fn answer_status(&mut self, volumes: Option<Vec<VolumeStatus>>) {
-        let status = self.status(volumes);
+    /// Answers the operator that is served, with what the data plane said, if it did.
+    pub(crate) fn answer_status(&mut self, said: Option<Answer>) {
+        let reply = match (self.asked_about, said) {
+            (About::Host, Some(Answer::Volumes(volumes, _))) => AdminReply::Status {
+                status: self.status(Some(volumes)),
+            },
+            (About::Host, _) => AdminReply::Status {
+                status: self.status(None),
+            },
+            (About::Nics { after }, Some(Answer::Nics(nics))) => self.nic_status(after, Some(nics)),
+            (About::Nics { after }, _) => self.nic_status(after, None),
+        };
         if let Some(client) = self.serving {
-            self.reply(client, AdminReply::Status { status });
+            self.reply(client, reply);
         }
     }
 }

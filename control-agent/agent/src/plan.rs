@@ -1,26 +1,30 @@
 //! The plan: what a new bundle changes against the one that is applied. Pure; it asks nobody.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use bulkhead_bundle::{HostBundle, SocketSpec, Volume};
-use bulkhead_protocol::{RekeyId, SocketName, VolumeId};
+use bulkhead_protocol::{RekeyId, ServedId, SocketName, VolumeId};
 
 mod limits;
+mod nics;
 
 pub use limits::LimitChanges;
+pub use nics::NicChanges;
 
-/// What kind of change a kept volume id goes through, where it has to be detached.
+/// What kind of change a kept id goes through, where it has to be detached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Change {
-    /// Something keyd grants: the data plane detaches the volume when the new grant arrives.
+    /// Something keyd grants: the data plane detaches it when the new grant arrives.
     Grant,
     /// Only the file behind it: the grant stays as it is, so that the agent has to detach it.
     File,
 }
 
-/// A volume that has to be detached.
+/// A volume or a NIC that has to be detached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Leaving {
     /// Which.
-    pub id: VolumeId,
+    pub id: ServedId,
     /// Its name in the applied bundle.
     pub name: String,
     /// Also while a frontend is connected.
@@ -56,7 +60,7 @@ pub struct Rekeying {
 pub struct Plan {
     /// Volumes that were not there.
     pub added: Vec<VolumeId>,
-    /// Volumes that go or have to be detached for a change, in the order of the applied bundle.
+    /// Volumes and then NICs that go or have to be detached for a change, in the order of the applied bundle.
     pub leaving: Vec<Leaving>,
     /// Volumes that are not detached: those that go on undisturbed, and those that grow.
     pub kept: Vec<VolumeId>,
@@ -73,6 +77,8 @@ pub struct Plan {
     /// Volumes whose keys keyd destroys, served before or not; those that the applied bundle
     /// shredded already are not among them.
     pub shredded: Vec<VolumeId>,
+    /// What becomes of NICs that are not detached, and of switches.
+    pub nics: NicChanges,
 }
 
 impl Plan {
@@ -97,7 +103,7 @@ impl Plan {
                     }
                 }
                 (after, change) => plan.leaving.push(Leaving {
-                    id: volume.id,
+                    id: volume.id.into(),
                     name: volume.name.clone(),
                     force: may_force(volume, after, new),
                     change,
@@ -109,21 +115,29 @@ impl Plan {
             if old_volume(volume.id).is_none() {
                 plan.added.push(volume.id);
             }
-            if !before.iter().any(|b| b.socket == volume.socket) {
-                plan.bind.push(volume.socket.name.clone());
-            }
         }
-        let named = |spec: &SocketSpec| new.volumes.iter().any(|v| v.socket.name == spec.name);
-        plan.unbind = before
-            .iter()
-            .filter(|volume| !named(&volume.socket))
-            .map(|volume| volume.socket.name.clone())
-            .collect();
+        plan.compare_listeners(old, new);
+        plan.nics = NicChanges::between(old, new, &mut plan.leaving);
         let done = |id: &&VolumeId| old.is_some_and(|old| old.shred.contains(id));
         let ordered = new.shred.iter().filter(|id| !done(id));
         plan.shredded = ordered.copied().collect();
         plan.limits = LimitChanges::between(old, new, &plan.kept);
         plan
+    }
+
+    fn compare_listeners(&mut self, old: Option<&HostBundle>, new: &HostBundle) {
+        let before: BTreeMap<_, _> = old
+            .into_iter()
+            .flat_map(HostBundle::sockets)
+            .map(|(_, socket)| (&socket.name, socket))
+            .collect();
+        let after: BTreeSet<_> = new.sockets().map(|(_, socket)| &socket.name).collect();
+        let other = |socket: &&SocketSpec| before.get(&socket.name) != Some(socket);
+        let bind = new.sockets().map(|(_, socket)| socket).filter(other);
+        self.bind = bind.map(|socket| socket.name.clone()).collect();
+        let sockets = old.into_iter().flat_map(HostBundle::sockets);
+        let gone = sockets.filter(|(_, socket)| !after.contains(&socket.name));
+        self.unbind = gone.map(|(_, socket)| socket.name.clone()).collect();
     }
 
     /// Whether nothing that runs would be touched, nor anything started.
@@ -137,6 +151,7 @@ impl Plan {
             && self.bind.is_empty()
             && self.unbind.is_empty()
             && self.shredded.is_empty()
+            && self.nics.is_empty()
     }
 
     /// One line per change, for the operator.
@@ -151,10 +166,11 @@ impl Plan {
             lines.push("host key: replaced, and the old one destroyed".to_owned());
         }
         for leaving in &self.leaving {
+            let (kind, name) = (kind(leaving.id), &leaving.name);
             lines.push(match leaving.change {
-                None => format!("volume {}: removed", leaving.name),
-                Some(Change::Grant) => format!("volume {}: changed, attached again", leaving.name),
-                Some(Change::File) => format!("volume {}: moved to another file", leaving.name),
+                None => format!("{kind} {name}: removed"),
+                Some(Change::Grant) => format!("{kind} {name}: changed, attached again"),
+                Some(Change::File) => format!("{kind} {name}: moved to another file"),
             });
         }
         for volume in self.added.iter().filter_map(|id| new.volume(*id)) {
@@ -177,6 +193,7 @@ impl Plan {
             }
         }
         self.limits.describe(new, &mut lines);
+        self.nics.describe(new, &mut lines);
         lines.extend(self.bind.iter().map(|n| format!("listener {n}: bound")));
         lines.extend(self.unbind.iter().map(|n| format!("listener {n}: removed")));
         let changed = |id: &VolumeId| {
@@ -207,9 +224,17 @@ impl Plan {
     }
 
     fn shred_line(&self, id: VolumeId) -> String {
-        let leaving = self.leaving.iter().find(|leaving| leaving.id == id);
+        let leaving = self.leaving.iter().find(|leaving| leaving.id == id.into());
         let name = leaving.map_or_else(|| id.to_string(), |l| format!("{} ({id})", l.name));
         format!("volume {name}: SHREDDED, its key is destroyed for ever")
+    }
+}
+
+/// What something is, for the operator.
+pub(crate) fn kind(id: ServedId) -> &'static str {
+    match id {
+        ServedId::Volume(_) => "volume",
+        ServedId::Nic(_) => "NIC",
     }
 }
 

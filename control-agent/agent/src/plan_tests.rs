@@ -343,8 +343,8 @@ proptest! {
         let ids = |bundle: &HostBundle| set(bundle.volumes.iter().map(|v| v.id).collect());
         let back = |l: &Leaving| l.change.is_some();
         let (kept, added) = (set(plan.kept.clone()), set(plan.added.clone()));
-        let leaving = set(plan.leaving.iter().map(|l| l.id).collect());
-        let changed = set(plan.leaving.iter().filter(|l| back(l)).map(|l| l.id).collect());
+        let leaving = set(plan.leaving.iter().filter_map(|l| l.id.volume()).collect());
+        let changed = set(plan.leaving.iter().filter(|l| back(l)).filter_map(|l| l.id.volume()).collect());
         // What was there stays or leaves; what is to be there stays, comes back or comes.
         prop_assert!(kept.is_disjoint(&leaving) && added.is_disjoint(&ids(&old)));
         prop_assert_eq!(kept.union(&leaving).copied().collect::<BTreeSet<_>>(), ids(&old));

@@ -14,6 +14,7 @@ use nix::sys::time::{TimeVal, TimeValLike as _};
 
 use crate::arguments::{Apply, Status};
 use crate::failure::Failure;
+use crate::nics::NetStatus;
 use crate::output::{self, printable};
 use crate::status;
 
@@ -74,13 +75,18 @@ fn report(dry_run: bool, epoch: u64, steps: &[String], pending: &[String]) -> Re
 
 /// `status`
 pub(crate) fn status(arguments: &Status) -> Result<(), Failure> {
-    match ask(&arguments.admin.socket, &AdminRequest::Status, &[])? {
-        AdminReply::Status { status } if arguments.json => {
-            println!("{}", status::to_json(&status));
-            Ok(())
-        }
+    let socket = &arguments.admin.socket;
+    match ask(socket, &AdminRequest::Status, &[])? {
         AdminReply::Status { status } => {
-            print!("{}", status::to_text(&status));
+            let networks = match status.nics {
+                None | Some(0) => NetStatus::default(),
+                Some(_) => NetStatus::ask(socket)?,
+            };
+            if arguments.json {
+                println!("{}", status::to_json(&status, &networks));
+            } else {
+                print!("{}", status::to_text(&status, &networks));
+            }
             Ok(())
         }
         AdminReply::Refused { reason } => {

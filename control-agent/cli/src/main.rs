@@ -37,6 +37,7 @@ mod host_keys;
 mod image;
 mod json;
 mod limits;
+mod nics;
 mod operator;
 mod output;
 mod programs;

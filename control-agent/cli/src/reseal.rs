@@ -55,12 +55,19 @@ pub(crate) fn reseal(arguments: &VolumeReseal) -> Result<(), Failure> {
 
 /// The one volume of a stanza.
 pub(crate) fn the_volume(path: &Path) -> Result<Volume, Failure> {
-    let Shown::Stanza(mut volumes) = Shown::load(path)? else {
+    let Shown::Stanza(mut volumes, nics) = Shown::load(path)? else {
         return Err(Failure::at(
             path,
             "is a bundle: give the volume's stanza, as `bulkhead volume create` wrote it",
         ));
     };
+    if !nics.is_empty() {
+        let problem = format!(
+            "has {} NIC(s) beside volumes: give a stanza with one volume",
+            nics.len()
+        );
+        return Err(Failure::at(path, problem));
+    }
     match (volumes.pop(), volumes.len()) {
         (Some(volume), 0) => Ok(volume),
         (_, others) => Err(Failure::at(

@@ -1,14 +1,17 @@
 //! What an envelope, a bundle's source or a stanza says, in words.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use bulkhead_bundle::verify::Inspected;
 use bulkhead_bundle::{
-    HostBundle, SealedKeyEntry, SourceError, TrustRoot, Volume, inspect, source, validate,
+    HostBundle, Nic, SealedKeyEntry, SourceError, Switch, TrustRoot, Volume, inspect, source,
+    validate,
 };
 use bulkhead_files::text::to_hex;
 use bulkhead_protocol::DiscardPolicy;
 use bulkhead_protocol::envelope::MAX_ENVELOPE_BYTES;
+use bulkhead_protocol::net::PortSpec;
 
 use crate::arguments::Show;
 use crate::failure::Failure;
@@ -30,9 +33,9 @@ pub(crate) enum Shown {
         bytes: Vec<u8>,
     },
     /// What people write and sign.
-    Source(HostBundle),
-    /// Volumes alone.
-    Stanza(Vec<Volume>),
+    Source(Box<HostBundle>),
+    /// Volumes and NICs alone.
+    Stanza(Vec<Volume>, Vec<Nic>),
 }
 
 impl Shown {
@@ -48,20 +51,22 @@ impl Shown {
             });
         }
         match source::load(path) {
-            Ok(bundle) => Ok(Self::Source(bundle)),
+            Ok(bundle) => Ok(Self::Source(Box::new(bundle))),
             Err(error) => Self::stanza(path, error),
         }
     }
 
     /// A file that is no whole bundle may still be a stanza; if not, the first error counts.
     fn stanza(path: &Path, error: SourceError) -> Result<Self, Failure> {
-        let volumes = match source::load_stanza(path) {
-            Ok(volumes) if !volumes.is_empty() => volumes,
+        let (volumes, nics) = match source::load_stanzas(path) {
+            Ok((volumes, nics)) if !volumes.is_empty() || !nics.is_empty() => (volumes, nics),
             _ => return Err(error.into()),
         };
-        let bundle = bundle_of(volumes);
+        let mut bundle = bundle_of(volumes);
+        bundle.switches = switches_of(&nics);
+        bundle.nics = nics;
         validate(&bundle).map_err(|e| Failure::at(path, e))?;
-        Ok(Self::Stanza(bundle.volumes))
+        Ok(Self::Stanza(bundle.volumes, bundle.nics))
     }
 
     /// Its volumes.
@@ -69,9 +74,31 @@ impl Shown {
         match self {
             Self::Envelope { inspected, .. } => &inspected.claimed.volumes,
             Self::Source(bundle) => &bundle.volumes,
-            Self::Stanza(volumes) => volumes,
+            Self::Stanza(volumes, _) => volumes,
         }
     }
+
+    /// Its NICs.
+    fn nics(&self) -> &[Nic] {
+        match self {
+            Self::Envelope { inspected, .. } => &inspected.claimed.nics,
+            Self::Source(bundle) => &bundle.nics,
+            Self::Stanza(_, nics) => nics,
+        }
+    }
+}
+
+/// The switches that NICs name, to hold these against the rules of bundles.
+fn switches_of(nics: &[Nic]) -> Vec<Switch> {
+    let names: BTreeSet<_> = nics
+        .iter()
+        .filter_map(|nic| match &nic.port {
+            PortSpec::Switch { switch } => Some(switch.clone()),
+            _ => None,
+        })
+        .collect();
+    let switch = |name| Switch { name, uplink: None };
+    names.into_iter().map(switch).collect()
 }
 
 /// `show`
@@ -92,10 +119,16 @@ pub(crate) fn show(arguments: &Show) -> Result<(), Failure> {
             println!("kind         bundle source, not signed");
             show_bundle(bundle);
         }
-        Shown::Stanza(_) => println!("kind         volumes alone, not signed"),
+        Shown::Stanza(_, nics) if nics.is_empty() => {
+            println!("kind         volumes alone, not signed");
+        }
+        Shown::Stanza(..) => println!("kind         volumes and NICs alone, not signed"),
     }
     for volume in shown.volumes() {
         show_volume(volume);
+    }
+    for nic in shown.nics() {
+        show_nic(nic);
     }
     println!();
     match (&shown, trust) {
@@ -124,6 +157,9 @@ fn show_bundle(bundle: &HostBundle) {
     for id in &bundle.force_remove {
         println!("remove       {id}, also while a frontend is connected");
     }
+    for id in &bundle.force_remove_nics {
+        println!("remove       NIC {id}, also while a frontend is connected");
+    }
     for id in &bundle.shred {
         println!("shred        {id}: its key is destroyed for ever");
     }
@@ -132,6 +168,46 @@ fn show_bundle(bundle: &HostBundle) {
     }
     for group in &bundle.groups {
         println!("group        {}: limits {}", group.name, group.limits);
+    }
+    for switch in &bundle.switches {
+        let uplink = switch.uplink.as_ref();
+        let uplink = uplink.map_or("none".to_owned(), ToString::to_string);
+        println!("switch       {}: uplink {uplink}", switch.name);
+    }
+}
+
+fn show_nic(nic: &Nic) {
+    println!("\nNIC          {}", nic.name);
+    println!("  id         {}", nic.id);
+    println!("  address    {}, MTU {}", nic.mac, nic.mtu);
+    println!(
+        "  port       {}, {} queue pair(s)",
+        nic.port, nic.queue_pairs
+    );
+    println!(
+        "  socket     {}, owner {}:{}, mode {:04o}; uid {} may connect",
+        nic.socket.name, nic.socket.uid, nic.socket.gid, nic.socket.mode, nic.allowed_uid
+    );
+    let mac = if nic.checks.mac { "its MAC" } else { "any MAC" };
+    let sources: Vec<_> = nic.checks.sources.iter().map(ToString::to_string).collect();
+    let sources = match sources.is_empty() {
+        true => "any IP address".to_owned(),
+        false => sources.join(" "),
+    };
+    println!("  may be     {mac}, {sources}");
+    if !nic.limits.is_none() {
+        println!("  limits     {}", nic.limits);
+    }
+    if let Some(mirror) = &nic.mirror {
+        println!(
+            "  mirror     {}, {} B of each frame, at most {}",
+            mirror.file,
+            mirror.snap_bytes,
+            output::size(mirror.most_bytes)
+        );
+    }
+    if nic.force_removal {
+        println!("  removal    also while a frontend is connected");
     }
 }
 

@@ -117,11 +117,18 @@ fn check_copy(path: &Path, volume: &Volume) -> Result<(), Failure> {
             path,
             "is a bundle's source: take the volume out of it, and write its id into `shred`",
         )),
-        Shown::Stanza(_) if others > 0 => Err(Failure::at(
+        Shown::Stanza(_, nics) if !nics.is_empty() => Err(Failure::at(
+            path,
+            format!(
+                "has {} NIC(s), which would be lost: take them out first",
+                nics.len()
+            ),
+        )),
+        Shown::Stanza(..) if others > 0 => Err(Failure::at(
             path,
             format!("has {others} more volume(s), which would be lost: take them out first"),
         )),
-        Shown::Stanza(_) => Ok(()),
+        Shown::Stanza(..) => Ok(()),
     }
 }
 

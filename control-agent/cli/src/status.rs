@@ -11,14 +11,15 @@ use bulkhead_protocol::control::{
 use crate::host_keys;
 use crate::json::Json;
 use crate::limits;
-use crate::output::{printable, rounded, size, table};
+use crate::nics::NetStatus;
+use crate::output::{printable, rounded, row, size, table};
 use crate::programs;
 
 /// Digits of a measurement in the table; `--json` has all of them.
 const SHORT_DIGITS: usize = 16;
 
 /// The table.
-pub(crate) fn to_text(status: &HostStatus) -> String {
+pub(crate) fn to_text(status: &HostStatus, networks: &NetStatus) -> String {
     let mut out = String::new();
     let digest = status
         .digest
@@ -46,6 +47,7 @@ pub(crate) fn to_text(status: &HostStatus) -> String {
     out.push_str("\nvolumes\n");
     out.push_str(&volumes(&status.volumes));
     out.push_str(&limits::limits(status));
+    out.push_str(&networks.to_text());
     if let Some(keys) = &status.keys {
         out.push_str(&host_keys::shreds(keys));
     }
@@ -56,10 +58,6 @@ pub(crate) fn to_text(status: &HostStatus) -> String {
         }
     }
     out
-}
-
-fn row(cells: &[&str]) -> Vec<String> {
-    cells.iter().map(|cell| (*cell).to_owned()).collect()
 }
 
 fn processes(processes: &[ProcessStatus]) -> String {
@@ -200,10 +198,10 @@ fn held_word(state: &VolumeStatus) -> &'static str {
     }
 }
 
-/// The JSON object: every field of [`HostStatus`] under its own name.
-pub(crate) fn to_json(status: &HostStatus) -> String {
+/// The JSON object: every field of [`HostStatus`] under its own name, with the networks.
+pub(crate) fn to_json(status: &HostStatus, networks: &NetStatus) -> String {
     let texts = |texts: &[String]| Json::Array(texts.iter().map(Json::text).collect());
-    Json::Object(vec![
+    let mut fields = vec![
         ("host", Json::text(&status.host)),
         ("epoch", Json::or_null(status.epoch, Json::Number)),
         ("epoch_floor", Json::Number(status.epoch_floor)),
@@ -230,8 +228,9 @@ pub(crate) fn to_json(status: &HostStatus) -> String {
             Json::or_null(status.workers.as_deref(), limits::workers_json),
         ),
         ("programs", programs::to_json(&status.programs)),
-    ])
-    .to_line()
+    ];
+    fields.extend(networks.to_json());
+    Json::Object(fields).to_line()
 }
 
 fn process_json(process: &ProcessStatus) -> Json {

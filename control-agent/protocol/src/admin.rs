@@ -2,10 +2,13 @@
 
 use minicbor::{Decode, Encode};
 
-use crate::control::{VolumeStatus, WorkersStatus};
-use crate::identity::{GroupName, SocketName, VolumeId};
+#[cfg(doc)]
+use crate::control::NICS_PER_MESSAGE;
+use crate::control::{NicStatus, VolumeStatus, WorkersStatus};
+use crate::identity::{GroupName, NicId, SocketName, SwitchName, VolumeId};
 use crate::keys::{EnvelopeDigest, HostKeys};
 use crate::limits::{GroupGrant, Limits};
+use crate::net::{Mac, NicLimits, PortSpec, Uplink};
 use crate::release::{ProgramStatus, Release};
 use crate::rot::{Measurement, Role};
 
@@ -26,6 +29,13 @@ pub enum AdminRequest {
     /// release statement.
     #[n(2)]
     Upgrade,
+    /// What do the network cards do? Answered for at most [`NICS_PER_MESSAGE`] of them.
+    #[n(3)]
+    Nics {
+        /// Those whose id is above this one; none: from the first.
+        #[n(0)]
+        after: Option<NicId>,
+    },
 }
 
 /// From the agent to the CLI.
@@ -79,6 +89,19 @@ pub enum AdminReply {
         #[n(0)]
         reason: String,
     },
+    /// Answer to [`AdminRequest::Nics`].
+    #[n(6)]
+    Nics {
+        /// Network cards of the bundle, by id.
+        #[n(0)]
+        nics: Vec<NicEntry>,
+        /// There are more.
+        #[n(1)]
+        more: bool,
+        /// The switches of the bundle.
+        #[n(2)]
+        switches: Vec<SwitchEntry>,
+    },
 }
 
 /// What runs on a host.
@@ -119,6 +142,9 @@ pub struct HostStatus {
     #[n(10)]
     #[cbor(skip_if = "Vec::is_empty")]
     pub programs: Vec<ProgramStatus>,
+    /// How many network cards the bundle has; [`AdminRequest::Nics`] tells of them.
+    #[n(11)]
+    pub nics: Option<u32>,
 }
 
 /// A process on the host.
@@ -169,12 +195,60 @@ pub struct VolumeEntry {
     pub group: Option<GroupName>,
 }
 
+/// A switch of the applied bundle.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct SwitchEntry {
+    /// Its name.
+    #[n(0)]
+    pub name: SwitchName,
+    /// What connects it to the world.
+    #[n(1)]
+    pub uplink: Option<Uplink>,
+}
+
+/// A network card of the applied bundle.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct NicEntry {
+    /// Which.
+    #[n(0)]
+    pub nic: NicId,
+    /// The name people gave it.
+    #[n(1)]
+    pub name: String,
+    /// Its listener.
+    #[n(2)]
+    pub socket: SocketName,
+    /// Path of the socket file, for the frontend's command line.
+    #[n(3)]
+    pub socket_path: String,
+    /// Its address.
+    #[n(4)]
+    pub mac: Mac,
+    /// Its MTU in bytes.
+    #[n(5)]
+    pub mtu: u16,
+    /// Its queue pairs.
+    #[n(6)]
+    pub queue_pairs: u16,
+    /// What its frames go out of.
+    #[n(7)]
+    pub port: PortSpec,
+    /// How much it may send and get.
+    #[n(8)]
+    #[cbor(skip_if = "NicLimits::is_none")]
+    pub limits: NicLimits,
+    /// What the data plane says; none while it does not answer.
+    #[n(9)]
+    pub state: Option<NicStatus>,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::Channel;
     use crate::control::{Latency, RekeyProgress, RekeyState, StorageState, StorageStatus};
     use crate::limits::Rate;
+    use crate::net::TrafficLimits;
     use crate::release::Component;
 
     /// A volume with much to be said of it.
@@ -254,10 +328,55 @@ mod tests {
                     failed: Some("f".repeat(300)),
                 })
                 .into(),
+            nics: Some(256),
         };
+        fits(&AdminReply::Status { status });
+    }
+
+    fn fits(reply: &AdminReply) {
         let (a, b) = Channel::pair().expect("pair");
-        let reply = AdminReply::Status { status };
-        a.send(&reply, &[]).expect("it fits");
-        assert_eq!(b.receive::<AdminReply>().expect("received").message, reply);
+        a.send(reply, &[]).expect("it fits");
+        assert_eq!(b.receive::<AdminReply>().expect("received").message, *reply);
+    }
+
+    #[test]
+    fn the_status_of_a_page_of_nics_fits_into_a_message() {
+        let rate = Some(Rate {
+            per_second: 1 << 40,
+            burst: 1 << 50,
+        });
+        let limits = TrafficLimits {
+            packets: rate,
+            bytes: rate,
+        };
+        let entry = |number: usize| NicEntry {
+            nic: NicId([u8::try_from(number).unwrap_or(0); 16]),
+            name: "n".repeat(64),
+            socket: "s".repeat(64).parse().expect("a name"),
+            socket_path: "p".repeat(107),
+            mac: "52:54:00:00:00:01".parse().expect("a MAC"),
+            mtu: u16::MAX,
+            queue_pairs: 16,
+            port: PortSpec::Switch {
+                switch: "s".repeat(64).parse().expect("a name"),
+            },
+            limits: NicLimits {
+                tx: limits,
+                rx: limits,
+            },
+            state: Some(crate::control::nic_status_at_its_longest()),
+        };
+        let switch = |number: usize| SwitchEntry {
+            name: format!("{number:064}").parse().expect("a name"),
+            uplink: Some(Uplink::AfXdp {
+                interface: "i".repeat(15).parse().expect("a name"),
+                queue: u16::MAX,
+            }),
+        };
+        fits(&AdminReply::Nics {
+            nics: (0..crate::control::NICS_PER_MESSAGE).map(entry).collect(),
+            more: true,
+            switches: (0..crate::net::MAX_SWITCHES).map(switch).collect(),
+        });
     }
 }

@@ -1,10 +1,13 @@
-//! Messages between the agent and the data plane: which file a granted volume lives in,
-//! and what the volumes are doing. Nothing here can widen what keyd granted.
+//! Messages between the agent and the data plane: which file a granted volume lives in, which interfaces a
+//! granted NIC is connected to, and what both are doing. Nothing here can widen what keyd granted.
 
 use minicbor::{Decode, Encode};
 
-use crate::identity::{SocketName, VolumeId};
+use crate::identity::{NicId, ServedId, SocketName, SwitchName, VolumeId};
 use crate::workers::Workers;
+
+mod nics;
+mod storage;
 
 /// From the agent to the data plane. Each is answered by one [`DataplaneToAgent`].
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -24,26 +27,27 @@ pub enum AgentToDataplane {
         #[n(2)]
         socket: SocketName,
     },
-    /// Stop serving: requests in flight end first, the key is wiped, the connection closes.
+    /// Stop serving: requests in flight end first, the key is wiped, the connection closes, and the descriptors that
+    /// were given for it.
     #[n(1)]
     Detach {
         /// Chosen by the agent, repeated in the answer.
         #[n(0)]
         request_id: u64,
-        /// Which volume.
+        /// Which volume or NIC.
         #[n(1)]
-        volume: VolumeId,
+        id: ServedId,
     },
-    /// From now on accept no new frontend for this volume. Refused if one is connected and
+    /// From now on accept no new frontend for it. Refused if one is connected and
     /// `force` is not set, so that "is it in use" can't change between asking and removing.
     #[n(2)]
     PrepareRemove {
         /// Chosen by the agent, repeated in the answer.
         #[n(0)]
         request_id: u64,
-        /// Which volume.
+        /// Which volume or NIC.
         #[n(1)]
-        volume: VolumeId,
+        id: ServedId,
         /// Also if a frontend is connected (it stays connected until Detach).
         #[n(2)]
         force: bool,
@@ -54,9 +58,9 @@ pub enum AgentToDataplane {
         /// Chosen by the agent, repeated in the answer.
         #[n(0)]
         request_id: u64,
-        /// Which volume.
+        /// Which volume or NIC.
         #[n(1)]
-        volume: VolumeId,
+        id: ServedId,
     },
     /// What are the volumes doing?
     #[n(4)]
@@ -65,6 +69,101 @@ pub enum AgentToDataplane {
         #[n(0)]
         request_id: u64,
     },
+    /// Serve a granted NIC on this listener. Descriptors: as many as [`PortFacts::descriptors`] says for its
+    /// port and its pairs. Refused unless keyd granted exactly this NIC for exactly this socket, and, on a
+    /// switch, unless that is attached. Attaching what is attached answers Done and keeps what it has.
+    #[n(5)]
+    AttachNic {
+        /// Chosen by the agent, repeated in the answer.
+        #[n(0)]
+        request_id: u64,
+        /// Which NIC.
+        #[n(1)]
+        nic: NicId,
+        /// On which listener.
+        #[n(2)]
+        socket: SocketName,
+        /// What its port's descriptors are.
+        #[n(3)]
+        facts: PortFacts,
+    },
+    /// Have a switch, with its uplink. Descriptors: as for a NIC with one pair on the uplink's kind of port. Refused
+    /// unless a grant names the switch with exactly such an uplink. It is gone as soon as no grant names it so any
+    /// more. Attaching what is attached answers Done and keeps what it has.
+    #[n(6)]
+    AttachSwitch {
+        /// Chosen by the agent, repeated in the answer.
+        #[n(0)]
+        request_id: u64,
+        /// Which switch.
+        #[n(1)]
+        switch: SwitchName,
+        /// What its uplink's descriptors are.
+        #[n(2)]
+        facts: PortFacts,
+    },
+    /// Copy the frames of an attached NIC into this file, as its grant allows. Descriptor: the file, new and
+    /// empty, to be appended to. It ends with the grant's mirror, with the NIC, or when it is full.
+    #[n(7)]
+    Mirror {
+        /// Chosen by the agent, repeated in the answer.
+        #[n(0)]
+        request_id: u64,
+        /// Which NIC.
+        #[n(1)]
+        nic: NicId,
+    },
+    /// Which NICs and switches are attached?
+    #[n(8)]
+    Networks {
+        /// Chosen by the agent, repeated in the answer.
+        #[n(0)]
+        request_id: u64,
+    },
+    /// What are the NICs doing? Answered for at most [`NICS_PER_MESSAGE`] of them.
+    #[n(9)]
+    Nics {
+        /// Chosen by the agent, repeated in the answer.
+        #[n(0)]
+        request_id: u64,
+        /// Those whose id is above this one; none: from the first.
+        #[n(1)]
+        after: Option<NicId>,
+    },
+}
+
+/// What the agent says of the descriptors that it gives for a port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub enum PortFacts {
+    /// There are none: a switch without uplink, a NIC on a switch, or the null port.
+    #[n(0)]
+    Nothing,
+    /// One queue of a TAP for each pair, with the virtio header of 12 bytes.
+    #[n(1)]
+    Tap {
+        /// UDP segments may come from it in one piece.
+        #[n(0)]
+        has_uso: bool,
+    },
+    /// One AF_XDP socket for each pair, not bound yet; behind them what keeps the interface's program attached.
+    #[n(2)]
+    AfXdp {
+        /// The interface's index, to bind to.
+        #[n(0)]
+        interface_index: u32,
+    },
+}
+
+impl PortFacts {
+    /// Descriptors that come with them, for so many queue pairs.
+    #[must_use]
+    pub fn descriptors(self, queue_pairs: u16) -> usize {
+        match self {
+            Self::Nothing => 0,
+            Self::Tap { .. } => usize::from(queue_pairs),
+            Self::AfXdp { .. } => usize::from(queue_pairs) + 1,
+        }
+    }
 }
 
 /// From the data plane to the agent.
@@ -123,7 +222,35 @@ pub enum DataplaneToAgent {
         #[n(1)]
         requests: u32,
     },
+    /// Answer to [`AgentToDataplane::Networks`].
+    #[n(5)]
+    Networks {
+        /// Of the request.
+        #[n(0)]
+        request_id: u64,
+        /// What is attached.
+        #[n(1)]
+        networks: Networks,
+    },
+    /// Answer to [`AgentToDataplane::Nics`].
+    #[n(6)]
+    Nics {
+        /// Of the request.
+        #[n(0)]
+        request_id: u64,
+        /// One entry per granted NIC, by id.
+        #[n(1)]
+        nics: Vec<NicStatus>,
+    },
 }
+
+#[cfg(test)]
+pub(crate) use nics::nic_status_at_its_longest;
+pub use nics::{
+    DropCount, MirrorStatus, NICS_PER_MESSAGE, Networks, NicStatus, PairCounts, Traffic,
+};
+
+pub use storage::{Latency, StorageState, StorageStatus};
 
 /// The workers of a data plane.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
@@ -221,144 +348,6 @@ pub struct VolumeStatus {
     /// milliseconds, added up over the workers that serve it.
     #[n(16)]
     pub throttled_ms: u64,
-}
-
-/// How the storage of a volume does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
-pub struct StorageStatus {
-    /// In a word.
-    #[n(0)]
-    pub state: StorageState,
-    /// Requests under way for longer than `slow_after_ms`; once it was given up, all that are left.
-    #[n(1)]
-    pub old_requests: u32,
-    /// Age of the oldest of them in milliseconds.
-    #[n(2)]
-    pub oldest_ms: u64,
-    /// What is too long, in milliseconds.
-    #[n(3)]
-    pub slow_after_ms: u64,
-    /// Requests that took longer than that since the volume was attached, those under way included.
-    #[n(4)]
-    pub slow_total: u64,
-    /// How long stored requests took since it was attached; none before one ended.
-    #[n(5)]
-    pub latency: Option<Latency>,
-}
-
-/// What the storage of a volume is doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
-pub enum StorageState {
-    /// It answers in time.
-    #[n(0)]
-    Fine,
-    /// Some requests are under way for too long.
-    #[n(1)]
-    Slow,
-    /// Some requests are under way for so long that they may never end.
-    #[n(2)]
-    Hung,
-    /// The volume was detached without waiting for its storage: requests are still with the kernel, and it
-    /// can't be attached again before they have ended.
-    #[n(3)]
-    GivenUp,
-}
-
-/// How long requests took, in microseconds, each rounded up to a power of two.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
-pub struct Latency {
-    /// Half of them took no longer.
-    #[n(0)]
-    pub median_us: u64,
-    /// 99 of 100 took no longer.
-    #[n(1)]
-    pub p99_us: u64,
-    /// 999 of 1,000 took no longer.
-    #[n(2)]
-    pub p999_us: u64,
-}
-
-impl std::fmt::Display for StorageStatus {
-    /// As in `slow: 12 requests older than 1 s, oldest 14 s`.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (requests, word) = (self.old_requests, plural(self.old_requests));
-        let (limit, oldest) = (Seconds(self.slow_after_ms), Seconds(self.oldest_ms));
-        match self.state {
-            StorageState::Fine => f.write_str("answers in time"),
-            StorageState::Slow => {
-                write!(
-                    f,
-                    "slow: {requests} {word} older than {limit}, oldest {oldest}"
-                )
-            }
-            StorageState::Hung => {
-                write!(
-                    f,
-                    "hung: {requests} {word} older than {limit}, oldest {oldest}"
-                )
-            }
-            StorageState::GivenUp => write!(
-                f,
-                "given up: {requests} {word} still with the kernel, oldest {oldest}; can be attached again \
-                 when they have ended"
-            ),
-        }
-    }
-}
-
-fn plural(requests: u32) -> &'static str {
-    if requests == 1 { "request" } else { "requests" }
-}
-
-/// Milliseconds, for people.
-struct Seconds(u64);
-
-impl std::fmt::Display for Seconds {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match (self.0 / 1000, self.0 % 1000) {
-            (seconds @ 10.., _) | (seconds, 0) => write!(f, "{seconds} s"),
-            (seconds, rest) => write!(f, "{seconds}.{} s", rest / 100),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_storage_in_words() {
-        let slow = StorageStatus {
-            state: StorageState::Slow,
-            old_requests: 12,
-            oldest_ms: 14_321,
-            slow_after_ms: 1000,
-            slow_total: 40,
-            latency: None,
-        };
-        assert_eq!(
-            slow.to_string(),
-            "slow: 12 requests older than 1 s, oldest 14 s"
-        );
-        let one = StorageStatus {
-            state: StorageState::Hung,
-            old_requests: 1,
-            oldest_ms: 1_250,
-            ..slow
-        };
-        assert_eq!(
-            one.to_string(),
-            "hung: 1 request older than 1 s, oldest 1.2 s"
-        );
-        let left = StorageStatus {
-            state: StorageState::GivenUp,
-            ..slow
-        };
-        assert!(
-            left.to_string()
-                .starts_with("given up: 12 requests still with the kernel")
-        );
-    }
 }
 
 /// How far the re-key of a volume is.

@@ -7,8 +7,9 @@
 
 use minicbor::{Decode, Encode};
 
-use crate::identity::{DiscardPolicy, RekeyId, SocketName, VolumeId};
+use crate::identity::{DiscardPolicy, RekeyId, ServedId, SocketName, VolumeId};
 use crate::limits::{GroupGrant, Limits};
+use crate::net::NicGrant;
 use crate::release::Release;
 use crate::workers::Workers;
 
@@ -27,7 +28,7 @@ pub const MAX_SHREDS: usize = 32;
 /// From the agent to keyd.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum AgentToKeyd {
-    /// Verify this envelope and grant its volumes to the data plane. Descriptor: the
+    /// Verify this envelope and grant its volumes and NICs to the data plane. Descriptor: the
     /// envelope, a regular file or memfd ([`crate::envelope`]).
     ///
     /// The envelope accepted last is granted again, even after its expiry.
@@ -59,7 +60,7 @@ pub enum KeydToAgent {
         /// Epoch of the bundle.
         #[n(1)]
         epoch: u64,
-        /// Volumes whose grant did not arrive, with the reason; empty when all did.
+        /// Volumes and NICs whose grant did not arrive, with the reason; empty when all did.
         #[n(2)]
         undelivered: Vec<Undelivered>,
         /// The host's key, and what was shredded.
@@ -148,9 +149,9 @@ pub enum ShredState {
 /// A grant that the data plane did not take.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct Undelivered {
-    /// Which volume.
+    /// Which volume or NIC.
     #[n(0)]
-    pub volume: VolumeId,
+    pub id: ServedId,
     /// For the operator.
     #[n(1)]
     pub reason: String,
@@ -208,10 +209,6 @@ pub struct VolumeGrant {
 }
 
 /// From keyd to the data plane.
-#[expect(
-    clippy::large_enum_variant,
-    reason = "nearly every message is a grant, and one is in hand at a time"
-)]
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub enum KeydToDataplane {
     /// A volume may be served. Descriptors: for an encrypted volume its key, one page of secret
@@ -235,12 +232,12 @@ pub enum KeydToDataplane {
         #[n(0)]
         grant: VolumeGrant,
     },
-    /// The volume is no longer in the bundle: it is detached if it is served, and its key wiped.
+    /// The volume or NIC is no longer in the bundle: it is detached if it is served, and its key wiped.
     #[n(1)]
     Revoke {
-        /// Which volume.
+        /// Which.
         #[n(0)]
-        volume: VolumeId,
+        id: ServedId,
     },
     /// The worker threads that the bundle asks for: the first message to a data plane, before it makes
     /// them, and again when a bundle asks for others.
@@ -250,6 +247,18 @@ pub enum KeydToDataplane {
         #[n(0)]
         workers: Option<Workers>,
     },
+    /// A NIC may be served. No descriptors.
+    ///
+    /// A grant equal to the one held (the epoch aside) changes nothing but the epoch. Other limits and other
+    /// checks take effect at once, another mirror, or none, ends the one there is; if they are all that
+    /// differs, the served NIC and its frontend stay where they are. Any other grant replaces the one held, and a
+    /// NIC served under the old one is detached first.
+    #[n(3)]
+    GrantNic {
+        /// The grant.
+        #[n(0)]
+        grant: NicGrant,
+    },
 }
 
 /// From the data plane to keyd.
@@ -258,26 +267,26 @@ pub enum DataplaneToKeyd {
     /// The grant is held.
     #[n(0)]
     Granted {
-        /// Which volume.
+        /// Which volume or NIC.
         #[n(0)]
-        volume: VolumeId,
+        id: ServedId,
     },
     /// The grant can't be held; an earlier one stays as it was.
     #[n(1)]
     GrantRefused {
-        /// Which volume.
+        /// Which volume or NIC.
         #[n(0)]
-        volume: VolumeId,
+        id: ServedId,
         /// For the operator.
         #[n(1)]
         reason: String,
     },
-    /// The volume is detached and its key wiped.
+    /// It is detached, and its key wiped.
     #[n(2)]
     Revoked {
-        /// Which volume.
+        /// Which volume or NIC.
         #[n(0)]
-        volume: VolumeId,
+        id: ServedId,
     },
     /// Answer to [`KeydToDataplane::Workers`], once there are workers.
     #[n(3)]

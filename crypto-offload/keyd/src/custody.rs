@@ -11,11 +11,11 @@ use bulkhead_bundle::text::to_hex;
 use bulkhead_bundle::{
     HostBundle, Policy, TrustRoot, Verified, VerifyError, verify, verify_release,
 };
-use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::envelope::{EnvelopeError, read_capped};
 use bulkhead_protocol::keys::{HostKeys, MAX_SHREDS, Shred, ShredState};
 use bulkhead_protocol::release::Release;
 use bulkhead_protocol::workers::Workers;
+use bulkhead_protocol::{ServedId, VolumeId};
 use bulkhead_sealing::RecipientKey;
 
 use crate::host_key;
@@ -128,8 +128,8 @@ impl Custody {
         self.file.state().and_then(|state| state.workers.clone())
     }
 
-    /// Every volume that the data plane may hold a grant of.
-    pub(crate) fn held(&self) -> BTreeSet<VolumeId> {
+    /// Every volume and NIC that the data plane may hold a grant of.
+    pub(crate) fn held(&self) -> BTreeSet<ServedId> {
         let state = self.file.state();
         state.map(|state| state.held.clone()).unwrap_or_default()
     }
@@ -183,8 +183,8 @@ impl Custody {
             );
         }
         let (epoch, volumes) = (bundle.epoch, bundle.volumes.len());
-        let signers = bundle.signers().join(", ");
-        tracing::info!(epoch, volumes, again, %signers, "bundle accepted");
+        let (nics, signers) = (bundle.nics.len(), bundle.signers().join(", "));
+        tracing::info!(epoch, volumes, nics, again, %signers, "bundle accepted");
         Ok(bundle)
     }
 
@@ -216,8 +216,7 @@ impl Custody {
         });
         state.accepted = accepted;
         state.workers.clone_from(&bundle.workers);
-        let volumes = bundle.volumes.iter();
-        state.held.extend(volumes.map(|volume| volume.id));
+        state.held.extend(bundle.sockets().map(|(id, _)| id));
         state
     }
 
@@ -333,7 +332,7 @@ impl Custody {
         let is_last = state.rotations.last() == Some(rotation);
         let shred_state = match &self.unfinished {
             Some(_) if is_last => ShredState::KeyOnDisk,
-            _ if state.held.contains(&volume) => ShredState::HeldByDataplane,
+            _ if state.held.contains(&volume.into()) => ShredState::HeldByDataplane,
             _ => ShredState::Done,
         };
         Shred {
@@ -346,19 +345,19 @@ impl Custody {
         }
     }
 
-    /// The data plane holds no grant of these volumes any more.
-    pub(crate) fn revoked(&mut self, volumes: &BTreeSet<VolumeId>) {
-        self.keep_held(|volume| !volumes.contains(volume));
+    /// The data plane holds no grant of these any more.
+    pub(crate) fn revoked(&mut self, gone: &BTreeSet<ServedId>) {
+        self.keep_held(|id| !gone.contains(id));
         let shredded = self.file.state().map(|state| &state.shredded);
-        for volume in volumes {
-            if shredded.is_some_and(|shredded| shredded.contains_key(volume)) {
+        for volume in gone.iter().filter_map(|id| id.volume()) {
+            if shredded.is_some_and(|shredded| shredded.contains_key(&volume)) {
                 tracing::info!(%volume, "shredded: the data plane has dropped its key");
             }
         }
     }
 
-    /// If it can't be kept, more volumes are remembered than are held, and revoked once more.
-    fn keep_held(&mut self, keep: impl Fn(&VolumeId) -> bool) {
+    /// If it can't be kept, more is remembered than is held, and revoked once more.
+    fn keep_held(&mut self, keep: impl Fn(&ServedId) -> bool) {
         let Some(state) = self.file.state() else {
             return;
         };

@@ -11,15 +11,16 @@ use std::time::{Duration, Instant};
 
 use bulkhead_bundle::{HostBundle, Verified, Volume};
 use bulkhead_protocol::keys::{DataplaneToKeyd, KeydToDataplane, Undelivered};
-use bulkhead_protocol::{ChannelError, VolumeId};
+use bulkhead_protocol::{ChannelError, ServedId};
 
+use crate::grants::{grant_of, nic_grant_of};
 use crate::link::plain;
 use crate::peers::{Asked, Dataplane};
-use crate::vault::{NoKey, Vault, grant_of};
+use crate::vault::{NoKey, Vault};
 
 /// How long a delivery may take; the agent waits longer.
 const TIME: Duration = Duration::from_secs(10);
-/// Why a volume was not delivered, if the data plane does not answer.
+/// Why a grant was not delivered, if the data plane does not answer.
 const SILENT: &str = "the data plane did not answer in 10 s";
 /// The same, if there is none.
 pub(crate) const ABSENT: &str = "no data plane is connected";
@@ -48,24 +49,24 @@ pub(crate) struct Delivery {
     bundle: Verified<HostBundle>,
     steps: VecDeque<Asked>,
     undelivered: Vec<Undelivered>,
-    revoked: BTreeSet<VolumeId>,
+    revoked: BTreeSet<ServedId>,
     blocked: bool,
     /// The data plane ends, for the sake of its workers; the next one gets what is left.
     restarting: bool,
 }
 
 impl Delivery {
-    /// Of a bundle, to a data plane that may hold these volumes.
+    /// Of a bundle, to a data plane that may hold grants of these.
     pub(crate) fn new(
         request_id: u64,
         agent_generation: u64,
         bundle: Verified<HostBundle>,
-        held: &BTreeSet<VolumeId>,
+        held: &BTreeSet<ServedId>,
         now: Instant,
     ) -> Self {
         let gone = held.iter().copied();
-        let gone = gone.filter(|id| bundle.volume(*id).is_none());
-        let here = bundle.volumes.iter().map(|volume| volume.id);
+        let gone = gone.filter(|id| bundle.name_of(*id).is_none());
+        let here = bundle.sockets().map(|(id, _)| id);
         // Revocations first: a listener's name may have a new owner.
         let steps = gone
             .map(Asked::Revoke)
@@ -100,7 +101,7 @@ impl Delivery {
     }
 
     /// What was not delivered, and what is revoked for certain.
-    pub(crate) fn into_outcome(self) -> (Vec<Undelivered>, BTreeSet<VolumeId>) {
+    pub(crate) fn into_outcome(self) -> (Vec<Undelivered>, BTreeSet<ServedId>) {
         (self.undelivered, self.revoked)
     }
 
@@ -136,18 +137,24 @@ impl Delivery {
     }
 
     fn send(&self, step: Asked, dataplane: &mut Dataplane, vault: &Vault) -> Sent {
-        let Some(volume) = step.volume() else {
-            return Sent::Yes;
-        };
-        let sent = match (step, self.bundle.volume(volume)) {
-            (Asked::Grant(_), Some(volume)) => match self.send_grant(volume, dataplane, vault) {
-                Ok(sent) => sent,
-                Err(error) => return Sent::Failed(error.to_string()),
+        let channel = &dataplane.link.channel;
+        let sent = match step {
+            Asked::Workers => return Sent::Yes,
+            Asked::Revoke(id) => channel.send(&KeydToDataplane::Revoke { id }, &[]),
+            Asked::Grant(ServedId::Nic(id)) => match self.bundle.nic(id) {
+                Some(nic) => {
+                    let grant = nic_grant_of(&self.bundle, nic);
+                    channel.send(&KeydToDataplane::GrantNic { grant }, &[])
+                }
+                None => return Sent::Failed("it is not in the bundle".to_owned()),
             },
-            _ => {
-                let message = KeydToDataplane::Revoke { volume };
-                dataplane.link.channel.send(&message, &[])
-            }
+            Asked::Grant(ServedId::Volume(id)) => match self.bundle.volume(id) {
+                Some(volume) => match self.send_grant(volume, dataplane, vault) {
+                    Ok(sent) => sent,
+                    Err(error) => return Sent::Failed(error.to_string()),
+                },
+                None => return Sent::Failed("it is not in the bundle".to_owned()),
+            },
         };
         match sent {
             Ok(()) => {
@@ -182,11 +189,11 @@ impl Delivery {
     pub(crate) fn answered(&mut self, answer: DataplaneToKeyd) {
         match answer {
             DataplaneToKeyd::Granted { .. } => {}
-            DataplaneToKeyd::GrantRefused { volume, reason } => {
-                self.failed(volume, &format!("the data plane refused it: {reason}"));
+            DataplaneToKeyd::GrantRefused { id, reason } => {
+                self.failed(id, &format!("the data plane refused it: {reason}"));
             }
-            DataplaneToKeyd::Revoked { volume } => {
-                self.revoked.insert(volume);
+            DataplaneToKeyd::Revoked { id } => {
+                self.revoked.insert(id);
             }
             DataplaneToKeyd::WorkersHeard { restarts } => self.restarting = restarts,
         }
@@ -200,8 +207,8 @@ impl Delivery {
     /// Gives up at the deadline.
     pub(crate) fn give_up(&mut self, dataplane: Option<&mut Dataplane>) {
         let asked = dataplane.map(Dataplane::abandon).unwrap_or_default();
-        for volume in asked {
-            self.failed(volume, SILENT);
+        for id in asked {
+            self.failed(id, SILENT);
         }
         for step in std::mem::take(&mut self.steps) {
             self.step_failed(step, SILENT);
@@ -209,28 +216,28 @@ impl Delivery {
     }
 
     /// There is no data plane (any more): what it had taken went with it, and nobody holds any of
-    /// the volumes. One that said that it would be started again is waited for.
+    /// the grants. One that said that it would be started again is waited for.
     pub(crate) fn dataplane_gone(&mut self, reason: &str) {
         if self.restarting {
             return;
         }
         self.steps.clear();
-        let failed: BTreeSet<VolumeId> = self.undelivered.iter().map(|u| u.volume).collect();
-        let volumes: Vec<VolumeId> = self.bundle.volumes.iter().map(|v| v.id).collect();
-        for volume in volumes.into_iter().filter(|id| !failed.contains(id)) {
-            self.failed(volume, reason);
+        let failed: BTreeSet<ServedId> = self.undelivered.iter().map(|u| u.id).collect();
+        let all: Vec<ServedId> = self.bundle.sockets().map(|(id, _)| id).collect();
+        for id in all.into_iter().filter(|id| !failed.contains(id)) {
+            self.failed(id, reason);
         }
     }
 
     fn step_failed(&mut self, step: Asked, reason: &str) {
-        if let Some(volume) = step.volume() {
-            self.failed(volume, reason);
+        if let Some(id) = step.served() {
+            self.failed(id, reason);
         }
     }
 
-    fn failed(&mut self, volume: VolumeId, reason: &str) {
+    fn failed(&mut self, id: ServedId, reason: &str) {
         let reason = plain(reason);
-        tracing::warn!(%volume, "undelivered: {reason}");
-        self.undelivered.push(Undelivered { volume, reason });
+        tracing::warn!("{id}: undelivered: {reason}");
+        self.undelivered.push(Undelivered { id, reason });
     }
 }

@@ -24,6 +24,7 @@ mod arguments;
 mod custody;
 mod delivery;
 mod directory;
+mod grants;
 mod host_key;
 mod link;
 mod lockdown;

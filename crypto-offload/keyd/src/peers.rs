@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use bulkhead_protocol::ChannelError;
-use bulkhead_protocol::VolumeId;
+use bulkhead_protocol::ServedId;
 use bulkhead_protocol::channel::same_process;
 use bulkhead_protocol::keys::{DataplaneToKeyd, KeydToDataplane};
 use bulkhead_protocol::workers::Workers;
@@ -66,19 +66,19 @@ fn tells_processes_apart(pidfd: BorrowedFd<'_>) -> io::Result<bool> {
 /// What the data plane was asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Asked {
-    /// To hold a grant of a volume.
-    Grant(VolumeId),
+    /// To hold a grant of a volume or a NIC.
+    Grant(ServedId),
     /// To drop one.
-    Revoke(VolumeId),
+    Revoke(ServedId),
     /// To have these workers.
     Workers,
 }
 
 impl Asked {
-    /// The volume that it is about.
-    pub(crate) fn volume(self) -> Option<VolumeId> {
+    /// The volume or NIC that it is about.
+    pub(crate) fn served(self) -> Option<ServedId> {
         match self {
-            Self::Grant(volume) | Self::Revoke(volume) => Some(volume),
+            Self::Grant(id) | Self::Revoke(id) => Some(id),
             Self::Workers => None,
         }
     }
@@ -93,7 +93,7 @@ struct Question {
 }
 
 /// The data plane's channel. Questions stay until they are answered, wanted or not: answers carry
-/// no number, so that a late one could pass for that of a newer question about the same volume.
+/// no number, so that a late one could pass for that of a newer question about the same thing.
 #[derive(Debug)]
 pub(crate) struct Dataplane {
     pub(crate) link: Link,
@@ -161,12 +161,12 @@ impl Dataplane {
         self.questions.iter().any(|question| question.wanted)
     }
 
-    /// Nobody waits any longer. Returns the volumes that were waited for.
-    pub(crate) fn abandon(&mut self) -> Vec<VolumeId> {
+    /// Nobody waits any longer. Returns what was waited for.
+    pub(crate) fn abandon(&mut self) -> Vec<ServedId> {
         let wanted = self.questions.iter_mut().filter(|q| q.wanted);
         let abandon = |question: &mut Question| {
             question.wanted = false;
-            question.asked.volume()
+            question.asked.served()
         };
         wanted.filter_map(abandon).collect()
     }
@@ -175,10 +175,10 @@ impl Dataplane {
     /// asked.
     pub(crate) fn answered(&mut self, answer: &DataplaneToKeyd) -> Option<bool> {
         let asked = match answer {
-            DataplaneToKeyd::Granted { volume } | DataplaneToKeyd::GrantRefused { volume, .. } => {
-                Asked::Grant(*volume)
+            DataplaneToKeyd::Granted { id } | DataplaneToKeyd::GrantRefused { id, .. } => {
+                Asked::Grant(*id)
             }
-            DataplaneToKeyd::Revoked { volume } => Asked::Revoke(*volume),
+            DataplaneToKeyd::Revoked { id } => Asked::Revoke(*id),
             DataplaneToKeyd::WorkersHeard { .. } => Asked::Workers,
         };
         let index = self.questions.iter().position(|q| q.asked == asked)?;
@@ -190,8 +190,8 @@ impl Dataplane {
 mod tests {
     use std::fs::File;
 
-    use bulkhead_protocol::Channel;
     use bulkhead_protocol::rot::Role;
+    use bulkhead_protocol::{Channel, VolumeId};
 
     use super::*;
 
@@ -202,12 +202,12 @@ mod tests {
 
     #[test]
     fn a_late_answer_does_not_pass_for_that_of_a_newer_question() {
-        let volume = VolumeId([1; 16]);
-        let granted = DataplaneToKeyd::Granted { volume };
+        let id = VolumeId([1; 16]).into();
+        let granted = DataplaneToKeyd::Granted { id };
         let mut peer = dataplane();
-        peer.asked(Asked::Grant(volume));
-        assert_eq!(peer.abandon(), [volume]);
-        peer.asked(Asked::Grant(volume));
+        peer.asked(Asked::Grant(id));
+        assert_eq!(peer.abandon(), [id]);
+        peer.asked(Asked::Grant(id));
         assert_eq!(peer.answered(&granted), Some(false));
         assert!(peer.is_asked());
         assert_eq!(peer.answered(&granted), Some(true));
@@ -216,12 +216,12 @@ mod tests {
 
     #[test]
     fn an_answer_fits_one_kind_of_question() {
-        let volume = VolumeId([1; 16]);
+        let id = VolumeId([1; 16]).into();
         let mut peer = dataplane();
-        peer.asked(Asked::Grant(volume));
-        assert_eq!(peer.answered(&DataplaneToKeyd::Revoked { volume }), None);
+        peer.asked(Asked::Grant(id));
+        assert_eq!(peer.answered(&DataplaneToKeyd::Revoked { id }), None);
         let reason = "no room".to_owned();
-        let refused = DataplaneToKeyd::GrantRefused { volume, reason };
+        let refused = DataplaneToKeyd::GrantRefused { id, reason };
         assert_eq!(peer.answered(&refused), Some(true));
     }
 
@@ -230,7 +230,7 @@ mod tests {
         let mut peer = dataplane();
         for n in 0..Dataplane::MAX_QUESTIONS {
             assert!(peer.has_room(), "{n}");
-            peer.asked(Asked::Grant(VolumeId([1; 16])));
+            peer.asked(Asked::Grant(VolumeId([1; 16]).into()));
             peer.abandon();
         }
         assert!(!peer.has_room());

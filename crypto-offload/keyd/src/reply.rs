@@ -4,16 +4,16 @@
 use bulkhead_protocol::channel::MAX_MESSAGE_BYTES;
 use bulkhead_protocol::keys::{HostKeys, KeydToAgent, MAX_SHREDS, Undelivered};
 
-/// Most volumes that one answer names.
-const MAX_VOLUMES: usize = 1024;
-/// CBOR around a volume's reason: list, id, lengths.
-const VOLUME_BYTES: usize = 24;
+/// Most volumes and NICs that one answer names.
+const MAX_ENTRIES: usize = 1024;
+/// CBOR around a reason: list, id with its kind, lengths.
+const ENTRY_BYTES: usize = 26;
 /// CBOR of everything else: the host's key, and each of the shreds that are told of.
 const FIXED_BYTES: usize = 2048 + MAX_SHREDS * SHRED_BYTES;
 /// CBOR of a shred: an id, two fingerprints, three numbers.
 const SHRED_BYTES: usize = 160;
 
-/// The answer. With so many volumes undelivered that their reasons exceed a message, the reasons
+/// The answer. With so much undelivered that their reasons exceed a message, the reasons
 /// are cut, then the list: the agent learns that not all was delivered, and asks again.
 pub(crate) fn accepted(
     request_id: u64,
@@ -21,9 +21,9 @@ pub(crate) fn accepted(
     mut undelivered: Vec<Undelivered>,
     keys: HostKeys,
 ) -> KeydToAgent {
-    undelivered.truncate(MAX_VOLUMES);
+    undelivered.truncate(MAX_ENTRIES);
     let room = MAX_MESSAGE_BYTES - FIXED_BYTES;
-    let each = room.checked_div(undelivered.len()).unwrap_or(room) - VOLUME_BYTES;
+    let each = room.checked_div(undelivered.len()).unwrap_or(room) - ENTRY_BYTES;
     for entry in &mut undelivered {
         let end = entry.reason.floor_char_boundary(each);
         entry.reason.truncate(end);
@@ -38,7 +38,7 @@ pub(crate) fn accepted(
 
 #[cfg(test)]
 mod tests {
-    use bulkhead_protocol::{Channel, VolumeId};
+    use bulkhead_protocol::{Channel, NicId, VolumeId};
 
     use bulkhead_protocol::keys::{Shred, ShredState};
 
@@ -66,7 +66,7 @@ mod tests {
     fn it_always_fits_into_a_message() {
         for count in [0, 1, 1023, 1024, 1025, 5000] {
             let entry = Undelivered {
-                volume: VolumeId([0xee; 16]),
+                id: NicId([0xee; 16]).into(),
                 reason: "é".repeat(300),
             };
             let reply = accepted(u64::MAX, u64::MAX, vec![entry; count], keys());
@@ -77,7 +77,7 @@ mod tests {
             else {
                 panic!("another answer");
             };
-            assert_eq!(undelivered.len(), count.min(MAX_VOLUMES));
+            assert_eq!(undelivered.len(), count.min(MAX_ENTRIES));
         }
     }
 }

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 use bulkhead_bundle::{digest_of, text};
-use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::workers::{Workers, format_cpus, parse_cpus};
+use bulkhead_protocol::{ServedId, VolumeId};
 
 /// Before anything was shredded: the text that earlier versions of keyd wrote, and still read.
 const KIND: &str = "bulkhead keyd state v1";
@@ -14,6 +14,9 @@ const KIND: &str = "bulkhead keyd state v1";
 const KIND_SHREDDED: &str = "bulkhead keyd state v2";
 /// While the bundle has workers.
 const KIND_WORKERS: &str = "bulkhead keyd state v3";
+/// While a data plane may hold a NIC's grant.
+const KIND_NICS: &str = "bulkhead keyd state v4";
+const KINDS: [&str; 4] = [KIND, KIND_SHREDDED, KIND_WORKERS, KIND_NICS];
 
 /// Names a recipient's public key: SHA-384, `docs/formats/keys.md`.
 pub(crate) type Fingerprint = [u8; 48];
@@ -45,9 +48,9 @@ pub(crate) struct Rotation {
 pub(crate) struct State {
     /// Accepted last.
     pub(crate) accepted: Accepted,
-    /// Every volume that a data plane may hold a grant of: those of the bundle, and those of
+    /// Every volume and NIC that a data plane may hold a grant of: those of the bundle, and those of
     /// earlier ones whose revocation was not confirmed.
-    pub(crate) held: BTreeSet<VolumeId>,
+    pub(crate) held: BTreeSet<ServedId>,
     /// In the order of their epochs; the last one's new key is the host's.
     pub(crate) rotations: Vec<Rotation>,
     /// Every volume that was ever shredded, with the epoch of the rotation it was shredded in.
@@ -65,7 +68,9 @@ impl State {
 
     /// The text of the file.
     pub(crate) fn to_text(&self) -> String {
+        let has_nics = self.held.iter().any(|id| id.nic().is_some());
         let kind = match (&self.workers, self.rotations.len()) {
+            _ if has_nics => KIND_NICS,
             (Some(_), _) => KIND_WORKERS,
             (None, 0) => KIND,
             (None, _) => KIND_SHREDDED,
@@ -87,8 +92,11 @@ impl State {
         for (volume, epoch) in &self.shredded {
             let _ = writeln!(out, "shredded {volume} {epoch}");
         }
-        for volume in &self.held {
-            let _ = writeln!(out, "held {volume}");
+        for id in &self.held {
+            let _ = match id {
+                ServedId::Volume(id) => writeln!(out, "held {id}"),
+                ServedId::Nic(id) => writeln!(out, "held-nic {id}"),
+            };
         }
         let checksum = text::to_hex(&digest_of(out.as_bytes()));
         let _ = writeln!(out, "sha384 {checksum}");
@@ -101,7 +109,7 @@ impl State {
     /// What is wrong with it.
     pub(crate) fn from_text(given: &str) -> Result<Self, &'static str> {
         let mut lines = given.lines();
-        if !matches!(lines.next(), Some(KIND | KIND_SHREDDED | KIND_WORKERS)) {
+        if !lines.next().is_some_and(|line| KINDS.contains(&line)) {
             return Err("it is not a state file of this version of keyd");
         }
         let state =
@@ -146,7 +154,10 @@ fn parse<'a>(mut lines: impl Iterator<Item = &'a str>) -> Option<State> {
                 state.shredded.insert(volume.parse().ok()?, epoch);
             }
             ("held", id) => {
-                state.held.insert(id.parse().ok()?);
+                state.held.insert(ServedId::Volume(id.parse().ok()?));
+            }
+            ("held-nic", id) => {
+                state.held.insert(ServedId::Nic(id.parse().ok()?));
             }
             ("sha384", _) => break,
             _ => return None,
@@ -180,6 +191,7 @@ fn fingerprint(hex: &str) -> Option<Fingerprint> {
 
 #[cfg(test)]
 mod tests {
+    use bulkhead_protocol::NicId;
     use proptest::prelude::*;
 
     use super::*;
@@ -190,7 +202,7 @@ mod tests {
                 epoch: 41,
                 digest: [0xd1; 48],
             },
-            held: [1, 2, 3].map(|n| VolumeId([n; 16])).into(),
+            held: [1, 2, 3].map(|n| VolumeId([n; 16]).into()).into(),
             rotations: Vec::new(),
             shredded: BTreeMap::new(),
             workers: None,
@@ -274,8 +286,24 @@ mod tests {
     }
 
     #[test]
+    fn the_text_with_nics_is_as_documented() {
+        let mut state = example();
+        state.held.insert(NicId([4; 16]).into());
+        let text = state.to_text();
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], "bulkhead keyd state v4");
+        assert_eq!(lines[5], "held 03030303-0303-0303-0303-030303030303");
+        assert_eq!(lines[6], "held-nic 04040404-0404-0404-0404-040404040404");
+        // Without one it is what it was before.
+        state.held.remove(&NicId([4; 16]).into());
+        assert_eq!(state.to_text(), example().to_text());
+    }
+
+    #[test]
     fn any_byte_changed_or_missing_is_noticed() {
-        for state in [example(), shredding()] {
+        let mut with_nic = shredding();
+        with_nic.held.insert(NicId([4; 16]).into());
+        for state in [example(), shredding(), with_nic] {
             every_change_is_noticed(&state);
         }
     }
@@ -296,12 +324,22 @@ mod tests {
 
     proptest! {
         #[test]
-        fn states_round_trip(epoch: u64, digest in proptest::array::uniform32(any::<u8>()), ids: Vec<[u8; 16]>) {
+        fn states_round_trip(
+            epoch: u64,
+            digest in proptest::array::uniform32(any::<u8>()),
+            ids: Vec<([u8; 16], bool)>,
+        ) {
             let mut whole = [0; 48];
             whole[..32].copy_from_slice(&digest);
             let state = State {
                 accepted: Accepted { epoch, digest: whole },
-                held: ids.into_iter().map(VolumeId).collect(),
+                held: ids
+                    .into_iter()
+                    .map(|(id, nic)| match nic {
+                        true => NicId(id).into(),
+                        false => VolumeId(id).into(),
+                    })
+                    .collect(),
                 ..example()
             };
             prop_assert_eq!(State::from_text(&state.to_text()), Ok(state));

@@ -1,5 +1,5 @@
-//! The host's secret key, and what it is for: a volume's grant, with the volume key unsealed into
-//! secret memory; and what of it goes over to the key that takes its place.
+//! The host's secret key, and what it is for: volume keys, unsealed into secret memory; and what of it goes over
+//! to the key that takes its place.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::collections::BTreeMap;
@@ -7,8 +7,7 @@ use std::io;
 
 use bulkhead_bundle::{HostBundle, SealedKeyEntry, Volume, text};
 use bulkhead_crypto::secret::SecretMemory;
-use bulkhead_protocol::keys::{VolumeGrant, XTS_KEY_BYTES};
-use bulkhead_protocol::limits::GroupGrant;
+use bulkhead_protocol::keys::XTS_KEY_BYTES;
 use bulkhead_sealing::{
     KeyError, RecipientKey, SealError, SealedKey, UnsealError, VolumeContext, seal, unseal,
 };
@@ -275,29 +274,6 @@ fn sealed(entry: &SealedKeyEntry) -> SealedKey {
         fingerprint: entry.fingerprint.clone(),
         enc: entry.enc.clone(),
         ciphertext: entry.ciphertext.clone(),
-    }
-}
-
-/// What keyd vouches for about a volume of a bundle.
-pub(crate) fn grant_of(bundle: &HostBundle, volume: &Volume) -> VolumeGrant {
-    VolumeGrant {
-        volume: volume.id,
-        socket: volume.socket.name.clone(),
-        allowed_uid: volume.allowed_uid,
-        size_bytes: volume.size_bytes,
-        logical_block_bytes: volume.logical_block_bytes,
-        data_unit_bytes: volume.data_unit_bytes,
-        read_only: volume.read_only,
-        serial: volume.serial.clone(),
-        queues: volume.queues,
-        discard: volume.discard,
-        epoch: bundle.epoch,
-        rekey: volume.rekey.as_ref().map(|rekey| rekey.id),
-        limits: volume.limits,
-        group: bundle.group_of(volume).map(|group| GroupGrant {
-            name: group.name.clone(),
-            limits: group.limits,
-        }),
     }
 }
 

@@ -2,9 +2,9 @@
 //! sent afterwards; those to a process that was restarted meanwhile are dropped.
 #![forbid(unsafe_code)]
 
-use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::control::{DataplaneToAgent, StorageStatus};
 use bulkhead_protocol::keys::DataplaneToKeyd;
+use bulkhead_protocol::{ServedId, VolumeId};
 
 use crate::log_limit::LogLimit;
 
@@ -73,21 +73,25 @@ impl Answers {
         self.to_agent.push((agent, agent.refused(reason)));
     }
 
-    pub(super) fn granted(&mut self, keyd: Keyd, volume: VolumeId) {
-        tracing::info!(%volume, "volume granted");
-        self.to_keyd
-            .push((keyd, DataplaneToKeyd::Granted { volume }));
+    pub(super) fn granted(&mut self, keyd: Keyd, id: ServedId) {
+        match id {
+            ServedId::Volume(volume) => tracing::info!(%volume, "volume granted"),
+            ServedId::Nic(nic) => tracing::info!(%nic, "NIC granted"),
+        }
+        self.to_keyd.push((keyd, DataplaneToKeyd::Granted { id }));
     }
 
-    pub(super) fn grant_refused(&mut self, keyd: Keyd, volume: VolumeId, reason: String) {
-        tracing::warn!(%volume, "a grant is refused: {reason}");
-        let refused = DataplaneToKeyd::GrantRefused { volume, reason };
+    pub(super) fn grant_refused(&mut self, keyd: Keyd, id: ServedId, reason: String) {
+        tracing::warn!("the grant of {id} is refused: {reason}");
+        let refused = DataplaneToKeyd::GrantRefused { id, reason };
         self.to_keyd.push((keyd, refused));
     }
 
-    pub(super) fn revoked(&mut self, keyd: Keyd, volume: VolumeId) {
-        tracing::info!(%volume, "volume revoked");
-        self.to_keyd
-            .push((keyd, DataplaneToKeyd::Revoked { volume }));
+    pub(super) fn revoked(&mut self, keyd: Keyd, id: ServedId) {
+        match id {
+            ServedId::Volume(volume) => tracing::info!(%volume, "volume revoked"),
+            ServedId::Nic(nic) => tracing::info!(%nic, "NIC revoked"),
+        }
+        self.to_keyd.push((keyd, DataplaneToKeyd::Revoked { id }));
     }
 }

@@ -88,11 +88,16 @@ impl Volumes {
         }
     }
 
+    /// The volume that is served on a socket, or about to be or to be no more.
+    pub(super) fn served_on(&self, socket: &SocketName) -> Option<VolumeId> {
+        let taken = |v: &Volume| v.held.grant.socket == *socket && v.serving.device().is_some();
+        let mut on_it = self.table.iter().filter(|(_, volume)| taken(volume));
+        on_it.next().map(|(id, _)| *id)
+    }
+
     /// A second descriptor of the listener, which the server may close.
     fn listener_for(&self, id: VolumeId, socket: &SocketName) -> Result<UnixListener, String> {
-        let mut others = self.table.iter().filter(|(other, _)| **other != id);
-        let taken = |v: &Volume| v.held.grant.socket == *socket && v.serving.device().is_some();
-        if let Some((other, _)) = others.find(|(_, volume)| taken(volume)) {
+        if let Some(other) = self.served_on(socket).filter(|other| *other != id) {
             return Err(format!("volume {other} is served on socket {socket}"));
         }
         let listener = self.listeners.get(socket);

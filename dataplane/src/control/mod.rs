@@ -7,7 +7,8 @@
 //! | keyd | which workers: at the start, and others later | [`start`], [`workers`] |
 //! | keyd | grants with their keys and limits, revocations | [`grant`], [`volumes`], [`limits`] |
 //! | rot | the end for another process's sake, and a beginning | [`upgrade`] |
-//! | agent | which file, what is it doing, may it go | [`attach`], [`volumes`], [`status`] |
+//! | keyd | grants of NICs | [`nics`] |
+//! | agent | which file, which interface, what is it doing, may it go | [`requests`], [`attach`], [`volumes`], [`nics`], [`status`] |
 //!
 //! Every request is answered by exactly one message, once what it asks for is so. Nothing the agent says
 //! widens what keyd granted. A process that is restarted gets a new channel; what is served stays served
@@ -22,10 +23,12 @@ mod grow;
 mod left;
 mod limits;
 mod link;
+mod nics;
 mod page;
 mod peer;
 mod rekey;
 mod remove;
+mod requests;
 mod resume;
 mod spare;
 mod start;
@@ -40,17 +43,18 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use bulkhead_crypto::SecretArena;
-use bulkhead_protocol::Received;
-use bulkhead_protocol::control::{AgentToDataplane, DataplaneToAgent};
+use bulkhead_protocol::control::DataplaneToAgent;
 use bulkhead_protocol::keys::{DataplaneToKeyd, KeydToDataplane};
 use bulkhead_protocol::rot::{FromRot, Role, ToRot};
+use bulkhead_protocol::{Received, ServedId};
 use mio::{Registry, Token};
 
 use crate::server::{Event, MANAGER_TOKENS, Manager, Server};
 use crate::stored::Keeper;
 use crate::worker::message::DeviceId;
-use answer::{Agent, Answers, Keyd};
+use answer::{Answers, Keyd};
 use link::{Link, Read};
+use nics::Nics;
 use peer::Peer;
 use start::Early;
 use volumes::{Held, Task, Volumes};
@@ -78,6 +82,7 @@ pub struct Control {
     keyd: Peer<DataplaneToKeyd>,
     agent: Peer<DataplaneToAgent>,
     volumes: Volumes,
+    nics: Nics,
     staff: Staff,
     /// What was learnt at the start and is not taken in yet.
     early: Option<Early>,
@@ -118,6 +123,7 @@ impl Control {
             keyd: Peer::default(),
             agent: Peer::default(),
             volumes: Volumes::kept_by(keeper),
+            nics: Nics::default(),
             staff,
             early: Some(start.early),
             resuming: BTreeSet::new(),
@@ -177,11 +183,14 @@ impl Control {
             FromRot::Listener { name } => {
                 let name = name.clone();
                 let [socket] = received.take_fds().map_err(|e| e.to_string())?;
+                let socket = Arc::new(socket);
+                self.nics.new_listener(server, &name, &socket);
                 self.volumes.new_listener(server, name, socket);
                 Ok(())
             }
             FromRot::ListenerGone { name } => {
                 self.volumes.listener_gone(server, name);
+                self.nics.listener_gone(server, name);
                 Ok(())
             }
             FromRot::Stop => {
@@ -259,12 +268,33 @@ impl Control {
                         let task = Task::Grant(keyd, Box::new(Held { grant, keys }));
                         self.volumes.ask(server, volume, task, &mut answers);
                     }
-                    Err(reason) => answers.grant_refused(keyd, volume, reason),
+                    Err(reason) => answers.grant_refused(keyd, volume.into(), reason),
                 }
             }
-            KeydToDataplane::Revoke { volume } => {
+            KeydToDataplane::GrantNic { grant } => {
+                let nic = grant.nic;
+                let plain = received.take_fds::<0>().map_err(|e| e.to_string());
+                match grant.check().and(plain) {
+                    Ok([]) => {
+                        let task = nics::Task::Grant(keyd, Box::new(grant));
+                        let world = (server, &self.volumes);
+                        self.nics.ask(world, nic, task, &mut answers);
+                    }
+                    Err(reason) => answers.grant_refused(keyd, nic.into(), reason),
+                }
+            }
+            KeydToDataplane::Revoke {
+                id: ServedId::Volume(id),
+            } => {
                 self.volumes
-                    .ask(server, volume, Task::Revoke(keyd), &mut answers);
+                    .ask(server, id, Task::Revoke(keyd), &mut answers);
+            }
+            KeydToDataplane::Revoke {
+                id: ServedId::Nic(id),
+            } => {
+                let task = nics::Task::Revoke(keyd);
+                let world = (server, &self.volumes);
+                self.nics.ask(world, id, task, &mut answers);
             }
             KeydToDataplane::Workers { workers } => self.hear_workers(server, keyd, workers),
         }
@@ -275,89 +305,6 @@ impl Control {
     fn look_at_peers(&self) {
         self.keyd.look_again(&self.registry, KEYD);
         self.agent.look_again(&self.registry, AGENT);
-    }
-
-    fn read_agent(&mut self, server: &mut Server) {
-        for _ in 0..TURN {
-            let Some(link) = &mut self.agent.link else {
-                return;
-            };
-            let generation = link.generation;
-            match link.read::<AgentToDataplane>() {
-                Read::Message(received) => {
-                    self.read_rot(server);
-                    self.on_agent(server, generation, received);
-                }
-                Read::Later => return,
-                Read::Broken(reason) => {
-                    return self.agent.lose(Role::Agent, &reason, &self.registry);
-                }
-            }
-        }
-        self.agent.look_again(&self.registry, AGENT);
-    }
-
-    fn on_agent(
-        &mut self,
-        server: &mut Server,
-        generation: u64,
-        mut received: Received<AgentToDataplane>,
-    ) {
-        let mut answers = Answers::default();
-        let request = received.message.clone();
-        let agent = Agent {
-            generation,
-            request_id: request_id(&request),
-        };
-        if let AgentToDataplane::Attach { volume, socket, .. } = request {
-            match received.take_fds() {
-                Ok([file]) => {
-                    let task = Task::Attach(agent, socket, file);
-                    self.volumes.ask(server, volume, task, &mut answers);
-                }
-                Err(error) => answers.refused(agent, error.to_string()),
-            }
-        } else if let Err(error) = received.take_fds::<0>() {
-            answers.refused(agent, error.to_string());
-        } else {
-            self.on_plain_request(server, agent, &request, &mut answers);
-        }
-        self.send(answers);
-    }
-
-    /// A request without a descriptor.
-    fn on_plain_request(
-        &mut self,
-        server: &mut Server,
-        agent: Agent,
-        request: &AgentToDataplane,
-        answers: &mut Answers,
-    ) {
-        match *request {
-            AgentToDataplane::Attach { .. } => {} // has a descriptor
-            AgentToDataplane::Detach { volume, .. } => {
-                self.volumes
-                    .ask(server, volume, Task::Detach(agent), answers);
-            }
-            AgentToDataplane::PrepareRemove { volume, force, .. } => {
-                match self.volumes.prepare_remove(server, volume, force) {
-                    Ok(()) => answers.done(agent),
-                    Err(reason) => answers.refused(agent, reason),
-                }
-            }
-            AgentToDataplane::CancelRemove { volume, .. } => {
-                self.volumes.cancel_remove(server, volume);
-                answers.done(agent);
-            }
-            AgentToDataplane::Status { request_id } => {
-                let message = DataplaneToAgent::Status {
-                    request_id,
-                    volumes: status::of(&self.volumes, server),
-                    workers: self.staff.status(server),
-                };
-                answers.to_agent.push((agent, message));
-            }
-        }
     }
 
     /// The agent hears of a storage that does worse than before, or better; if it is not there, it asks later.
@@ -418,17 +365,9 @@ impl Manager for Control {
             Event::Resumed { id } | Event::Detached { id } => self.has_resumed(id),
             _ => {}
         }
+        let world = (&mut *server, &self.volumes);
+        self.nics.event(world, &event, &mut answers);
         self.volumes.event(server, event, &mut answers);
         self.send(answers);
-    }
-}
-
-fn request_id(request: &AgentToDataplane) -> u64 {
-    match request {
-        AgentToDataplane::Attach { request_id, .. }
-        | AgentToDataplane::Detach { request_id, .. }
-        | AgentToDataplane::PrepareRemove { request_id, .. }
-        | AgentToDataplane::CancelRemove { request_id, .. }
-        | AgentToDataplane::Status { request_id } => *request_id,
     }
 }

@@ -3,7 +3,6 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
@@ -55,8 +54,7 @@ impl Volumes {
 
     /// rot gives a listener. A volume that is served on that name takes it, unless it is the one it has: rot may have
     /// been started anew, and bound another.
-    pub(super) fn new_listener(&mut self, server: &mut Server, name: SocketName, socket: OwnedFd) {
-        let socket: Fd = Arc::new(socket);
+    pub(super) fn new_listener(&mut self, server: &mut Server, name: SocketName, socket: Fd) {
         for volume in self.table.values() {
             let serves = volume.held.grant.socket == name;
             let Some((device, _)) = volume.serving.device().filter(|_| serves) else {
@@ -83,7 +81,11 @@ impl Volumes {
 }
 
 /// Has a device listen there, and remembers it, if that is another socket than before.
-fn take_listener(server: &mut Server, device: DeviceId, socket: &Fd) -> Result<(), String> {
+pub(super) fn take_listener(
+    server: &mut Server,
+    device: DeviceId,
+    socket: &Fd,
+) -> Result<(), String> {
     let inode = |fd: &Fd| fstat(fd).map(|stat| stat.st_ino);
     if server.listener_inode(device) == inode(socket).ok() {
         return Ok(());

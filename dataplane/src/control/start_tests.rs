@@ -83,7 +83,7 @@ fn a_keyd_that_ends_or_does_not_speak_is_waited_for_and_not_for_ever() {
     let silent = keyd(&rot, 2, &own_pidfd());
     let volume = VolumeId([1; 16]);
     // Nothing but the workers is heard before there are some.
-    let early = KeydToDataplane::Revoke { volume };
+    let early = KeydToDataplane::Revoke { id: volume.into() };
     silent.send(&early, &[]).expect("send");
     assert_eq!(start.ask_for(SOON), Ok(None));
     assert!(start.early.said_hello && !start.early.heard);

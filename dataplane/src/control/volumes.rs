@@ -175,7 +175,7 @@ impl Volumes {
                 answers.refused(agent, busy());
             }
             Task::Grant(keyd, _) if volume.waiting.len() >= MAX_WAITING => {
-                answers.grant_refused(keyd, id, busy());
+                answers.grant_refused(keyd, id.into(), busy());
             }
             // A key is to go: that is never refused.
             task => volume.waiting.push_back(task),
@@ -212,10 +212,10 @@ impl Volumes {
         let Some(volume) = self.table.get_mut(&id) else {
             if count >= MAX_VOLUMES {
                 let reason = format!("{MAX_VOLUMES} volumes are granted, no more fit");
-                return answers.grant_refused(keyd, id, reason);
+                return answers.grant_refused(keyd, id.into(), reason);
             }
             self.table.insert(id, Volume::new(*new));
-            return answers.granted(keyd, id);
+            return answers.granted(keyd, id.into());
         };
         if is_same(&volume.held.grant, &new.grant) {
             volume.held.grant = new.grant;
@@ -231,7 +231,7 @@ impl Volumes {
             return self.taken_in(keyd, id, grown, answers);
         }
         if let Err(reason) = volume.may_drop_previous(server, &new.grant) {
-            return answers.grant_refused(keyd, id, reason);
+            return answers.grant_refused(keyd, id.into(), reason);
         }
         if only_rekeys(&volume.held.grant, &new.grant) && volume.served().is_some() {
             let rekeyed = volume.rekey(server, *new);
@@ -254,9 +254,9 @@ impl Volumes {
         match result {
             Ok(()) => {
                 self.limit(id);
-                answers.granted(keyd, id);
+                answers.granted(keyd, id.into());
             }
-            Err(reason) => answers.grant_refused(keyd, id, reason),
+            Err(reason) => answers.grant_refused(keyd, id.into(), reason),
         }
     }
 
@@ -265,13 +265,13 @@ impl Volumes {
         let id = new.grant.volume;
         self.table.insert(id, Volume::new(new));
         self.forget_groups();
-        answers.granted(keyd, id);
+        answers.granted(keyd, id.into());
     }
 
     pub(super) fn forget(&mut self, keyd: Keyd, id: VolumeId, answers: &mut Answers) {
         self.table.remove(&id);
         self.forget_groups();
-        answers.revoked(keyd, id);
+        answers.revoked(keyd, id.into());
     }
 
     /// Begins to take a served volume away; gives `then` back if it is not served.

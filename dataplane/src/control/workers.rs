@@ -145,7 +145,7 @@ impl Control {
         {
             tracing::error!("a successor will have the workers that there are: {error}");
         }
-        let restarts = others && self.volumes.serves_nothing();
+        let restarts = others && self.volumes.serves_nothing() && self.nics.serves_nothing();
         if let Some(link) = self.keyd.link_of(keyd.0) {
             link.send(DataplaneToKeyd::WorkersHeard { restarts });
         }

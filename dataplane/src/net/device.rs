@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_protocol::net::SpoofChecks;
 
+use super::current::Current;
 use super::metrics::Metrics;
 use crate::hand::SharedHand;
 use crate::port::mirror::MirrorFile;
@@ -60,7 +61,7 @@ pub struct NetDevice {
     /// What it is connected to.
     pub port: PortSpec,
     /// What its guest may send as.
-    pub guard: Guard,
+    pub guard: Current<Guard>,
     /// Counters, written by the workers.
     pub metrics: Metrics,
     tx_qos: Qos,
@@ -104,7 +105,7 @@ impl NetDevice {
         Arc::new(Self {
             shape,
             port,
-            guard,
+            guard: Current::new(guard),
             metrics: Metrics::new(queue_pairs * 2),
             tx_qos: Qos::default(),
             rx_qos: Qos::default(),

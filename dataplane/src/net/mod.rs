@@ -16,6 +16,7 @@
 pub mod checksum;
 pub mod claims;
 pub mod config_space;
+pub mod current;
 mod device;
 pub mod frame;
 pub mod header;

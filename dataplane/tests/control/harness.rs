@@ -203,13 +203,13 @@ impl Host {
         let page = key_page(&key(n)).into_fd();
         let volume = volume(n);
         let answer = self.grant(&grant(n), &[page.as_fd()]);
-        assert_eq!(answer, DataplaneToKeyd::Granted { volume });
+        assert_eq!(answer, DataplaneToKeyd::Granted { id: volume.into() });
     }
 
     pub fn revoke(&self, n: u8) {
         let volume = volume(n);
-        let answer = self.ask_keyd(&KeydToDataplane::Revoke { volume }, &[]);
-        assert_eq!(answer, DataplaneToKeyd::Revoked { volume });
+        let answer = self.ask_keyd(&KeydToDataplane::Revoke { id: volume.into() }, &[]);
+        assert_eq!(answer, DataplaneToKeyd::Revoked { id: volume.into() });
     }
 
     /// Tells of the bundle's workers; whether the data plane ends for them.
@@ -274,7 +274,10 @@ impl Host {
 
     pub fn detach(&mut self, n: u8) -> Result<(), String> {
         let volume = volume(n);
-        let make = |request_id| AgentToDataplane::Detach { request_id, volume };
+        let make = |request_id| AgentToDataplane::Detach {
+            request_id,
+            id: volume.into(),
+        };
         self.ask(make, &[])
     }
 
@@ -284,7 +287,7 @@ impl Host {
         let request_id = self.request_id;
         let message = AgentToDataplane::Detach {
             request_id,
-            volume: volume(n),
+            id: volume(n).into(),
         };
         self.agent.send(&message, &[]).expect("the agent's channel");
         match self.answer() {
@@ -300,7 +303,7 @@ impl Host {
         let volume = volume(n);
         let make = |request_id| AgentToDataplane::PrepareRemove {
             request_id,
-            volume,
+            id: volume.into(),
             force,
         };
         self.ask(make, &[])
@@ -308,7 +311,10 @@ impl Host {
 
     pub fn cancel_remove(&mut self, n: u8) -> Result<(), String> {
         let volume = volume(n);
-        let make = |request_id| AgentToDataplane::CancelRemove { request_id, volume };
+        let make = |request_id| AgentToDataplane::CancelRemove {
+            request_id,
+            id: volume.into(),
+        };
         self.ask(make, &[])
     }
 

@@ -27,7 +27,7 @@ fn granted(host: &Host, grant: &VolumeGrant) {
     let page = key_page(&key(1)).into_fd();
     let volume = volume(1);
     let answer = host.grant(grant, &[page.as_fd()]);
-    assert_eq!(answer, DataplaneToKeyd::Granted { volume });
+    assert_eq!(answer, DataplaneToKeyd::Granted { id: volume.into() });
 }
 
 #[test]

@@ -108,7 +108,7 @@ fn an_attach_has_exactly_one_descriptor() {
     );
     let detach = |request_id| AgentToDataplane::Detach {
         request_id,
-        volume: volume(1),
+        id: volume(1).into(),
     };
     refused(host.ask(detach, &[file.as_fd()]), "1 descriptors");
 }
@@ -157,7 +157,10 @@ fn a_key_that_is_none_is_refused() {
     let page = key_page(&equal);
     grant_refused(host.grant(&plain, &[page.as_fd()]), "1 descriptors");
     let volume = volume(1);
-    assert_eq!(host.grant(&plain, &[]), DataplaneToKeyd::Granted { volume });
+    assert_eq!(
+        host.grant(&plain, &[]),
+        DataplaneToKeyd::Granted { id: volume.into() }
+    );
 }
 
 #[test]
@@ -173,7 +176,7 @@ fn an_equal_grant_changes_nothing_and_its_key_is_wiped() {
     let page = key_page(&key(1));
     let volume = volume(1);
     let answer = host.grant(&newer, &[page.as_fd()]);
-    assert_eq!(answer, DataplaneToKeyd::Granted { volume });
+    assert_eq!(answer, DataplaneToKeyd::Granted { id: volume.into() });
     assert_eq!(page.as_bytes(), [0; 64], "the page is wiped for everyone");
     assert!(features(&mut frontend).is_some(), "the connection stays");
     assert!(host.status_of(1).is_some_and(|s| s.attached && s.connected));
@@ -193,7 +196,7 @@ fn another_grant_detaches_what_was_served_under_the_old_one() {
     let page = key_page(&key(1)).into_fd();
     let volume = volume(1);
     let answer = host.grant(&other, &[page.as_fd()]);
-    assert_eq!(answer, DataplaneToKeyd::Granted { volume });
+    assert_eq!(answer, DataplaneToKeyd::Granted { id: volume.into() });
     assert_eq!(features(&mut frontend), None, "the connection is closed");
     assert!(
         host.status_of(1)
@@ -234,14 +237,14 @@ fn a_greater_size_reaches_a_served_volume_whose_frontend_stays() {
     let page = key_page(&key(1));
     let volume = volume(1);
     let answer = host.grant(&grown, &[page.as_fd()]);
-    assert_eq!(answer, DataplaneToKeyd::Granted { volume });
+    assert_eq!(answer, DataplaneToKeyd::Granted { id: volume.into() });
     assert_eq!(capacity(&mut host), 2 * VOLUME_BYTES);
     assert!(features(&mut frontend).is_some(), "the connection stays");
     assert!(host.status_of(1).is_some_and(|s| s.attached && s.connected));
     // The same again changes nothing; the size it had replaces the grant.
     let page = key_page(&key(1));
     let answer = host.grant(&grown, &[page.as_fd()]);
-    assert_eq!(answer, DataplaneToKeyd::Granted { volume });
+    assert_eq!(answer, DataplaneToKeyd::Granted { id: volume.into() });
     assert!(features(&mut frontend).is_some(), "the connection stays");
     host.granted(1);
     assert_eq!(features(&mut frontend), None, "it was detached to shrink");
@@ -249,7 +252,7 @@ fn a_greater_size_reaches_a_served_volume_whose_frontend_stays() {
     // Not served, it takes any size; the file is looked at when it is attached.
     let page = key_page(&key(1));
     let answer = host.grant(&grown, &[page.as_fd()]);
-    assert_eq!(answer, DataplaneToKeyd::Granted { volume });
+    assert_eq!(answer, DataplaneToKeyd::Granted { id: volume.into() });
     refused(host.attach(1), "its file has 1048576 bytes");
     let file = host.file_of(1, 2 * VOLUME_BYTES);
     assert_eq!(host.attach_on(1, 1, &file), Ok(()));
@@ -327,7 +330,7 @@ fn requests_sent_at_once_are_each_answered_once_and_in_turn() {
     };
     let detach = AgentToDataplane::Detach {
         request_id: 12,
-        volume: volume(1),
+        id: volume(1).into(),
     };
     host.agent.send(&attach(10), &[file.as_fd()]).expect("send");
     host.agent.send(&attach(11), &[file.as_fd()]).expect("send");

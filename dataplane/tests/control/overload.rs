@@ -40,7 +40,10 @@ fn one_volume_more_than_fit_is_refused_and_fits_when_another_goes() {
     // Volume 1 is one of them: 0x0101.
     for n in (0..256).filter(|n| *n != 0x0101).take(255) {
         let volume = numbered(n).volume;
-        assert_eq!(give(&host, n), DataplaneToKeyd::Granted { volume });
+        assert_eq!(
+            give(&host, n),
+            DataplaneToKeyd::Granted { id: volume.into() }
+        );
     }
     for _ in 0..3 {
         grant_refused(give(&host, 1000), "no more fit");
@@ -49,7 +52,10 @@ fn one_volume_more_than_fit_is_refused_and_fits_when_another_goes() {
     assert_eq!(host.status().len(), 256);
     host.revoke(0);
     let volume = numbered(1000).volume;
-    assert_eq!(give(&host, 1000), DataplaneToKeyd::Granted { volume });
+    assert_eq!(
+        give(&host, 1000),
+        DataplaneToKeyd::Granted { id: volume.into() }
+    );
     grant_refused(give(&host, 1001), "no more fit");
     works(&mut disk, 2);
     drop(disk);

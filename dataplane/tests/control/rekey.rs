@@ -34,7 +34,9 @@ fn granted(host: &Host, grant: &VolumeGrant, keys: &[u8]) -> DataplaneToKeyd {
 }
 
 fn accepted() -> DataplaneToKeyd {
-    DataplaneToKeyd::Granted { volume: volume(1) }
+    DataplaneToKeyd::Granted {
+        id: volume(1).into(),
+    }
 }
 
 /// Volume 1 with a record behind it.
@@ -206,7 +208,12 @@ fn finished_elsewhere(left: &[u8], at: u64) {
     };
     let marker = file_of(&host, 2, &running(SECOND, 4, 3));
     let answer = granted(&host, &second, &[4, 3]);
-    assert_eq!(answer, DataplaneToKeyd::Granted { volume: volume(2) });
+    assert_eq!(
+        answer,
+        DataplaneToKeyd::Granted {
+            id: volume(2).into()
+        }
+    );
     host.listen(2);
     assert_eq!(host.attach_on(2, 2, &marker), Ok(()));
     wait_for_of(&mut host, 2, 4096, &RekeyState::Waiting);

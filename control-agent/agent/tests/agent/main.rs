@@ -5,6 +5,7 @@ mod applied;
 mod bundles;
 mod documents;
 mod hostile;
+mod nics;
 mod peers;
 mod refused;
 mod rekeys;

@@ -16,9 +16,10 @@ use bulkhead_protocol::keys::{AgentToKeyd, HostKeys, KeydToAgent, Shred, ShredSt
 use bulkhead_protocol::limits::Limits;
 use bulkhead_protocol::rot::{FromRot, ToRot};
 use bulkhead_protocol::workers::Workers;
-use bulkhead_protocol::{Received, SocketName, VolumeId};
+use bulkhead_protocol::{Received, ServedId, SocketName, VolumeId};
 
 use crate::bundles::{now, trust};
+use crate::nics::{self, Nics};
 
 /// Stops a peer at a message: it gives no answer to it, and takes no message after it.
 #[derive(Debug, Clone)]
@@ -47,6 +48,14 @@ pub fn keys(shred: &[VolumeId], epoch: u64) -> HostKeys {
     }
 }
 
+/// What the log calls something.
+fn first_byte(id: ServedId) -> u8 {
+    match id {
+        ServedId::Volume(id) => id.0[0],
+        ServedId::Nic(id) => id.0[0],
+    }
+}
+
 #[derive(Debug, Default)]
 pub struct Peers {
     /// Every message of the agent, in order of arrival.
@@ -58,7 +67,7 @@ pub struct Peers {
     pub last_digest: Option<[u8; 48]>,
     pub keyd_refuses: Option<String>,
     /// Grants that get lost.
-    pub undelivered: BTreeSet<VolumeId>,
+    pub undelivered: BTreeSet<ServedId>,
     /// Their files are too short to grow: such a grant is refused while they are attached.
     pub too_short: BTreeSet<VolumeId>,
     /// Number of the upgrade that rot was asked for last.
@@ -81,6 +90,8 @@ pub struct Peers {
     pub hung: BTreeMap<VolumeId, u32>,
     /// Why the re-keys of all volumes stopped.
     pub rekey_fault: Option<String>,
+    /// The NICs and switches of the data plane.
+    pub nics: Nics,
 }
 
 impl Peers {
@@ -99,6 +110,7 @@ impl Peers {
         self.attached.clear();
         self.prepared.clear();
         self.connected.clear();
+        self.nics = Nics::default();
     }
 
     /// Writes a message down; whether it is to be handled, and whether answered.
@@ -223,12 +235,18 @@ impl Peers {
             for id in gone.iter().filter(|id| verified.volume(**id).is_none()) {
                 self.revoke(*id);
             }
+            self.nics.grant(&verified, &self.undelivered);
+            let lost = |id: &&ServedId| id.nic().is_some_and(|id| verified.nic(id).is_some());
+            undelivered.extend(self.undelivered.iter().filter(lost).map(|id| Undelivered {
+                id: *id,
+                reason: "the data plane did not answer".to_owned(),
+            }));
             for volume in &verified.volumes {
                 let stuck =
                     self.too_short.contains(&volume.id) && self.attached.contains_key(&volume.id);
-                if self.undelivered.contains(&volume.id) || stuck {
+                if self.undelivered.contains(&volume.id.into()) || stuck {
                     undelivered.push(Undelivered {
-                        volume: volume.id,
+                        id: volume.id.into(),
                         reason: "the data plane did not answer".to_owned(),
                     });
                 } else {
@@ -293,21 +311,22 @@ impl Peers {
                 format!("dataplane attach {} {socket}", volume.0[0]),
                 *request_id,
             ),
-            AgentToDataplane::Detach { request_id, volume } => {
-                (format!("dataplane detach {}", volume.0[0]), *request_id)
+            AgentToDataplane::Detach { request_id, id } => {
+                (format!("dataplane detach {}", first_byte(*id)), *request_id)
             }
             AgentToDataplane::PrepareRemove {
                 request_id,
-                volume,
+                id,
                 force,
             } => (
-                format!("dataplane prepare {} force={force}", volume.0[0]),
+                format!("dataplane prepare {} force={force}", first_byte(*id)),
                 *request_id,
             ),
-            AgentToDataplane::CancelRemove { request_id, volume } => {
-                (format!("dataplane cancel {}", volume.0[0]), *request_id)
+            AgentToDataplane::CancelRemove { request_id, id } => {
+                (format!("dataplane cancel {}", first_byte(*id)), *request_id)
             }
             AgentToDataplane::Status { request_id } => ("dataplane status".to_owned(), *request_id),
+            of_network => nics::line(of_network),
         };
         let (handle, reply) = self.note(line);
         if !handle {
@@ -350,7 +369,10 @@ impl Peers {
                 self.attached.entry(volume).or_insert_with(|| file.into());
                 done
             }
-            AgentToDataplane::Detach { volume, .. } => {
+            AgentToDataplane::Detach {
+                id: ServedId::Volume(volume),
+                ..
+            } => {
                 assert!(self.attached.contains_key(&volume), "detach of nothing");
                 self.attached.remove(&volume);
                 self.connected.remove(&volume);
@@ -365,7 +387,11 @@ impl Peers {
                     None => done,
                 }
             }
-            AgentToDataplane::PrepareRemove { volume, force, .. } => {
+            AgentToDataplane::PrepareRemove {
+                id: ServedId::Volume(volume),
+                force,
+                ..
+            } => {
                 assert!(self.granted.contains_key(&volume), "prepare of nothing");
                 if self.connected.contains(&volume) && !force {
                     return refused("a frontend is connected");
@@ -373,7 +399,10 @@ impl Peers {
                 self.prepared.insert(volume);
                 done
             }
-            AgentToDataplane::CancelRemove { volume, .. } => {
+            AgentToDataplane::CancelRemove {
+                id: ServedId::Volume(volume),
+                ..
+            } => {
                 if self.prepared.remove(&volume) {
                     done
                 } else {
@@ -398,6 +427,7 @@ impl Peers {
                     queue_moves_given_up: 0,
                 },
             },
+            of_network => self.nics.does(request_id, of_network, received),
         }
     }
 

@@ -170,9 +170,9 @@ fn refused_over_the_size_cap() {
 fn refused_unknown_field() {
     let mut payload = minicbor::to_vec(next(volume(2))).expect("encodes");
     payload[0] = 0xa8;
-    payload.extend([0x0a, 0x00]);
+    payload.extend([0x0d, 0x00]);
     let envelope = sign_payload(payload, &[alice()]).expect("signs");
-    refused(&mut world(), &envelope, &["unknown field 10"]);
+    refused(&mut world(), &envelope, &["unknown field 13"]);
 }
 
 #[test]

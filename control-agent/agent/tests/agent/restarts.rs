@@ -341,7 +341,7 @@ fn a_data_plane_that_dies_while_removals_are_prepared_refuses_the_bundle() {
 fn a_bundle_is_taken_without_a_data_plane_and_completed_with_it() {
     let mut world = World::new();
     world.dataplane = None;
-    world.peers.undelivered.insert(id(1));
+    world.peers.undelivered.insert(id(1).into());
     world.drive_for(Duration::from_millis(50));
     let reply = world.apply(&signed(&bundle(1, vec![volume(1)])));
     let AdminReply::Applied { pending, .. } = reply else {
@@ -385,7 +385,7 @@ fn what_fails_is_pending_and_tried_again() {
 #[test]
 fn a_grant_that_did_not_arrive_is_asked_for_again() {
     let mut world = World::new();
-    world.peers.undelivered.insert(id(2));
+    world.peers.undelivered.insert(id(2).into());
     let reply = world.apply(&signed(&first()));
     let AdminReply::Applied { pending, .. } = reply else {
         panic!("{reply:?}")

@@ -150,13 +150,13 @@ fn any_nic() -> impl Strategy<Value = Nic> {
             snap_bytes: snap,
             most_bytes: most,
         });
-    let source = (any::<std::net::Ipv6Addr>(), any::<bool>()).prop_map(|(address, v4)| {
-        let v4_of = std::net::Ipv4Addr::from_bits(address.to_bits() as u32);
-        match v4 {
-            true => IpPrefix::new(v4_of.into(), 32),
-            false => IpPrefix::new(address.into(), 128),
-        }
-        .expect("a whole address")
+    let addresses = any::<(std::net::Ipv4Addr, std::net::Ipv6Addr, bool)>();
+    let source = addresses.prop_map(|(v4, v6, first)| {
+        let prefix = match first {
+            true => IpPrefix::new(v4.into(), 32),
+            false => IpPrefix::new(v6.into(), 128),
+        };
+        prefix.expect("a whole address")
     });
     let traffic =
         || (any_rate(), any_rate()).prop_map(|(packets, bytes)| TrafficLimits { packets, bytes });

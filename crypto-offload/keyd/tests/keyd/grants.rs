@@ -1,5 +1,6 @@
 //! What an accepted bundle grants, and what it revokes.
 
+use bulkhead_protocol::ServedId;
 use bulkhead_protocol::keys::{DataplaneToKeyd, KeydToDataplane, VolumeGrant};
 use bulkhead_protocol::limits::Limits;
 use bulkhead_sealing::RecipientKey;
@@ -51,7 +52,7 @@ fn what_a_bundle_leaves_out_is_revoked_first() {
     let mut host = Host::new();
     host.apply(&signed(&bundle(1, vec![plain(1), plain(2), plain(3)])), 3);
     let got = host.apply(&signed(&bundle(2, vec![plain(3), plain(4)])), 4);
-    let revoked = |n| KeydToDataplane::Revoke { volume: id(n) };
+    let revoked = |n| KeydToDataplane::Revoke { id: id(n).into() };
     assert_eq!(got[0].message, revoked(1));
     assert_eq!(got[1].message, revoked(2));
     let granted = [2, 3].map(|i| volume_of(&got[i].message));
@@ -108,7 +109,7 @@ fn a_key_that_does_not_open_leaves_its_volume_undelivered() {
     assert_eq!(epoch, 1);
     let reason = |n| {
         let mut entries = undelivered.iter();
-        let entry = entries.find(|u| u.volume == id(n)).expect("named");
+        let entry = entries.find(|u| u.id == id(n).into()).expect("named");
         entry.reason.as_str()
     };
     assert_eq!(undelivered.len(), 3);
@@ -137,11 +138,14 @@ fn what_the_data_plane_refuses_is_undelivered_with_its_reason() {
     host.ask(&signed(&bundle(1, vec![plain(1), plain(2)])));
     let volume = volume_of(&host.delivered().message);
     let reason = "no room\n\u{1b}[2J".to_owned();
-    host.say(&DataplaneToKeyd::GrantRefused { volume, reason });
+    host.say(&DataplaneToKeyd::GrantRefused {
+        id: volume.into(),
+        reason,
+    });
     host.take(1);
     let (_, undelivered) = host.accepted();
     assert_eq!(undelivered.len(), 1);
-    assert_eq!(undelivered[0].volume, id(1));
+    assert_eq!(undelivered[0].id, id(1).into());
     let reason = &undelivered[0].reason;
     assert!(
         reason.contains("no room") && !reason.contains('\u{1b}'),
@@ -152,7 +156,9 @@ fn what_the_data_plane_refuses_is_undelivered_with_its_reason() {
 pub fn volume_of(message: &KeydToDataplane) -> bulkhead_protocol::VolumeId {
     match message {
         KeydToDataplane::Grant { grant } => grant.volume,
-        KeydToDataplane::Revoke { volume } => *volume,
-        KeydToDataplane::Workers { .. } => panic!("it is about no volume"),
+        KeydToDataplane::Revoke {
+            id: ServedId::Volume(id),
+        } => *id,
+        other => panic!("it is about no volume: {other:?}"),
     }
 }

@@ -324,9 +324,12 @@ fn key_in(page: OwnedFd) -> [u8; 64] {
 pub fn yes_to(message: &KeydToDataplane) -> DataplaneToKeyd {
     match message {
         KeydToDataplane::Grant { grant } => DataplaneToKeyd::Granted {
-            volume: grant.volume,
+            id: grant.volume.into(),
         },
-        KeydToDataplane::Revoke { volume } => DataplaneToKeyd::Revoked { volume: *volume },
+        KeydToDataplane::GrantNic { grant } => DataplaneToKeyd::Granted {
+            id: grant.nic.into(),
+        },
+        KeydToDataplane::Revoke { id } => DataplaneToKeyd::Revoked { id: *id },
         KeydToDataplane::Workers { .. } => DataplaneToKeyd::WorkersHeard { restarts: false },
     }
 }

@@ -54,18 +54,21 @@ fn an_agent_or_data_plane_that_sends_only_noise_loses_its_channel_and_nobody_els
 fn answers_that_nobody_asked_for_grant_nothing() {
     let mut host = Host::new();
     let volume = id(1);
-    host.say(&DataplaneToKeyd::Granted { volume });
-    host.say(&DataplaneToKeyd::Revoked { volume });
+    host.say(&DataplaneToKeyd::Granted { id: volume.into() });
+    host.say(&DataplaneToKeyd::Revoked { id: volume.into() });
     wait_for(|| host.log().matches("was not asked").count() == 2);
     host.ask(&signed(&bundle(1, vec![plain(1), plain(2)])));
     host.delivered();
-    host.say(&DataplaneToKeyd::Revoked { volume });
+    host.say(&DataplaneToKeyd::Revoked { id: volume.into() });
     let reason = "no".to_owned();
-    host.say(&DataplaneToKeyd::GrantRefused { volume, reason });
+    host.say(&DataplaneToKeyd::GrantRefused {
+        id: volume.into(),
+        reason,
+    });
     host.take(1);
     let (_, undelivered) = host.accepted();
     assert_eq!(undelivered.len(), 1);
-    assert_eq!(undelivered[0].volume, id(1));
+    assert_eq!(undelivered[0].id, id(1).into());
 }
 
 #[test]
@@ -75,7 +78,7 @@ fn an_answer_with_descriptors_is_no_answer() {
     host.delivered();
     let before = descriptors(&host);
     let fd = to_memfd(b"").expect("memfd");
-    let granted = DataplaneToKeyd::Granted { volume: id(1) };
+    let granted = DataplaneToKeyd::Granted { id: id(1).into() };
     let dataplane = host.dataplane.as_ref().expect("a data plane");
     dataplane.send(&granted, &[fd.as_fd()]).expect("send");
     host.say(&granted);

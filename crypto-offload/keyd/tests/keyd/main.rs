@@ -6,6 +6,7 @@ mod bundles;
 mod grants;
 mod host;
 mod hostile;
+mod nics;
 mod refused;
 mod rekeys;
 mod releases;

@@ -36,7 +36,7 @@ fn check_undelivered(volume: Volume, expected: &str) {
     assert_eq!(host.take(1)[0].key, Some(good));
     let (_, undelivered) = host.accepted();
     assert_eq!(undelivered.len(), 1);
-    assert_eq!(undelivered[0].volume, number);
+    assert_eq!(undelivered[0].id, number.into());
     let reason = &undelivered[0].reason;
     assert!(reason.contains(expected), "{reason}");
 }
@@ -108,5 +108,5 @@ fn a_key_that_does_not_open_shares_nothing() {
     host.ask(&signed(&bundle(1, vec![moved, encrypted(2, &key)])));
     assert_eq!(host.take(1)[0].key, Some(key));
     let (_, undelivered) = host.accepted();
-    assert_eq!(undelivered[0].volume, id(1));
+    assert_eq!(undelivered[0].id, id(1).into());
 }

@@ -100,7 +100,7 @@ fn what_an_earlier_keyd_granted_is_revoked_by_the_next() {
     let got = host.apply(&signed(&bundle(2, vec![plain(2)])), 2);
     assert_eq!(
         got[0].message,
-        KeydToDataplane::Revoke { volume: id(1) },
+        KeydToDataplane::Revoke { id: id(1).into() },
         "the data plane may still hold it"
     );
 }
@@ -111,7 +111,7 @@ fn what_a_new_data_plane_may_have_taken_over_is_revoked() {
     host.apply(&signed(&bundle(1, vec![plain(1), plain(2)])), 2);
     host.new_dataplane();
     let got = host.apply(&signed(&bundle(2, vec![plain(2)])), 2);
-    assert!(matches!(got[0].message, KeydToDataplane::Revoke { volume } if volume == id(1)));
+    assert!(matches!(got[0].message, KeydToDataplane::Revoke { id: gone } if gone == id(1).into()));
     assert_eq!(volume_of(&got[1].message), id(2));
 }
 
@@ -156,7 +156,7 @@ fn a_silent_data_plane_has_a_deadline_and_its_late_answers_count_for_nothing() {
     host.take(1);
     let (_, undelivered) = host.accepted();
     assert_eq!(undelivered.len(), 1);
-    assert_eq!(undelivered[0].volume, id(1));
+    assert_eq!(undelivered[0].id, id(1).into());
     assert!(undelivered[0].reason.contains("10 s"));
     host.ask(&envelope);
     assert_eq!(volume_of(&host.delivered().message), id(1));
@@ -164,7 +164,10 @@ fn a_silent_data_plane_has_a_deadline_and_its_late_answers_count_for_nothing() {
     host.say(&yes_to(&late));
     let reason = "changed my mind".to_owned();
     let volume = id(1);
-    host.say(&DataplaneToKeyd::GrantRefused { volume, reason });
+    host.say(&DataplaneToKeyd::GrantRefused {
+        id: volume.into(),
+        reason,
+    });
     host.take(1);
     let (_, undelivered) = host.accepted();
     assert_eq!(undelivered.len(), 1);

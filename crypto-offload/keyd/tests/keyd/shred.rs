@@ -114,7 +114,10 @@ fn what_is_shredded_is_gone_and_the_rest_goes_on() {
     let envelope = shredding(2, &volumes[1..], &[id(1)]);
     host.ask(&envelope);
     let revoked = host.delivered();
-    assert_eq!(revoked.message, KeydToDataplane::Revoke { volume: id(1) });
+    assert_eq!(
+        revoked.message,
+        KeydToDataplane::Revoke { id: id(1).into() }
+    );
     host.say(&yes_to(&revoked.message));
     let granted: Vec<_> = host.take(2).into_iter().map(|d| d.key).collect();
     assert_eq!(granted, [Some(keys[1]), Some(keys[2])]);
@@ -195,7 +198,7 @@ fn later_bundles_name_old_entries_and_new_ones() {
     assert_eq!(undelivered.len(), 1);
     let reason = &undelivered[0].reason;
     assert!(
-        undelivered[0].volume == id(4) && reason.contains("destroyed when epoch 2"),
+        undelivered[0].id == id(4).into() && reason.contains("destroyed when epoch 2"),
         "{reason}"
     );
     assert!(reason.contains("bulkhead host public"), "{reason}");

@@ -14,10 +14,11 @@ use super::mirrors::Mirrors;
 use super::ports::{AnyPort, Outside, open};
 use super::transmit::Frames;
 use super::{Lane, MOST_FRAMES};
+use crate::net::current::Seen;
 use crate::net::receive::Scratch;
 use crate::net::{HashKey, NetDevice};
 use crate::port::switch::MOST_NICS;
-use crate::port::{Nic, NullPort, Port as _, PortSpec, Switch, Tokens};
+use crate::port::{Guard, Nic, NullPort, Port as _, PortSpec, Switch, Tokens};
 use crate::virtqueue::RingError;
 use crate::worker::queue::{Kind, Queue};
 use crate::worker::ring::{Completion, Ring};
@@ -26,6 +27,7 @@ use crate::worker::ring::{Completion, Ring};
 #[derive(Debug)]
 pub(super) struct Card {
     pub(super) device: Arc<NetDevice>,
+    pub(super) guard: Seen<Guard>,
     /// Queues of it that are here.
     queues: u16,
 }
@@ -111,7 +113,11 @@ impl Cards {
         }
         if let (Some(card), Some(inbox)) = (self.cards.get_mut(at), self.inboxes.get_mut(at)) {
             *inbox = Some(Inbox::new(Arc::clone(&device)));
-            *card = Some(Card { device, queues: 0 });
+            *card = Some(Card {
+                guard: Seen::of(&device.guard),
+                device,
+                queues: 0,
+            });
         }
         Ok(number)
     }

@@ -9,7 +9,7 @@ use crate::net::header::Header;
 use crate::net::parse::ethertype::RARP;
 use crate::net::{Counts, HashKey, HeaderSize, NetDevice};
 use crate::port::mirror::pcapng::Direction;
-use crate::port::{DropReason, Nic, Port as _};
+use crate::port::{DropReason, Guard, Nic, Port as _};
 use crate::virtqueue::{Chain, RingError, Virtqueue};
 use crate::worker::clock;
 use crate::worker::queue::{Kind, Queue};
@@ -104,6 +104,7 @@ impl Frames {
 /// Who sends.
 struct Sender<'a> {
     device: &'a NetDevice,
+    guard: &'a Guard,
     nic: Nic,
     pair: u16,
     header: HeaderSize,
@@ -143,7 +144,7 @@ impl Sender<'_> {
         if !self.device.is_up() {
             return Err(DropReason::LinkDown);
         }
-        self.device.guard.check(&frame)?;
+        self.guard.check(&frame)?;
         to.mirrors.record(self.nic, Direction::Outbound, &frame);
         to.note(self.nic, frame.info.hash, self.pair);
         port.transmit(self.nic, &frame, to, ring)?;
@@ -176,7 +177,7 @@ impl Cards {
             return Sent::default();
         };
         let slot = self.ports.get_mut(lane.port).and_then(Option::as_mut);
-        let card = self.cards.get(usize::from(lane.card));
+        let card = self.cards.get_mut(usize::from(lane.card));
         let (Some(slot), Some(Some(card))) = (slot, card) else {
             return Sent::default();
         };
@@ -188,6 +189,7 @@ impl Cards {
         }
         let sender = Sender {
             device: &card.device,
+            guard: card.guard.look(&card.device.guard),
             nic: Nic(lane.card),
             pair: lane.pair,
             header: lane.header,

@@ -1,0 +1,119 @@
+//! NICs and switches among the steps of a pass: what is known of them, and how the questions about them are put.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use bulkhead_bundle::{HostBundle, Nic};
+use bulkhead_protocol::control::{AgentToDataplane, Networks};
+use bulkhead_protocol::net::PortSpec;
+use bulkhead_protocol::{NicId, SwitchName};
+
+use crate::agent::{Agent, Known};
+use crate::message::{Action, Peer};
+use crate::ports::{self, Owner};
+use crate::step::Step;
+
+/// What of networks the data plane has.
+#[derive(Debug, Default)]
+pub(crate) struct Attached {
+    pub(crate) nics: BTreeSet<NicId>,
+    pub(crate) switches: BTreeSet<SwitchName>,
+}
+
+impl From<Networks> for Attached {
+    fn from(networks: Networks) -> Self {
+        Self {
+            nics: networks.nics.into_iter().collect(),
+            switches: networks.switches.into_iter().collect(),
+        }
+    }
+}
+
+/// The steps that are due for switches and NICs, in their order.
+pub(crate) fn steps(known: &Known, bundle: &HostBundle) -> Vec<Step> {
+    if bundle.nics.is_empty() {
+        return Vec::new();
+    }
+    let Some(attached) = &known.networks else {
+        return vec![Step::SurveyNetworks];
+    };
+    let mut steps = Vec::new();
+    for switch in &bundle.switches {
+        let is_on = |nic: &&Nic| on(nic) == Some(&switch.name);
+        let mut granted = bundle.nics.iter().filter(is_on);
+        if !attached.switches.contains(&switch.name) && granted.any(|nic| is_granted(known, nic)) {
+            steps.push(Step::AttachSwitch(switch.name.clone()));
+        }
+    }
+    let due = bundle.nics.iter().filter(|nic| {
+        let bound = known.bound.get(&nic.socket.name) == Some(&nic.socket);
+        let port = on(nic).is_none_or(|switch| attached.switches.contains(switch));
+        !attached.nics.contains(&nic.id) && bound && port && is_granted(known, nic)
+    });
+    steps.extend(due.map(|nic| Step::AttachNic(nic.id)));
+    steps
+}
+
+/// The switch that a NIC is on.
+fn on(nic: &Nic) -> Option<&SwitchName> {
+    match &nic.port {
+        PortSpec::Switch { switch } => Some(switch),
+        _ => None,
+    }
+}
+
+fn is_granted(known: &Known, nic: &Nic) -> bool {
+    known.granted && !known.undelivered.contains_key(&nic.id.into())
+}
+
+impl Agent {
+    /// Sends a switch's uplink, opened when the bundle was taken in or now. Nothing of it stays here.
+    pub(crate) fn begin_attach_switch(
+        &mut self,
+        now: Instant,
+        name: &SwitchName,
+    ) -> Result<(), String> {
+        let bundle = self.known.accepted.as_ref().map(|stored| &stored.bundle);
+        let switch = bundle.and_then(|bundle| bundle.switch(name));
+        let switch = switch.ok_or("it is not in the bundle")?;
+        let owner = Owner::Switch(name.clone());
+        let opened = match self.known.ports.remove(&owner) {
+            Some(opened) => opened,
+            None => ports::open_uplink(switch.uplink.as_ref())?,
+        };
+        let (switch, facts) = (name.clone(), opened.facts);
+        self.ask(now, Peer::Dataplane, |request_id| {
+            let message = AgentToDataplane::AttachSwitch {
+                request_id,
+                switch,
+                facts,
+            };
+            Action::Dataplane(message, opened.fds)
+        });
+        Ok(())
+    }
+
+    /// The same of a NIC's port.
+    pub(crate) fn begin_attach_nic(&mut self, now: Instant, id: NicId) -> Result<(), String> {
+        let bundle = self.known.accepted.as_ref().map(|stored| &stored.bundle);
+        let nic = bundle.and_then(|bundle| bundle.nic(id));
+        let nic = nic.ok_or("it is not in the bundle")?;
+        let socket = nic.socket.name.clone();
+        let opened = match self.known.ports.remove(&Owner::Nic(id)) {
+            Some(opened) => opened,
+            None => ports::open(&nic.port, nic.queue_pairs)?,
+        };
+        let facts = opened.facts;
+        self.ask(now, Peer::Dataplane, |request_id| {
+            let message = AgentToDataplane::AttachNic {
+                request_id,
+                nic: id,
+                socket,
+                facts,
+            };
+            Action::Dataplane(message, opened.fds)
+        });
+        Ok(())
+    }
+}

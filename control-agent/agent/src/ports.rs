@@ -1,0 +1,170 @@
+//! Opening the host's interfaces for NICs and switches, as descriptors for the data plane, which opens none.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
+
+use bulkhead_bundle::HostBundle;
+use bulkhead_interfaces::{InterfaceName as Openable, tap};
+use bulkhead_protocol::control::PortFacts;
+use bulkhead_protocol::net::{InterfaceName, PortSpec, Uplink};
+use bulkhead_protocol::{NicId, SwitchName};
+
+/// Whose a port is.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Owner {
+    /// A NIC's.
+    Nic(NicId),
+    /// A switch's uplink.
+    Switch(SwitchName),
+}
+
+/// What the data plane gets for a port.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    pub(crate) facts: PortFacts,
+    pub(crate) fds: Vec<OwnedFd>,
+}
+
+/// Opened and not given to the data plane yet.
+pub(crate) type Ports = BTreeMap<Owner, Opened>;
+
+impl Opened {
+    fn nothing() -> Self {
+        Self {
+            facts: PortFacts::Nothing,
+            fds: Vec::new(),
+        }
+    }
+}
+
+/// What a NIC with so many pairs needs for its port.
+///
+/// # Errors
+/// For the operator: which interface, and what to do.
+pub(crate) fn open(port: &PortSpec, queue_pairs: u16) -> Result<Opened, String> {
+    match port {
+        PortSpec::Switch { .. } | PortSpec::Null => Ok(Opened::nothing()),
+        PortSpec::Tap { interface } => open_tap(interface, queue_pairs),
+        PortSpec::AfXdp { interface, .. } => refuse_af_xdp(interface),
+    }
+}
+
+/// The same for a switch.
+///
+/// # Errors
+/// As of [`open`].
+pub(crate) fn open_uplink(uplink: Option<&Uplink>) -> Result<Opened, String> {
+    match uplink {
+        None => Ok(Opened::nothing()),
+        Some(Uplink::Tap { interface }) => open_tap(interface, 1),
+        Some(Uplink::AfXdp { interface, .. }) => refuse_af_xdp(interface),
+    }
+}
+
+fn open_tap(interface: &InterfaceName, queue_pairs: u16) -> Result<Opened, String> {
+    let name: Openable = interface
+        .as_str()
+        .parse()
+        .map_err(|error: bulkhead_interfaces::NameError| error.to_string())?;
+    let tap = tap::open(&name, queue_pairs).map_err(|error| error.to_string())?;
+    Ok(Opened {
+        facts: PortFacts::Tap {
+            has_uso: tap.has_uso,
+        },
+        fds: tap.queues,
+    })
+}
+
+fn refuse_af_xdp(interface: &InterfaceName) -> Result<Opened, String> {
+    Err(format!(
+        "interface {interface}: AF_XDP sockets take CAP_NET_RAW, which the agent has given up: use a TAP, \
+         in a bridge with {interface}"
+    ))
+}
+
+/// Opens what is new in a bundle, so that an interface that is not there refuses it. What the applied bundle uses
+/// is opened when the data plane has let go of it.
+///
+/// # Errors
+/// For the operator: whose port, which interface, what to do.
+pub(crate) fn open_new(old: Option<&HostBundle>, new: &HostBundle) -> Result<Ports, String> {
+    let used: BTreeSet<_> = old.into_iter().flat_map(interfaces).collect();
+    let is_new = |name: Option<&InterfaceName>| name.is_some_and(|name| !used.contains(name));
+    let mut ports = Ports::new();
+    for nic in &new.nics {
+        if is_new(interface_of(&nic.port)) {
+            let opened = open(&nic.port, nic.queue_pairs);
+            let opened = opened.map_err(|error| format!("NIC {}: {error}", nic.name))?;
+            ports.insert(Owner::Nic(nic.id), opened);
+        }
+    }
+    for switch in &new.switches {
+        if is_new(switch.uplink.as_ref().map(interface_of_uplink)) {
+            let opened = open_uplink(switch.uplink.as_ref());
+            let opened = opened.map_err(|error| format!("switch {}: {error}", switch.name))?;
+            ports.insert(Owner::Switch(switch.name.clone()), opened);
+        }
+    }
+    Ok(ports)
+}
+
+fn interface_of(port: &PortSpec) -> Option<&InterfaceName> {
+    match port {
+        PortSpec::Switch { .. } | PortSpec::Null => None,
+        PortSpec::Tap { interface } | PortSpec::AfXdp { interface, .. } => Some(interface),
+    }
+}
+
+fn interface_of_uplink(uplink: &Uplink) -> &InterfaceName {
+    match uplink {
+        Uplink::Tap { interface } | Uplink::AfXdp { interface, .. } => interface,
+    }
+}
+
+fn interfaces(bundle: &HostBundle) -> impl Iterator<Item = &InterfaceName> {
+    let nics = bundle.nics.iter().filter_map(|nic| interface_of(&nic.port));
+    let uplinks = bundle.switches.iter().filter_map(|s| s.uplink.as_ref());
+    nics.chain(uplinks.map(interface_of_uplink))
+}
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_bundle::Switch;
+
+    use super::*;
+    use crate::examples::{bundle, nic};
+
+    #[test]
+    fn only_interfaces_that_are_new_are_opened_before_a_bundle_is_taken() {
+        let missing = |name: &str| name.parse::<InterfaceName>().expect("a name");
+        let mut old = bundle(Vec::new());
+        old.nics = vec![nic(1)];
+        old.nics[0].port = PortSpec::Tap {
+            interface: missing("bh-no-tap-1"),
+        };
+        // It can't be opened now, and is not tried.
+        assert_eq!(open_new(Some(&old), &old).map(|ports| ports.len()), Ok(0));
+        let refused = open_new(None, &old).expect_err("there is none");
+        assert!(refused.starts_with("NIC net1: "), "{refused}");
+        assert!(
+            refused.contains("bh-no-tap-1") || refused.contains("/dev/net/tun"),
+            "{refused}"
+        );
+        let mut new = old.clone();
+        new.switches = vec![Switch {
+            name: "lan".parse().expect("a name"),
+            uplink: Some(Uplink::AfXdp {
+                interface: missing("bh-no-if-2"),
+                queue: 0,
+            }),
+        }];
+        let refused = open_new(Some(&old), &new).expect_err("not by the agent");
+        assert!(
+            refused.starts_with("switch lan: interface bh-no-if-2: "),
+            "{refused}"
+        );
+        new.switches[0].uplink = None;
+        assert_eq!(open_new(Some(&old), &new).map(|ports| ports.len()), Ok(0));
+    }
+}

@@ -1,0 +1,94 @@
+//! What the NICs are doing, as the agent is told.
+#![forbid(unsafe_code)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
+
+use std::ops::Bound;
+
+use bulkhead_protocol::NicId;
+use bulkhead_protocol::control::{
+    DropCount, NICS_PER_MESSAGE, Networks, NicStatus, PairCounts, Traffic,
+};
+
+use super::{Nic, Nics};
+use crate::net::{Counts, NetDevice};
+use crate::port::DropReason;
+use crate::server::Server;
+
+/// Most characters of a fault: what is said of [`NICS_PER_MESSAGE`] NICs fits one message.
+const MAX_FAULT_CHARS: usize = 100;
+
+impl Nics {
+    /// What is attached.
+    pub(in crate::control) fn networks(&self) -> Networks {
+        let attached = self.table.iter().filter(|(_, nic)| nic.served().is_some());
+        Networks {
+            nics: attached.map(|(id, _)| *id).collect(),
+            mirrored: Vec::new(),
+            switches: self.switches.keys().cloned().collect(),
+        }
+    }
+
+    /// The granted NICs whose id is above one, as many as one message holds.
+    pub(in crate::control) fn status(
+        &self,
+        server: &Server,
+        after: Option<NicId>,
+    ) -> Vec<NicStatus> {
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let range = self.table.range((from, Bound::Unbounded));
+        let page = range.take(NICS_PER_MESSAGE);
+        page.map(|(id, nic)| one(*id, nic, server)).collect()
+    }
+}
+
+fn one(id: NicId, nic: &Nic, server: &Server) -> NicStatus {
+    let mut status = NicStatus::of_unattached(id);
+    let Some((device_id, device)) = nic.served() else {
+        return status;
+    };
+    let now = server.status(device_id);
+    status.attached = true;
+    status.connected = now.connected;
+    status.running_queues = now.running_queues;
+    status.retired_queues = now.retired_queues;
+    // Only so much fits, and it may be a driver's doing.
+    let fault = now.fault.as_deref();
+    status.fault = fault.map(|text| text.chars().take(MAX_FAULT_CHARS).collect());
+    status.pairs = pairs(device);
+    status.tx_drops = drops(&device.metrics.sent());
+    status.rx_drops = drops(&device.metrics.received());
+    let throttled = device.tx_qos().throttled().as_millis();
+    status.throttled_ms = u64::try_from(throttled).unwrap_or(u64::MAX);
+    status
+}
+
+fn pairs(device: &NetDevice) -> Vec<PairCounts> {
+    let queue = |index| {
+        let metrics = device.metrics.queue(index);
+        let counts = metrics.map_or_else(Counts::default, |queue| queue.counts());
+        Traffic {
+            packets: counts.packets,
+            bytes: counts.bytes,
+            dropped: counts.all_drops(),
+        }
+    };
+    let pairs = 0..device.shape.queue_pairs;
+    pairs
+        .map(|pair| PairCounts {
+            rx: queue(2 * pair),
+            tx: queue(2 * pair + 1),
+        })
+        .collect()
+}
+
+/// Those of the reasons that there were.
+fn drops(counts: &Counts) -> Vec<DropCount> {
+    let counted = DropReason::ALL.iter().zip(counts.drops);
+    counted
+        .filter(|(_, frames)| *frames > 0)
+        .map(|(reason, frames)| DropCount {
+            reason: reason.name().to_owned(),
+            frames,
+        })
+        .collect()
+}
