@@ -114,8 +114,9 @@ impl<P: Port> Rig<P> {
     pub fn send(&mut self, from: Nic, packets: &[Packet]) {
         let mut left = packets;
         while !left.is_empty() {
-            self.until("the port has room", |rig| rig.port.room() > 0);
-            let (now, later) = left.split_at(self.port.room().min(left.len()).min(32));
+            self.until("the port has room", |rig| rig.port.room_for(from) > 0);
+            let room = self.port.room_for(from);
+            let (now, later) = left.split_at(room.min(left.len()).min(32));
             for packet in now {
                 assert_eq!(self.transmit(from, packet), Ok(()));
             }

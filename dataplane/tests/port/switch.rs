@@ -297,6 +297,31 @@ fn an_uplink_without_room_loses_what_is_for_it_alone() {
 }
 
 #[test]
+fn who_sends_out_waits_for_a_full_uplink_but_not_forever() {
+    let (mut rig, cable) = three();
+    cable.arrives(frame(1, 50));
+    rig.turn();
+    rig.send(Nic(0), &[frame(50, 1), frame(2, 1)]);
+    rig.send(Nic(1), &[frame(1, 2)]);
+    cable.0.borrow_mut().is_busy = true;
+    rig.turn();
+    let rooms = |rig: &Rig<Switch<Cable>>| [0, 1].map(|nic| rig.port.room_for(Nic(nic)));
+    assert_eq!(rooms(&rig), [0, usize::MAX]);
+    cable.0.borrow_mut().is_busy = false;
+    rig.turn();
+    assert_eq!(rooms(&rig), [usize::MAX; 2]);
+    cable.0.borrow_mut().is_busy = true;
+    rig.until("it is hopeless", |rig| rooms(rig)[0] > 0);
+    // A batch for the other guests alone, and it is none that sends out.
+    rig.send(Nic(0), &[frame(2, 1)]);
+    cable.0.borrow_mut().is_busy = false;
+    rig.turn();
+    cable.0.borrow_mut().is_busy = true;
+    rig.turn();
+    assert_eq!(rooms(&rig), [usize::MAX; 2]);
+}
+
+#[test]
 fn who_leaves_is_forgotten() {
     let (mut rig, cable) = three();
     assert_eq!(rig.transmit(Nic(1), &frame(1, 50)), Ok(()));

@@ -18,11 +18,13 @@
 //! | [`table`] | where the stations are |
 //! | [`flow`] | what was decided about flows |
 //! | [`bridge`] | the decision |
+//! | `outward` | who waits for the uplink |
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 pub mod bridge;
 pub mod flow;
+mod outward;
 pub mod station;
 pub mod table;
 
@@ -32,6 +34,7 @@ use crate::net::parse::FrameInfo;
 use crate::worker::ring::{Completion, Ring};
 use bridge::{Bridge, Verdict};
 pub use bridge::{Counts, JoinError, MOST_NICS};
+use outward::Outward;
 use station::{Member, Station};
 
 /// A switch whose uplink is a `U`.
@@ -39,6 +42,7 @@ use station::{Member, Station};
 pub struct Switch<U> {
     bridge: Bridge,
     uplink: Option<U>,
+    outward: Outward,
 }
 
 impl<U: Port> Switch<U> {
@@ -48,6 +52,7 @@ impl<U: Port> Switch<U> {
         Self {
             bridge: Bridge::default(),
             uplink,
+            outward: Outward::default(),
         }
     }
 
@@ -56,7 +61,9 @@ impl<U: Port> Switch<U> {
     /// # Errors
     /// [`JoinError`]: it is not connected then.
     pub fn join(&mut self, nic: Nic, mac: [u8; 6]) -> Result<(), JoinError> {
-        self.bridge.join(nic, mac)
+        self.bridge.join(nic, mac)?;
+        self.outward.join(nic);
+        Ok(())
     }
 
     /// Takes a NIC off, with what was learned from it; nothing happens if it isn't connected.
@@ -126,12 +133,22 @@ impl<U: Port> Port for Switch<U> {
             return 0;
         };
         let bridge = &mut self.bridge;
-        uplink.receive(now, &mut Inward { bridge, to }, ring)
+        let received = uplink.receive(now, &mut Inward { bridge, to }, ring);
+        self.outward.turn(now, uplink.room());
+        received
     }
 
     #[inline]
     fn room(&self) -> usize {
         usize::MAX
+    }
+
+    #[inline]
+    fn room_for(&self, from: Nic) -> usize {
+        match &self.uplink {
+            Some(uplink) => self.outward.room(from, uplink.room()),
+            None => usize::MAX,
+        }
     }
 
     #[inline]
@@ -142,7 +159,10 @@ impl<U: Port> Port for Switch<U> {
         to: &mut impl Sink,
         ring: &mut Ring,
     ) -> Result<(), DropReason> {
-        match decide(&mut self.bridge, from.into(), &frame.info) {
+        let verdict = decide(&mut self.bridge, from.into(), &frame.info);
+        self.outward
+            .note(from, verdict == Verdict::To(Member::UPLINK));
+        match verdict {
             Verdict::To(member) => match (member.nic(), &mut self.uplink) {
                 (Some(nic), _) => {
                     // What became of it there is counted there.
@@ -159,6 +179,7 @@ impl<U: Port> Port for Switch<U> {
 
     #[inline]
     fn flush(&mut self, ring: &mut Ring) {
+        self.outward.end();
         if let Some(uplink) = &mut self.uplink {
             uplink.flush(ring);
         }
