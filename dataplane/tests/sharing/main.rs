@@ -1,9 +1,11 @@
-//! Devices that share workers: limits hold, groups are shared, hostile neighbours get their part and no more,
+//! Disks and network cards that share workers: limits hold, groups are shared, hostile neighbours get their part and no more,
 //! idle devices cost nothing.
 //!
 //! Nothing here depends on how fast a machine is: requests, time by the workers' own clock, processor time and
 //! wake-ups are counted, and compared with each other.
 
+mod cards;
+mod floods;
 mod idle;
 mod limits;
 mod neighbours;

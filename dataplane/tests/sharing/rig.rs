@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_crypto::{DataUnit, SecretArena, XtsKey};
 use bulkhead_dataplane::blk::{BlkDevice, Cipher, Geometry};
+use bulkhead_dataplane::device::Device;
 use bulkhead_dataplane::memory::{GuestMemory, anonymous};
 use bulkhead_dataplane::storage::StorageSpec;
 use bulkhead_dataplane::worker::message::{
@@ -21,10 +22,10 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 /// Requests that a ring can have.
 pub const RING: u16 = 32768;
 /// Where a queue's rings lie, from the beginning of its part of the memory on.
-const AVAIL: u64 = 0x8_0000;
-const USED: u64 = 0xA_0000;
+pub const AVAIL: u64 = 0x8_0000;
+pub const USED: u64 = 0xA_0000;
 /// Of a queue.
-const PART_BYTES: u64 = 0x10_0000;
+pub const PART_BYTES: u64 = 0x10_0000;
 /// Shared by all queues of a device, behind them: the descriptors of a request, its header, its status, its data.
 const SHARED_BYTES: u64 = 0x20_0000;
 const TABLE: u64 = 0;
@@ -81,11 +82,11 @@ pub struct Disk {
     kicks: Vec<EventFd>,
 }
 
-fn event() -> EventFd {
+pub fn event() -> EventFd {
     EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).expect("eventfd")
 }
 
-fn dup(event: &EventFd) -> Option<OwnedFd> {
+pub fn dup(event: &EventFd) -> Option<OwnedFd> {
     Some(event.as_fd().try_clone_to_owned().expect("dup"))
 }
 
@@ -115,8 +116,7 @@ impl Rig {
 
     /// A device whose queues run on a worker, with nothing available.
     pub fn disk(&mut self, worker: usize, plan: Plan) -> Disk {
-        self.devices += 1;
-        let id = DeviceId(self.devices);
+        let id = self.next_id();
         let geometry = Geometry {
             logical_block_bytes: 4096,
             read_only: false,
@@ -140,23 +140,39 @@ impl Rig {
         for index in 0..plan.queues {
             disk.write_descriptors(index, shared, plan.requests);
         }
-        let attach = ToWorker::Attach {
-            id,
-            device: (&disk.device).into(),
-        };
-        self.workers[worker].send(attach);
+        self.attach(worker, id, (&disk.device).into());
+        for index in 0..plan.queues {
+            self.start(worker, disk.start(index));
+        }
+        disk
+    }
+
+    /// A number for another device.
+    pub fn next_id(&mut self) -> DeviceId {
+        self.devices += 1;
+        DeviceId(self.devices)
+    }
+
+    /// Has a worker take a device.
+    pub fn attach(&self, worker: usize, id: DeviceId, device: Device) {
+        self.workers[worker].send(ToWorker::Attach { id, device });
         let attached = self.reply();
         assert!(
             matches!(attached, FromWorker::Attached { result: Ok(()), .. }),
             "{attached:?}"
         );
-        for index in 0..plan.queues {
-            let start = disk.start(index);
-            self.workers[worker].send(ToWorker::Start(Box::new(start)));
-            let started = self.reply();
-            assert!(matches!(started, FromWorker::Started { .. }), "{started:?}");
-        }
-        disk
+    }
+
+    /// Has a worker serve a queue.
+    pub fn start(&self, worker: usize, start: QueueStart) {
+        self.workers[worker].send(ToWorker::Start(Box::new(start)));
+        let started = self.reply();
+        assert!(matches!(started, FromWorker::Started { .. }), "{started:?}");
+    }
+
+    /// Says something to a worker that is not answered.
+    pub fn tell(&self, worker: usize, message: ToWorker) {
+        self.workers[worker].send(message);
     }
 
     fn reply(&self) -> FromWorker {
@@ -312,7 +328,7 @@ impl Disk {
     }
 }
 
-fn desc(addr: u64, len: u32, flags: u16, next: u16) -> Vec<u8> {
+pub fn desc(addr: u64, len: u32, flags: u16, next: u16) -> Vec<u8> {
     let mut bytes = addr.to_le_bytes().to_vec();
     bytes.extend(len.to_le_bytes());
     bytes.extend(flags.to_le_bytes());

@@ -182,7 +182,7 @@ impl Cards {
             return Sent::default();
         };
         virtqueue.disarm();
-        let frames = asked.frames.min(slot.port.room());
+        let frames = asked.frames.min(slot.port.room_for(Nic(lane.card)));
         let sent = self.frames.take(virtqueue, Asked { frames, ..asked });
         if sent.frames == 0 {
             return sent;
