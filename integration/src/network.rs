@@ -34,6 +34,18 @@ pub fn ip(words: &str) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// Makes a TAP, up, as an operator makes one for the agent: with many queues, virtio headers, and the user who may
+/// open it.
+///
+/// # Panics
+/// See [`ip`].
+pub fn make_tap(name: &str, user: u32) {
+    ip(&format!(
+        "tuntap add dev {name} mode tap multi_queue vnet_hdr user {user}"
+    ));
+    ip(&format!("link set dev {name} up"));
+}
+
 /// Whether there can be TAPs here; says so where not.
 #[must_use]
 pub fn has_taps(test: &str) -> bool {

@@ -59,7 +59,7 @@ enum Command {
     },
     /// Runs the tests that do something many times as often as they are meant to: for hours
     Soak {
-        /// Only tests whose name contains this; `survive`: kills and upgrades under a verified load, one table
+        /// Only tests whose name contains this (`net`: guests with network cards); `survive`: kills and upgrades under a verified load, one table
         name: Option<String>,
         #[command(flatten)]
         survive: soak::Survive,

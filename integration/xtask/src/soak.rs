@@ -18,11 +18,21 @@ struct Suite {
     full: (&'static str, &'static str),
 }
 
+impl Suite {
+    /// Whether it may have tests with this in their names.
+    fn may_have(&self, name: Option<&str>) -> bool {
+        match (self.names, name) {
+            (Some(own), Some(name)) => own.contains(name) || name.contains(own),
+            _ => true,
+        }
+    }
+}
+
 const SOAK: (&str, &str) = ("BULKHEAD_SOAK", "1");
 /// 500 times the rounds of the storage tests are a million crash images; the short workloads have a step more.
 const ROUNDS: (&str, &str) = ("BULKHEAD_ROUNDS", "500");
 
-const SUITES: [Suite; 5] = [
+const SUITES: [Suite; 6] = [
     Suite {
         package: "bulkhead-integration",
         target: &["--test", "endurance"],
@@ -32,6 +42,12 @@ const SUITES: [Suite; 5] = [
     Suite {
         package: "bulkhead-integration",
         target: &["--test", "rekey"],
+        names: None,
+        full: SOAK,
+    },
+    Suite {
+        package: "bulkhead-integration",
+        target: &["--test", "nics"],
         names: None,
         full: SOAK,
     },
@@ -77,14 +93,7 @@ pub struct Survive {
 
 /// Kills and upgrades, one table: builds what that needs, and runs it.
 fn survive(options: &Survive) -> Result<ExitCode, Box<dyn Error>> {
-    step("build", || {
-        let build = ["build", "--quiet", "--workspace", "--bins"];
-        let output = cargo(&build).output()?;
-        if output.status.success() {
-            return Ok("everything".to_owned());
-        }
-        Err(String::from_utf8_lossy(&output.stderr).into_owned().into())
-    })?;
+    build()?;
     let folder = binaries("debug");
     let mut command = Command::new(folder.join("survive"));
     command
@@ -103,6 +112,18 @@ fn survive(options: &Survive) -> Result<ExitCode, Box<dyn Error>> {
     })
 }
 
+/// All programs.
+fn build() -> Result<(), Box<dyn Error>> {
+    step("build", || {
+        let build = ["build", "--quiet", "--workspace", "--bins"];
+        let output = cargo(&build).output()?;
+        if output.status.success() {
+            return Ok("everything".to_owned());
+        }
+        Err(String::from_utf8_lossy(&output.stderr).into_owned().into())
+    })
+}
+
 fn cargo(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO"));
     command.args(arguments).current_dir(workspace());
@@ -117,23 +138,9 @@ pub fn run(name: Option<&str>, options: &Survive) -> Result<ExitCode, Box<dyn Er
     if name == Some("survive") {
         return survive(options);
     }
-    step("build", || {
-        let build = [
-            "build",
-            "--quiet",
-            "-p",
-            "bulkhead-benches",
-            "--bin",
-            "serve",
-        ];
-        let output = cargo(&build).output()?;
-        if output.status.success() {
-            return Ok("serve".to_owned());
-        }
-        Err(String::from_utf8_lossy(&output.stderr).into_owned().into())
-    })?;
+    build()?;
     let mut all = true;
-    for suite in SUITES {
+    for suite in SUITES.iter().filter(|suite| suite.may_have(name)) {
         let mut tests = cargo(&["test", "-p", suite.package]);
         tests
             .args(suite.target)
