@@ -3,6 +3,7 @@
 
 mod afxdp;
 mod host;
+mod locked_in;
 mod packets;
 mod rig;
 mod tap;

@@ -60,7 +60,7 @@ impl<T: Entry> Shared<T> {
         let place = |from: u64, bytes: usize, align: usize| {
             let from = usize::try_from(from).ok()?;
             let fits = from.is_multiple_of(align) && from < 1 << 20;
-            fits.then_some((from, from + bytes))
+            fits.then(|| (from, from + bytes))
         };
         let index = |from: u64| place(from, 4, 4).ok_or_else(odd);
         let (producer, end_a) = index(places.producer)?;
