@@ -11,23 +11,28 @@
 //! | `packed_walk` | the same of a packed ring |
 //! | `inflight_region` | a queue that goes on over another's in-flight region, whatever was done to it |
 //! | `blk_request` | a virtio-blk request's header, ranges and buffers |
+//! | `net_frame` | a network frame: its header, layers and offloads |
+//! | `net_offload` | what comes of a frame in receive buffers: whole, completed or cut |
 //! | `vhost_user_stream` | a frontend's bytes and descriptors, in any pieces and order |
 //! | `stored_state` | what a predecessor left of a volume |
 //! | `config_write` | writes to the configuration space |
 //! | `xts` | the volume cipher between any segments, against AWS-LC's |
 //! | `gcm` | batches of the packet cipher, against AWS-LC's AEAD |
-//! | `guest`, `input`, `order` | guest memory, the reading of bytes and in-order use, for several of them |
+//! | `guest`, `input`, `order`, `wire` | guest memory, the reading of bytes, in-order use and protocols, for several of them |
 mod blk_request;
 mod config_write;
 mod gcm;
 mod guest;
 mod inflight_region;
 mod input;
+mod net_frame;
+mod net_offload;
 mod order;
 mod packed_walk;
 mod split_walk;
 mod stored_state;
 mod vhost_user_stream;
+mod wire;
 mod xts;
 
 /// A target.
@@ -62,6 +67,16 @@ pub const TARGETS: &[Target] = &[
         name: "blk_request",
         about: "virtio-blk requests against a slow model: header, ranges, buffers, permissions",
         run: blk_request::run,
+    },
+    Target {
+        name: "net_frame",
+        about: "network frames against a slow model: headers cut anywhere, layers, offloads",
+        run: net_frame::run,
+    },
+    Target {
+        name: "net_offload",
+        about: "frames into receive buffers: segments are the original, checksums are good",
+        run: net_offload::run,
     },
     Target {
         name: "vhost_user_stream",
