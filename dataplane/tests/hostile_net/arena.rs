@@ -16,7 +16,7 @@ use crate::rig::{Offered, PATIENCE, Rig, counted, mac};
 
 /// How an attack ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum End {
+pub(crate) enum End {
     /// The frame was dropped for this reason, counted with the attacker's queue; no other was.
     Dropped(DropReason),
     /// It came where it goes, byte by byte.
@@ -32,17 +32,17 @@ pub enum End {
 }
 
 /// What is wrong.
-pub type Wrong = Box<dyn Error>;
+pub(crate) type Wrong = Box<dyn Error>;
 /// An attack.
-pub type Run = Arc<dyn Fn(&mut Arena) -> Result<End, Wrong> + Send + Sync>;
+pub(crate) type Run = Arc<dyn Fn(&mut Arena) -> Result<End, Wrong> + Send + Sync>;
 
 /// Number of the attacked card, and of its neighbours.
-pub const A: u8 = 1;
-pub const B: u8 = 2;
-pub const C: u8 = 3;
+pub(crate) const A: u8 = 1;
+pub(crate) const B: u8 = 2;
+pub(crate) const C: u8 = 3;
 
 /// What a case is about.
-pub struct Arena {
+pub(crate) struct Arena {
     pub rig: Rig,
     /// The attacked card.
     pub a: Offered,
@@ -51,7 +51,6 @@ pub struct Arena {
     pub c: (Offered, Card),
     /// Whether the attacker's rings are packed.
     pub packed: bool,
-    /// Frames that neighbours lose by right: what they sent to nobody.
     next_port: u16,
 }
 
@@ -135,7 +134,11 @@ impl Arena {
             .into_iter()
             .filter(|reason| counts.drops[reason.number()] > 0);
         let reason = reasons.next().expect("there is one");
-        assert_eq!((reasons.next(), counts.all_drops()), (None, 1), "{counts:?}");
+        assert_eq!(
+            (reasons.next(), counts.all_drops()),
+            (None, 1),
+            "{counts:?}"
+        );
         End::Dropped(reason)
     }
 
@@ -189,20 +192,37 @@ impl Arena {
 
     /// B and C talk to each other, both ways.
     pub fn neighbours_talk(&mut self) -> Result<(), Wrong> {
-        for _ in 0..3 {
-            let there = self.frame(B, C, 1000);
-            self.b.1.send(0, &there)?;
-            arrives(&mut self.c.1, &there)?;
-            let back = self.frame(C, B, 1000);
-            self.c.1.send(0, &back)?;
-            arrives(&mut self.b.1, &back)?;
-        }
+        (0..3).try_for_each(|_| self.neighbours_talk_once())
+    }
+
+    pub fn neighbours_talk_once(&mut self) -> Result<(), Wrong> {
+        let there = self.frame(B, C, 1000);
+        self.b.1.send(0, &there)?;
+        arrives(&mut self.c.1, &there)?;
+        let back = self.frame(C, B, 1000);
+        self.c.1.send(0, &back)?;
+        arrives(&mut self.b.1, &back)
+    }
+}
+
+/// The attacker, which had no buffers, offers one and gets a frame there.
+pub(crate) fn gets(arena: &mut Arena, card: &mut Card) -> Result<(), Wrong> {
+    let at = card.slot(0, 5);
+    offer(card, 0, 0, &[Desc::writable(at, 4096)])?;
+    publish(card, 0)?;
+    let frame = arena.b_sends(100)?;
+    let memory = Arc::clone(&card.memory);
+    let used = card.rings[0].wait_used(&memory, PATIENCE)?;
+    let bytes = memory.read(at + 12, used.len as usize - 12)?;
+    if bytes == frame {
         Ok(())
+    } else {
+        Err("another frame came".into())
     }
 }
 
 /// A frame comes, perhaps behind others.
-pub fn arrives(card: &mut Card, frame: &[u8]) -> Result<(), Wrong> {
+pub(crate) fn arrives(card: &mut Card, frame: &[u8]) -> Result<(), Wrong> {
     loop {
         if card.receive(0)?.frame == frame {
             return Ok(());
@@ -211,7 +231,7 @@ pub fn arrives(card: &mut Card, frame: &[u8]) -> Result<(), Wrong> {
 }
 
 /// Offers a chain to a queue: directly if it is short, else in a table.
-pub fn offer(card: &mut Card, queue: usize, id: u16, descs: &[Desc]) -> Result<(), Wrong> {
+pub(crate) fn offer(card: &mut Card, queue: usize, id: u16, descs: &[Desc]) -> Result<(), Wrong> {
     let table = card.slot(0, 15) + 0x4000 * u64::from(id % 4);
     let memory: Arc<GuestMemory> = Arc::clone(&card.memory);
     let ring = &mut card.rings[queue];
@@ -224,7 +244,7 @@ pub fn offer(card: &mut Card, queue: usize, id: u16, descs: &[Desc]) -> Result<(
 }
 
 /// Shows the device what was offered.
-pub fn publish(card: &mut Card, queue: usize) -> Result<(), Wrong> {
+pub(crate) fn publish(card: &mut Card, queue: usize) -> Result<(), Wrong> {
     let memory = Arc::clone(&card.memory);
     Ok(card.rings[queue].publish(&memory)?)
 }

@@ -12,7 +12,7 @@ use crate::rig::mac;
 use crate::{BOTH, Case};
 
 /// Bytes in the attacker's memory, and the chain that names ranges of them: header and frame, one behind the other.
-pub struct Shot {
+pub(crate) struct Shot {
     pub bytes: Vec<u8>,
     /// First byte, length, and whether the device may write there.
     pub ranges: Vec<(usize, usize, bool)>,
@@ -23,10 +23,7 @@ impl Shot {
     pub fn new(header: &[u8], frame: &[u8]) -> Self {
         Self {
             bytes: [header, frame].concat(),
-            ranges: vec![
-                (0, header.len(), false),
-                (header.len(), frame.len(), false),
-            ],
+            ranges: vec![(0, header.len(), false), (header.len(), frame.len(), false)],
         }
     }
 
@@ -49,7 +46,7 @@ impl Shot {
 }
 
 /// Sends it; how it ended, if it is to go to B as `frame`.
-pub fn shoot(arena: &mut Arena, shot: &Shot, frame: &[u8]) -> Result<End, Wrong> {
+pub(crate) fn shoot(arena: &mut Arena, shot: &Shot, frame: &[u8]) -> Result<End, Wrong> {
     let mut card = arena.attach(&arena.options())?;
     let at = card.slot(0, 0);
     card.memory.write(at, &shot.bytes)?;
@@ -128,33 +125,51 @@ fn switched(name: &'static str, end: End, alter: fn(&mut Vec<u8>)) -> Case {
 }
 
 /// A header that asks for nothing.
-pub const NONE: [u8; 12] = [0; 12];
+pub(crate) const NONE: [u8; 12] = [0; 12];
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let malformed = End::Dropped(Malformed);
     vec![
         row("no_bytes", malformed, |_| Shot::new(&[], &[])),
         row("header_of_one_byte", malformed, |_| Shot::new(&[0], &[])),
-        row("header_short_by_one", malformed, |_| Shot::new(&NONE[1..], &[])),
+        row("header_short_by_one", malformed, |_| {
+            Shot::new(&NONE[1..], &[])
+        }),
         row("header_short_and_frame_shorter", malformed, |f| {
             Shot::new(&NONE[..6], &f[..19])
         }),
         row("header_alone", malformed, |_| Shot::new(&NONE, &[])),
-        row("frame_of_one_byte", malformed, |f| Shot::new(&NONE, &f[..1])),
-        row("frame_short_of_ethernet", malformed, |f| Shot::new(&NONE, &f[..13])),
-        altered("frame_of_ethernet_alone", End::Delivered, 0, |f| f.truncate(14), |f| {
-            Shot::new(&NONE, f)
+        row("frame_of_one_byte", malformed, |f| {
+            Shot::new(&NONE, &f[..1])
         }),
-        row("header_and_frame_in_one", End::Delivered, |f| Shot::new(&NONE, f).cut([])),
-        row("header_split_in_a_field", End::Delivered, |f| Shot::new(&NONE, f).cut([5])),
+        row("frame_short_of_ethernet", malformed, |f| {
+            Shot::new(&NONE, &f[..13])
+        }),
+        altered(
+            "frame_of_ethernet_alone",
+            End::Delivered,
+            0,
+            |f| f.truncate(14),
+            |f| Shot::new(&NONE, f),
+        ),
+        row("header_and_frame_in_one", End::Delivered, |f| {
+            Shot::new(&NONE, f).cut([])
+        }),
+        row("header_split_in_a_field", End::Delivered, |f| {
+            Shot::new(&NONE, f).cut([5])
+        }),
         row("header_split_from_its_last_byte", End::Delivered, |f| {
             Shot::new(&NONE, f).cut([11])
         }),
-        row("header_byte_by_byte", End::Delivered, |f| Shot::new(&NONE, f).cut([1; 12])),
+        row("header_byte_by_byte", End::Delivered, |f| {
+            Shot::new(&NONE, f).cut([1; 12])
+        }),
         row("header_with_part_of_the_frame", End::Delivered, |f| {
             Shot::new(&NONE, f).cut([12 + 7])
         }),
-        row("frame_byte_by_byte", End::Delivered, |f| Shot::new(&NONE, f).cut([1; 100])),
+        row("frame_byte_by_byte", End::Delivered, |f| {
+            Shot::new(&NONE, f).cut([1; 100])
+        }),
         row("frame_split_in_each_header", End::Delivered, |f| {
             Shot::new(&NONE, f).cut([12, 3, 6, 4, 9, 15, 3])
         }),
@@ -192,11 +207,17 @@ pub fn cases() -> Vec<Case> {
         row("more_descriptors_than_the_queue_has", End::Retired, |f| {
             Shot::new(&NONE, f).cut([0; 300])
         }),
-        row("as_many_descriptors_as_the_queue_has", End::Delivered, |f| {
-            Shot::new(&NONE, f).cut([0; 255])
+        row(
+            "as_many_descriptors_as_the_queue_has",
+            End::Delivered,
+            |f| Shot::new(&NONE, f).cut([0; 255]),
+        ),
+        sized("a_byte_over_the_mtu", End::Dropped(TooLong), 1473, |f| {
+            Shot::new(&NONE, f)
         }),
-        sized("a_byte_over_the_mtu", End::Dropped(TooLong), 1473, |f| Shot::new(&NONE, f)),
-        sized("as_long_as_the_mtu", End::Delivered, 1472, |f| Shot::new(&NONE, f)),
+        sized("as_long_as_the_mtu", End::Delivered, 1472, |f| {
+            Shot::new(&NONE, f)
+        }),
         sized("as_long_as_any_frame", End::Dropped(TooLong), 1000, |f| {
             let mut frame = f.to_vec();
             frame.resize(65_557, 0);
@@ -207,17 +228,28 @@ pub fn cases() -> Vec<Case> {
             frame.resize(65_558, 0);
             Shot::new(&NONE, &frame)
         }),
-        sized("many_times_longer_than_any_frame", End::Dropped(TooLong), 1000, |f| {
-            let ranges = [(0, 12, false)].into_iter();
-            let ranges = ranges.chain([(12, 0x1_0000, false); 100]);
-            let ranges: Vec<_> = ranges.collect();
-            Shot::new(&NONE, f).with(&ranges)
-        }),
-        switched("from_another_cards_address", End::Dropped(SpoofedMac), |f| {
-            f[6..12].copy_from_slice(&mac(3));
-        }),
+        sized(
+            "many_times_longer_than_any_frame",
+            End::Dropped(TooLong),
+            1000,
+            |f| {
+                let ranges = [(0, 12, false)].into_iter();
+                let ranges = ranges.chain([(12, 0x1_0000, false); 100]);
+                let ranges: Vec<_> = ranges.collect();
+                Shot::new(&NONE, f).with(&ranges)
+            },
+        ),
+        switched(
+            "from_another_cards_address",
+            End::Dropped(SpoofedMac),
+            |f| {
+                f[6..12].copy_from_slice(&mac(3));
+            },
+        ),
         switched("from_a_group", End::Dropped(SpoofedMac), |f| f[6] |= 1),
-        switched("from_nobody", End::Dropped(SpoofedMac), |f| f[6..12].fill(0)),
+        switched("from_nobody", End::Dropped(SpoofedMac), |f| {
+            f[6..12].fill(0)
+        }),
         switched("to_itself", End::Dropped(Hairpin), |f| {
             f[..6].copy_from_slice(&mac(A));
         }),

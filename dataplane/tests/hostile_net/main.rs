@@ -9,16 +9,20 @@ mod frames;
 mod messages;
 mod offloads;
 mod receive;
-mod rings;
 #[path = "../net/rig.rs"]
-#[allow(dead_code, reason = "other tests use more of it")]
+#[allow(
+    dead_code,
+    missing_debug_implementations,
+    reason = "other tests use more of it"
+)]
 mod rig;
+mod rings;
 
 use arena::{Arena, End, Run};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 /// One row.
-pub struct Case {
+pub(crate) struct Case {
     /// Without `hostile_net_`.
     pub name: &'static str,
     /// The end that is right.
@@ -30,9 +34,9 @@ pub struct Case {
 }
 
 /// Split rings, and packed ones.
-pub const BOTH: &[bool] = &[false, true];
-pub const SPLIT: &[bool] = &[false];
-pub const PACKED: &[bool] = &[true];
+pub(crate) const BOTH: &[bool] = &[false, true];
+pub(crate) const SPLIT: &[bool] = &[false];
+pub(crate) const PACKED: &[bool] = &[true];
 
 fn main() {
     let args = Arguments::from_args();

@@ -149,40 +149,120 @@ fn kinds() -> Vec<Case> {
         row("gso_right", End::Delivered, || tcp(5000), |_, _| {}),
         row("gso_of_udp_right", End::Delivered, || udp(5000), |_, _| {}),
         row("gso_without_csum", BAD, || tcp(5000), |h, _| h.flags = 0),
-        row("gso_with_data_valid_alone", BAD, || tcp(5000), |h, _| h.flags = 2),
-        row("gso_with_every_flag", End::Delivered, || tcp(5000), |h, _| h.flags = 0xff),
+        row(
+            "gso_with_data_valid_alone",
+            BAD,
+            || tcp(5000),
+            |h, _| h.flags = 2,
+        ),
+        row(
+            "gso_with_every_flag",
+            End::Delivered,
+            || tcp(5000),
+            |h, _| h.flags = 0xff,
+        ),
         row("gso_type_unknown", BAD, || tcp(5000), |h, _| h.gso_type = 2),
-        row("gso_type_largest", BAD, || tcp(5000), |h, _| h.gso_type = 0xff),
+        row(
+            "gso_type_largest",
+            BAD,
+            || tcp(5000),
+            |h, _| h.gso_type = 0xff,
+        ),
         row("gso_with_ecn", BAD, || tcp(5000), |h, _| h.gso_type |= ECN),
         row("gso_ecn_alone", BAD, || tcp(5000), |h, _| h.gso_type = ECN),
-        row("gso_of_udp_fragments", BAD, || udp(5000), |h, _| h.gso_type = UDP_FRAGMENTS),
-        row("gso_tcp4_of_ipv6", BAD, || tcp6(5000), |h, _| h.gso_type = TCPV4),
-        row("gso_tcp6_of_ipv4", BAD, || tcp(5000), |h, _| h.gso_type = TCPV6),
-        row("gso_tcp_of_udp", BAD, || udp(5000), |h, _| h.gso_type = TCPV4),
-        row("gso_udp_of_tcp", BAD, || tcp(5000), |h, _| h.gso_type = UDP_L4),
-        row("gso_of_arp", BAD, || tcp(5000), |_, f| {
-            f[12..14].copy_from_slice(&ARP.to_be_bytes());
-        }),
+        row(
+            "gso_of_udp_fragments",
+            BAD,
+            || udp(5000),
+            |h, _| h.gso_type = UDP_FRAGMENTS,
+        ),
+        row(
+            "gso_tcp4_of_ipv6",
+            BAD,
+            || tcp6(5000),
+            |h, _| h.gso_type = TCPV4,
+        ),
+        row(
+            "gso_tcp6_of_ipv4",
+            BAD,
+            || tcp(5000),
+            |h, _| h.gso_type = TCPV6,
+        ),
+        row(
+            "gso_tcp_of_udp",
+            BAD,
+            || udp(5000),
+            |h, _| h.gso_type = TCPV4,
+        ),
+        row(
+            "gso_udp_of_tcp",
+            BAD,
+            || tcp(5000),
+            |h, _| h.gso_type = UDP_L4,
+        ),
+        row(
+            "gso_of_arp",
+            BAD,
+            || tcp(5000),
+            |_, f| {
+                f[12..14].copy_from_slice(&ARP.to_be_bytes());
+            },
+        ),
         row("gso_of_a_fragment", BAD, || tcp(5000), |_, f| f[20] |= 0x20),
-        row("gso_of_a_later_fragment", BAD, || tcp(5000), |_, f| f[21] = 1),
-        row("gso_of_another_protocol", BAD, || tcp(5000), |_, f| f[23] = 47),
-        row("gso_of_another_version", BAD, || tcp(5000), |_, f| f[14] = 0x65),
-        row("gso_behind_three_tags", BAD, || Packet {
-            tags: vec![(0x8100, 1); 3],
-            ..tcp(5000)
-        }, |_, _| {}),
-        row("gso_behind_too_many_extension_headers", BAD, || Packet {
-            extensions: vec![(60, vec![0, 1, 4, 0, 0, 0, 0]); 9],
-            ..tcp6(5000)
-        }, |_, _| {}),
-        row("gso_behind_an_endless_extension_header", BAD, || Packet {
-            extensions: vec![(60, vec![0, 1, 4, 0, 0, 0, 0])],
-            ..tcp6(5000)
-        }, |_, f| f[55] = 0xff),
-        row("gso_behind_a_routing_header", BAD, || Packet {
-            extensions: vec![(43, vec![0, 0, 1, 0, 0, 0, 0])],
-            ..tcp6(5000)
-        }, |_, _| {}),
+        row(
+            "gso_of_a_later_fragment",
+            BAD,
+            || tcp(5000),
+            |_, f| f[21] = 1,
+        ),
+        row(
+            "gso_of_another_protocol",
+            BAD,
+            || tcp(5000),
+            |_, f| f[23] = 47,
+        ),
+        row(
+            "gso_of_another_version",
+            BAD,
+            || tcp(5000),
+            |_, f| f[14] = 0x65,
+        ),
+        row(
+            "gso_behind_three_tags",
+            BAD,
+            || Packet {
+                tags: vec![(0x8100, 1); 3],
+                ..tcp(5000)
+            },
+            |_, _| {},
+        ),
+        row(
+            "gso_behind_too_many_extension_headers",
+            BAD,
+            || Packet {
+                extensions: vec![(60, vec![0, 1, 4, 0, 0, 0, 0]); 9],
+                ..tcp6(5000)
+            },
+            |_, _| {},
+        ),
+        row(
+            "gso_behind_an_endless_extension_header",
+            BAD,
+            || Packet {
+                extensions: vec![(60, vec![0, 1, 4, 0, 0, 0, 0])],
+                ..tcp6(5000)
+            },
+            |_, f| f[55] = 0xff,
+        ),
+        row(
+            "gso_behind_a_routing_header",
+            BAD,
+            || Packet {
+                extensions: vec![(43, vec![0, 0, 1, 0, 0, 0, 0])],
+                ..tcp6(5000)
+            },
+            |_, _| {},
+        ),
     ]
 }
 
@@ -190,46 +270,151 @@ fn sizes() -> Vec<Case> {
     vec![
         row("gso_size_zero", BAD, || tcp(5000), |h, _| h.gso_size = 0),
         row("gso_size_one", BAD, || tcp(5000), |h, _| h.gso_size = 1),
-        row("gso_size_of_less_than_any_segment", BAD, || tcp(5000), |h, _| h.gso_size = 47),
-        row("gso_size_over_the_mtu", End::Dropped(TooLong), || tcp(5000), |h, _| {
-            h.gso_size = 1461;
-        }),
-        row("gso_size_largest", End::Dropped(TooLong), || tcp(5000), |h, _| {
-            h.gso_size = u16::MAX;
-        }),
-        row("gso_size_larger_than_the_payload", End::Delivered, || tcp(500), |_, _| {}),
-        row("gso_of_udp_into_too_many", BAD, || udp(5000), |h, _| h.gso_size = 39),
-        row("gso_of_udp_into_none", BAD, || udp(5000), |h, _| h.gso_size = 0),
+        row(
+            "gso_size_of_less_than_any_segment",
+            BAD,
+            || tcp(5000),
+            |h, _| h.gso_size = 47,
+        ),
+        row(
+            "gso_size_over_the_mtu",
+            End::Dropped(TooLong),
+            || tcp(5000),
+            |h, _| {
+                h.gso_size = 1461;
+            },
+        ),
+        row(
+            "gso_size_largest",
+            End::Dropped(TooLong),
+            || tcp(5000),
+            |h, _| {
+                h.gso_size = u16::MAX;
+            },
+        ),
+        row(
+            "gso_size_larger_than_the_payload",
+            End::Delivered,
+            || tcp(500),
+            |_, _| {},
+        ),
+        row(
+            "gso_of_udp_into_too_many",
+            BAD,
+            || udp(5000),
+            |h, _| h.gso_size = 39,
+        ),
+        row(
+            "gso_of_udp_into_none",
+            BAD,
+            || udp(5000),
+            |h, _| h.gso_size = 0,
+        ),
         row("gso_without_payload", BAD, || tcp(0), |_, _| {}),
-        row("gso_of_headers_that_are_cut", BAD, || tcp(5000), |_, f| f.truncate(50)),
-        row("gso_of_the_longest_packet", End::Delivered, || tcp(65_495), |_, _| {}),
+        row(
+            "gso_of_headers_that_are_cut",
+            BAD,
+            || tcp(5000),
+            |_, f| f.truncate(50),
+        ),
+        row(
+            "gso_of_the_longest_packet",
+            End::Delivered,
+            || tcp(65_495),
+            |_, _| {},
+        ),
         row("gso_longer_than_any_packet", BAD, || tcp(65_496), |_, _| {}),
-        row("gso_of_a_tcp_header_of_no_words", BAD, || tcp(5000), |_, f| f[46] = 0),
-        row("gso_of_a_tcp_header_that_is_short", BAD, || tcp(5000), |_, f| f[46] = 0x40),
-        row("gso_of_a_tcp_header_past_the_frame", BAD, || tcp(10), |_, f| f[46] = 0xf0),
-        row("gso_of_ip_options_past_the_frame", BAD, || tcp(5), |_, f| {
-            f[14] = 0x4f;
-            f.truncate(60);
-        }),
-        row("gso_of_a_short_ip_header", BAD, || tcp(5000), |_, f| f[14] = 0x44),
-        row("gso_csum_start_elsewhere", BAD, || tcp(5000), |h, _| h.csum_start += 1),
-        row("gso_csum_start_at_the_packet", BAD, || tcp(5000), |h, _| h.csum_start = 14),
-        row("gso_csum_offset_elsewhere", BAD, || tcp(5000), |h, _| h.csum_offset = 6),
-        row("gso_csum_outside", BAD, || tcp(5000), |h, _| h.csum_start = u16::MAX),
-        row("hdr_len_zero", End::Delivered, || tcp(5000), |h, _| h.hdr_len = 0),
-        row("hdr_len_past_the_frame", End::Delivered, || tcp(5000), |h, _| {
-            h.hdr_len = u16::MAX;
-        }),
-        row("num_buffers_largest", End::Delivered, || tcp(5000), |h, _| {
-            h.num_buffers = u16::MAX;
-        }),
-        row("data_valid_of_a_guest", End::Delivered, || tcp(500), |h, _| {
-            (h.flags, h.gso_type) = (2, 0);
-        }),
+        row(
+            "gso_of_a_tcp_header_of_no_words",
+            BAD,
+            || tcp(5000),
+            |_, f| f[46] = 0,
+        ),
+        row(
+            "gso_of_a_tcp_header_that_is_short",
+            BAD,
+            || tcp(5000),
+            |_, f| f[46] = 0x40,
+        ),
+        row(
+            "gso_of_a_tcp_header_past_the_frame",
+            BAD,
+            || tcp(10),
+            |_, f| f[46] = 0xf0,
+        ),
+        row(
+            "gso_of_ip_options_past_the_frame",
+            BAD,
+            || tcp(5),
+            |_, f| {
+                f[14] = 0x4f;
+                f.truncate(60);
+            },
+        ),
+        row(
+            "gso_of_a_short_ip_header",
+            BAD,
+            || tcp(5000),
+            |_, f| f[14] = 0x44,
+        ),
+        row(
+            "gso_csum_start_elsewhere",
+            BAD,
+            || tcp(5000),
+            |h, _| h.csum_start += 1,
+        ),
+        row(
+            "gso_csum_start_at_the_packet",
+            BAD,
+            || tcp(5000),
+            |h, _| h.csum_start = 14,
+        ),
+        row(
+            "gso_csum_offset_elsewhere",
+            BAD,
+            || tcp(5000),
+            |h, _| h.csum_offset = 6,
+        ),
+        row(
+            "gso_csum_outside",
+            BAD,
+            || tcp(5000),
+            |h, _| h.csum_start = u16::MAX,
+        ),
+        row(
+            "hdr_len_zero",
+            End::Delivered,
+            || tcp(5000),
+            |h, _| h.hdr_len = 0,
+        ),
+        row(
+            "hdr_len_past_the_frame",
+            End::Delivered,
+            || tcp(5000),
+            |h, _| {
+                h.hdr_len = u16::MAX;
+            },
+        ),
+        row(
+            "num_buffers_largest",
+            End::Delivered,
+            || tcp(5000),
+            |h, _| {
+                h.num_buffers = u16::MAX;
+            },
+        ),
+        row(
+            "data_valid_of_a_guest",
+            End::Delivered,
+            || tcp(500),
+            |h, _| {
+                (h.flags, h.gso_type) = (2, 0);
+            },
+        ),
     ]
 }
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let mut all = csums();
     all.extend(kinds());
     all.extend(sizes());

@@ -43,6 +43,9 @@ fn receiving(
         }
         publish(&mut card, 0)?;
         let frame = arena.b_sends(payload)?;
+        if end == End::Retired {
+            return arena.retired(&card, 0);
+        }
         received(arena, &mut card, &frame)
     };
     Case {
@@ -55,15 +58,11 @@ fn receiving(
 
 /// How a frame to the attacker ended: as what is counted, and where bytes were written.
 fn received(arena: &Arena, card: &mut Card, frame: &[u8]) -> Result<End, Wrong> {
-    let id = arena.a.id;
     let counts = || arena.received();
     let until = std::time::Instant::now() + crate::rig::PATIENCE;
     loop {
         if counts().packets == 1 {
             return comes(card, frame);
-        }
-        if arena.rig.status(id).retired_queues > 0 {
-            return arena.retired(card, 0);
         }
         if counts().all_drops() > 0 {
             return Ok(Arena::dropped(counts));
@@ -121,9 +120,11 @@ fn shapes() -> Vec<Case> {
             let others = (0..50).map(|i| chain(card, 26 + i, &[1]));
             std::iter::once(first).chain(others).collect()
         }),
-        row("buffers_of_a_byte_each_in_one_chain", End::Delivered, |card| {
-            vec![chain(card, 0, &[&[1; 200][..], &[WHOLE - 200]].concat())]
-        }),
+        row(
+            "buffers_of_a_byte_each_in_one_chain",
+            End::Delivered,
+            |card| vec![chain(card, 0, &[&[1; 200][..], &[WHOLE - 200]].concat())],
+        ),
         row("buffers_with_empty_ones_between", End::Delivered, |card| {
             vec![chain(card, 0, &[0, 5, 0, 0, 7, 0, WHOLE, 0])]
         }),
@@ -140,15 +141,23 @@ fn shapes() -> Vec<Case> {
             (0..8).map(|_| chain(card, 0, &[0])).collect()
         }),
         row("buffers_that_are_read_only", bad, |card| {
-            (0..8).map(|_| vec![Desc::readable(at(card, 0), 4096)]).collect()
+            (0..8)
+                .map(|_| vec![Desc::readable(at(card, 0), 4096)])
+                .collect()
         }),
         row("few_buffers_that_are_read_only", no_room, |card| {
-            (0..3).map(|_| vec![Desc::readable(at(card, 0), 4096)]).collect()
+            (0..3)
+                .map(|_| vec![Desc::readable(at(card, 0), 4096)])
+                .collect()
         }),
-        row("read_only_buffers_before_a_good_one", End::Delivered, |card| {
-            let bad = (0..3).map(|_| vec![Desc::readable(at(card, 0), 4096)]);
-            bad.chain([chain(card, 0, &[2000])]).collect()
-        }),
+        row(
+            "read_only_buffers_before_a_good_one",
+            End::Delivered,
+            |card| {
+                let bad = (0..3).map(|_| vec![Desc::readable(at(card, 0), 4096)]);
+                bad.chain([chain(card, 0, &[2000])]).collect()
+            },
+        ),
         row("read_only_buffer_behind_a_short_one", bad, |card| {
             vec![
                 chain(card, 0, &[100]),
@@ -156,26 +165,38 @@ fn shapes() -> Vec<Case> {
                 chain(card, 100, &[2000]),
             ]
         }),
-        row("buffer_with_a_part_that_is_read_only", End::Delivered, |card| {
-            let readable = Desc::readable(at(card, 0x8000), 4096);
-            vec![[vec![readable], chain(card, 0, &[WHOLE])].concat()]
-        }),
-        row("read_only_part_behind_a_writable_one", End::Retired, |card| {
-            let readable = Desc::readable(at(card, 0x8000), 4096);
-            vec![[chain(card, 0, &[WHOLE]), vec![readable]].concat()]
-        }),
+        row(
+            "buffer_with_a_part_that_is_read_only",
+            End::Delivered,
+            |card| {
+                let readable = Desc::readable(at(card, 0x8000), 4096);
+                vec![[vec![readable], chain(card, 0, &[WHOLE])].concat()]
+            },
+        ),
+        row(
+            "read_only_part_behind_a_writable_one",
+            End::Retired,
+            |card| {
+                let readable = Desc::readable(at(card, 0x8000), 4096);
+                vec![[chain(card, 0, &[WHOLE]), vec![readable]].concat()]
+            },
+        ),
         row("buffer_twice", End::Delivered, |card| {
             vec![chain(card, 0, &[2000]), chain(card, 0, &[2000])]
         }),
-        row("more_descriptors_than_the_queue_has_to_receive", End::Retired, |card| {
-            vec![chain(card, 0, &[1; 300])]
-        }),
+        row(
+            "more_descriptors_than_the_queue_has_to_receive",
+            End::Retired,
+            |card| vec![chain(card, 0, &[1; 300])],
+        ),
     ]
 }
 
 fn places() -> Vec<Case> {
     vec![
-        row("buffer_outside", End::Retired, |_| vec![vec![Desc::writable(0xdead_0000_0000, 4096)]]),
+        row("buffer_outside", End::Retired, |_| {
+            vec![vec![Desc::writable(0xdead_0000_0000, 4096)]]
+        }),
         row("buffer_at_the_end_of_addresses", End::Retired, |_| {
             vec![vec![Desc::writable(u64::MAX - 10, 4096)]]
         }),
@@ -207,9 +228,15 @@ fn places() -> Vec<Case> {
         unmerged("one_buffer_of_many_parts", End::Delivered, |card| {
             vec![chain(card, 0, &[3, 9, 14, 1, 500, WHOLE - 527])]
         }),
-        unmerged("one_buffer_that_is_read_only", End::Dropped(BadBuffers), |card| {
-            (0..8).map(|_| vec![Desc::readable(at(card, 0), 4096)]).collect()
-        }),
+        unmerged(
+            "one_buffer_that_is_read_only",
+            End::Dropped(BadBuffers),
+            |card| {
+                (0..8)
+                    .map(|_| vec![Desc::readable(at(card, 0), 4096)])
+                    .collect()
+            },
+        ),
     ]
 }
 
@@ -250,7 +277,10 @@ fn exhaustion(arena: &mut Arena) -> Result<End, Wrong> {
         frames.push(arena.b_sends(100)?);
         arena.neighbours_talk_once()?;
     }
-    let counts = counted(|| arena.received(), |all| all.packets + all.all_drops() == 200);
+    let counts = counted(
+        || arena.received(),
+        |all| all.packets + all.all_drops() == 200,
+    );
     if (counts.packets, drops(&counts, NoRoom)) != (10, 190) {
         return Err(format!("{counts:?}").into());
     }
@@ -380,19 +410,35 @@ fn changing(arena: &mut Arena) -> Result<End, Wrong> {
     Ok(End::Harmless)
 }
 
-pub fn cases() -> Vec<Case> {
+pub(crate) fn cases() -> Vec<Case> {
     let mut all = shapes();
     all.extend(places());
     all.extend([
         case("buffers_over_their_own_rings", End::Harmless, over_rings),
         case("exhaustion", End::Delivered, exhaustion),
-        case("exhaustion_by_large_segments", End::Delivered, large_segments),
-        case("exhaustion_of_one_of_many", End::Dropped(NoRoom), broadcasts),
-        case("memory_of_buffers_is_cut", End::Harmless, |arena| memory_is_cut(arena, 1)),
-        case("memory_of_rings_is_cut", End::Harmless, |arena| memory_is_cut(arena, 0)),
+        case(
+            "exhaustion_by_large_segments",
+            End::Delivered,
+            large_segments,
+        ),
+        case(
+            "exhaustion_of_one_of_many",
+            End::Dropped(NoRoom),
+            broadcasts,
+        ),
+        case("memory_of_buffers_is_cut", End::Harmless, |arena| {
+            memory_is_cut(arena, 1)
+        }),
+        case("memory_of_rings_is_cut", End::Harmless, |arena| {
+            memory_is_cut(arena, 0)
+        }),
         case("memory_of_frames_is_cut", End::Harmless, sent_memory_is_cut),
         case("receiving_is_disabled", End::Dropped(LinkDown), disabled),
-        case("buffers_change_while_they_are_written", End::Harmless, changing),
+        case(
+            "buffers_change_while_they_are_written",
+            End::Harmless,
+            changing,
+        ),
     ]);
     all
 }

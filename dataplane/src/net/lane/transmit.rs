@@ -144,6 +144,10 @@ impl Sender<'_> {
         if !self.device.is_up() {
             return Err(DropReason::LinkDown);
         }
+        // Nothing on the way cuts it: what each piece of it is on a wire counts.
+        if frame.packet_bytes() > usize::from(self.device.shape.mtu) {
+            return Err(DropReason::TooLong);
+        }
         self.guard.check(&frame)?;
         to.mirrors.record(self.nic, Direction::Outbound, &frame);
         to.note(self.nic, frame.info.hash, self.pair);
