@@ -10,7 +10,7 @@
 //! the kernel's own work; guest to guest it is the only one.
 //!
 //! **What waits, waits in the guest.** A lane takes no more from a tx queue than its port has room for
-//! ([`Port::room_for`]). Between guests a switch always has room: a frame that one receiver can't take is dropped there
+//! ([`Port::room`]). Between guests a switch always has room: a frame that one receiver can't take is dropped there
 //! and counted there, so that it holds up no other.
 //!
 //! | module | owns |
@@ -54,24 +54,17 @@ pub struct Nic(pub u16);
 /// Where frames go on this worker, and come from. All of its methods are called by the worker that owns it, none of
 /// them waits, and none allocates or makes a system call for each frame.
 ///
-/// In a turn of the worker: `receive`, then for each batch of a tx queue `room_for`, some `transmit` and one `flush`.
+/// In a turn of the worker: `receive`, then for each batch of a tx queue `room`, some `transmit` and one `flush`.
 /// Completions come in between, each to the port whose [`Tokens`] its token is of.
 pub trait Port {
     /// Gives frames that arrived from outside to `to`, up to a bounded number: how many there were. `now` is the
     /// turn's time ([`clock::now`](crate::worker::clock::now)); it never goes back.
     fn receive(&mut self, now: u64, to: &mut impl Sink, ring: &mut Ring) -> usize;
 
-    /// How many frames it takes now, of any length. As many can be given to it before it is asked again; more are
-    /// dropped as [`DropReason::PortBusy`].
-    fn room(&self) -> usize;
-
-    /// As [`Port::room`], for frames of this NIC. A port of several can have those wait that would be lost, and no
-    /// others.
-    #[inline]
-    fn room_for(&self, from: Nic) -> usize {
-        let _ = from;
-        self.room()
-    }
+    /// How many frames of this NIC's it takes now, of any length. As many can be given to it before it is asked again;
+    /// more may be dropped as [`DropReason::PortBusy`]. A port of several NICs has only those wait whose frames would be
+    /// lost.
+    fn room(&self, from: Nic) -> usize;
 
     /// Takes a guest's frame, which has passed its NIC's limits and guard. Frames for NICs of this worker go to
     /// `to`. `frame.body` isn't used after it returns.

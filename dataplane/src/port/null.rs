@@ -18,7 +18,7 @@ impl Port for NullPort {
     }
 
     #[inline]
-    fn room(&self) -> usize {
+    fn room(&self, _from: Nic) -> usize {
         usize::MAX
     }
 

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::afxdp::XdpQueue;
 use super::interface::InterfaceCounters;
+use super::switch::SwitchCounters;
 
 /// Where a network card's frames go.
 #[derive(Debug, Clone)]
@@ -95,6 +96,8 @@ pub struct SwitchSpec {
     pub name: String,
     /// Its way out of the host; none: it has none.
     pub uplink: Option<OutsideSpec>,
+    /// What it has done.
+    pub counters: Arc<SwitchCounters>,
 }
 
 impl SwitchSpec {
@@ -107,6 +110,7 @@ impl SwitchSpec {
             number,
             name,
             uplink,
+            counters: Arc::default(),
         })
     }
 

@@ -240,7 +240,7 @@ impl Port for TapPort {
     }
 
     #[inline]
-    fn room(&self) -> usize {
+    fn room(&self, _from: Nic) -> usize {
         self.unsent.len()
     }
 

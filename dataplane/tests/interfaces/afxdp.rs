@@ -163,12 +163,12 @@ fn afxdp_takes_no_more_than_it_has_room_for_and_goes_on() {
             taken += 1;
         }
         assert!(taken >= 512, "{taken}");
-        assert_eq!(pair.port.room(), 0);
+        assert_eq!(pair.port.room(NIC), 0);
         let busy = pair.send(&Header::default(), &frame);
         assert_eq!(busy, Err(DropReason::PortBusy));
         // The kernel takes some at a time, and the host's socket has room for some only.
         let since = Instant::now();
-        while pair.port.room() < 16 {
+        while pair.port.room(NIC) < 16 {
             assert!(since.elapsed() < LONG, "its room does not come back");
             pair.turn();
         }
@@ -287,7 +287,7 @@ fn afxdp_socket_goes_on_in_the_next_process() {
             .expect("taken");
         pair.rig.flush(&mut pair.port);
         assert_eq!(pair.host.received(), b"after");
-        assert!(pair.port.room() >= 20, "{}", pair.port.room());
+        assert!(pair.port.room(NIC) >= 20, "{}", pair.port.room(NIC));
         pair.rig.stop(&mut pair.port);
     }
 }

@@ -147,7 +147,7 @@ fn tap_takes_no_more_than_it_has_room_for_and_goes_on() {
     };
     let frame = tap.host.datagram(b"one").whole();
     for _ in 0..3 {
-        let room = tap.ports[0].room();
+        let room = tap.ports[0].room(NIC);
         assert!(room >= 32, "{room}");
         for _ in 0..room {
             tap.send(&Header::default(), &frame).expect("taken");
@@ -155,7 +155,7 @@ fn tap_takes_no_more_than_it_has_room_for_and_goes_on() {
         let over = tap.send(&Header::default(), &frame);
         assert_eq!(over, Err(DropReason::PortBusy));
         tap.turn();
-        assert_eq!(tap.ports[0].room(), room);
+        assert_eq!(tap.ports[0].room(NIC), room);
         for _ in 0..room {
             assert_eq!(tap.host.received(), b"one");
         }

@@ -114,8 +114,8 @@ impl<P: Port> Rig<P> {
     pub fn send(&mut self, from: Nic, packets: &[Packet]) {
         let mut left = packets;
         while !left.is_empty() {
-            self.until("the port has room", |rig| rig.port.room_for(from) > 0);
-            let room = self.port.room_for(from);
+            self.until("the port has room", |rig| rig.port.room(from) > 0);
+            let room = self.port.room(from);
             let (now, later) = left.split_at(room.min(left.len()).min(32));
             for packet in now {
                 assert_eq!(self.transmit(from, packet), Ok(()));

@@ -182,7 +182,7 @@ fn segments<O: Outside>(rig: &mut Rig<O::Port>, outside: &mut O) {
 }
 
 fn overflow<O: Outside>(rig: &mut Rig<O::Port>, outside: &mut O) {
-    let room = rig.port.room();
+    let room = rig.port.room(NIC);
     if room > 100_000 {
         return;
     }
@@ -196,7 +196,7 @@ fn overflow<O: Outside>(rig: &mut Rig<O::Port>, outside: &mut O) {
     let taken = taken.iter().filter(|one| one.is_ok()).count();
     arrive(rig, outside, &vec![packet; taken]);
     rig.until("there is as much room as before", |rig| {
-        rig.port.room() >= room
+        rig.port.room(NIC) >= room
     });
 }
 

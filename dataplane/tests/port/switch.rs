@@ -3,8 +3,10 @@
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use bulkhead_dataplane::net::frame::Frame;
+use bulkhead_dataplane::port::switch::SwitchCounters;
 use bulkhead_dataplane::port::{DropReason, Nic, NullPort, Port, Sink, Switch};
 use bulkhead_dataplane::worker::ring::{Completion, Ring};
 
@@ -44,7 +46,7 @@ impl Port for Cable {
         coming.len()
     }
 
-    fn room(&self) -> usize {
+    fn room(&self, _from: Nic) -> usize {
         if self.0.borrow().is_busy {
             0
         } else {
@@ -91,7 +93,7 @@ impl Outside for Peer {
     type Port = Switch<NullPort>;
 
     fn set_up() -> (Rig<Self::Port>, Self) {
-        let mut switch = Switch::new(None);
+        let mut switch = Switch::new(None, Arc::default());
         switch.join(NIC, mac(HERE)).expect("free");
         switch.join(PEER, mac(THERE)).expect("free");
         (Rig::new(|_| switch), Self)
@@ -114,7 +116,7 @@ impl Outside for World {
 
     fn set_up() -> (Rig<Self::Port>, Self) {
         let cable = Cable::default();
-        let mut switch = Switch::new(Some(cable.clone()));
+        let mut switch = Switch::new(Some(cable.clone()), Arc::default());
         switch.join(NIC, mac(HERE)).expect("free");
         (Rig::new(|_| switch), Self(cable))
     }
@@ -141,7 +143,7 @@ fn with_an_uplink_it_does_what_a_port_must() {
 /// NICs 0, 1 and 2 with the MAC addresses 1, 2 and 3, and an uplink.
 fn three() -> (Rig<Switch<Cable>>, Cable) {
     let cable = Cable::default();
-    let mut switch = Switch::new(Some(cable.clone()));
+    let mut switch = Switch::new(Some(cable.clone()), Arc::default());
     for number in 0..3u8 {
         let nic = Nic(u16::from(number));
         switch.join(nic, mac(number + 1)).expect("free");
@@ -285,7 +287,11 @@ fn an_uplink_without_room_loses_what_is_for_it_alone() {
     cable.arrives(frame(1, 50));
     got(&mut rig, &cable);
     cable.0.borrow_mut().is_busy = true;
-    assert_eq!(rig.port.room(), usize::MAX, "guests still reach each other");
+    assert_eq!(
+        rig.port.room(Nic(0)),
+        usize::MAX,
+        "guests still reach each other"
+    );
     assert_eq!(
         rig.transmit(Nic(0), &frame(50, 1)),
         Err(DropReason::PortBusy)
@@ -305,7 +311,7 @@ fn who_sends_out_waits_for_a_full_uplink_but_not_forever() {
     rig.send(Nic(1), &[frame(1, 2)]);
     cable.0.borrow_mut().is_busy = true;
     rig.turn();
-    let rooms = |rig: &Rig<Switch<Cable>>| [0, 1].map(|nic| rig.port.room_for(Nic(nic)));
+    let rooms = |rig: &Rig<Switch<Cable>>| [0, 1].map(|nic| rig.port.room(Nic(nic)));
     assert_eq!(rooms(&rig), [0, usize::MAX]);
     cable.0.borrow_mut().is_busy = false;
     rig.turn();
@@ -319,6 +325,25 @@ fn who_sends_out_waits_for_a_full_uplink_but_not_forever() {
     cable.0.borrow_mut().is_busy = true;
     rig.turn();
     assert_eq!(rooms(&rig), [usize::MAX; 2]);
+}
+
+#[test]
+fn counters_outlive_the_switch_on_a_worker() {
+    let counters: Arc<SwitchCounters> = Arc::default();
+    for round in 1..=2 {
+        let mut switch = Switch::<NullPort>::new(None, Arc::clone(&counters));
+        switch.join(NIC, mac(HERE)).expect("free");
+        switch.join(PEER, mac(THERE)).expect("free");
+        let mut rig = Rig::new(|_| switch);
+        rig.send(NIC, &vec![frame(THERE, HERE); 100]);
+        rig.send(NIC, &[frame(9, HERE)]);
+        let counts = counters.counts();
+        assert_eq!(
+            (counts.flow_hits, counts.flow_misses),
+            (99 * round, 2 * round)
+        );
+        assert_eq!((counts.floods, counts.learned), (round, 0));
+    }
 }
 
 #[test]

@@ -250,7 +250,8 @@ impl Cards {
                     Some(spec) => Some(outside(spec, Nic(0), 0)?),
                     None => None,
                 };
-                AnyPort::Switch(Box::new(Switch::new(uplink)))
+                let counters = Arc::clone(&switch.counters);
+                AnyPort::Switch(Box::new(Switch::new(uplink, counters)))
             }
             PortSpec::Outside(spec) => AnyPort::Outside(outside(spec, Nic(lane.card), lane.pair)?),
         };

@@ -140,8 +140,8 @@ macro_rules! one_of {
             }
 
             #[inline]
-            fn room(&self) -> usize {
-                match self { $(Self::$kind(port) => port$(.$of)?.room(),)+ }
+            fn room(&self, from: Nic) -> usize {
+                match self { $(Self::$kind(port) => port$(.$of)?.room(from),)+ }
             }
 
             #[inline]

@@ -186,7 +186,7 @@ impl Cards {
             return Sent::default();
         };
         virtqueue.disarm();
-        let frames = asked.frames.min(slot.port.room_for(Nic(lane.card)));
+        let frames = asked.frames.min(slot.port.room(Nic(lane.card)));
         let sent = self.frames.take(virtqueue, Asked { frames, ..asked });
         if sent.frames == 0 {
             return sent;
@@ -258,7 +258,7 @@ impl Cards {
         };
         port.receive(clock::now(), &mut delivery, ring);
         if let Ok(frame) = frame
-            && port.room() > 0
+            && port.room(nic) > 0
             && let Err(reason) = port.transmit(nic, &frame, &mut delivery, ring)
         {
             tracing::debug!("nobody heard of a guest that has come: {}", reason.name());

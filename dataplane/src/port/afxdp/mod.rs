@@ -222,7 +222,7 @@ impl Port for AfXdpPort {
 
     /// While the interface refuses, nothing is kept for it.
     #[inline]
-    fn room(&self) -> usize {
+    fn room(&self, _from: Nic) -> usize {
         if self.refused_until.is_some() {
             return usize::MAX;
         }

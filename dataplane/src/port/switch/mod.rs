@@ -18,15 +18,19 @@
 //! | [`table`] | where the stations are |
 //! | [`flow`] | what was decided about flows |
 //! | [`bridge`] | the decision |
+//! | `counters` | what it has done |
 //! | `outward` | who waits for the uplink |
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 pub mod bridge;
+mod counters;
 pub mod flow;
 mod outward;
 pub mod station;
 pub mod table;
+
+use std::sync::Arc;
 
 use super::{DropReason, Nic, Port, Sink};
 use crate::net::frame::Frame;
@@ -34,6 +38,7 @@ use crate::net::parse::FrameInfo;
 use crate::worker::ring::{Completion, Ring};
 use bridge::{Bridge, Verdict};
 pub use bridge::{Counts, JoinError, MOST_NICS};
+pub use counters::SwitchCounters;
 use outward::Outward;
 use station::{Member, Station};
 
@@ -43,16 +48,21 @@ pub struct Switch<U> {
     bridge: Bridge,
     uplink: Option<U>,
     outward: Outward,
+    counters: Arc<SwitchCounters>,
+    /// What the counters have.
+    counted: Counts,
 }
 
 impl<U: Port> Switch<U> {
-    /// A switch without NICs. It allocates its tables and may measure the clock: for a worker's start.
+    /// A switch without NICs, which adds to these counters. It allocates its tables.
     #[must_use]
-    pub fn new(uplink: Option<U>) -> Self {
+    pub fn new(uplink: Option<U>, counters: Arc<SwitchCounters>) -> Self {
         Self {
             bridge: Bridge::default(),
             uplink,
             outward: Outward::default(),
+            counters,
+            counted: Counts::default(),
         }
     }
 
@@ -77,7 +87,7 @@ impl<U: Port> Switch<U> {
         self.bridge.members()
     }
 
-    /// What it has done so far.
+    /// What it has done so far, what its counters do not have yet included.
     #[must_use]
     pub fn counts(&self) -> Counts {
         self.bridge.counts()
@@ -134,19 +144,15 @@ impl<U: Port> Port for Switch<U> {
         };
         let bridge = &mut self.bridge;
         let received = uplink.receive(now, &mut Inward { bridge, to }, ring);
-        self.outward.turn(now, uplink.room());
+        // It has the same room for whoever it is.
+        self.outward.turn(now, uplink.room(Nic(0)));
         received
     }
 
     #[inline]
-    fn room(&self) -> usize {
-        usize::MAX
-    }
-
-    #[inline]
-    fn room_for(&self, from: Nic) -> usize {
+    fn room(&self, from: Nic) -> usize {
         match &self.uplink {
-            Some(uplink) => self.outward.room(from, uplink.room()),
+            Some(uplink) => self.outward.room(from, uplink.room(from)),
             None => usize::MAX,
         }
     }
@@ -180,6 +186,8 @@ impl<U: Port> Port for Switch<U> {
     #[inline]
     fn flush(&mut self, ring: &mut Ring) {
         self.outward.end();
+        self.counters.add(&self.counted, &self.bridge.counts);
+        self.counted = self.bridge.counts;
         if let Some(uplink) = &mut self.uplink {
             uplink.flush(ring);
         }
