@@ -22,6 +22,7 @@ use crate::apply::Apply;
 use crate::converge::Pass;
 use crate::key_use::{KeyUse, SAMPLE_EVERY};
 use crate::message::{Action, Answer, ClientId, Event, Peer};
+use crate::mirror_file::MirrorDirectory;
 use crate::networks::Attached;
 use crate::open_files::Files;
 use crate::operators::{About, Waiting};
@@ -49,6 +50,8 @@ pub struct Host {
     pub vhost_dir: PathBuf,
     /// Where volumes may lie.
     pub directories: VolumeDirectories,
+    /// Where mirrors of NICs may be written; none: nowhere.
+    pub mirrors: Option<MirrorDirectory>,
 }
 
 /// What the host is, as far as the agent knows.

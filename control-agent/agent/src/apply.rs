@@ -148,6 +148,7 @@ impl Agent {
             &plan,
         )?;
         rekey::check_files(&self.host.directories, &bundle, &plan)?;
+        self.refuse_mirrors(&bundle)?;
         let ports = ports::open_new(old, &bundle)?;
         Ok(Checked {
             stored: Stored { bundle, envelope },

@@ -23,6 +23,9 @@ pub struct Arguments {
     /// A directory that volumes may lie in; may be given several times
     #[arg(long = "volume-dir", value_name = "DIR", required = true, num_args = 1..)]
     pub volume_dirs: Vec<PathBuf>,
+    /// The directory that mirrors of NICs are written in; the agent's user makes files there
+    #[arg(long, value_name = "DIR")]
+    pub mirror_dir: Option<PathBuf>,
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use bulkhead_protocol::ServedId;
 use bulkhead_protocol::keys::Undelivered;
 
 use crate::agent::Agent;
+use crate::networks;
 use crate::plan::{Change, Plan};
 use crate::store::{StoreError, Unfinished};
 use crate::text::plain;
@@ -53,6 +54,8 @@ impl Agent {
         {
             tracing::warn!("{warning}");
         }
+        let old = self.known.accepted.as_ref().map(|stored| &*stored.bundle);
+        networks::tell_ended_mirrors(old, &candidate.bundle);
         self.known.accepted = Some(candidate);
         Ok(())
     }

@@ -185,6 +185,7 @@ impl Agent {
             Step::Attach(id) => self.begin_attach(now, *id)?,
             Step::AttachSwitch(name) => self.begin_attach_switch(now, name)?,
             Step::AttachNic(id) => self.begin_attach_nic(now, *id)?,
+            Step::Mirror(id) => self.begin_mirror(now, *id)?,
             Step::SurveyNetworks => {
                 self.ask_dataplane(now, |request_id| AgentToDataplane::Networks { request_id })
             }
@@ -332,6 +333,11 @@ impl Agent {
             }
             (Step::AttachNic(id), Answer::Done) => {
                 self.known.networks.get_or_insert_default().nics.insert(*id);
+                Ok(())
+            }
+            (Step::Mirror(id), Answer::Done) => {
+                let networks = self.known.networks.get_or_insert_default();
+                networks.mirrored.insert(*id);
                 Ok(())
             }
             (Step::Unbind(name), Answer::Done) => self.unbound(name),

@@ -13,6 +13,7 @@ use landlock::{
     RulesetCreatedAttr, Scope, make_bitflags,
 };
 
+use crate::mirror_file::MirrorDirectory;
 use crate::volume_file::VolumeDirectories;
 
 /// The kernel's rules as of Linux 6.12; what an older kernel lacks is left out.
@@ -25,9 +26,11 @@ const RULES: ABI = ABI::V6;
 pub(crate) fn lock_in(
     state_dir: &Path,
     volumes: &VolumeDirectories,
+    mirrors: Option<&MirrorDirectory>,
 ) -> Result<(), process::StartError> {
     process::no_dump_no_privileges()?;
-    restrict_files(state_dir, volumes).map_err(|e| failed("Landlock", io::Error::other(e)))?;
+    restrict_files(state_dir, volumes, mirrors)
+        .map_err(|e| failed("Landlock", io::Error::other(e)))?;
     process::keep_capabilities(&[])?;
     process::refuse_network_and_exec()
 }
@@ -39,6 +42,7 @@ fn failed(step: &'static str, source: io::Error) -> process::StartError {
 fn restrict_files(
     state_dir: &Path,
     volumes: &VolumeDirectories,
+    mirrors: Option<&MirrorDirectory>,
 ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     // Files of the state are replaced in place; nothing is made, removed or cut among the volumes.
     let state: BitFlags<AccessFs> = make_bitflags!(AccessFs::{
@@ -55,6 +59,11 @@ fn restrict_files(
         .add_rule(PathBeneath::new(PathFd::new(state_dir)?, state))?;
     for directory in volumes.descriptors() {
         rules = rules.add_rule(PathBeneath::new(directory, volume))?;
+    }
+    // A file is made and never opened again: nothing of an earlier mirror can be read or changed.
+    let mirror: BitFlags<AccessFs> = make_bitflags!(AccessFs::{ WriteFile | MakeReg });
+    if let Some(directory) = mirrors {
+        rules = rules.add_rule(PathBeneath::new(directory.descriptor(), mirror))?;
     }
     // An operator makes the TAPs and gives them to the agent's user; what it may do here is opening those.
     match PathFd::new(tap::DEVICE) {
@@ -92,7 +101,7 @@ mod tests {
         // The rules bind the thread that takes them, and this one ends.
         let tries = std::thread::scope(|scope| {
             let restricted = scope.spawn(|| {
-                restrict_files(&path("state"), &volumes).expect("restricted");
+                restrict_files(&path("state"), &volumes, None).expect("restricted");
                 let denied = |tried: io::Result<File>| {
                     tried.is_err_and(|e| e.kind() == io::ErrorKind::PermissionDenied)
                 };

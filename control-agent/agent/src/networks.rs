@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use bulkhead_bundle::{HostBundle, Nic};
+use bulkhead_bundle::{HostBundle, Nic, Verified};
 use bulkhead_protocol::control::{AgentToDataplane, Networks};
 use bulkhead_protocol::net::PortSpec;
 use bulkhead_protocol::{NicId, SwitchName};
@@ -14,11 +14,16 @@ use crate::message::{Action, Peer};
 use crate::ports::{self, Owner};
 use crate::step::Step;
 
+/// Why nothing can be mirrored.
+const NO_DIRECTORY: &str = "there is no directory for mirrors: start bulkhead-rot with --mirror-dir, or take the \
+                            mirror out of the bundle";
+
 /// What of networks the data plane has.
 #[derive(Debug, Default)]
 pub(crate) struct Attached {
     pub(crate) nics: BTreeSet<NicId>,
     pub(crate) switches: BTreeSet<SwitchName>,
+    pub(crate) mirrored: BTreeSet<NicId>,
 }
 
 impl From<Networks> for Attached {
@@ -26,6 +31,7 @@ impl From<Networks> for Attached {
         Self {
             nics: networks.nics.into_iter().collect(),
             switches: networks.switches.into_iter().collect(),
+            mirrored: networks.mirrored.into_iter().collect(),
         }
     }
 }
@@ -52,6 +58,11 @@ pub(crate) fn steps(known: &Known, bundle: &HostBundle) -> Vec<Step> {
         !attached.nics.contains(&nic.id) && bound && port && is_granted(known, nic)
     });
     steps.extend(due.map(|nic| Step::AttachNic(nic.id)));
+    let due = bundle.nics.iter().filter(|nic| {
+        let waits = attached.nics.contains(&nic.id) && !attached.mirrored.contains(&nic.id);
+        nic.mirror.is_some() && waits && is_granted(known, nic)
+    });
+    steps.extend(due.map(|nic| Step::Mirror(nic.id)));
     steps
 }
 
@@ -65,6 +76,19 @@ fn on(nic: &Nic) -> Option<&SwitchName> {
 
 fn is_granted(known: &Known, nic: &Nic) -> bool {
     known.granted && !known.undelivered.contains_key(&nic.id.into())
+}
+
+/// Writes down which mirrors end because of a new bundle, and who signed that.
+pub(crate) fn tell_ended_mirrors(old: Option<&HostBundle>, new: &Verified<HostBundle>) {
+    for nic in old.map_or(&[][..], |old| &old.nics) {
+        let Some(mirror) = &nic.mirror else { continue };
+        let stays = new.nic(nic.id).and_then(|nic| nic.mirror.as_ref());
+        if stays != Some(mirror) {
+            let (file, epoch) = (&mirror.file, new.epoch);
+            let signers = new.signers().join(", ");
+            tracing::info!(nic = %nic.id, name = nic.name, file, epoch, %signers, "mirror ends");
+        }
+    }
 }
 
 impl Agent {
@@ -90,6 +114,38 @@ impl Agent {
                 facts,
             };
             Action::Dataplane(message, opened.fds)
+        });
+        Ok(())
+    }
+
+    /// Refuses a bundle with mirrors where there is no directory for them.
+    pub(crate) fn refuse_mirrors(&self, bundle: &HostBundle) -> Result<(), String> {
+        let mut nics = bundle.nics.iter();
+        match nics.find(|nic| nic.mirror.is_some()) {
+            Some(nic) if self.host.mirrors.is_none() => {
+                Err(format!("NIC {}: {NO_DIRECTORY}", nic.name))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes the file of a NIC's mirror and sends it. Who signed that is written down.
+    pub(crate) fn begin_mirror(&mut self, now: Instant, id: NicId) -> Result<(), String> {
+        let bundle = self.known.accepted.as_ref().map(|stored| &stored.bundle);
+        let bundle = bundle.ok_or("there is no bundle")?;
+        let nic = bundle.nic(id).ok_or("it is not in the bundle")?;
+        let mirror = nic.mirror.as_ref().ok_or("it has no mirror")?;
+        let directory = self.host.mirrors.as_ref();
+        let directory = directory.ok_or(NO_DIRECTORY)?;
+        let (file, name) = directory.create(&mirror.file)?;
+        let (epoch, signers) = (bundle.epoch, bundle.signers().join(", "));
+        tracing::info!(nic = %id, name = nic.name, file = name, epoch, %signers, "mirror begins");
+        self.ask(now, Peer::Dataplane, |request_id| {
+            let message = AgentToDataplane::Mirror {
+                request_id,
+                nic: id,
+            };
+            Action::Dataplane(message, vec![file])
         });
         Ok(())
     }

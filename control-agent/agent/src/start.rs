@@ -14,6 +14,7 @@ use crate::agent::{Agent, Host};
 use crate::arguments::Arguments;
 use crate::event_loop::{EventLoop, LoopError};
 use crate::lockdown;
+use crate::mirror_file::MirrorDirectory;
 use crate::store::{Store, StoreError};
 use crate::volume_file::VolumeDirectories;
 
@@ -35,6 +36,9 @@ pub enum StartupError {
     /// A volume directory can't be opened.
     #[error("--volume-dir {0}")]
     VolumeDirectory(io::Error),
+    /// The directory for mirrors can't be opened.
+    #[error("--mirror-dir {0}")]
+    MirrorDirectory(io::Error),
     /// The event loop.
     #[error(transparent)]
     Loop(#[from] LoopError),
@@ -51,12 +55,15 @@ pub fn run(arguments: &Arguments) -> Result<(), StartupError> {
     let found = Store::open(&arguments.state_dir, &arguments.host, &trust)?;
     let directories =
         VolumeDirectories::open(&arguments.volume_dirs).map_err(StartupError::VolumeDirectory)?;
-    lockdown::lock_in(&arguments.state_dir, &directories)?;
+    let mirrors = arguments.mirror_dir.as_deref().map(MirrorDirectory::open);
+    let mirrors = mirrors.transpose().map_err(StartupError::MirrorDirectory)?;
+    lockdown::lock_in(&arguments.state_dir, &directories, mirrors.as_ref())?;
     let host = Host {
         name: arguments.host.clone(),
         trust,
         vhost_dir: arguments.vhost_dir.clone(),
         directories,
+        mirrors,
     };
     let floor = found.store.floor_epoch();
     let agent = Agent::new(host, found, Instant::now());

@@ -35,6 +35,8 @@ pub(crate) enum Step {
     AttachSwitch(SwitchName),
     /// Give a NIC its port.
     AttachNic(NicId),
+    /// Have a NIC's frames copied into a file.
+    Mirror(NicId),
     /// Undo the preparation of a removal that did not happen.
     Cancel(ServedId),
     /// Remove a listener that nothing has any more.
@@ -53,6 +55,7 @@ impl Step {
             | Self::Attach(_)
             | Self::AttachSwitch(_)
             | Self::AttachNic(_)
+            | Self::Mirror(_)
             | Self::Cancel(_) => Peer::Dataplane,
         }
     }
@@ -72,6 +75,7 @@ impl Step {
             Self::Attach(id) => format!("{}: attach", name((*id).into())),
             Self::AttachSwitch(switch) => format!("switch {switch}: attach"),
             Self::AttachNic(id) => format!("{}: attach", name((*id).into())),
+            Self::Mirror(id) => format!("{}: mirror", name((*id).into())),
             Self::Cancel(id) => format!("{}: accept frontends again", name(*id)),
             Self::Unbind(socket) => format!("listener {socket}: remove"),
         }

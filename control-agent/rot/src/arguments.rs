@@ -35,6 +35,9 @@ pub struct Arguments {
     /// A directory that volumes may lie in; may be given several times
     #[arg(long = "volume-dir", value_name = "DIR", required = true)]
     pub volume_dirs: Vec<PathBuf>,
+    /// The directory that mirrors of NICs are written in; the agent's user makes files there
+    #[arg(long, value_name = "DIR")]
+    pub mirror_dir: Option<PathBuf>,
     /// User and group id of keyd [default: rot's own]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..i64::from(u32::MAX)))]
     pub keyd_uid: Option<u32>,
@@ -72,6 +75,7 @@ impl Arguments {
             .into_iter()
             .chain(&mut self.keyd_trust)
             .chain(&mut self.volume_dirs)
+            .chain(&mut self.mirror_dir)
         {
             *path = std::path::absolute(&*path)?.components().collect();
         }
@@ -97,6 +101,7 @@ impl Arguments {
                 .iter()
                 .map(|path| one("--volume-dir", path)),
         );
+        options.extend(self.mirror_dir.iter().map(|path| one("--mirror-dir", path)));
         let numbers = [
             ("--keyd-uid", self.keyd_uid),
             ("--agent-uid", self.agent_uid),
@@ -146,7 +151,7 @@ mod tests {
 
     #[test]
     fn its_words_say_the_same() {
-        let all = "--volume-dir v --volume-dir w --keyd-trust k --keyd-uid 1 --agent-uid 2 \
+        let all = "--volume-dir v --volume-dir w --mirror-dir m --keyd-trust k --keyd-uid 1 --agent-uid 2 \
                    --dataplane-uid 3 --admin-uid 4 --workers 5 --cpus 1,3";
         for more in ["--volume-dir v", all] {
             let given = parse(&more.split_whitespace().collect::<Vec<_>>()).unwrap();

@@ -215,6 +215,9 @@ fn command_line(role: Role, arguments: &Arguments) -> Vec<Vec<u8>> {
             for directory in &a.volume_dirs {
                 option("--volume-dir", directory.as_ref());
             }
+            if let Some(directory) = &a.mirror_dir {
+                option("--mirror-dir", directory.as_ref());
+            }
         }
         Role::Dataplane => {
             if let Some(workers) = a.workers {
@@ -253,8 +256,12 @@ mod tests {
             "--host h --state-dir /s/keyd --trust /k"
         );
         assert_eq!(
-            line(Role::Agent, " --volume-dir /w --keyd-trust /k"),
-            "--host h --state-dir /s/agent --trust /t --vhost-dir /r/vhost --volume-dir /v --volume-dir /w"
+            line(
+                Role::Agent,
+                " --volume-dir /w --keyd-trust /k --mirror-dir /m"
+            ),
+            "--host h --state-dir /s/agent --trust /t --vhost-dir /r/vhost --volume-dir /v --volume-dir /w \
+             --mirror-dir /m"
         );
         assert_eq!(line(Role::Dataplane, ""), "");
         assert_eq!(

@@ -8,6 +8,7 @@
 
 mod attach;
 mod grant;
+mod mirror;
 mod ports;
 mod remove;
 mod status;
@@ -189,6 +190,9 @@ impl Nics {
             return answers.granted(keyd, id.into());
         };
         if grant::is_same(&nic.grant, &new) {
+            if nic.grant.mirror != new.mirror {
+                nic.end_mirror(server);
+            }
             if let Some((_, device)) = nic.served() {
                 grant::apply(device, &new);
             }

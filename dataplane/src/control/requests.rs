@@ -76,10 +76,14 @@ impl Control {
                 }
                 Ok(())
             }
-            AgentToDataplane::Mirror { nic, .. } => received.take_fds().map(|[_file]| {
-                let reason = format!("NIC {nic}: this data plane can't mirror");
-                answers.refused(agent, reason);
-            }),
+            AgentToDataplane::Mirror { nic, .. } => {
+                received
+                    .take_fds()
+                    .map(|[file]| match self.nics.mirror(server, nic, file) {
+                        Ok(()) => answers.done(agent),
+                        Err(reason) => answers.refused(agent, reason),
+                    })
+            }
             plain => received.take_fds().map(|[]| {
                 self.on_plain_request(server, agent, &plain, &mut answers);
             }),

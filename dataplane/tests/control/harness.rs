@@ -37,7 +37,7 @@ pub struct Host {
     pub keyd: Channel,
     pub agent: Channel,
     pub dir: TempDir,
-    request_id: u64,
+    pub request_id: u64,
     /// What was said unasked about the storage of volumes.
     pub storage_said: Vec<(VolumeId, StorageState)>,
 }
@@ -221,7 +221,7 @@ impl Host {
         }
     }
 
-    fn ask_keyd(&self, message: &KeydToDataplane, fds: &[BorrowedFd<'_>]) -> DataplaneToKeyd {
+    pub fn ask_keyd(&self, message: &KeydToDataplane, fds: &[BorrowedFd<'_>]) -> DataplaneToKeyd {
         self.keyd.send(message, fds).expect("keyd's channel");
         self.keyd.receive().expect("an answer to keyd").message
     }
@@ -245,7 +245,7 @@ impl Host {
     }
 
     /// The next answer to the agent.
-    fn answer(&mut self) -> DataplaneToAgent {
+    pub fn answer(&mut self) -> DataplaneToAgent {
         loop {
             let answer = self.agent.receive::<DataplaneToAgent>();
             match answer.expect("an answer to the agent").message {

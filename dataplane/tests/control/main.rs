@@ -7,6 +7,7 @@ mod harness;
 mod hung;
 mod limits;
 mod memory;
+mod nics;
 mod overload;
 mod rekey;
 mod stuck;

@@ -1,6 +1,9 @@
 //! Network cards and switches: the data plane as these tests play it, and bundles that have some.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::fd::OwnedFd;
 
 use bulkhead_bundle::{HostBundle, Nic, SocketSpec, Switch};
 use bulkhead_protocol::admin::{AdminReply, AdminRequest, NicEntry, SwitchEntry};
@@ -8,7 +11,7 @@ use bulkhead_protocol::control::{
     AgentToDataplane, DataplaneToAgent, DropCount, Networks, NicStatus, PortFacts,
 };
 use bulkhead_protocol::limits::Rate;
-use bulkhead_protocol::net::{NicLimits, PortSpec, SpoofChecks, Uplink};
+use bulkhead_protocol::net::{MirrorSpec, NicLimits, PortSpec, SpoofChecks, Uplink};
 use bulkhead_protocol::rot::Role;
 use bulkhead_protocol::{NicId, Received, ServedId, SwitchName};
 
@@ -26,6 +29,8 @@ pub struct Nics {
     switches: BTreeMap<SwitchName, Option<Uplink>>,
     /// So many attachments are refused.
     pub refuse_attach: usize,
+    /// The files of mirrors that go on.
+    pub mirrors: BTreeMap<NicId, File>,
 }
 
 /// A message about networks, as the log has it.
@@ -43,6 +48,9 @@ pub fn line(message: &AgentToDataplane) -> (String, u64) {
         AgentToDataplane::AttachSwitch {
             request_id, switch, ..
         } => (format!("dataplane attach switch {switch}"), *request_id),
+        AgentToDataplane::Mirror { request_id, nic } => {
+            (format!("dataplane mirror {}", nic.0[0]), *request_id)
+        }
         AgentToDataplane::Networks { request_id } => ("dataplane networks".to_owned(), *request_id),
         AgentToDataplane::Nics { request_id, .. } => ("dataplane NICs".to_owned(), *request_id),
         other => panic!("not about networks: {other:?}"),
@@ -74,6 +82,9 @@ impl Nics {
             if !same {
                 self.forget(nic.id);
             }
+            if before.get(&nic.id).map(|(old, _)| &old.mirror) != Some(&nic.mirror) {
+                self.mirrors.remove(&nic.id);
+            }
             self.granted.insert(nic.id, new);
         }
         for id in before.into_keys() {
@@ -96,6 +107,7 @@ impl Nics {
         self.attached.remove(&id);
         self.prepared.remove(&id);
         self.connected.remove(&id);
+        self.mirrors.remove(&id);
     }
 
     pub fn does(
@@ -165,10 +177,16 @@ impl Nics {
                 request_id,
                 networks: Networks {
                     nics: self.attached.iter().copied().collect(),
-                    mirrored: Vec::new(),
+                    mirrored: self.mirrors.keys().copied().collect(),
                     switches: self.switches.keys().cloned().collect(),
                 },
             },
+            AgentToDataplane::Mirror { nic, .. } => {
+                let [file]: [OwnedFd; 1] = received.take_fds().expect("a file");
+                assert!(self.attached.contains(&nic) && !self.mirrors.contains_key(&nic));
+                self.mirrors.insert(nic, file.into());
+                done
+            }
             AgentToDataplane::Nics { after, .. } => {
                 let above = self
                     .granted
@@ -400,6 +418,62 @@ fn an_interface_that_is_not_there_refuses_the_bundle_before_anybody_is_asked() {
     // (The snapshots ask for the status.)
     let log = seen(&mut world);
     assert!(log.iter().all(|line| line == "dataplane status"), "{log:?}");
+}
+
+#[test]
+fn each_mirror_has_a_new_file_that_only_the_data_plane_keeps() {
+    let mut world = World::new();
+    let mirrored = |epoch, snap_bytes| {
+        let mut bundle = networked(epoch, vec![nic(1)]);
+        bundle.nics[0].mirror = Some(MirrorSpec {
+            file: "net1.pcapng".to_owned(),
+            snap_bytes,
+            most_bytes: 1 << 20,
+        });
+        bundle
+    };
+    let names = |world: &World| {
+        let listed = fs::read_dir(world.path("mirrors")).expect("list");
+        let names = listed.map(|entry| entry.expect("entry").file_name().into_string());
+        names.collect::<Result<BTreeSet<_>, _>>().expect("text")
+    };
+    let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
+    world.apply_fully(&networked(1, vec![nic(1)]));
+    world.peers.nics.connected.insert(nic_id(1));
+    let before = world.snapshot().descriptors;
+    let steps = world.apply_fully(&mirrored(2, 256));
+    has(
+        &steps,
+        &["NIC net1: limits none, checks MAC, mirror net1.pcapng; its frontend stays"],
+    );
+    assert_eq!(names(&world), set(&["net1.pcapng"]));
+    let mut file = &world.peers.nics.mirrors[&nic_id(1)];
+    file.write_all(b"what was seen").expect("write");
+    assert_eq!(
+        world.snapshot().descriptors,
+        before,
+        "none stays with the agent"
+    );
+    // Another one: what was written stays.
+    world.apply_fully(&mirrored(3, 128));
+    assert_eq!(names(&world), set(&["net1.pcapng", "net1.pcapng.1"]));
+    let kept = fs::read(world.path("mirrors/net1.pcapng")).expect("read");
+    assert_eq!(kept, b"what was seen");
+    // An agent that starts again leaves it as it is; a data plane begins anew.
+    world.kill();
+    world.start();
+    world.announce(Role::Keyd);
+    world.announce(Role::Dataplane);
+    attached(&mut world, &[1]);
+    world.settle(3);
+    assert_eq!(names(&world).len(), 2);
+    world.peers.dataplane_died();
+    world.announce(Role::Dataplane);
+    world.drive("a mirror", |world| !world.peers.nics.mirrors.is_empty());
+    assert_eq!(names(&world).len(), 3);
+    world.apply_fully(&networked(4, vec![nic(1)]));
+    assert!(world.peers.nics.mirrors.is_empty());
+    assert_eq!(names(&world).len(), 3);
 }
 
 #[test]

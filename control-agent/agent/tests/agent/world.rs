@@ -45,7 +45,7 @@ pub struct World {
 pub struct Snapshot {
     /// Digest of each file of the state.
     kept: BTreeMap<String, String>,
-    descriptors: usize,
+    pub descriptors: usize,
     floor: u64,
     bound: BTreeMap<String, (u32, u32, u32)>,
     inodes: BTreeMap<VolumeId, u64>,
@@ -75,7 +75,7 @@ impl World {
 
     fn prepared() -> Self {
         let dir = tempfile::tempdir().expect("dir");
-        for name in ["state", "volumes", "other", "run"] {
+        for name in ["state", "volumes", "other", "run", "mirrors"] {
             fs::create_dir(dir.path().join(name)).expect("mkdir");
         }
         fs::write(dir.path().join("trust.toml"), trust().to_text()).expect("trust");
@@ -383,6 +383,7 @@ fn command(dir: &Path) -> Command {
         ("--vhost-dir", "run"),
         ("--volume-dir", "volumes"),
         ("--volume-dir", "other"),
+        ("--mirror-dir", "mirrors"),
     ] {
         command.arg(name).arg(dir.join(file));
     }

@@ -9,7 +9,7 @@ use bulkhead_protocol::control::{
     DropCount, NICS_PER_MESSAGE, Networks, NicStatus, PairCounts, Traffic,
 };
 
-use super::{Nic, Nics};
+use super::{Nic, Nics, mirror};
 use crate::net::{Counts, NetDevice};
 use crate::port::DropReason;
 use crate::server::Server;
@@ -20,10 +20,14 @@ const MAX_FAULT_CHARS: usize = 100;
 impl Nics {
     /// What is attached.
     pub(in crate::control) fn networks(&self) -> Networks {
-        let attached = self.table.iter().filter(|(_, nic)| nic.served().is_some());
+        let attached = || {
+            let nics = self.table.iter();
+            nics.filter_map(|(id, nic)| Some((*id, nic.served()?.1)))
+        };
+        let mirrored = attached().filter(|(_, device)| device.mirror().is_some());
         Networks {
-            nics: attached.map(|(id, _)| *id).collect(),
-            mirrored: Vec::new(),
+            nics: attached().map(|(id, _)| id).collect(),
+            mirrored: mirrored.map(|(id, _)| id).collect(),
             switches: self.switches.keys().cloned().collect(),
         }
     }
@@ -57,6 +61,7 @@ fn one(id: NicId, nic: &Nic, server: &Server) -> NicStatus {
     status.pairs = pairs(device);
     status.tx_drops = drops(&device.metrics.sent());
     status.rx_drops = drops(&device.metrics.received());
+    status.mirror = mirror::status(device);
     let throttled = device.tx_qos().throttled().as_millis();
     status.throttled_ms = u64::try_from(throttled).unwrap_or(u64::MAX);
     status
