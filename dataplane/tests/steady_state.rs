@@ -1,15 +1,12 @@
 //! A worker in the steady state allocates nothing: thousands of requests, split and packed, on every kind
 //! of storage, with an allocator that counts what the worker's thread asks for.
-//!
-//! UNSAFETY: the allocator passes everything on to the system's.
-#![expect(unsafe_code, reason = "an allocator that counts")]
 
-use std::alloc::{GlobalAlloc, Layout, System};
+mod counting;
+
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bulkhead_crypto::{DataUnit, SecretArena, XtsKey};
@@ -24,42 +21,7 @@ use bulkhead_dataplane::worker::{Replies, WorkerConfig, start};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 
-/// The thread whose allocations are counted; 0: none.
-static WATCHED: AtomicI32 = AtomicI32::new(0);
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-struct Counting;
-
-fn count() {
-    let watched = WATCHED.load(Ordering::Relaxed);
-    if watched != 0 && nix::unistd::gettid().as_raw() == watched {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-// SAFETY: every call is the system allocator's.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count();
-        // SAFETY: passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        count();
-        // SAFETY: passed on.
-        unsafe { System.dealloc(at, layout) }
-    }
-
-    unsafe fn realloc(&self, at: *mut u8, layout: Layout, bytes: usize) -> *mut u8 {
-        count();
-        // SAFETY: passed on.
-        unsafe { System.realloc(at, layout, bytes) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
+use counting::{allocations_of, assert_it_counts, worker_thread};
 
 /// Requests that are under way together.
 const DEPTH: u16 = 16;
@@ -211,20 +173,6 @@ fn reply(replies: &Replies) -> FromWorker {
     }
 }
 
-/// The thread of the only worker.
-fn worker_thread() -> i32 {
-    let tasks = std::fs::read_dir("/proc/self/task").expect("tasks");
-    let mut tids = tasks.map(|task| task.expect("task").file_name().into_string().expect("text"));
-    let is_worker = |tid: &String| {
-        let name = std::fs::read_to_string(format!("/proc/self/task/{tid}/comm"));
-        name.is_ok_and(|name| name.trim() == "worker-0")
-    };
-    tids.find(is_worker)
-        .expect("a worker")
-        .parse()
-        .expect("a number")
-}
-
 fn cipher() -> Cipher {
     let arena = SecretArena::new(1).expect("arena");
     let key: [u8; 64] = std::array::from_fn(|i| u8::try_from(i).expect("small"));
@@ -305,14 +253,13 @@ fn allocations(packed: bool, storage: StorageSpec, cipher: Option<Cipher>, round
     for _ in 0..rounds {
         driver.round(&kick);
     }
-    ALLOCATIONS.store(0, Ordering::Relaxed);
-    WATCHED.store(worker_thread(), Ordering::Relaxed);
-    for _ in 0..rounds {
-        driver.round(&kick);
-    }
-    WATCHED.store(0, Ordering::Relaxed);
+    let count = allocations_of(worker_thread(), || {
+        for _ in 0..rounds {
+            driver.round(&kick);
+        }
+    });
     worker.end();
-    ALLOCATIONS.load(Ordering::Relaxed)
+    count
 }
 
 /// One test, since the count is the process's.
@@ -338,10 +285,5 @@ fn a_worker_allocates_nothing_in_the_steady_state() {
             assert_eq!(count, 0, "{name}, packed: {packed}");
         }
     }
-    // The counter counts: starting a queue allocates, on the worker's thread too.
-    ALLOCATIONS.store(0, Ordering::Relaxed);
-    WATCHED.store(nix::unistd::gettid().as_raw(), Ordering::Relaxed);
-    drop(std::hint::black_box(vec![1u8; 100]));
-    WATCHED.store(0, Ordering::Relaxed);
-    assert!(ALLOCATIONS.load(Ordering::Relaxed) >= 2);
+    assert_it_counts();
 }

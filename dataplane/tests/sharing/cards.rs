@@ -124,6 +124,12 @@ impl Guest {
         self.write(PART_BYTES + AVAIL, &avail(RING));
     }
 
+    /// Has so many of them in all ready, and no more.
+    pub fn limit(&self, frames: u16) {
+        self.write(PART_BYTES + AVAIL + 2, &frames.to_le_bytes());
+        self.kicks[1].write(1).expect("kick");
+    }
+
     /// Has the worker take what is ready.
     pub fn begin(&self, rig: &Rig) {
         let message = ToWorker::SetEnabled {

@@ -6,6 +6,7 @@ use bulkhead_dataplane::port::{DropReason, PortSpec, SwitchSpec};
 use bulkhead_protocol::limits::{Limits, Rate};
 
 use super::cards::{EVERYBODY, Guest, mac};
+use super::counting::{allocations_of, assert_it_counts, worker_thread};
 use super::rig::{RING, Rig};
 
 fn switch() -> PortSpec {
@@ -156,4 +157,35 @@ fn a_flood_in_anothers_name_reaches_nobody() {
     }
     assert_eq!(liar.sent().drops[DropReason::SpoofedMac.number()], all);
     assert_eq!(receiver.device.metrics.received().packets, all);
+}
+
+#[test]
+fn frames_between_cards_need_no_allocation() {
+    let mut rig = Rig::new(1);
+    let port = switch();
+    let mut guest = |number, buffers| Guest::new(&mut rig, 0, port.clone(), number, buffers);
+    let (one, all) = (guest(1, 0), guest(2, 0));
+    let receivers = [guest(3, RING), guest(4, 20_000)];
+    one.prepare(mac(3), 200);
+    all.prepare(EVERYBODY, 200);
+    // What is filled once is filled with the first, and the second receiver runs out of buffers behind them.
+    for sender in [&one, &all] {
+        sender.limit(8192);
+        sender.begin(&rig);
+        sender.wait_for(8192);
+    }
+    let count = allocations_of(worker_thread(), || {
+        for sender in [&one, &all] {
+            sender.limit(RING);
+            sender.wait_for(u64::from(RING));
+        }
+    });
+    assert_eq!(count, 0);
+    assert_it_counts();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let no_room = || receivers[1].device.metrics.received().drops[DropReason::NoRoom.number()];
+    while no_room() == 0 {
+        assert!(Instant::now() < deadline, "counted at the end of a turn");
+        std::thread::sleep(Duration::from_micros(50));
+    }
 }
