@@ -208,7 +208,11 @@ impl Cards {
             broken: &mut self.broken,
         };
         let port = &mut slot.port;
-        port.receive(clock::now(), &mut delivery, ring);
+        // What comes from outside is not for this sender to pay for: it has a turn of its own, in which the port is told
+        // the time as well ([`Cards::hear`]).
+        if !port.hears() {
+            port.receive(clock::now(), &mut delivery, ring);
+        }
         let taken = self.frames.taken();
         let counts = sender.send(taken, port, &mut delivery, ring);
         port.flush(ring);
