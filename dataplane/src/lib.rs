@@ -15,6 +15,16 @@
 //!    into guest memory in one pass ([`blk::transform::load`]) and the status byte written;
 //! 6. the used ring is shown every few requests and published once a batch, with at most one call ([`virtqueue::Virtqueue::publish`]).
 //!
+//! **A frame** from one guest to another, likewise:
+//! 1. a worker takes up to 32 chains of a queue that sends, as far as its port has room ([`port::Port::room`],
+//!    [`virtqueue::Virtqueue::pop`]);
+//! 2. header and head are copied once, and what the header asks for is held against the frame ([`net::Frame::of_chain`]);
+//! 3. what the frame claims to be is held against what its card may be ([`port::Guard::check`]);
+//! 4. the switch decides where it goes, once for a flow ([`port::switch::bridge::Bridge::decide`]);
+//! 5. one copy puts it into the receiver's buffers, cut or completed if the receiver takes it in no other way
+//!    ([`net::receive::deliver`]);
+//! 6. each queue that gave or got something is published once a turn ([`virtqueue::Virtqueue::publish`]).
+//!
 //! | module | owns |
 //! | --- | --- |
 //! | [`server`] | the control thread: listeners, connections, workers' answers |
