@@ -48,7 +48,8 @@ pub struct Arguments {
     #[arg(long, value_name = "SPEC", required_unless_present = "net")]
     pub blk: Vec<BlkSpec>,
 
-    /// A network card: where to listen, what it is connected to (null, switch:NAME with all others that name it,
+    /// A network card: where to listen, what it is connected to (null, source:BYTES, which makes
+    /// frames to measure with, switch:NAME with all others that name it,
     /// tap:INTERFACE, or xdp:INTERFACE/QUEUE), and mac=ADDRESS, mtu=BYTES, pairs=N (queue pairs), guard=off (it
     /// may send as anybody), tx-requests=RATE, tx-bytes=RATE, rx-requests=RATE, rx-bytes=RATE, all with commas
     /// between

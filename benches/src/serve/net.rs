@@ -49,6 +49,8 @@ pub struct NetSpec {
 pub enum PortName {
     /// Nothing.
     Null,
+    /// A source of frames of so many bytes.
+    Source(usize),
     /// The switch of that name, with all others that name it.
     Switch(String),
     /// An interface of the host's.
@@ -82,7 +84,9 @@ pub enum NetSpecError {
     )]
     Form(String),
     /// Not a port.
-    #[error("{0:?} is no port: write null, switch:NAME, tap:INTERFACE or xdp:INTERFACE/QUEUE")]
+    #[error(
+        "{0:?} is no port: write null, source:BYTES (60 to 65535), switch:NAME, tap:INTERFACE or xdp:INTERFACE/QUEUE"
+    )]
     Port(String),
     /// Not an uplink.
     #[error("{0:?} is no uplink: write SWITCH=tap:INTERFACE or SWITCH=xdp:INTERFACE/QUEUE")]
@@ -128,6 +132,11 @@ impl FromStr for PortName {
     fn from_str(text: &str) -> Result<Self, NetSpecError> {
         match text.split_once(':') {
             None if text == "null" => Ok(Self::Null),
+            Some(("source", bytes)) => {
+                let bytes = bytes.parse().ok().filter(|n| (60..=65_535).contains(n));
+                let bytes = bytes.ok_or_else(|| NetSpecError::Port(text.to_owned()))?;
+                Ok(Self::Source(bytes))
+            }
             Some(("switch", name)) if !name.is_empty() => Ok(Self::Switch(name.to_owned())),
             _ => interface(text).map(Self::Outside),
         }
@@ -282,6 +291,7 @@ fn device(
     };
     let port = match &spec.port {
         PortName::Null => PortSpec::Null,
+        PortName::Source(bytes) => PortSpec::Source(*bytes),
         PortName::Switch(name) => {
             let new = || SwitchSpec::new(name.clone(), None);
             let switch = switches.entry(name.clone()).or_insert_with(new);
@@ -371,6 +381,8 @@ mod tests {
             ("/a,tap:a/b", "is no port"),
             ("/a,xdp:eth0", "is no port"),
             ("/a,xdp:eth0/x", "is no port"),
+            ("/a,source:59", "is no port"),
+            ("/a,source:65536", "is no port"),
             ("/a,null,mtu=67", "is no option"),
             ("/a,null,mtu=65536", "is no option"),
             ("/a,null,pairs=0", "is no option"),

@@ -19,6 +19,7 @@
 //! | [`guard`] | whether a guest sends as itself |
 //! | [`mirror`] | copies of a NIC's frames in a file |
 //! | [`null`] | the port that takes everything and gives nothing |
+//! | [`source`] | the port that makes frames, to measure |
 //! | [`spec`] | what a network card is connected to, as the control thread and every worker know it |
 //! | [`switch`] | the learning bridge among NICs and one uplink |
 //! | [`tap`] | the port that leads to a queue of a TAP |
@@ -31,6 +32,7 @@ pub mod interface;
 pub mod mirror;
 pub mod null;
 pub mod reason;
+pub mod source;
 pub mod spec;
 pub mod switch;
 pub mod tap;
@@ -43,6 +45,7 @@ pub use guard::Guard;
 pub use mirror::{Mirror, MirrorFile};
 pub use null::NullPort;
 pub use reason::DropReason;
+pub use source::SourcePort;
 pub use spec::{OutsideSpec, PortSpec, SwitchSpec, TapSpec, XdpSpec};
 pub use switch::Switch;
 pub use tap::TapPort;

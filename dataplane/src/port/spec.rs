@@ -16,6 +16,8 @@ use super::switch::SwitchCounters;
 pub enum PortSpec {
     /// Nowhere: what it sends is done at once, and nothing comes.
     Null,
+    /// Nowhere, and frames of so many bytes come all the time: to measure with.
+    Source(usize),
     /// To others on the same switch, and to its uplink.
     Switch(Arc<SwitchSpec>),
     /// Out of the host, by an interface of its own.

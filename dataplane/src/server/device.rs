@@ -216,7 +216,7 @@ impl State {
         let card = self.facts.device.net()?;
         Some(match &card.port {
             PortSpec::Switch(switch) => Together::Switch(switch.number()),
-            PortSpec::Null | PortSpec::Outside(_) => {
+            PortSpec::Null | PortSpec::Source(_) | PortSpec::Outside(_) => {
                 Together::Pair(self.facts.id, part_of(queue).1)
             }
         })

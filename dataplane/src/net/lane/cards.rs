@@ -18,7 +18,7 @@ use crate::net::current::Seen;
 use crate::net::receive::Scratch;
 use crate::net::{HashKey, NetDevice};
 use crate::port::switch::MOST_NICS;
-use crate::port::{Guard, Nic, NullPort, Port as _, PortSpec, Switch, Tokens};
+use crate::port::{Guard, Nic, NullPort, Port as _, PortSpec, SourcePort, Switch, Tokens};
 use crate::virtqueue::RingError;
 use crate::worker::queue::{Kind, Queue};
 use crate::worker::ring::{Completion, Ring};
@@ -232,7 +232,7 @@ impl Cards {
         let key = match &lane.device.port {
             PortSpec::Null => Key::Null,
             PortSpec::Switch(switch) => Key::Switch(switch.number()),
-            PortSpec::Outside(_) => Key::Pair(lane.card, lane.pair),
+            PortSpec::Source(_) | PortSpec::Outside(_) => Key::Pair(lane.card, lane.pair),
         };
         let is_it = |slot: &Slot| slot.key == key && slot.queues > 0;
         let known = |place: &Option<Slot>| place.as_ref().is_some_and(is_it);
@@ -245,6 +245,10 @@ impl Cards {
         let mut outside = |spec, nic, pair| open(spec, (nic, pair), (tokens, self.key), ring);
         let port = match &lane.device.port {
             PortSpec::Null => AnyPort::Null(NullPort),
+            PortSpec::Source(bytes) => {
+                let mac = lane.device.shape.mac;
+                AnyPort::Source(SourcePort::new(Nic(lane.card), mac, *bytes, self.key))
+            }
             PortSpec::Switch(switch) => {
                 let uplink: Option<Outside> = match &switch.uplink {
                     Some(spec) => Some(outside(spec, Nic(0), 0)?),

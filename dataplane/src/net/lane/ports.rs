@@ -9,7 +9,8 @@ use crate::net::HashKey;
 use crate::net::frame::Frame;
 use crate::port::tap::TapPort;
 use crate::port::{
-    AfXdpPort, DropReason, Nic, NullPort, OutsideSpec, Port, Sink, Switch, Tokens, XdpSpec,
+    AfXdpPort, DropReason, Nic, NullPort, OutsideSpec, Port, Sink, SourcePort, Switch, Tokens,
+    XdpSpec,
 };
 use crate::worker::ring::{Completion, Ring};
 
@@ -35,6 +36,8 @@ pub struct Xdp {
 pub enum AnyPort {
     /// To nowhere.
     Null(NullPort),
+    /// From nowhere, to measure.
+    Source(SourcePort),
     /// To other cards.
     Switch(Box<Switch<Outside>>),
     /// Out of the host.
@@ -112,14 +115,14 @@ impl AnyPort {
         match self {
             Self::Null(_) => false,
             Self::Switch(switch) => switch.uplink().is_some(),
-            Self::Outside(_) => true,
+            Self::Source(_) | Self::Outside(_) => true,
         }
     }
 
     /// Takes it off the ring, in which it has nothing any more.
     pub(super) fn close(self, ring: &mut Ring) {
         match self {
-            Self::Null(_) => {}
+            Self::Null(_) | Self::Source(_) => {}
             Self::Switch(mut switch) => {
                 if let Some(uplink) = switch.set_uplink(None) {
                     uplink.close(ring);
@@ -181,5 +184,5 @@ macro_rules! one_of {
     };
 }
 
-one_of!(AnyPort: Null, Switch, Outside);
+one_of!(AnyPort: Null, Source, Switch, Outside);
 one_of!(Outside: Tap, Xdp.port);
