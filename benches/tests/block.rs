@@ -150,7 +150,11 @@ fn storages(all: &BTreeSet<(String, String, String)>) {
 /// The tables of the run go into a page.
 fn page(out: &Path) {
     let page = out.join("page.md");
-    let text = format!("# Page\n{}\n{}\n", markdown::BEGIN, markdown::END);
+    let text = format!(
+        "# Page\n{}\n{}\n",
+        markdown::begin("block"),
+        markdown::end("block")
+    );
     std::fs::write(&page, text).expect("a page");
     bench(out, &["--table", page.to_str().expect("a name")]);
     let text = std::fs::read_to_string(&page).expect("a page");
@@ -158,7 +162,7 @@ fn page(out: &Path) {
         text.contains("### null XTS\n") && text.contains("ring-echo floor"),
         "{text}"
     );
-    assert!(out.join("page.svg").exists());
+    assert!(out.join("performance.svg").exists());
 }
 
 #[test]

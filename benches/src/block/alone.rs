@@ -146,7 +146,7 @@ impl Alone {
 }
 
 /// Memory in huge pages where the kernel has them, all of it there.
-pub(super) fn memory(bytes: usize) -> Result<MmapMut, BlockError> {
+pub(crate) fn memory(bytes: usize) -> Result<MmapMut, BlockError> {
     let failed = |source| BlockError::Program {
         what: format!("{bytes} bytes of memory"),
         source,

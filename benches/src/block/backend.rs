@@ -107,7 +107,10 @@ pub fn qemu(bench: &Bench, name: &str, blockdev: &str) -> Result<Backend, BlockE
 }
 
 /// Starts a program, on one CPU if there is one for it, and waits until it serves.
-fn start(
+///
+/// # Errors
+/// [`BlockError::Backend`], [`BlockError::Program`].
+pub fn start(
     command: Command,
     sockets: Vec<PathBuf>,
     cpu: Option<usize>,

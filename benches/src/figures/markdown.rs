@@ -7,17 +7,25 @@ use serde_json::Value;
 
 use super::table::figure;
 
-/// Between these two lines of a page its tables stand.
-pub const BEGIN: &str = "<!-- figures: begin -->";
-/// The second one.
-pub const END: &str = "<!-- figures: end -->";
-
-/// The page with the tables of `report` in place of those that it has; none if it has no place for them.
+/// The line of a page from which on the tables of that name stand.
 #[must_use]
-pub fn refresh(page: &str, report: &Value) -> Option<String> {
-    let (before, rest) = page.split_once(BEGIN)?;
-    let (_, after) = rest.split_once(END)?;
-    Some(format!("{before}{BEGIN}\n{}{END}{after}", text(report)))
+pub fn begin(name: &str) -> String {
+    format!("<!-- {name} figures: begin -->")
+}
+
+/// The line up to which they stand.
+#[must_use]
+pub fn end(name: &str) -> String {
+    format!("<!-- {name} figures: end -->")
+}
+
+/// The page with the tables of `report` in place of those of that name that it has; none if it has no place for them.
+#[must_use]
+pub fn refresh(page: &str, name: &str, report: &Value) -> Option<String> {
+    let (begin, end) = (begin(name), end(name));
+    let (before, rest) = page.split_once(&begin)?;
+    let (_, after) = rest.split_once(&end)?;
+    Some(format!("{before}{begin}\n{}{end}{after}", text(report)))
 }
 
 /// Header, a table for each group of cases (what stands before a case's first comma), what was missed, and where a
@@ -166,16 +174,21 @@ mod tests {
 
     #[test]
     fn a_page_keeps_what_stands_around_its_tables() {
-        let page = format!("before\n{BEGIN}\nold\n{END}\nafter\n");
-        let new = refresh(&page, &report()).expect("it has a place");
+        let other = format!("{}\nkept\n{}", begin("net"), end("net"));
+        let page = format!(
+            "before\n{other}\n{}\nold\n{}\nafter\n",
+            begin("block"),
+            end("block")
+        );
+        let new = refresh(&page, "block", &report()).expect("it has a place");
         assert!(
-            new.starts_with("before\n") && new.ends_with("\nafter\n"),
+            new.starts_with(&format!("before\n{other}\n")) && new.ends_with("\nafter\n"),
             "{new}"
         );
         assert!(!new.contains("old") && new.contains("a CPU"), "{new}");
-        let again = refresh(&new, &report()).expect("it still has one");
+        let again = refresh(&new, "block", &report()).expect("it still has one");
         assert_eq!(again, new);
-        assert_eq!(refresh("no place", &report()), None);
+        assert_eq!(refresh("no place", "block", &report()), None);
     }
 
     #[test]

@@ -8,9 +8,11 @@
 //! | [`table`] | figures for people |
 //! | [`markdown`] | figures for a page of documentation |
 //! | [`plot`] | figures as a picture |
+//! | [`store`] | where they are written |
 
 pub mod header;
 pub mod markdown;
 pub mod plot;
 pub mod row;
+pub mod store;
 pub mod table;

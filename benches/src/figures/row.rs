@@ -13,6 +13,8 @@ pub enum Unit {
     GigabytesPerSecond,
     /// Nanoseconds for each packet: less is better.
     NanosecondsPerPacket,
+    /// Packets a second: more is better.
+    PacketsPerSecond,
     /// Nanoseconds for each request: less is better.
     NanosecondsPerRequest,
     /// Requests a second: more is better.
@@ -34,6 +36,7 @@ impl Unit {
         match self {
             Self::GigabytesPerSecond => "GB/s",
             Self::NanosecondsPerPacket => "ns/packet",
+            Self::PacketsPerSecond => "packets/s",
             Self::NanosecondsPerRequest => "ns/request",
             Self::RequestsPerSecond => "requests/s",
             Self::PercentOfCore => "% of a core",
@@ -48,7 +51,10 @@ impl Unit {
     pub const fn more_is_better(self) -> bool {
         matches!(
             self,
-            Self::GigabytesPerSecond | Self::RequestsPerSecond | Self::Percent
+            Self::GigabytesPerSecond
+                | Self::PacketsPerSecond
+                | Self::RequestsPerSecond
+                | Self::Percent
         )
     }
 }

@@ -50,7 +50,7 @@ pub struct Signals {
     /// Device to driver.
     pub call: EventFd,
     /// Device to driver: the queue failed.
-    err: EventFd,
+    pub err: EventFd,
 }
 
 /// A connected disk.
@@ -230,7 +230,11 @@ impl Device {
 }
 
 impl Signals {
-    fn new() -> Result<Self, LoadError> {
+    /// Three of them.
+    ///
+    /// # Errors
+    /// [`LoadError::System`].
+    pub fn new() -> Result<Self, LoadError> {
         let event = || {
             EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(|e| {
                 LoadError::System {

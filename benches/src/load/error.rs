@@ -179,6 +179,17 @@ pub enum QueueError {
         /// What is there instead.
         found: super::stamp::Mismatch,
     },
+    /// A received frame that lies in no buffer.
+    #[error("the header of a received frame says that it lies in no buffer")]
+    NoBuffers,
+    /// A received frame that came before, or after one that was sent later.
+    #[error("frame {found} came, of a sender of which {expected} or a later one was to come")]
+    Order {
+        /// The next one at least.
+        expected: u32,
+        /// What came.
+        found: u32,
+    },
     /// The device's side of a ring echo met what the driver's side can't have written.
     #[error("the echo met a {0} that the driver's side can't have written: a mistake of `load`")]
     Echo(&'static str),

@@ -15,6 +15,7 @@ use bulkhead_integration::random::Random;
 
 use super::LoadError;
 use super::memory::{Memory, guest_addr};
+use super::ring::Chains;
 use super::source::Kind;
 
 /// What a status byte says before the device writes it.
@@ -242,10 +243,26 @@ impl<'m> Requests<'m> {
             Kind::Write => 1,
         }
     }
+}
 
-    /// Descriptor number `place` of a request's chain.
-    #[must_use]
-    pub fn descriptor(&self, slot: u16, place: u16, kind: Kind) -> Descriptor {
+impl Chains for Requests<'_> {
+    fn ring_size(&self) -> u16 {
+        self.shape.ring_size
+    }
+
+    fn depth(&self) -> u16 {
+        self.shape.depth
+    }
+
+    fn chain(&self) -> u16 {
+        self.shape.chain()
+    }
+
+    fn indirect(&self) -> bool {
+        self.shape.indirect
+    }
+
+    fn descriptor(&self, slot: u16, place: u16, kind: Kind) -> Descriptor {
         let line = self.layout.lines + usize::from(slot) * LINE_BYTES;
         let last = self.shape.chain() - 1;
         if place == 0 {
@@ -273,15 +290,11 @@ impl<'m> Requests<'m> {
         }
     }
 
-    /// Where the indirect table of a request lies.
-    #[must_use]
-    pub fn table(&self, slot: u16) -> usize {
+    fn table(&self, slot: u16) -> usize {
         self.layout.tables + usize::from(slot) * table_bytes(&self.shape)
     }
 
-    /// The descriptor of the indirect table of a request.
-    #[must_use]
-    pub fn table_descriptor(&self, slot: u16) -> Descriptor {
+    fn table_descriptor(&self, slot: u16) -> Descriptor {
         Descriptor {
             addr: guest_addr(self.table(slot)),
             len: u32::from(self.shape.chain()) * 16,

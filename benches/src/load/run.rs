@@ -304,9 +304,17 @@ fn drive(
         queues: targets.iter().map(|target| target.layouts.len()).sum(),
     };
     if arguments.packed {
-        engine::run(threads(&common, targets, Packed::new)?, plan, watch)
+        engine::run(
+            threads(&common, targets, |m, l, r, e| Packed::new(m, l, r, e))?,
+            plan,
+            watch,
+        )
     } else {
-        engine::run(threads(&common, targets, Split::new)?, plan, watch)
+        engine::run(
+            threads(&common, targets, |m, l, r, e| Split::new(m, l, r, e))?,
+            plan,
+            watch,
+        )
     }
 }
 

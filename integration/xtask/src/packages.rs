@@ -92,6 +92,19 @@ pub const BENCH: &[Need] = &[
 /// What `cargo xtask bench block` needs.
 pub const BLOCK: &[Need] = &[QEMU_STORAGE_DAEMON, FIO];
 
+/// What `cargo xtask bench net` needs.
+pub const NET: &[Need] = &[
+    TESTPMD,
+    need("ip", "iproute2", "makes the interfaces that frames leave by"),
+];
+
+/// DPDK's program for measurements; its package brings all drivers along.
+const TESTPMD: Need = need(
+    "dpdk-testpmd",
+    "dpdk-dev",
+    "drives network cards without a guest, and is a peer that they are measured beside",
+);
+
 /// Load on bare files.
 const FIO: Need = need(
     "fio",

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use super::*;
 use crate::load::memory::Memory;
 use crate::load::requests::{Layout, Shape};
+use crate::load::ring::Chains;
 use crate::load::source::{Mix, Pattern, Span};
 
 /// A ring that keeps what was offered, and gives what it was told to.
@@ -20,7 +21,7 @@ struct Told {
 }
 
 impl Ring for Told {
-    fn offer(&mut self, _: &Requests<'_>, slot: u16, kind: Kind) {
+    fn offer(&mut self, _: &impl Chains, slot: u16, kind: Kind) {
         self.offered.push((slot, kind));
         if self.at_once {
             self.used.push_back(Used { slot, len: 1 });

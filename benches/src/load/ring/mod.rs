@@ -14,7 +14,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::error::QueueError;
-use super::requests::{Descriptor, Requests};
+use super::requests::Descriptor;
 use super::source::Kind;
 
 /// When the device is to call, and how it says whether it wants kicks.
@@ -35,11 +35,40 @@ pub struct Used {
     pub len: u32,
 }
 
+/// What a ring's chains consist of: as many as can be in flight, each in a slot of its own, all alike.
+pub trait Chains {
+    /// Entries of the ring: a power of two.
+    fn ring_size(&self) -> u16;
+
+    /// Slots.
+    fn depth(&self) -> u16;
+
+    /// Descriptors of each chain.
+    fn chain(&self) -> u16;
+
+    /// Each chain lies in a table of its own.
+    fn indirect(&self) -> bool;
+
+    /// Descriptor number `place` of a slot's chain.
+    fn descriptor(&self, slot: u16, place: u16, kind: Kind) -> Descriptor;
+
+    /// Where the indirect table of a slot lies.
+    fn table(&self, slot: u16) -> usize;
+
+    /// The descriptor of that table.
+    fn table_descriptor(&self, slot: u16) -> Descriptor;
+
+    /// Entries of the ring that a chain takes.
+    fn slots_of_ring(&self) -> u16 {
+        if self.indirect() { 1 } else { self.chain() }
+    }
+}
+
 /// A virtqueue, split or packed.
 pub trait Ring {
     /// Offers a request; the device sees it with [`Ring::publish`] at the latest. The caller offers
     /// no request twice before it was used.
-    fn offer(&mut self, requests: &Requests<'_>, slot: u16, kind: Kind);
+    fn offer(&mut self, requests: &impl Chains, slot: u16, kind: Kind);
 
     /// Shows the device what was offered; whether it wants a kick for it.
     fn publish(&mut self) -> bool;

@@ -10,11 +10,11 @@ use bulkhead_integration::driver::packed::{
     EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE, START, WRAP, available_bits, is_used, wanted,
 };
 
-use super::{Events, Ring, Used};
+use super::{Chains, Events, Ring, Used};
 use crate::load::LoadError;
 use crate::load::error::QueueError;
 use crate::load::memory::Memory;
-use crate::load::requests::{Descriptor, Layout, Requests};
+use crate::load::requests::{Descriptor, Layout};
 use crate::load::source::Kind;
 
 /// Where flags and id lie in the second word of a descriptor.
@@ -47,28 +47,28 @@ impl<'m> Packed<'m> {
     pub fn new(
         memory: &'m Memory,
         layout: &Layout,
-        requests: &Requests<'_>,
+        requests: &impl Chains,
         events: Events,
     ) -> Result<Self, LoadError> {
-        let shape = requests.shape();
         let mut tables = Vec::new();
-        if shape.indirect {
-            for slot in 0..shape.depth {
-                let table = memory.slice(requests.table(slot), 2 * usize::from(shape.chain()))?;
+        if requests.indirect() {
+            for slot in 0..requests.depth() {
+                let table =
+                    memory.slice(requests.table(slot), 2 * usize::from(requests.chain()))?;
                 write_table(table, requests, slot, Kind::Read);
                 tables.push(table);
             }
         }
         let mut ring = Self {
-            ring: memory.slice(layout.desc, 2 * usize::from(shape.ring_size))?,
+            ring: memory.slice(layout.desc, 2 * usize::from(requests.ring_size()))?,
             tables,
-            direction: vec![Kind::Read; usize::from(shape.depth)],
+            direction: vec![Kind::Read; usize::from(requests.depth())],
             driver_event: memory.slice(layout.driver, 2)?,
             device_event: memory.slice(layout.device, 2)?,
             events,
-            depth: shape.depth,
-            size: shape.ring_size,
-            slots: shape.slots_of_ring(),
+            depth: requests.depth(),
+            size: requests.ring_size(),
+            slots: requests.slots_of_ring(),
             next: START,
             kicked: START,
             last_used: START,
@@ -88,7 +88,7 @@ impl<'m> Packed<'m> {
         }
     }
 
-    fn write_chain(&mut self, requests: &Requests<'_>, slot: u16, kind: Kind) {
+    fn write_chain(&mut self, requests: &impl Chains, slot: u16, kind: Kind) {
         let first = self.next;
         let mut place = step(first, 1, self.size);
         for number in 1..self.slots {
@@ -129,8 +129,8 @@ fn step(place: u16, by: u16, size: u16) -> u16 {
     }
 }
 
-fn write_table(table: &[AtomicU64], requests: &Requests<'_>, slot: u16, kind: Kind) {
-    for (place, words) in (0..requests.shape().chain()).zip(table.chunks_exact(2)) {
+fn write_table(table: &[AtomicU64], requests: &impl Chains, slot: u16, kind: Kind) {
+    for (place, words) in (0..requests.chain()).zip(table.chunks_exact(2)) {
         let part = requests.descriptor(slot, place, kind);
         if let [addr, rest] = words {
             addr.store(part.addr, Relaxed);
@@ -143,7 +143,7 @@ fn write_table(table: &[AtomicU64], requests: &Requests<'_>, slot: u16, kind: Ki
 
 impl Ring for Packed<'_> {
     #[inline]
-    fn offer(&mut self, requests: &Requests<'_>, slot: u16, kind: Kind) {
+    fn offer(&mut self, requests: &impl Chains, slot: u16, kind: Kind) {
         let Some(table) = self.tables.get(usize::from(slot)) else {
             self.write_chain(requests, slot, kind);
             return;

@@ -6,11 +6,11 @@
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, fence};
 
-use super::{Events, Ring, Used, write_linked};
+use super::{Chains, Events, Ring, Used, write_linked};
 use crate::load::LoadError;
 use crate::load::error::QueueError;
 use crate::load::memory::Memory;
-use crate::load::requests::{Layout, Requests};
+use crate::load::requests::Layout;
 use crate::load::source::Kind;
 
 const NO_INTERRUPT: u16 = 1;
@@ -26,7 +26,7 @@ const REARM_EVERY: u16 = 1 << 14;
 #[derive(Debug)]
 pub struct Split<'m> {
     /// Each request's own descriptors: of the ring's table, or of the indirect tables.
-    chains: Chains<'m>,
+    chains: Tables<'m>,
     avail: &'m [AtomicU16],
     used_head: &'m [AtomicU16],
     used: &'m [AtomicU32],
@@ -44,7 +44,7 @@ pub struct Split<'m> {
 }
 
 #[derive(Debug)]
-enum Chains<'m> {
+enum Tables<'m> {
     Direct(&'m [AtomicU64]),
     Indirect(Vec<&'m [AtomicU64]>),
 }
@@ -58,11 +58,10 @@ impl<'m> Split<'m> {
     pub fn new(
         memory: &'m Memory,
         layout: &Layout,
-        requests: &Requests<'_>,
+        requests: &impl Chains,
         events: Events,
     ) -> Result<Self, LoadError> {
-        let shape = requests.shape();
-        let size = usize::from(shape.ring_size);
+        let size = usize::from(requests.ring_size());
         let table = memory.slice::<AtomicU64>(layout.desc, 2 * size)?;
         let event = memory.slice(layout.device + 4 + 8 * size, 1)?;
         let [avail_event] = event else {
@@ -71,8 +70,8 @@ impl<'m> Split<'m> {
                 count: size,
             });
         };
-        let heads: Vec<u16> = (0..shape.depth)
-            .map(|slot| slot * shape.slots_of_ring())
+        let heads: Vec<u16> = (0..requests.depth())
+            .map(|slot| slot * requests.slots_of_ring())
             .collect();
         let mut slot_of_head = vec![NONE; size];
         for (slot, head) in (0u16..).zip(&heads) {
@@ -81,41 +80,41 @@ impl<'m> Split<'m> {
             }
         }
         let mut ring = Self {
-            chains: Chains::new(memory, table, requests, &heads)?,
+            chains: Tables::new(memory, table, requests, &heads)?,
             avail: memory.slice(layout.driver, ENTRIES + size + 1)?,
             used_head: memory.slice(layout.device, 2)?,
             used: memory.slice(layout.device + 4, 2 * size)?,
             avail_event,
             heads,
             slot_of_head,
-            direction: vec![Kind::Read; usize::from(shape.depth)],
+            direction: vec![Kind::Read; usize::from(requests.depth())],
             events,
-            mask: shape.ring_size.wrapping_sub(1),
+            mask: requests.ring_size().wrapping_sub(1),
             next: 0,
             published: 0,
             last_used: 0,
             seen: 0,
             rearmed: 0,
         };
-        for slot in 0..shape.depth {
+        for slot in 0..requests.depth() {
             ring.write_chain(requests, slot, Kind::Read);
         }
         ring.suppress_or_ask();
         Ok(ring)
     }
 
-    fn write_chain(&mut self, requests: &Requests<'_>, slot: u16, kind: Kind) {
+    fn write_chain(&mut self, requests: &impl Chains, slot: u16, kind: Kind) {
         let (table, first) = match &self.chains {
-            Chains::Direct(table) => {
+            Tables::Direct(table) => {
                 let head = self.heads.get(usize::from(slot)).copied();
                 (*table, head.unwrap_or(0))
             }
-            Chains::Indirect(tables) => {
+            Tables::Indirect(tables) => {
                 let table = tables.get(usize::from(slot)).copied();
                 (table.unwrap_or_default(), 0)
             }
         };
-        for (place, index) in (0..requests.shape().chain()).zip(first..) {
+        for (place, index) in (0..requests.chain()).zip(first..) {
             let part = requests.descriptor(slot, place, kind);
             write_linked(table, usize::from(index), part, index + 1);
         }
@@ -155,26 +154,25 @@ impl<'m> Split<'m> {
     }
 }
 
-impl<'m> Chains<'m> {
+impl<'m> Tables<'m> {
     fn new(
         memory: &'m Memory,
         table: &'m [AtomicU64],
-        requests: &Requests<'_>,
+        requests: &impl Chains,
         heads: &[u16],
     ) -> Result<Self, LoadError> {
-        let shape = requests.shape();
-        if !shape.indirect {
+        if !requests.indirect() {
             return Ok(Self::Direct(table));
         }
         let mut tables = Vec::new();
-        for (slot, head) in (0..shape.depth).zip(heads) {
+        for (slot, head) in (0..requests.depth()).zip(heads) {
             write_linked(
                 table,
                 usize::from(*head),
                 requests.table_descriptor(slot),
                 0,
             );
-            tables.push(memory.slice(requests.table(slot), 2 * usize::from(shape.chain()))?);
+            tables.push(memory.slice(requests.table(slot), 2 * usize::from(requests.chain()))?);
         }
         Ok(Self::Indirect(tables))
     }
@@ -182,7 +180,7 @@ impl<'m> Chains<'m> {
 
 impl Ring for Split<'_> {
     #[inline]
-    fn offer(&mut self, requests: &Requests<'_>, slot: u16, kind: Kind) {
+    fn offer(&mut self, requests: &impl Chains, slot: u16, kind: Kind) {
         let index = usize::from(slot);
         let (Some(head), Some(direction)) = (self.heads.get(index), self.direction.get_mut(index))
         else {

@@ -4,10 +4,14 @@
 //! | --- | --- |
 //! | `block` | the data plane beside its floors and its peers |
 //! | `crypto` | the ciphers beside libraries and the CPU's own limit |
+//! | `net` | network cards beside DPDK |
+//! | `device` | what both of these have in common |
 //! | `ports` | which execution ports a loop fills, as a model of the CPU sees it |
 
 mod block;
 mod crypto;
+mod device;
+mod net;
 mod ports;
 
 use std::error::Error;
@@ -22,13 +26,13 @@ pub struct Options {
     /// Shows that everything can be measured, in seconds; the figures mean little
     #[arg(long)]
     quick: bool,
-    /// block: only parts, or groups of cases, of this name (`null`, `file XTS`, `devices`, ...)
+    /// block, net: only parts, or groups of cases, of this name (`null`, `file XTS`, `devices`, ...; `guest`, `switch`, ...)
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
     /// block: beside the `serve` in this folder, in turns: what a change brought
     #[arg(long, value_name = "FOLDER", conflicts_with = "table")]
     against: Option<PathBuf>,
-    /// block: writes the last run's tables and picture into docs/performance.md, instead of measuring
+    /// block, net: writes the last run's tables and picture into docs/performance.md, instead of measuring
     #[arg(long)]
     table: bool,
 }
@@ -55,6 +59,12 @@ const BENCHES: &[Bench] = &[
         about: "AES on one core in every shape of call, beside libraries and what the CPU's AES units allow; two minutes",
         run: crypto::run,
         options: false,
+    },
+    Bench {
+        name: "net",
+        about: "frames of one guest and between two, through rings, switch and TAP, beside DPDK's testpmd; fairness; five minutes",
+        run: net::run,
+        options: true,
     },
 ];
 
