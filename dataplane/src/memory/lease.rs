@@ -11,7 +11,10 @@ use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use super::GuestMemory;
+use super::{GuestMemory, will_write};
+
+/// Bytes of a cache line.
+const LINE_BYTES: usize = 64;
 
 /// Guest memory, held: cheap to copy within its thread.
 #[derive(Debug, Clone)]
@@ -69,6 +72,20 @@ impl Lease {
         let offset = usize::try_from(offset).ok()?;
         // SAFETY: offset lies inside the region, which the memory's mapping covers.
         Some(unsafe { window.host.add(offset) })
+    }
+
+    /// Has the CPU fetch what is going to be written there, of `bytes` bytes the first `most`.
+    #[inline]
+    pub(crate) fn announce(&self, guest_addr: u64, bytes: u32, most: u32) {
+        let Some(first) = self.recent(guest_addr, bytes) else {
+            return;
+        };
+        // With the last byte comes its line, wherever the first one lies in its own.
+        let last = bytes.min(most) - 1;
+        for at in (0..last).step_by(LINE_BYTES).chain([last]) {
+            // SAFETY: below the range's length, which lies in the mapping as a whole.
+            will_write(unsafe { first.add(at as usize) });
+        }
     }
 
     /// Has the region of this address looked at first from now on.

@@ -14,6 +14,7 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 mod again;
+mod announce;
 mod unpop;
 
 use std::ptr::NonNull;

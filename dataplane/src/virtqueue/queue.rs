@@ -177,6 +177,12 @@ impl Virtqueue {
         either!(self, queue => queue.unpop(head));
     }
 
+    /// Has the CPU fetch the first bytes of some chains that come next, to be written: of how many. Nothing is taken.
+    #[inline]
+    pub fn announce_next(&mut self, bytes: u32) -> u16 {
+        either!(self, queue => queue.announce_next(bytes))
+    }
+
     /// Has the CPU fetch what the next chain that is given back will be written to.
     #[inline]
     pub fn announce_used(&self) {

@@ -95,7 +95,11 @@ pub const BLOCK: &[Need] = &[QEMU_STORAGE_DAEMON, FIO];
 /// What `cargo xtask bench net` needs.
 pub const NET: &[Need] = &[
     TESTPMD,
-    need("ip", "iproute2", "makes the interfaces that frames leave by"),
+    need(
+        "ip",
+        "iproute2",
+        "makes the interfaces that frames leave by",
+    ),
 ];
 
 /// DPDK's program for measurements; its package brings all drivers along.

@@ -171,6 +171,7 @@ impl Sink for Delivery<'_> {
             lane.tally.dropped(DropReason::Limited);
             return Err(DropReason::Limited);
         }
+        lane.announce(&mut queue.ring);
         let mut delivered = Delivered::default();
         let (ring, receiver) = (&mut queue.ring, lane.receiver);
         let result = deliver(ring, receiver, self.scratch, frame, &mut delivered);

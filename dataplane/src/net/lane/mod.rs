@@ -31,12 +31,17 @@ use std::sync::Arc;
 
 use super::receive::Receiver;
 use super::{Counts, Direction, HeaderSize, NetDevice, part_of};
+use crate::virtqueue::Virtqueue;
 pub use cards::Cards;
 use delivery::Delivery;
 pub use transmit::Asked;
 
 /// Frames that are taken from a queue together at most.
 pub const MOST_FRAMES: usize = 32;
+
+/// Bytes at the front of a receive buffer that are asked for ahead: all of a short frame, and of a longer one so much that
+/// the CPU sees where it goes on.
+const FIRST_BYTES: u32 = 128;
 
 /// What a card's queue has beside its ring.
 #[derive(Debug)]
@@ -54,6 +59,8 @@ pub struct Lane {
     header: HeaderSize,
     /// How frames are received.
     receiver: Receiver,
+    /// Buffers that come next and that the CPU was asked for already.
+    announced: u16,
     /// It is among those that are published at the end of the turn.
     touched: bool,
     /// What happened and is not counted yet.
@@ -73,6 +80,7 @@ impl Lane {
             port: usize::MAX,
             header: HeaderSize::of(features),
             receiver: Receiver::of(features, mtu),
+            announced: 0,
             touched: false,
             tally: Counts::default(),
         }
@@ -90,6 +98,17 @@ impl Lane {
     #[inline]
     pub fn sends(&self) -> bool {
         self.direction == Direction::Tx
+    }
+
+    /// A frame is about to be written to the next buffer. Its lines belong to another CPU, which read the frame that was
+    /// there before; they are asked for some buffers ahead, since one that is written without that stands still for as
+    /// long as a line takes to come.
+    #[inline]
+    fn announce(&mut self, ring: &mut Virtqueue) {
+        self.announced = match self.announced {
+            0 => ring.announce_next(FIRST_BYTES),
+            announced => announced - 1,
+        };
     }
 
     /// Counts what happened.
