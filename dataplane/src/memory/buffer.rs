@@ -10,6 +10,9 @@ use std::ptr::NonNull;
 
 use super::{GuestMemory, Lease, read_words, will_read, will_write};
 
+/// Bytes of a cache line.
+const LINE_BYTES: usize = 64;
+
 /// Ranges that the longest chains of well-behaved drivers have.
 pub const USUAL_MOST_PIECES: usize = 256;
 
@@ -109,6 +112,21 @@ impl GuestBuffer {
     pub fn announce_first(&self) {
         if let Some(piece) = self.pieces.first().filter(|piece| piece.bytes > 0) {
             will_read(piece.host);
+        }
+    }
+
+    /// Has the CPU fetch the first `most` bytes, which are going to be read, of the first two ranges.
+    #[inline]
+    pub fn announce_front(&self, most: u32) {
+        let mut left = most;
+        for piece in self.pieces.iter().take(2) {
+            let bytes = piece.bytes.min(left);
+            left -= bytes;
+            // With the last byte comes its line, wherever the first one lies in its own.
+            for at in (0..bytes).step_by(LINE_BYTES).chain(bytes.checked_sub(1)) {
+                // SAFETY: below the piece's length.
+                will_read(unsafe { piece.host.add(at as usize) });
+            }
         }
     }
 

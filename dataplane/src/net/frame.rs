@@ -162,18 +162,25 @@ impl Default for HeadBuffer {
     }
 }
 
-impl<'a> Frame<'a> {
-    /// The frame that a driver sends: what is readable of its chain, with a header of `size` in front. Header and
-    /// frame may be split over descriptors anywhere.
+/// What was copied of a driver's chain.
+pub(crate) struct Copied<'a> {
+    /// What is in front of the frame.
+    pub header: Header,
+    /// Its first bytes.
+    pub head: &'a [u8],
+    /// The others.
+    pub body: Body<'a>,
+}
+
+impl<'a> Copied<'a> {
+    /// Copies the header and the first bytes of what is readable of a driver's chain.
     ///
     /// # Errors
-    /// [`DropReason::Malformed`] without a whole header and a whole Ethernet header, [`DropReason::TooLong`],
-    /// [`DropReason::BadOffload`].
-    #[inline]
-    pub fn of_chain(
+    /// [`DropReason::Malformed`] without a whole header and a whole Ethernet header, [`DropReason::TooLong`].
+    #[inline(always)]
+    pub(crate) fn of_chain(
         readable: &'a GuestBuffer,
         size: HeaderSize,
-        key: HashKey,
         copy: &'a mut HeadBuffer,
     ) -> Result<Self, DropReason> {
         let total = readable.bytes();
@@ -191,10 +198,12 @@ impl<'a> Frame<'a> {
         if !readable.copy_out(0, copy) {
             return Err(DropReason::Malformed);
         }
-        let (header, head) = copy.split_at(header_bytes);
-        let mut whole = [0; MOST_BYTES];
-        for (to, from) in whole.iter_mut().zip(header) {
-            *to = *from;
+        let mut whole: [u8; MOST_BYTES] = *copy.first_chunk().ok_or(DropReason::Malformed)?;
+        let (_, head) = copy.split_at(header_bytes);
+        if header_bytes < MOST_BYTES {
+            let [short @ .., _, _] = whole;
+            let [a, b, c, d, e, f, g, h, i, j]: [u8; MOST_BYTES - 2] = short;
+            whole = [a, b, c, d, e, f, g, h, i, j, 0, 0];
         }
         let body = Body::Guest {
             buffer: readable,
@@ -204,7 +213,28 @@ impl<'a> Frame<'a> {
         let mut header = Header::parse(&whole);
         // A driver must not set it (5.1.6.2.1), and can't know.
         header.flags &= !DATA_VALID;
-        Self::new(&header, head, body, key)
+        Ok(Self { header, head, body })
+    }
+}
+
+impl<'a> Frame<'a> {
+    /// The frame that a driver sends: what is readable of its chain, with a header of `size` in front. Header and
+    /// frame may be split over descriptors anywhere.
+    ///
+    /// # Errors
+    /// [`DropReason::Malformed`] without a whole header and a whole Ethernet header, [`DropReason::TooLong`],
+    /// [`DropReason::BadOffload`].
+    #[inline]
+    pub fn of_chain(
+        readable: &'a GuestBuffer,
+        size: HeaderSize,
+        key: HashKey,
+        copy: &'a mut HeadBuffer,
+    ) -> Result<Self, DropReason> {
+        let copied = Copied::of_chain(readable, size, copy)?;
+        let mut frame = Self::unseen(copied.head, copied.body);
+        frame.look(&copied.header, key)?;
+        Ok(frame)
     }
 
     /// A frame in our own memory, as an interface of the host gave it.
@@ -217,24 +247,34 @@ impl<'a> Frame<'a> {
             return Err(DropReason::TooLong);
         }
         let (head, body) = bytes.split_at(bytes.len().min(HEAD_BYTES));
-        Self::new(header, head, Body::Bytes(body), key)
+        let mut frame = Self::unseen(head, Body::Bytes(body));
+        frame.look(header, key)?;
+        Ok(frame)
     }
 
-    #[inline]
-    fn new(
-        header: &Header,
-        head: &'a [u8],
-        body: Body<'a>,
-        key: HashKey,
-    ) -> Result<Self, DropReason> {
-        let info = parse::parse(head, key).ok_or(DropReason::Malformed)?;
-        let offload = Offload::of(header, head, body.bytes(), &info)?;
-        Ok(Self {
-            offload,
+    /// A frame at which nobody has looked yet. Where it is looked at many times a second, it is made in its place and
+    /// looked at there: a copy of what was just found out, field by field, waits until all of it is in the cache.
+    #[inline(always)]
+    pub(crate) fn unseen(head: &'a [u8], body: Body<'a>) -> Self {
+        Self {
+            offload: Offload::None,
             head,
             body,
-            info,
-        })
+            info: FrameInfo::UNKNOWN,
+        }
+    }
+
+    /// Finds out what its head says, and holds its header against that.
+    ///
+    /// # Errors
+    /// As [`Frame::of_chain`].
+    #[inline(always)]
+    pub(crate) fn look(&mut self, header: &Header, key: HashKey) -> Result<(), DropReason> {
+        if !parse::parse_into(self.head, key, &mut self.info) {
+            return Err(DropReason::Malformed);
+        }
+        self.offload = Offload::of(header, self.head, self.body.bytes(), &self.info)?;
+        Ok(())
     }
 
     /// Its length in bytes, without a header in front.

@@ -108,6 +108,20 @@ pub struct FrameInfo {
 }
 
 impl FrameInfo {
+    /// Of a frame that nobody has looked at.
+    pub(crate) const UNKNOWN: Self = Self {
+        dst: [0; 6],
+        src: [0; 6],
+        tag: None,
+        ethertype: 0,
+        network: Network::Other,
+        l3: 14,
+        transport: Transport::None,
+        l4: 0,
+        routed: false,
+        hash: 0,
+    };
+
     /// The VLAN that the frame is in; 0 of one without a tag, and of one that only has a priority.
     #[must_use]
     #[inline]
@@ -192,11 +206,21 @@ pub(super) fn word(head: &[u8], at: usize) -> Option<u16> {
 #[must_use]
 #[inline]
 pub fn parse(head: &[u8], key: HashKey) -> Option<FrameInfo> {
-    let mut info = ethernet(head)?;
+    let mut info = FrameInfo::UNKNOWN;
+    parse_into(head, key, &mut info).then_some(info)
+}
+
+/// As [`parse`], in its place; false if it is shorter than Ethernet's header.
+#[must_use]
+#[inline(always)]
+pub(crate) fn parse_into(head: &[u8], key: HashKey, info: &mut FrameInfo) -> bool {
+    if ethernet(head, info).is_none() {
+        return false;
+    }
     let l3 = usize::from(info.l3);
-    info.hash = match info.ethertype {
-        ethertype::IPV4 => ipv4(head, l3, &mut info, key),
-        ethertype::IPV6 => ipv6(head, l3, &mut info, key),
+    let hash = match info.ethertype {
+        ethertype::IPV4 => ipv4(head, l3, info, key),
+        ethertype::IPV6 => ipv6(head, l3, info, key),
         ethertype::ARP | ethertype::RARP => {
             // Ethernet (1) and IPv4 addresses of 6 and 4 bytes.
             let is_arp = bytes(head, l3) == Some([0, 1, 8, 0, 6, 4]) && head.len() >= l3 + 28;
@@ -212,44 +236,36 @@ pub fn parse(head: &[u8], key: HashKey) -> Option<FrameInfo> {
             None
         }
         _ => None,
-    }
-    .unwrap_or_else(|| by_stations(&info, key));
-    Some(info)
+    };
+    info.hash = hash.unwrap_or_else(|| by_stations(info, key));
+    true
 }
 
 /// Ethernet's header and the tags behind it.
-#[inline]
-fn ethernet(head: &[u8]) -> Option<FrameInfo> {
-    let mut info = FrameInfo {
-        dst: bytes(head, 0)?,
-        src: bytes(head, 6)?,
-        tag: None,
-        ethertype: word(head, 12)?,
-        network: Network::Other,
-        l3: 14,
-        transport: Transport::None,
-        l4: 0,
-        routed: false,
-        hash: 0,
-    };
+#[inline(always)]
+fn ethernet(head: &[u8], info: &mut FrameInfo) -> Option<()> {
+    info.dst = bytes(head, 0)?;
+    info.src = bytes(head, 6)?;
+    let mut ethertype = word(head, 12)?;
     let mut at = ETHERNET_BYTES;
     for _ in 0..MOST_TAGS {
-        if !matches!(info.ethertype, ethertype::VLAN | ethertype::PROVIDER_VLAN) {
+        if !matches!(ethertype, ethertype::VLAN | ethertype::PROVIDER_VLAN) {
             break;
         }
         let (Some(tag), Some(inner)) = (word(head, at), word(head, at + 2)) else {
             break;
         };
         info.tag = info.tag.or(Some(tag));
-        info.ethertype = inner;
+        ethertype = inner;
         at += TAG_BYTES;
     }
+    info.ethertype = ethertype;
     info.l3 = u16::try_from(at).ok()?;
-    Some(info)
+    Some(())
 }
 
 /// The hash of what has no addresses of IP.
-#[inline]
+#[inline(never)]
 fn by_stations(info: &FrameInfo, key: HashKey) -> u32 {
     let station = |[a, b, c, d, e, f]: Mac| u64::from_be_bytes([0, 0, a, b, c, d, e, f]);
     let (a, b) = (station(info.src), station(info.dst));
@@ -282,7 +298,7 @@ fn transport(protocol: u8) -> Transport {
 }
 
 /// An IPv4 header (RFC 791) at `l3`: its flow's hash.
-#[inline]
+#[inline(always)]
 fn ipv4(head: &[u8], l3: usize, info: &mut FrameInfo, key: HashKey) -> Option<u32> {
     info.network = Network::Malformed;
     let header: [u8; IPV4_BYTES] = bytes(head, l3)?;
@@ -309,7 +325,7 @@ fn ipv4(head: &[u8], l3: usize, info: &mut FrameInfo, key: HashKey) -> Option<u3
 }
 
 /// An IPv6 header (RFC 8200) at `l3`: its flow's hash.
-#[inline]
+#[inline(never)]
 fn ipv6(head: &[u8], l3: usize, info: &mut FrameInfo, key: HashKey) -> Option<u32> {
     info.network = Network::Malformed;
     let header: [u8; 8] = bytes(head, l3)?;

@@ -64,6 +64,26 @@ impl Order {
         }
     }
 
+    /// A chain in flight has ended that is to be shown next, which is what happens unless several are under way; false:
+    /// it is not that one, and nothing was noted.
+    #[inline]
+    pub(super) fn ended_first(&mut self, head: u16) -> bool {
+        let first = self.places.get(self.first);
+        if self.count == 0 || first.is_none_or(|first| first.head != head || first.len.is_some()) {
+            return false;
+        }
+        self.first = self.wrapped(self.first + 1);
+        self.count -= 1;
+        true
+    }
+
+    /// Whether the next chain that is to be shown has ended.
+    #[inline]
+    pub(super) fn has_next(&self) -> bool {
+        let first = self.places.get(self.first);
+        self.count > 0 && first.is_some_and(|first| first.len.is_some())
+    }
+
     /// The `count` chains that were taken last are not in flight any more; none of them has ended.
     pub(super) fn forget_last(&mut self, count: usize) {
         self.count = self.count.saturating_sub(count);
@@ -129,5 +149,22 @@ mod tests {
         }
         let shown: Vec<_> = std::iter::from_fn(|| order.next()).collect();
         assert_eq!(shown, [(2, 2), (0, 0), (1, 1)]);
+    }
+
+    #[test]
+    fn the_first_that_was_taken_needs_no_note_when_it_ends() {
+        let mut order = Order::new(4);
+        // Past the end of the places.
+        for round in 0..3u16 {
+            let heads = [round % 4, (round + 1) % 4, (round + 2) % 4];
+            heads.iter().for_each(|head| order.taken(*head));
+            assert!(!order.ended_first(heads[1]), "another one comes first");
+            order.ended(heads[1], 7);
+            assert!(order.ended_first(heads[0]) && order.has_next());
+            assert!(!order.ended_first(heads[1]), "it has ended");
+            assert_eq!(order.next(), Some((heads[1], 7)));
+            assert!(!order.has_next() && order.ended_first(heads[2]));
+            assert!(!order.ended_first(heads[2]) && order.next().is_none());
+        }
     }
 }

@@ -459,19 +459,22 @@ impl PackedQueue {
     /// before it where that was negotiated.
     #[inline]
     pub fn push_used(&mut self, id: u16, len: u32) {
-        if self.order.is_some() {
-            self.push_in_order(id, len);
-        } else {
-            self.write_used(id, len);
+        let Some(order) = &mut self.order else {
+            return self.write_used(id, len);
+        };
+        if !order.ended_first(id) {
+            return order.ended(id, len);
+        }
+        let more = order.has_next();
+        self.write_used(id, len);
+        if more {
+            self.push_ended();
         }
     }
 
+    /// Gives those back that have ended and waited for the one before them.
     #[inline(never)]
-    fn push_in_order(&mut self, id: u16, len: u32) {
-        let Some(order) = &mut self.order else {
-            return;
-        };
-        order.ended(id, len);
+    fn push_ended(&mut self) {
         while let Some((id, len)) = self.order.as_mut().and_then(Order::next) {
             self.write_used(id, len);
         }

@@ -424,19 +424,22 @@ impl SplitQueue {
     /// before it.
     #[inline(always)]
     pub fn push_used(&mut self, head: u16, len: u32) {
-        if self.order.is_some() {
-            self.push_in_order(head, len);
-        } else {
-            self.write_used(head, len);
+        let Some(order) = &mut self.order else {
+            return self.write_used(head, len);
+        };
+        if !order.ended_first(head) {
+            return order.ended(head, len);
+        }
+        let more = order.has_next();
+        self.write_used(head, len);
+        if more {
+            self.push_ended();
         }
     }
 
+    /// Gives those back that have ended and waited for the one before them.
     #[inline(never)]
-    fn push_in_order(&mut self, head: u16, len: u32) {
-        let Some(order) = &mut self.order else {
-            return;
-        };
-        order.ended(head, len);
+    fn push_ended(&mut self) {
         while let Some((head, len)) = self.order.as_mut().and_then(Order::next) {
             self.write_used(head, len);
         }

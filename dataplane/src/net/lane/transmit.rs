@@ -4,7 +4,7 @@
 
 use super::ports::AnyPort;
 use super::{Cards, Delivery, Lane, MOST_FRAMES};
-use crate::net::frame::{Frame, HeadBuffer};
+use crate::net::frame::{Copied, Frame, HeadBuffer};
 use crate::net::header::Header;
 use crate::net::parse::ethertype::RARP;
 use crate::net::{Counts, HashKey, HeaderSize, NetDevice};
@@ -14,6 +14,10 @@ use crate::virtqueue::{Chain, RingError, Virtqueue};
 use crate::worker::clock;
 use crate::worker::queue::{Kind, Queue};
 use crate::worker::ring::Ring;
+
+/// Bytes at the front of what is sent that are asked for as soon as they are known: the header, and what is looked at of
+/// most frames.
+const FIRST_BYTES: u32 = 128;
 
 /// What a queue may send in its turn.
 #[derive(Debug, Clone, Copy)]
@@ -78,7 +82,7 @@ impl Frames {
                     break;
                 }
             }
-            place.chain.announce();
+            place.chain.readable.announce_front(FIRST_BYTES);
             sent.frames += 1;
             sent.bytes += place.chain.readable.bytes();
             if sent.bytes >= asked.bytes {
@@ -140,7 +144,9 @@ impl Sender<'_> {
         ring: &mut Ring,
     ) -> Result<usize, DropReason> {
         let Place { chain, head, .. } = place;
-        let frame = Frame::of_chain(&chain.readable, self.header, self.key, head)?;
+        let copied = Copied::of_chain(&chain.readable, self.header, head)?;
+        let mut frame = Frame::unseen(copied.head, copied.body);
+        frame.look(&copied.header, self.key)?;
         if !self.device.is_up() {
             return Err(DropReason::LinkDown);
         }
