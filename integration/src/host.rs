@@ -180,11 +180,15 @@ impl Host {
             bin_dir: bin_dir.to_owned(),
             rot: None,
         };
-        for folder in ["", "volumes", "keys"] {
+        for folder in ["", "volumes", "keys", "mirrors"] {
             let path = dir.join(folder);
             fs::create_dir_all(&path)?;
             // The processes run as other users, and have to come through here.
             fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        }
+        if is_root() {
+            let uid = Some(uid_of("agent"));
+            std::os::unix::fs::chown(host.mirrors(), uid, uid)?;
         }
         host.cli(&[
             "operator",
@@ -235,7 +239,13 @@ impl Host {
         self.volumes.join(format!("{volume}.img"))
     }
 
-    /// The socket of a volume.
+    /// Where mirrors of NICs are written.
+    #[must_use]
+    pub fn mirrors(&self) -> PathBuf {
+        self.path("mirrors")
+    }
+
+    /// The socket of a volume or a NIC.
     #[must_use]
     pub fn socket(&self, volume: &str) -> PathBuf {
         self.dir.join("run/vhost").join(format!("{volume}.sock"))
@@ -361,7 +371,9 @@ impl Host {
             .arg("--run-dir")
             .arg(self.path("run"))
             .arg("--volume-dir")
-            .arg(&self.volumes);
+            .arg(&self.volumes)
+            .arg("--mirror-dir")
+            .arg(self.mirrors());
         if is_root() {
             for (role, uid) in UIDS {
                 command.arg(format!("--{role}-uid")).arg(uid.to_string());

@@ -12,6 +12,7 @@ mod guests;
 mod isolation;
 mod limits;
 mod migration;
+mod networks;
 mod refusals;
 mod rekey;
 mod rekey_dmcrypt;
@@ -48,6 +49,7 @@ fn main() {
         guests::TESTS,
         whole_disk::TESTS,
         migration::TESTS,
+        networks::TESTS,
         volumes::TESTS,
         dmcrypt::TESTS,
         dmcrypt_kernels::TESTS,

@@ -24,7 +24,15 @@ fn the_documented_bundle_loads() {
             .iter()
             .any(|v| v.sealed_for("host-a").is_some())
     );
-    // Every field that a volume can have stands in the table.
+    // Every field that a NIC or a volume can have stands in the tables.
+    for field in source::nic_to_toml(&bundle.nics[0]).lines() {
+        let Some((name, _)) = field.split_once(" = ") else {
+            continue;
+        };
+        let documented =
+            text.contains(&format!("`nic.{name}")) || text.contains(&format!("`.{name}`"));
+        assert!(documented, "{name} is not documented");
+    }
     for field in source::volume_to_toml(&bundle.volumes[0]).lines() {
         let Some((name, _)) = field.split_once(" = ") else {
             continue;
