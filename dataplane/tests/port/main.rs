@@ -10,3 +10,4 @@ mod rig;
 mod suite;
 mod switch;
 mod tap;
+mod uplink;
