@@ -163,6 +163,7 @@ fn good_rings_are_served_as_the_model_serves_them() {
                 );
                 let mut chain = Chain::default();
                 while let Some(taken) = pair.model.pop(&pair.theirs.memory).expect("good") {
+                    take_and_put_back(&mut pair.queue, &mut random);
                     assert_eq!(pair.queue.pop(&mut chain), Ok(Some(taken.id)));
                     assert_same(&chain, &taken, &pair.theirs.memory);
                     open.push(taken);
@@ -174,6 +175,17 @@ fn good_rings_are_served_as_the_model_serves_them() {
                 end_some(&mut pair, &mut random, &mut open, &mut free);
             }
         }
+    }
+}
+
+/// Takes some chains and puts them back: the ring is as if they had not been taken.
+fn take_and_put_back(queue: &mut PackedQueue, random: &mut Random) {
+    let mut taken = Vec::new();
+    for _ in 0..random.below(4) {
+        taken.extend(queue.pop(&mut Chain::default()).expect("good"));
+    }
+    for id in taken.into_iter().rev() {
+        queue.unpop(id);
     }
 }
 

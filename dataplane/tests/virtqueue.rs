@@ -296,6 +296,14 @@ fn indexes_wrap_at_every_batch_size() {
                 .write_all_at(&index.to_le_bytes(), AVAIL + 2)
                 .expect("index");
             for i in 0..batch {
+                // Some are taken and put back first: they are the next ones again.
+                let ahead = (batch - i).min(batch % 5);
+                for next in i..i + ahead {
+                    assert_eq!(queue.pop(&mut chain), Ok(Some(next)));
+                }
+                for next in (i..i + ahead).rev() {
+                    queue.unpop(next);
+                }
                 let head = queue.pop(&mut chain).expect("good").expect("offered");
                 assert_eq!(head, i);
                 queue.push_used(head, u32::from(i));
@@ -393,6 +401,40 @@ fn an_avail_entry_is_read_once() {
     assert_eq!(queue.pop(&mut chain), Ok(Some(5)));
     assert_eq!(queue.pop(&mut chain), Ok(Some(9)));
     assert_eq!(queue.pop(&mut chain), Ok(None));
+}
+
+/// A chain that was put back is read anew, and so is the index: a driver gains nothing by changing either.
+#[test]
+fn what_was_put_back_is_read_anew() {
+    let pair = Pair::new();
+    for place in 0..SIZE {
+        let desc = Desc {
+            addr: 0x2000,
+            len: 1,
+            flags: 2,
+            next: 0,
+        };
+        put(&pair, DESC, &[(place, desc)]);
+    }
+    pair.write(AVAIL + 4, &[3, 0, 5, 0]);
+    pair.write(AVAIL + 2, &2u16.to_le_bytes());
+    let mut queue = pair.queue(INDIRECT);
+    let mut chain = Chain::default();
+    assert_eq!(queue.pop(&mut chain), Ok(Some(3)));
+    assert_eq!(queue.pop(&mut chain), Ok(Some(5)));
+    queue.unpop(5);
+    assert_eq!(queue.in_flight(), 1);
+    pair.write(AVAIL + 6, &[7, 0]);
+    assert_eq!(queue.pop(&mut chain), Ok(Some(7)));
+    queue.unpop(7);
+    queue.unpop(3);
+    assert_eq!((queue.in_flight(), queue.next_avail()), (0, 0));
+    // As many as the queue has since then, and one more.
+    pair.write(AVAIL + 2, &(SIZE + 1).to_le_bytes());
+    assert!(matches!(
+        queue.pop(&mut chain),
+        Err(RingError::IndexJump { expected: 0, .. })
+    ));
 }
 
 /// A head outside the table breaks the ring in its turn, not when it is read ahead.
