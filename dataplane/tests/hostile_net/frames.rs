@@ -1,14 +1,17 @@
 //! Frames of any shape: headers short, split and overlapping; lengths; who they say to be from, and where they go.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bulkhead_dataplane::port::DropReason::{
     BadOffload, Hairpin, Malformed, Reserved, SpoofedMac, TooLong,
 };
+use bulkhead_integration::card::Card;
 use bulkhead_integration::driver::ring::Desc;
+use bulkhead_integration::packets::{Packet, TCP};
 
 use crate::arena::{A, Arena, B, End, Wrong, arrives, offer, publish};
-use crate::rig::mac;
+use crate::rig::{PATIENCE, mac};
 use crate::{BOTH, Case};
 
 /// Bytes in the attacker's memory, and the chain that names ranges of them: header and frame, one behind the other.
@@ -65,7 +68,7 @@ pub(crate) fn shoot(arena: &mut Arena, shot: &Shot, frame: &[u8]) -> Result<End,
     offer(&mut card, 1, 0, &descs)?;
     publish(&mut card, 1)?;
     let memory = Arc::clone(&card.memory);
-    let used = match card.rings[1].wait_used(&memory, std::time::Duration::from_secs(10)) {
+    let used = match card.rings[1].wait_used(&memory, PATIENCE) {
         Ok(used) => used,
         Err(_) => return arena.retired(&card, 1),
     };
@@ -124,10 +127,87 @@ fn switched(name: &'static str, end: End, alter: fn(&mut Vec<u8>)) -> Case {
     altered(name, end, 100, alter, |frame| Shot::new(&NONE, frame))
 }
 
+/// Header and frame change all the time while they are sent: what arrives is what was checked, whatever that was.
+fn changing(arena: &mut Arena) -> Result<End, Wrong> {
+    let mut card = arena.attach(&arena.options())?;
+    let packet = Packet {
+        dst: mac(B),
+        src: mac(A),
+        ..Packet::v4(TCP, &[7; 5000])
+    };
+    let (frame, start, offset) = packet.partial();
+    let mut bytes = vec![1, 1, 54, 0];
+    for field in [1000, start, offset, 0] {
+        bytes.extend(field.to_le_bytes());
+    }
+    bytes.extend(frame);
+    let at = card.slot(0, 0);
+    card.memory.write(at, &bytes)?;
+    let memory = Arc::clone(&card.memory);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let word =
+                |from: usize| u32::from_le_bytes(bytes[from..from + 4].try_into().expect("four"));
+            while !stop.load(Ordering::Relaxed) {
+                // Size and place of a segment's checksum; the last four bytes of the source.
+                for (from, other) in [(4, 0xffff_0000), (20, 0x0300_0000)] {
+                    memory.swap_u32(at + from as u64, other).expect("inside");
+                    memory
+                        .swap_u32(at + from as u64, word(from))
+                        .expect("inside");
+                }
+            }
+        });
+        let sent = send_while(arena, &mut card, bytes.len());
+        stop.store(true, Ordering::Relaxed);
+        sent
+    })?;
+    // It is as it was.
+    offer(
+        &mut card,
+        1,
+        0,
+        &[Desc::readable(at, u32::try_from(bytes.len())?)],
+    )?;
+    publish(&mut card, 1)?;
+    arrives(&mut arena.b.1, &bytes[12..])?;
+    Ok(End::Harmless)
+}
+
+/// Sends what is there, again and again: whatever comes is from the card itself, and as it can be cut.
+fn send_while(arena: &mut Arena, card: &mut Card, length: usize) -> Result<(), Wrong> {
+    let (at, memory) = (card.slot(0, 0), Arc::clone(&card.memory));
+    let length = u32::try_from(length)?;
+    for _ in 0..2000 {
+        offer(card, 1, 0, &[Desc::readable(at, length)])?;
+        publish(card, 1)?;
+        card.rings[1].wait_used(&memory, PATIENCE)?;
+        while let Some(got) = arena.b.1.poll(0)? {
+            let (source, asks) = (&got.frame[6..12], &got.header[..8]);
+            if source != mac(A) || asks != [1, 1, 54, 0, 0xe8, 3, 34, 0] {
+                return Err(format!("from {source:02x?} came {asks:02x?}").into());
+            }
+        }
+    }
+    Ok(())
+}
+
 /// A header that asks for nothing.
 pub(crate) const NONE: [u8; 12] = [0; 12];
 
 pub(crate) fn cases() -> Vec<Case> {
+    let mut all = rows();
+    all.push(Case {
+        name: "frame_changes_while_it_is_sent",
+        end: End::Harmless,
+        run: Arc::new(changing),
+        formats: BOTH,
+    });
+    all
+}
+
+fn rows() -> Vec<Case> {
     let malformed = End::Dropped(Malformed);
     vec![
         row("no_bytes", malformed, |_| Shot::new(&[], &[])),
