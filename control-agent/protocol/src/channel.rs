@@ -21,8 +21,9 @@ use crate::datagram;
 /// Longest message in bytes: room for what can be said of 256 volumes, and within what the kernel takes in one
 /// datagram without being asked for more (212,992 bytes, `net.core.wmem_default`).
 pub const MAX_MESSAGE_BYTES: usize = 192 * 1024;
-/// Most descriptors with one message: those of a network card with [`crate::net::MAX_QUEUE_PAIRS`].
-pub const MAX_FDS: usize = 16;
+/// Most descriptors with one message: those of a network card with [`crate::net::MAX_QUEUE_PAIRS`], and one that
+/// belongs to all of them.
+pub const MAX_FDS: usize = 17;
 
 /// `SO_PASSPIDFD`, `include/uapi/asm-generic/socket.h` (Linux 6.5).
 const SO_PASSPIDFD: libc::c_int = 76;

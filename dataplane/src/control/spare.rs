@@ -6,8 +6,10 @@
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-/// The most that a message brings: a pidfd and two keys, or three of rot's.
-const COUNT: usize = 4;
+use bulkhead_protocol::channel::MAX_FDS;
+
+/// The most that a message brings: a pidfd and the queues of a card, or two keys, or three of rot's.
+const COUNT: usize = MAX_FDS + 1;
 
 /// Descriptors that are there to be closed before a message is received.
 #[derive(Debug)]

@@ -517,7 +517,7 @@ fn status_is_json_for_programs() {
         "11".repeat(48)
     );
     let expected = format!(
-        r#"{{"host":"host-a","epoch":7,"epoch_floor":7,"digest":"{}","processes":[{{"role":"keyd","pid":4242,"generation":2,"measurement":"{}"}}],"volumes":[{},{},{}],"pending":["attach disk3: no such file"],"keys":null,"groups":[{{"name":"tenant-a","limits":{{"requests":null,"bytes":{{"per_second":83886080,"burst":8388608}}}}}}],"workers":{{"workers":{{"count":2,"cpus":[2,9]}},"by_host":false,"pending":{{"count":4,"cpus":[]}},"problem":"CPU 9 is\u000anot there","loads":[{{"cpu":2,"busy_permille":346,"queues":5}},{{"cpu":null,"busy_permille":1000,"queues":1}}],"queue_moves":12,"queue_moves_given_up":1}},"programs":[{programs}]}}"#,
+        r#"{{"host":"host-a","epoch":7,"epoch_floor":7,"digest":"{}","processes":[{{"role":"keyd","pid":4242,"generation":2,"measurement":"{}"}}],"volumes":[{},{},{}],"pending":["attach disk3: no such file"],"keys":null,"groups":[{{"name":"tenant-a","limits":{{"requests":null,"bytes":{{"per_second":83886080,"burst":8388608}}}}}}],"workers":{{"workers":{{"count":2,"cpus":[2,9]}},"by_host":false,"pending":{{"count":4,"cpus":[]}},"problem":"CPU 9 is\u000anot there","loads":[{{"cpu":2,"busy_permille":346,"queues":5}},{{"cpu":null,"busy_permille":1000,"queues":1}}],"queue_moves":12,"queue_moves_given_up":1}},"programs":[{programs}],"nics":[],"switches":[]}}"#,
         "ab".repeat(48),
         "11".repeat(48),
         volume(1, &state("null", true, false, running, fine)),

@@ -6,6 +6,7 @@ mod export;
 mod flow;
 mod half_rekeyed;
 mod keys;
+mod networks;
 mod refusals;
 mod rekey;
 mod releases;
