@@ -10,7 +10,8 @@ use bulkhead_protocol::net::{InterfaceName, NicGrant, PortSpec as Granted, Uplin
 use nix::sys::stat::{SFlag, fstat, major, minor};
 
 use super::Nics;
-use crate::port::{OutsideSpec, PortSpec, SwitchSpec, TapSpec};
+use crate::port::afxdp::{MOST_MTU, XdpQueue};
+use crate::port::{OutsideSpec, PortSpec, SwitchSpec, TapSpec, XdpSpec};
 
 /// What the agent gives for a port.
 pub(super) type Given = (PortFacts, Vec<OwnedFd>);
@@ -37,7 +38,10 @@ impl Nics {
             Granted::Tap { interface } => {
                 tap(interface, grant.queue_pairs, given).map(PortSpec::Outside)
             }
-            Granted::AfXdp { interface, .. } => Err(no_af_xdp(interface)),
+            Granted::AfXdp { interface, queue } => {
+                let queues = (*queue, grant.queue_pairs);
+                af_xdp(interface, queues, grant.mtu, given).map(PortSpec::Outside)
+            }
         }
     }
 }
@@ -54,13 +58,44 @@ pub(super) fn switch(
             None
         }
         Some(Uplink::Tap { interface }) => Some(tap(interface, 1, given)?),
-        Some(Uplink::AfXdp { interface, .. }) => return Err(no_af_xdp(interface)),
+        // Its NICs may have any MTU that such a port can have.
+        Some(Uplink::AfXdp { interface, queue }) => {
+            let mtu = u16::try_from(MOST_MTU).unwrap_or(u16::MAX);
+            Some(af_xdp(interface, (*queue, 1), mtu, given)?)
+        }
     };
     Ok(SwitchSpec::new(name.to_owned(), uplink))
 }
 
-fn no_af_xdp(interface: &InterfaceName) -> String {
-    format!("AF_XDP {interface}: this data plane has no such port")
+/// Sockets for a number of queues from the first on, and what keeps the program on their interface: set up and bound.
+/// That they lead to the interface that was granted is for the agent to see to, as of a TAP.
+fn af_xdp(
+    interface: &InterfaceName,
+    (first, pairs): (u16, u16),
+    mtu: u16,
+    (facts, mut fds): Given,
+) -> Result<OutsideSpec, String> {
+    let interface_index = match facts {
+        PortFacts::AfXdp { interface_index } if fds.len() == facts.descriptors(pairs) => {
+            interface_index
+        }
+        _ => {
+            return Err(format!(
+                "{facts:?} came with {} descriptors, AF_XDP, {pairs} sockets and a link belong to its port",
+                fds.len()
+            ));
+        }
+    };
+    let links = fds.split_off(usize::from(pairs));
+    let mut queues = Vec::with_capacity(fds.len());
+    for (queue, socket) in (u32::from(first)..).zip(fds) {
+        let made = XdpQueue::new(socket, interface_index, queue, mtu)
+            .map_err(|error| format!("interface {interface}, queue {queue}: {error}"))?;
+        tracing::info!(%interface, queue, zero_copy = made.is_zero_copy(), "AF_XDP socket bound");
+        queues.push(made);
+    }
+    let spec = XdpSpec::new(interface.to_string(), queues, links);
+    Ok(OutsideSpec::Xdp(spec))
 }
 
 /// A TAP out of its queues. That they are those of the interface that was granted is for the agent to
@@ -107,4 +142,47 @@ fn expect((facts, fds): &Given, count: usize, kind: PortFacts) -> Result<(), Str
         ));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_integration::network::{enter_namespace, ip};
+    use bulkhead_interfaces::xdp::Prepared;
+
+    use super::*;
+
+    #[test]
+    fn sockets_of_an_interface_are_bound_to_its_queues_and_nothing_else_is_taken() {
+        let test = "sockets_of_an_interface_are_bound_to_its_queues_and_nothing_else_is_taken";
+        if !enter_namespace(test) {
+            return;
+        }
+        ip("link add v0 numrxqueues 2 numtxqueues 2 type veth peer name v1");
+        ip("link set dev v0 up");
+        let prepared = Prepared::new(&"v0".parse().expect("a name")).expect("prepared");
+        let interface: InterfaceName = "v0".parse().expect("a name");
+        let give = |count: usize| {
+            let made = [1, 1].map(|queue| prepared.socket(queue).expect("a socket"));
+            let interface_index = made[0].interface_index;
+            let mut fds: Vec<OwnedFd> = made.into_iter().map(|one| one.socket).collect();
+            fds.truncate(count);
+            (PortFacts::AfXdp { interface_index }, fds)
+        };
+        // A socket, and in the place of the link anything.
+        let spec = af_xdp(&interface, (1, 1), 1500, give(2)).expect("taken");
+        let OutsideSpec::Xdp(spec) = spec else {
+            panic!("{spec:?}")
+        };
+        assert!(spec.take(0).is_some() && spec.take(1).is_none());
+        drop(spec);
+        let too_few = af_xdp(&interface, (1, 1), 1500, give(1)).expect_err("no link");
+        assert!(too_few.contains("came with 1 descriptors"), "{too_few}");
+        let no_queue = af_xdp(&interface, (7, 1), 1500, give(2)).expect_err("no such queue");
+        assert!(no_queue.contains("v0, queue 7"), "{no_queue}");
+        let too_long = af_xdp(&interface, (1, 1), 9000, give(2)).expect_err("a long MTU");
+        assert!(too_long.contains("9000"), "{too_long}");
+        let (_, fds) = give(2);
+        let tap = PortFacts::Tap { has_uso: true };
+        assert!(af_xdp(&interface, (1, 1), 1500, (tap, fds)).is_err());
+    }
 }
