@@ -122,6 +122,8 @@ pub struct Host {
     volumes: PathBuf,
     bin_dir: PathBuf,
     rot: Option<Process>,
+    /// What rot is started with beside what it needs.
+    pub more: Vec<String>,
 }
 
 /// Our own uid.
@@ -179,6 +181,7 @@ impl Host {
             volumes: volumes.to_owned(),
             bin_dir: bin_dir.to_owned(),
             rot: None,
+            more: Vec::new(),
         };
         for folder in ["", "volumes", "keys", "mirrors"] {
             let path = dir.join(folder);
@@ -374,6 +377,7 @@ impl Host {
             .arg(&self.volumes)
             .arg("--mirror-dir")
             .arg(self.mirrors());
+        command.args(&self.more);
         if is_root() {
             for (role, uid) in UIDS {
                 command.arg(format!("--{role}-uid")).arg(uid.to_string());

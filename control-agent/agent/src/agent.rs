@@ -11,9 +11,11 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use bulkhead_bundle::{SocketSpec, TrustRoot};
+use bulkhead_interfaces::xdp::Prepared;
 use bulkhead_protocol::admin::{AdminReply, ProcessStatus};
 use bulkhead_protocol::control::WorkersStatus;
 use bulkhead_protocol::keys::HostKeys;
+use bulkhead_protocol::net::InterfaceName;
 use bulkhead_protocol::release::ProgramStatus;
 use bulkhead_protocol::rot::Role;
 use bulkhead_protocol::{ServedId, SocketName, VolumeId};
@@ -52,6 +54,8 @@ pub struct Host {
     pub directories: VolumeDirectories,
     /// Where mirrors of NICs may be written; none: nowhere.
     pub mirrors: Option<MirrorDirectory>,
+    /// Interfaces that are prepared for AF_XDP.
+    pub prepared: BTreeMap<InterfaceName, Prepared>,
 }
 
 /// What the host is, as far as the agent knows.

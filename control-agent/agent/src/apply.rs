@@ -149,7 +149,7 @@ impl Agent {
         )?;
         rekey::check_files(&self.host.directories, &bundle, &plan)?;
         self.refuse_mirrors(&bundle)?;
-        let ports = ports::open_new(old, &bundle)?;
+        let ports = ports::open_new(old, &bundle, &self.host.prepared)?;
         Ok(Checked {
             stored: Stored { bundle, envelope },
             plan,

@@ -33,6 +33,7 @@ mod open_files;
 mod operators;
 mod plan;
 mod ports;
+mod prepared;
 mod rekey;
 mod start;
 mod state_file;

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use bulkhead_interfaces::tap;
 use bulkhead_protocol::process;
+use caps::Capability;
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, PathBeneath, PathFd, Ruleset, RulesetAttr,
     RulesetCreatedAttr, Scope, make_bitflags,
@@ -19,7 +20,9 @@ use crate::volume_file::VolumeDirectories;
 /// The kernel's rules as of Linux 6.12; what an older kernel lacks is left out.
 const RULES: ABI = ABI::V6;
 
-/// Locks the process in. It has one thread and has everything open that lies elsewhere.
+/// Locks the process in. It has one thread and has everything open that lies elsewhere. `xdp`: interfaces are prepared
+/// for AF_XDP, and it may go on to make sockets of that family, for which it keeps CAP_NET_RAW. It can't bind one: what it
+/// makes is of use to the data plane only.
 ///
 /// # Errors
 /// Which step failed, and with what.
@@ -27,12 +30,14 @@ pub(crate) fn lock_in(
     state_dir: &Path,
     volumes: &VolumeDirectories,
     mirrors: Option<&MirrorDirectory>,
+    xdp: bool,
 ) -> Result<(), process::StartError> {
     process::no_dump_no_privileges()?;
     restrict_files(state_dir, volumes, mirrors)
         .map_err(|e| failed("Landlock", io::Error::other(e)))?;
-    process::keep_capabilities(&[])?;
-    process::refuse_network_and_exec()
+    let kept: &[Capability] = if xdp { &[Capability::CAP_NET_RAW] } else { &[] };
+    process::keep_capabilities(kept)?;
+    process::refuse_network_and_exec(xdp)
 }
 
 fn failed(step: &'static str, source: io::Error) -> process::StartError {
@@ -81,6 +86,9 @@ fn restrict_files(
 mod tests {
     use std::fs::{self, File, OpenOptions};
 
+    use bulkhead_integration::network::{enter_namespace, ip};
+    use bulkhead_interfaces::xdp::Prepared;
+
     use super::*;
 
     #[test]
@@ -128,5 +136,25 @@ mod tests {
             restricted.join().expect("joined")
         });
         assert_eq!(tries.iter().find(|(_, as_expected)| !as_expected), None);
+    }
+
+    /// What is left of the network, if interfaces are prepared: sockets of one family, for a map that is there.
+    #[test]
+    fn sockets_for_prepared_interfaces_can_be_made_behind_the_filter() {
+        let test = "sockets_for_prepared_interfaces_can_be_made_behind_the_filter";
+        if !enter_namespace(test) {
+            return;
+        }
+        ip("link add v0 type veth peer name v1");
+        let prepared = Prepared::new(&"v0".parse().expect("a name")).expect("prepared");
+        let made = std::thread::scope(|scope| {
+            let restricted = scope.spawn(|| {
+                process::keep_capabilities(&[Capability::CAP_NET_RAW])?;
+                process::refuse_network_and_exec(true)?;
+                Ok::<_, process::StartError>(prepared.socket(0))
+            });
+            restricted.join().expect("joined")
+        });
+        assert_eq!(made.expect("restricted").expect("a socket").queue, 0);
     }
 }

@@ -104,7 +104,7 @@ impl Agent {
         let owner = Owner::Switch(name.clone());
         let opened = match self.known.ports.remove(&owner) {
             Some(opened) => opened,
-            None => ports::open_uplink(switch.uplink.as_ref())?,
+            None => ports::open_uplink(switch.uplink.as_ref(), &self.host.prepared)?,
         };
         let (switch, facts) = (name.clone(), opened.facts);
         self.ask(now, Peer::Dataplane, |request_id| {
@@ -158,7 +158,7 @@ impl Agent {
         let socket = nic.socket.name.clone();
         let opened = match self.known.ports.remove(&Owner::Nic(id)) {
             Some(opened) => opened,
-            None => ports::open(&nic.port, nic.queue_pairs)?,
+            None => ports::open(&nic.port, nic.queue_pairs, &self.host.prepared)?,
         };
         let facts = opened.facts;
         self.ask(now, Peer::Dataplane, |request_id| {

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 
 use bulkhead_bundle::HostBundle;
+use bulkhead_interfaces::xdp::Prepared;
 use bulkhead_interfaces::{InterfaceName as Openable, tap};
 use bulkhead_protocol::control::PortFacts;
 use bulkhead_protocol::net::{InterfaceName, PortSpec, Uplink};
@@ -26,6 +27,9 @@ pub(crate) struct Opened {
     pub(crate) fds: Vec<OwnedFd>,
 }
 
+/// Those that are prepared for AF_XDP.
+pub(crate) type Interfaces = BTreeMap<InterfaceName, Prepared>;
+
 /// Opened and not given to the data plane yet.
 pub(crate) type Ports = BTreeMap<Owner, Opened>;
 
@@ -42,11 +46,17 @@ impl Opened {
 ///
 /// # Errors
 /// For the operator: which interface, and what to do.
-pub(crate) fn open(port: &PortSpec, queue_pairs: u16) -> Result<Opened, String> {
+pub(crate) fn open(
+    port: &PortSpec,
+    queue_pairs: u16,
+    prepared: &Interfaces,
+) -> Result<Opened, String> {
     match port {
         PortSpec::Switch { .. } | PortSpec::Null => Ok(Opened::nothing()),
         PortSpec::Tap { interface } => open_tap(interface, queue_pairs),
-        PortSpec::AfXdp { interface, .. } => refuse_af_xdp(interface),
+        PortSpec::AfXdp { interface, queue } => {
+            open_af_xdp(interface, *queue, queue_pairs, prepared)
+        }
     }
 }
 
@@ -54,11 +64,14 @@ pub(crate) fn open(port: &PortSpec, queue_pairs: u16) -> Result<Opened, String> 
 ///
 /// # Errors
 /// As of [`open`].
-pub(crate) fn open_uplink(uplink: Option<&Uplink>) -> Result<Opened, String> {
+pub(crate) fn open_uplink(
+    uplink: Option<&Uplink>,
+    prepared: &Interfaces,
+) -> Result<Opened, String> {
     match uplink {
         None => Ok(Opened::nothing()),
         Some(Uplink::Tap { interface }) => open_tap(interface, 1),
-        Some(Uplink::AfXdp { interface, .. }) => refuse_af_xdp(interface),
+        Some(Uplink::AfXdp { interface, queue }) => open_af_xdp(interface, *queue, 1, prepared),
     }
 }
 
@@ -76,11 +89,33 @@ fn open_tap(interface: &InterfaceName, queue_pairs: u16) -> Result<Opened, Strin
     })
 }
 
-fn refuse_af_xdp(interface: &InterfaceName) -> Result<Opened, String> {
-    Err(format!(
-        "interface {interface}: AF_XDP sockets take CAP_NET_RAW, which the agent has given up: use a TAP, \
-         in a bridge with {interface}"
-    ))
+/// Sockets for a number of queues from the first on, and behind them what keeps the interface's program there.
+fn open_af_xdp(
+    interface: &InterfaceName,
+    first: u16,
+    queue_pairs: u16,
+    prepared: &Interfaces,
+) -> Result<Opened, String> {
+    let prepared = prepared.get(interface).ok_or_else(|| {
+        format!(
+            "interface {interface} is not prepared for AF_XDP: start bulkhead-rot with --xdp {interface}, \
+             or use a TAP, in a bridge with {interface}"
+        )
+    })?;
+    let mut interface_index = 0;
+    let mut fds = Vec::new();
+    for queue in (u32::from(first)..).take(usize::from(queue_pairs)) {
+        let made = prepared.socket(queue).map_err(|error| error.to_string())?;
+        interface_index = made.interface_index;
+        fds.push(made.socket);
+    }
+    let [_, link] = prepared.descriptors();
+    let link = link.try_clone_to_owned();
+    fds.push(link.map_err(|error| format!("interface {interface}: {error}"))?);
+    Ok(Opened {
+        facts: PortFacts::AfXdp { interface_index },
+        fds,
+    })
 }
 
 /// Opens what is new in a bundle, so that an interface that is not there refuses it. What the applied bundle uses
@@ -88,20 +123,24 @@ fn refuse_af_xdp(interface: &InterfaceName) -> Result<Opened, String> {
 ///
 /// # Errors
 /// For the operator: whose port, which interface, what to do.
-pub(crate) fn open_new(old: Option<&HostBundle>, new: &HostBundle) -> Result<Ports, String> {
+pub(crate) fn open_new(
+    old: Option<&HostBundle>,
+    new: &HostBundle,
+    prepared: &Interfaces,
+) -> Result<Ports, String> {
     let used: BTreeSet<_> = old.into_iter().flat_map(interfaces).collect();
     let is_new = |name: Option<&InterfaceName>| name.is_some_and(|name| !used.contains(name));
     let mut ports = Ports::new();
     for nic in &new.nics {
         if is_new(interface_of(&nic.port)) {
-            let opened = open(&nic.port, nic.queue_pairs);
+            let opened = open(&nic.port, nic.queue_pairs, prepared);
             let opened = opened.map_err(|error| format!("NIC {}: {error}", nic.name))?;
             ports.insert(Owner::Nic(nic.id), opened);
         }
     }
     for switch in &new.switches {
         if is_new(switch.uplink.as_ref().map(interface_of_uplink)) {
-            let opened = open_uplink(switch.uplink.as_ref());
+            let opened = open_uplink(switch.uplink.as_ref(), prepared);
             let opened = opened.map_err(|error| format!("switch {}: {error}", switch.name))?;
             ports.insert(Owner::Switch(switch.name.clone()), opened);
         }
@@ -137,6 +176,7 @@ mod tests {
 
     #[test]
     fn only_interfaces_that_are_new_are_opened_before_a_bundle_is_taken() {
+        let none = Interfaces::new();
         let missing = |name: &str| name.parse::<InterfaceName>().expect("a name");
         let mut old = bundle(Vec::new());
         old.nics = vec![nic(1)];
@@ -144,8 +184,11 @@ mod tests {
             interface: missing("bh-no-tap-1"),
         };
         // It can't be opened now, and is not tried.
-        assert_eq!(open_new(Some(&old), &old).map(|ports| ports.len()), Ok(0));
-        let refused = open_new(None, &old).expect_err("there is none");
+        assert_eq!(
+            open_new(Some(&old), &old, &none).map(|ports| ports.len()),
+            Ok(0)
+        );
+        let refused = open_new(None, &old, &none).expect_err("there is none");
         assert!(refused.starts_with("NIC net1: "), "{refused}");
         assert!(
             refused.contains("bh-no-tap-1") || refused.contains("/dev/net/tun"),
@@ -159,12 +202,12 @@ mod tests {
                 queue: 0,
             }),
         }];
-        let refused = open_new(Some(&old), &new).expect_err("not by the agent");
-        assert!(
-            refused.starts_with("switch lan: interface bh-no-if-2: "),
-            "{refused}"
-        );
+        let refused = open_new(Some(&old), &new, &none).expect_err("not prepared");
+        assert!(refused.contains("with --xdp bh-no-if-2"), "{refused}");
         new.switches[0].uplink = None;
-        assert_eq!(open_new(Some(&old), &new).map(|ports| ports.len()), Ok(0));
+        assert_eq!(
+            open_new(Some(&old), &new, &none).map(|ports| ports.len()),
+            Ok(0)
+        );
     }
 }

@@ -3,10 +3,12 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use bulkhead_bundle::validate::check_host_name;
 use bulkhead_bundle::{KeyError, TrustRoot};
+use bulkhead_protocol::fd_store::{self, FdName};
 use bulkhead_protocol::process::{self, StartError};
 use bulkhead_protocol::rot::ToRot;
 
@@ -15,6 +17,7 @@ use crate::arguments::Arguments;
 use crate::event_loop::{EventLoop, LoopError};
 use crate::lockdown;
 use crate::mirror_file::MirrorDirectory;
+use crate::prepared;
 use crate::store::{Store, StoreError};
 use crate::volume_file::VolumeDirectories;
 
@@ -44,6 +47,17 @@ pub enum StartupError {
     Loop(#[from] LoopError),
 }
 
+/// What rot stores for the agent.
+fn stored() -> Vec<(FdName, OwnedFd)> {
+    match fd_store::Store::inherited() {
+        Ok(mut store) => store.taken(),
+        Err(error) => {
+            tracing::debug!("nothing is stored for the agent: {error}");
+            Vec::new()
+        }
+    }
+}
+
 /// Starts the agent and runs it until rot says stop.
 ///
 /// # Errors
@@ -57,13 +71,16 @@ pub fn run(arguments: &Arguments) -> Result<(), StartupError> {
         VolumeDirectories::open(&arguments.volume_dirs).map_err(StartupError::VolumeDirectory)?;
     let mirrors = arguments.mirror_dir.as_deref().map(MirrorDirectory::open);
     let mirrors = mirrors.transpose().map_err(StartupError::MirrorDirectory)?;
-    lockdown::lock_in(&arguments.state_dir, &directories, mirrors.as_ref())?;
+    let prepared = prepared::take(stored());
+    let xdp = !prepared.is_empty();
+    lockdown::lock_in(&arguments.state_dir, &directories, mirrors.as_ref(), xdp)?;
     let host = Host {
         name: arguments.host.clone(),
         trust,
         vhost_dir: arguments.vhost_dir.clone(),
         directories,
         mirrors,
+        prepared,
     };
     let floor = found.store.floor_epoch();
     let agent = Agent::new(host, found, Instant::now());

@@ -1,5 +1,5 @@
-//! The four `bpf` calls that an interface's program takes: a map of sockets, the program, its link, and an entry of
-//! the map. The program is five instructions, written here.
+//! The five `bpf` calls that an interface's program takes: a map of sockets, the program, its link, an entry of the map,
+//! and which interface a link is on. The program is five instructions, written here.
 //!
 //! UNSAFETY: `bpf` reads a structure and what it points to during the call; all of it lives in the caller's frame.
 #![expect(unsafe_code, reason = "the bpf system call")]
@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 const MAP_CREATE: libc::c_int = 0;
 const MAP_UPDATE_ELEM: libc::c_int = 2;
 const PROG_LOAD: libc::c_int = 5;
+const OBJECT_INFO: libc::c_int = 15;
 const LINK_CREATE: libc::c_int = 28;
 /// `BPF_MAP_TYPE_XSKMAP`.
 const XSKMAP: u32 = 17;
@@ -146,6 +147,40 @@ pub(crate) fn put_socket(
     };
     // SAFETY: the attributes of this command; key and value live through the call and are as long as the map's.
     unsafe { call(MAP_UPDATE_ELEM, &attributes) }.map(drop)
+}
+
+/// The index of the interface that a link is on; none: it is no such link, or the interface is gone.
+pub(crate) fn interface_of(link: BorrowedFd<'_>) -> io::Result<Option<u32>> {
+    /// `BPF_LINK_TYPE_XDP`.
+    const XDP_LINK: u32 = 6;
+    /// The front of `struct bpf_link_info`.
+    #[repr(C)]
+    #[derive(Default)]
+    struct Info {
+        kind: u32,
+        id: u32,
+        program: u32,
+        unused: u32,
+        interface: u32,
+        rest: [u32; 11],
+    }
+    #[repr(C)]
+    struct Attributes {
+        object: u32,
+        info_bytes: u32,
+        info: u64,
+    }
+    let mut info = Info::default();
+    let attributes = Attributes {
+        object: number(link),
+        info_bytes: u32::try_from(size_of::<Info>()).unwrap_or(0),
+        info: (&raw mut info).addr() as u64,
+    };
+    // SAFETY: the attributes of this command; the kernel writes at most that many bytes of plain numbers to the info,
+    // which lives through the call.
+    unsafe { call(OBJECT_INFO, &attributes) }?;
+    let is_one = info.kind == XDP_LINK && info.interface != 0;
+    Ok(is_one.then_some(info.interface))
 }
 
 /// The number of an open descriptor, which is never negative.

@@ -108,14 +108,26 @@ impl Prepared {
     }
 
     /// From the descriptors of an earlier one ([`Prepared::descriptors`]).
-    #[must_use]
-    pub fn from_descriptors(name: InterfaceName, index: u32, map: OwnedFd, link: OwnedFd) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// The link is none, or its interface is gone.
+    pub fn from_descriptors(
+        name: InterfaceName,
+        map: OwnedFd,
+        link: OwnedFd,
+    ) -> Result<Self, XdpError> {
+        let index = bpf::interface_of(link.as_fd()).map_err(|source| XdpError::Io {
+            name: name.clone(),
+            step: "looking at its program",
+            source,
+        })?;
+        let index = index.ok_or_else(|| XdpError::NotThere(name.clone()))?;
+        Ok(Self {
             name,
             index,
             map,
             link,
-        }
+        })
     }
 
     /// Its map and its link, for another process.

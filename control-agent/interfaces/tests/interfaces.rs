@@ -156,10 +156,23 @@ fn a_program_stays_as_long_as_anybody_holds_its_link() {
         matches!(outside, Err(XdpError::Queue { .. })),
         "{outside:?}"
     );
-    drop(prepared);
+    let descriptors = prepared.descriptors().map(|fd| fd.try_clone_to_owned());
+    let [map, link] = descriptors.map(|fd| fd.expect("cloned"));
+    let passed = Prepared::from_descriptors(name("v0"), map, link).expect("it is one");
+    let other = passed.socket(0).expect("a socket");
+    assert_eq!(other.interface_index, socket.interface_index);
+    drop((prepared, passed, other));
     let attached = || ip("link show dev v0").contains("xdp");
     assert!(attached(), "the socket's holder has the link too");
-    drop(socket);
+    let link = socket.link.try_clone().expect("cloned");
+    let map = socket.socket.try_clone().expect("cloned");
+    ip("link del dev v0");
+    let gone = Prepared::from_descriptors(name("v0"), map, link);
+    assert!(matches!(gone, Err(XdpError::NotThere(_))), "{gone:?}");
+    ip("link add v0 type veth peer name v1");
+    let prepared = Prepared::new(&name("v0")).expect("prepared");
+    assert!(attached());
+    drop(prepared);
     assert!(!attached());
     let none = Prepared::new(&name("none"));
     assert!(matches!(none, Err(XdpError::NotThere(_))), "{none:?}");

@@ -56,7 +56,7 @@ mod tests;
 use std::os::fd::RawFd;
 
 pub use keeper::Keeper;
-pub use name::FdName;
+pub use name::{FdName, xdp_interface, xdp_name};
 pub use store::{Barrier, Change, Store, StoreError};
 
 /// Number of the descriptor that a child inherits for its store.

@@ -5,12 +5,17 @@
 //! the process owns the numbers [`ROT_FD`] and [`STORE_FD`]), and `prctl` calls on plain integers.
 #![expect(unsafe_code, reason = "adopting the inherited descriptors; prctl")]
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use caps::{CapSet, Capability, CapsHashSet};
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, TargetArch};
+use seccompiler::SeccompCmpArgLen::Dword;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch,
+};
 
 use crate::channel::Channel;
 use crate::fd_store::{STORE_ENV, STORE_FD};
@@ -161,13 +166,40 @@ fn prctl(step: &'static str, option: libc::c_int, value: libc::c_ulong) -> Resul
     Ok(())
 }
 
+/// `BPF_MAP_UPDATE_ELEM`: puts something into a map that the process has open.
+const BPF_MAP_UPDATE: u64 = 2;
+/// `BPF_OBJ_GET_INFO_BY_FD`: what something of bpf's is that the process has open.
+const BPF_OBJECT_INFO: u64 = 15;
+
+/// What AF_XDP sockets take, as exceptions from a filter that ends the process: of `socket` that family alone, of `bpf` what
+/// is done with something that is open already.
+///
+/// # Errors
+/// A rule that seccompiler does not take.
+pub fn xdp_exceptions(
+    other_family: Option<libc::c_int>,
+) -> Result<[(i64, Vec<SeccompRule>); 2], seccompiler::BackendError> {
+    let unlike = |number: u64| SeccompCondition::new(0, Dword, SeccompCmpOp::Ne, number);
+    let families = [Some(libc::AF_XDP), other_family];
+    let families = families.into_iter().flatten();
+    let socket: Result<_, _> = families
+        .map(|family| unlike(u64::from(family.unsigned_abs())))
+        .collect();
+    let bpf = vec![unlike(BPF_MAP_UPDATE)?, unlike(BPF_OBJECT_INFO)?];
+    Ok([
+        (libc::SYS_socket, vec![SeccompRule::new(socket?)?]),
+        (libc::SYS_bpf, vec![SeccompRule::new(bpf)?]),
+    ])
+}
+
 /// For agent and keyd: from now on, in this thread and those it starts, making sockets, executing,
 /// attaching to processes, io_uring, namespaces, mounts and kernel modules end the process.
-/// (The data plane has a filter of its own, an allow list.)
+/// (The data plane has a filter of its own, an allow list.) `xdp`: it may still make AF_XDP sockets, which it can't bind
+/// ([`xdp_exceptions`]).
 ///
 /// # Errors
 /// [`StartError::Lockdown`].
-pub fn refuse_network_and_exec() -> Result<(), StartError> {
+pub fn refuse_network_and_exec(xdp: bool) -> Result<(), StartError> {
     const DEADLY: &[libc::c_long] = &[
         libc::SYS_socket,
         libc::SYS_connect,
@@ -202,10 +234,12 @@ pub fn refuse_network_and_exec() -> Result<(), StartError> {
         step: "seccomp",
         source,
     };
-    let rules = DEADLY
-        .iter()
-        .map(|&call| (call, Vec::<SeccompRule>::new()))
-        .collect();
+    let always = DEADLY.iter();
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        always.map(|&call| (call, Vec::new())).collect();
+    if xdp {
+        rules.extend(xdp_exceptions(None).map_err(|e| lockdown(io::Error::other(e)))?);
+    }
     let filter = SeccompFilter::new(
         rules,
         SeccompAction::Allow,

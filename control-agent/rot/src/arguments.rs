@@ -7,6 +7,7 @@ use std::io;
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 
+use bulkhead_interfaces::InterfaceName;
 use bulkhead_protocol::rot::Role;
 use clap::Parser;
 
@@ -38,6 +39,9 @@ pub struct Arguments {
     /// The directory that mirrors of NICs are written in; the agent's user makes files there
     #[arg(long, value_name = "DIR")]
     pub mirror_dir: Option<PathBuf>,
+    /// An interface that NICs may use by AF_XDP, whole queues of it; may be given several times
+    #[arg(long = "xdp", value_name = "INTERFACE")]
+    pub xdp: Vec<InterfaceName>,
     /// User and group id of keyd [default: rot's own]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..i64::from(u32::MAX)))]
     pub keyd_uid: Option<u32>,
@@ -102,6 +106,7 @@ impl Arguments {
                 .map(|path| one("--volume-dir", path)),
         );
         options.extend(self.mirror_dir.iter().map(|path| one("--mirror-dir", path)));
+        options.extend(self.xdp.iter().map(|name| one("--xdp", &name.as_str())));
         let numbers = [
             ("--keyd-uid", self.keyd_uid),
             ("--agent-uid", self.agent_uid),
@@ -152,7 +157,7 @@ mod tests {
     #[test]
     fn its_words_say_the_same() {
         let all = "--volume-dir v --volume-dir w --mirror-dir m --keyd-trust k --keyd-uid 1 --agent-uid 2 \
-                   --dataplane-uid 3 --admin-uid 4 --workers 5 --cpus 1,3";
+                   --dataplane-uid 3 --admin-uid 4 --workers 5 --cpus 1,3 --xdp eth1 --xdp eth2";
         for more in ["--volume-dir v", all] {
             let given = parse(&more.split_whitespace().collect::<Vec<_>>()).unwrap();
             let words = [vec![OsString::from("rot")], given.to_words()].concat();

@@ -231,7 +231,7 @@ impl Child {
             arguments: &self.program.arguments,
             environment,
             uid: self.program.uid,
-            keeps_ipc_lock: self.program.keeps_ipc_lock,
+            keeps: self.program.keeps,
         })?;
         Ok(Running {
             pid: child.pid.unsigned_abs(),

@@ -14,6 +14,7 @@ use std::ptr;
 
 use bulkhead_protocol::fd_store::STORE_FD;
 use bulkhead_protocol::process::ROT_FD;
+use caps::Capability;
 use nix::fcntl::{FcntlArg, fcntl};
 
 /// Descriptors are moved to here or above before the fork, clear of those the child gets.
@@ -34,8 +35,8 @@ pub struct Start<'a> {
     pub environment: &'a [CString],
     /// User and group id to take, without supplementary groups; none keeps rot's own.
     pub uid: Option<u32>,
-    /// CAP_IPC_LOCK survives the change of user, as the only capability. rot must hold it.
-    pub keeps_ipc_lock: bool,
+    /// The only capability that survives the change of user. rot must hold it.
+    pub keeps: Option<Kept>,
 }
 
 /// A started child; not reaped when this drops.
@@ -67,7 +68,7 @@ struct Prepared {
     argv: Vec<*const libc::c_char>,
     envp: Vec<*const libc::c_char>,
     uid: Option<u32>,
-    keeps_ipc_lock: bool,
+    keeps: Option<Kept>,
     parent: libc::pid_t,
 }
 
@@ -89,8 +90,26 @@ struct CapabilitySets {
 
 /// `_LINUX_CAPABILITY_VERSION_3`: two words of each set.
 const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
-/// Number of CAP_IPC_LOCK, `include/uapi/linux/capability.h`.
-const CAP_IPC_LOCK: libc::c_ulong = 14;
+
+/// A capability that a child keeps under its own user.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kept {
+    /// CAP_IPC_LOCK, for locked memory.
+    IpcLock,
+    /// CAP_NET_RAW, for AF_XDP sockets.
+    NetRaw,
+}
+
+impl Kept {
+    /// Which.
+    #[must_use]
+    pub fn capability(self) -> Capability {
+        match self {
+            Self::IpcLock => Capability::CAP_IPC_LOCK,
+            Self::NetRaw => Capability::CAP_NET_RAW,
+        }
+    }
+}
 
 /// Forks and executes. The child ends with status 127 and one line on standard error if a step
 /// before the exec fails.
@@ -106,7 +125,7 @@ pub fn start(what: &Start<'_>) -> io::Result<Child> {
         argv: pointers(what.arguments),
         envp: pointers(what.environment),
         uid: what.uid,
-        keeps_ipc_lock: what.keeps_ipc_lock,
+        keeps: what.keeps,
         // SAFETY: getpid has no preconditions.
         parent: unsafe { libc::getpid() },
     };
@@ -218,7 +237,7 @@ fn to_exec(p: &Prepared) -> Result<std::convert::Infallible, &'static CStr> {
         )?;
     }
     if let Some(uid) = p.uid {
-        take_user(uid, p.keeps_ipc_lock)?;
+        take_user(uid, p.keeps)?;
     }
     // After the change of uid, which clears it.
     // SAFETY: plain integers; the argument and environment arrays end with null and, like the
@@ -253,11 +272,11 @@ fn to_exec(p: &Prepared) -> Result<std::convert::Infallible, &'static CStr> {
     Err(c"rot child: execveat failed\n")
 }
 
-fn take_user(uid: u32, keeps_ipc_lock: bool) -> Result<(), &'static CStr> {
+fn take_user(uid: u32, keeps: Option<Kept>) -> Result<(), &'static CStr> {
     // SAFETY: plain system calls on integers; the C library's wrappers would signal other threads,
     // of which this process has none.
     unsafe {
-        if keeps_ipc_lock {
+        if keeps.is_some() {
             check(
                 libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0),
                 c"rot child: KEEPCAPS failed\n",
@@ -276,19 +295,20 @@ fn take_user(uid: u32, keeps_ipc_lock: bool) -> Result<(), &'static CStr> {
             c"rot child: setresuid failed\n",
         )?;
     }
-    if keeps_ipc_lock {
-        keep_ipc_lock_alone()?;
+    if let Some(kept) = keeps {
+        keep_alone(kept)?;
     }
     Ok(())
 }
 
 /// Of what KEEPCAPS left permitted, one capability passes the exec, as an ambient one.
-fn keep_ipc_lock_alone() -> Result<(), &'static CStr> {
+fn keep_alone(kept: Kept) -> Result<(), &'static CStr> {
     let header = CapabilityHeader {
         version: CAPABILITY_VERSION_3,
         pid: 0,
     };
-    let bit = 1 << CAP_IPC_LOCK;
+    let number = libc::c_ulong::from(kept.capability().index());
+    let bit = 1 << number;
     let low = CapabilitySets {
         effective: bit,
         permitted: bit,
@@ -305,7 +325,7 @@ fn keep_ipc_lock_alone() -> Result<(), &'static CStr> {
             libc::prctl(
                 libc::PR_CAP_AMBIENT,
                 libc::PR_CAP_AMBIENT_RAISE,
-                CAP_IPC_LOCK,
+                number,
                 0,
                 0,
             ),
@@ -360,7 +380,7 @@ mod tests {
             ],
             environment: &environment,
             uid: root.then_some(64001),
-            keeps_ipc_lock: false,
+            keeps: None,
         })
         .unwrap();
         let ended = waitpid(nix::unistd::Pid::from_raw(child.pid), None).unwrap();

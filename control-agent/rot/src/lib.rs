@@ -18,6 +18,7 @@ pub mod directories;
 pub mod execute;
 pub mod handoff;
 pub mod inherited;
+mod interfaces;
 pub mod link;
 pub mod listeners;
 pub mod lockdown;
@@ -118,9 +119,10 @@ pub fn run(arguments: Arguments) -> Result<(), RotError> {
     let admin = admin_socket(&run_dir, &arguments)?;
     std::env::set_current_dir("/").map_err(failed("leave the working directory"))?;
     warn_of_weaker_separation(&arguments, limits.memory_unlimited);
-    lockdown::lock_in()?;
     let (upstream, found) = systemd.unzip();
-    let stores = Stores::new(limits.files, upstream, found.unwrap_or_default());
+    let mut stores = Stores::new(limits.files, upstream, found.unwrap_or_default());
+    interfaces::prepare(&arguments.xdp, &mut stores);
+    lockdown::lock_in(!arguments.xdp.is_empty())?;
     let own = Own {
         lock: lock.into(),
         admin: Rc::new(admin),
@@ -161,7 +163,7 @@ fn warn_of_weaker_separation(arguments: &Arguments, memory_unlimited: bool) {
         return;
     }
     let root = if own.is_root() { "" } else { " (as root)" };
-    let memory = if memory_unlimited || lockdown::holds_ipc_lock() {
+    let memory = if memory_unlimited || lockdown::holds(caps::Capability::CAP_IPC_LOCK) {
         ""
     } else {
         "; the locked-memory limit stays as it is, raise it with ulimit -l if a volume is refused"

@@ -6,9 +6,10 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use std::collections::BTreeMap;
 use std::io;
 
-use bulkhead_protocol::process::{StartError, no_dump_no_privileges};
+use bulkhead_protocol::process::{StartError, no_dump_no_privileges, xdp_exceptions};
 use caps::{CapSet, Capability, CapsHashSet};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use seccompiler::{
@@ -20,7 +21,7 @@ use seccompiler::{
 /// can have no more: IPC_LOCK is for the data plane where the limit
 /// on locked memory can't be lifted (under its own uid it keeps that one alone), SETPCAP lets a child
 /// empty its bounding set.
-const KEPT: [Capability; 8] = [
+const ALWAYS_KEPT: [Capability; 8] = [
     Capability::CAP_SETUID,
     Capability::CAP_SETGID,
     Capability::CAP_CHOWN,
@@ -30,6 +31,9 @@ const KEPT: [Capability; 8] = [
     Capability::CAP_IPC_LOCK,
     Capability::CAP_SETPCAP,
 ];
+
+/// What the agent needs to make AF_XDP sockets, if there are interfaces for these.
+const KEPT_FOR_XDP: Capability = Capability::CAP_NET_RAW;
 
 /// Calls that end the process: neither rot nor a child makes them.
 const DEADLY: [libc::c_long; 20] = [
@@ -103,20 +107,20 @@ pub fn raise_limits() -> io::Result<Limits> {
     })
 }
 
-/// Does rot hold CAP_IPC_LOCK, to leave it to a child?
+/// Does rot hold a capability, to leave it to a child?
 #[must_use]
-pub fn holds_ipc_lock() -> bool {
-    caps::has_cap(None, CapSet::Permitted, Capability::CAP_IPC_LOCK).unwrap_or(false)
+pub fn holds(capability: Capability) -> bool {
+    caps::has_cap(None, CapSet::Permitted, capability).unwrap_or(false)
 }
 
-/// Locks rot in.
+/// Locks rot in. `xdp`: the agent is to make AF_XDP sockets, for which CAP_NET_RAW stays and the filter has an exception.
 ///
 /// # Errors
 /// [`StartError::Lockdown`] names the step.
-pub fn lock_in() -> Result<(), StartError> {
+pub fn lock_in(xdp: bool) -> Result<(), StartError> {
     no_dump_no_privileges()?;
-    reduce_capabilities().map_err(failed("capabilities"))?;
-    let program = filter().map_err(failed("seccomp"))?;
+    reduce_capabilities(xdp).map_err(failed("capabilities"))?;
+    let program = filter(xdp).map_err(failed("seccomp"))?;
     seccompiler::apply_filter(&program).map_err(failed("seccomp"))
 }
 
@@ -125,13 +129,14 @@ pub fn lock_in() -> Result<(), StartError> {
 ///
 /// # Errors
 /// [`StartError::Lockdown`] names the step.
-pub fn lock_in_again() -> Result<(), StartError> {
+pub fn lock_in_again(xdp: bool) -> Result<(), StartError> {
     no_dump_no_privileges()?;
-    reduce_capabilities().map_err(failed("capabilities"))
+    reduce_capabilities(xdp).map_err(failed("capabilities"))
 }
 
-fn reduce_capabilities() -> Result<(), caps::errors::CapsError> {
-    let kept: CapsHashSet = KEPT.into_iter().collect();
+fn reduce_capabilities(xdp: bool) -> Result<(), caps::errors::CapsError> {
+    let for_xdp = xdp.then_some(KEPT_FOR_XDP);
+    let kept: CapsHashSet = ALWAYS_KEPT.into_iter().chain(for_xdp).collect();
     if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
         for capability in caps::read(None, CapSet::Bounding)?.difference(&kept) {
             caps::drop(None, CapSet::Bounding, *capability)?;
@@ -145,13 +150,18 @@ fn reduce_capabilities() -> Result<(), caps::errors::CapsError> {
     caps::set(None, CapSet::Permitted, &kept)
 }
 
-fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
+fn filter(xdp: bool) -> Result<BpfProgram, seccompiler::BackendError> {
     let unix = u64::from(libc::AF_UNIX.unsigned_abs());
     let other_domain = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, unix)?;
     let socket = vec![SeccompRule::new(vec![other_domain])?];
     let always = DEADLY.iter().map(|&call| (call, Vec::new()));
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        always.chain([(libc::SYS_socket, socket)]).collect();
+    if xdp {
+        rules.extend(xdp_exceptions(Some(libc::AF_UNIX))?);
+    }
     let filter = SeccompFilter::new(
-        always.chain([(libc::SYS_socket, socket)]).collect(),
+        rules,
         SeccompAction::Allow,
         SeccompAction::KillProcess,
         TargetArch::x86_64,

@@ -13,6 +13,7 @@ use bulkhead_protocol::rot::{Measurement, Role};
 
 use crate::arguments::Arguments;
 use crate::binary::{self, BinaryError, MeasuredBinary};
+use crate::execute::Kept;
 use crate::lockdown::{self, Limits};
 use crate::stores;
 
@@ -48,8 +49,8 @@ pub struct Program {
     pub environment: Vec<CString>,
     /// The uid to take; none keeps rot's own.
     pub uid: Option<u32>,
-    /// It keeps CAP_IPC_LOCK under its own user, until it locks itself in.
-    pub keeps_ipc_lock: bool,
+    /// What it keeps under its own user, until it locks itself in.
+    pub keeps: Option<Kept>,
 }
 
 impl Program {
@@ -84,7 +85,7 @@ impl Program {
             environment: environment(stored)
                 .map_err(|source| ProgramError::Argument { role, source })?,
             uid: arguments.uid(role).filter(|&uid| uid != own),
-            keeps_ipc_lock: false,
+            keeps: None,
         })
     }
 
@@ -161,10 +162,19 @@ impl Loader {
     }
 
     fn with_capability(&self, mut program: Program) -> Program {
-        program.keeps_ipc_lock = program.role == Role::Dataplane
-            && !self.limits.memory_unlimited
-            && lockdown::holds_ipc_lock();
+        program.keeps = self.kept(program.role);
         program
+    }
+
+    /// The data plane needs room for guest memory where the limit can't be lifted, the agent makes AF_XDP sockets if there
+    /// are interfaces for these.
+    fn kept(&self, role: Role) -> Option<Kept> {
+        let kept = match role {
+            Role::Dataplane if !self.limits.memory_unlimited => Kept::IpcLock,
+            Role::Agent if !self.arguments.xdp.is_empty() => Kept::NetRaw,
+            _ => return None,
+        };
+        lockdown::holds(kept.capability()).then_some(kept)
     }
 
     /// The program that lies in the directory of the binaries now.
@@ -174,8 +184,7 @@ impl Loader {
     pub fn load(&self, role: Role) -> Result<Program, ProgramError> {
         let stored = stores::limit(role, self.limits.files);
         let mut program = Program::load(role, &self.arguments, stored)?;
-        program.keeps_ipc_lock =
-            role == Role::Dataplane && !self.limits.memory_unlimited && lockdown::holds_ipc_lock();
+        program.keeps = self.kept(role);
         tracing::info!(%role, sha384 = program.measurement_text(), "measured");
         Ok(program)
     }

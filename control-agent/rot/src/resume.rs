@@ -42,7 +42,7 @@ pub fn resume(arguments: &Arguments) -> Result<Option<Result<(), RotError>>, Rot
         // Without dropping anything: it is all another process's.
         std::process::exit(0);
     }
-    lockdown::lock_in_again()?;
+    lockdown::lock_in_again(!arguments.xdp.is_empty())?;
     tracing::info!("resumed: another rot was executed in the place of the one before");
     Ok(Some(supervise(supervisor, &run_dir)))
 }

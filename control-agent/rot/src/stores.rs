@@ -258,6 +258,14 @@ impl Stores {
         }
     }
 
+    /// Stores something of rot's own for a role.
+    ///
+    /// # Errors
+    /// The store is full; what was to be stored is closed.
+    pub fn put(&mut self, role: Role, name: FdName, fds: Vec<OwnedFd>) -> Result<(), String> {
+        self.store(role, name, fds).map(drop)
+    }
+
     /// Drops all of a role's: no process of it can be started with them. Says how many there were.
     pub fn clear(&mut self, role: Role) -> usize {
         let stored = self.of(role).entries.len();

@@ -50,7 +50,7 @@ fn lock_memory() -> nix::Result<()> {
 pub(crate) fn lock_in(state_dir: &Path) -> Result<(), StartError> {
     restrict_files(state_dir).map_err(|e| failed("Landlock", io::Error::other(e)))?;
     process::keep_capabilities(&[])?;
-    process::refuse_network_and_exec()
+    process::refuse_network_and_exec(false)
 }
 
 fn failed(step: &'static str, source: io::Error) -> StartError {

@@ -9,6 +9,7 @@ mod dmcrypt;
 mod dmcrypt_kernels;
 mod full_disk;
 mod guests;
+mod interfaces;
 mod isolation;
 mod limits;
 mod migration;
@@ -61,6 +62,7 @@ fn main() {
         descriptors::TESTS,
         full_disk::TESTS,
         limits::TESTS,
+        interfaces::TESTS,
         workers::TESTS,
         shred::TESTS,
     ];

@@ -50,6 +50,22 @@ impl FdName {
     }
 }
 
+/// The name under which rot stores, for the agent, what an interface is prepared for AF_XDP with: the map of its sockets and
+/// the link of its program. None: the interface's name is too long for any.
+#[must_use]
+pub fn xdp_name(interface: &str) -> Option<FdName> {
+    format!("{XDP}{interface}").parse().ok()
+}
+
+/// The interface of such a name; none: it is another one.
+#[must_use]
+pub fn xdp_interface(name: &FdName) -> Option<&str> {
+    name.as_str().strip_prefix(XDP)
+}
+
+/// One character: an interface's name has up to 15.
+const XDP: char = '+';
+
 fn invalid(given: &[u8]) -> InvalidName {
     let given = String::from_utf8_lossy(given);
     InvalidName::new(

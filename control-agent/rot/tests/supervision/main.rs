@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod host;
+mod interfaces;
 mod lifecycle;
 mod listening;
 mod peers;
@@ -44,6 +45,7 @@ fn main() {
     }
     let root = nix::unistd::geteuid().is_root();
     let groups = [
+        interfaces::CASES,
         lifecycle::CASES,
         listening::CASES,
         peers::CASES,

@@ -83,6 +83,9 @@ fn replaced() {
     dataplane.push("a", &[numbered_file(1).as_fd(), numbered_file(2).as_fd()]);
     dataplane.push("b", &[numbered_file(3).as_fd()]);
     keyd.push("k", &[numbered_file(4).as_fd()]);
+    // What was sent is not stored yet.
+    dataplane.obeys(Order::Barrier);
+    keyd.obeys(Order::Barrier);
     let pid = host.pid();
     let open = || {
         fs::read_dir(format!("/proc/{pid}/fd"))

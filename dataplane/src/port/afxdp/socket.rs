@@ -33,7 +33,7 @@ fn failed(step: &'static str) -> impl Fn(io::Error) -> XdpError {
         let hint = match source.raw_os_error() {
             Some(libc::ENOBUFS | libc::ENOMEM) => {
                 "; its frames are locked memory: raise RLIMIT_MEMLOCK (LimitMEMLOCK=), of which each queue pair takes \
-                 3 MiB, 6 MiB with an MTU over 1,514"
+                 3 MiB, 6 MiB with an MTU over 1,770"
             }
             Some(libc::EBUSY) => "; another socket is bound to that queue",
             _ => "",

@@ -1,0 +1,137 @@
+//! A network card on an interface of the host's by AF_XDP: prepared by rot, its sockets made by the agent, used by the
+//! data plane, each of them another user, and as many agents as it takes.
+
+use std::net::UdpSocket;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use bulkhead_integration::card::{Card, Options};
+use bulkhead_integration::host::{BundleSpec, Host, own_uid};
+use bulkhead_integration::network::{enter_namespace, ip};
+use bulkhead_integration::packets::{Ip, Packet, UDP, check};
+
+use crate::support::{Outcome, ensure, folder};
+use crate::{Need, Test};
+
+/// The table.
+pub const TESTS: &[Test] = &[Test {
+    name: "system_network_card_on_af_xdp",
+    needs: &[Need::Root],
+    run: on_af_xdp,
+}];
+
+/// The guest's station.
+const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 7];
+/// How long a datagram may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn on_af_xdp() -> Outcome {
+    if !enter_namespace("system_network_card_on_af_xdp") {
+        return Ok(());
+    }
+    let outside = Outside::new()?;
+    let dir = folder()?;
+    let mut host = Host::create(dir.path())?;
+    host.more = vec!["--xdp".to_owned(), "v0".to_owned()];
+    host.start()?;
+    serve(&host, 1, "net7")?;
+    let mut card = Card::attach(&host.socket("net7"), &Options::default())?;
+    outside.talk(&mut card, b"the first")?;
+    // The program and the sockets outlive an agent.
+    host.kill("agent")?;
+    outside.talk(&mut card, b"without an agent")?;
+    // Another agent makes another socket, for the same queue.
+    drop(card);
+    host.wait_until("the new agent does not answer", |host| {
+        host.status().is_ok()
+    })?;
+    let nothing = BundleSpec::new(2, &[]);
+    host.apply(&host.sign(&nothing)?)?;
+    serve(&host, 3, "net8")?;
+    let mut card = Card::attach(&host.socket("net8"), &Options::default())?;
+    outside.talk(&mut card, b"the second")?;
+    // An interface that rot was not told of is refused by name.
+    let spec = nic("net9", "v1");
+    let other = BundleSpec {
+        more: &spec,
+        ..BundleSpec::new(4, &[])
+    };
+    let refused = host.apply(&host.sign(&other)?);
+    let said = refused.map_or_else(|error| error.to_string(), |said| said);
+    ensure(said.contains("--xdp v1"), || said)?;
+    outside.talk(&mut card, b"the second goes on")
+}
+
+fn nic(name: &str, interface: &str) -> String {
+    let uid = own_uid();
+    format!(
+        "[[nic]]\nid = \"81818181-8181-8181-8181-81818181818{}\"\nname = \"{name}\"\n\
+         mac = \"52:54:00:00:00:07\"\nport = {{ af_xdp = \"{interface}\", queue = 0 }}\n\
+         socket = {{ name = \"{name}\", uid = {uid}, gid = {uid}, mode = \"0600\" }}\nallowed_uid = {uid}\n",
+        name.trim_start_matches("net")
+    )
+}
+
+fn serve(host: &Host, epoch: u64, name: &str) -> Outcome {
+    let more = nic(name, "v0");
+    let spec = BundleSpec {
+        more: &more,
+        ..BundleSpec::new(epoch, &[])
+    };
+    host.apply(&host.sign(&spec)?)?;
+    let socket = host.socket(name);
+    Ok(host.wait_until("the card is not served", |_| socket.exists())?)
+}
+
+/// The other end of the interface: the kernel's own stack.
+struct Outside {
+    socket: UdpSocket,
+    mac: [u8; 6],
+}
+
+impl Outside {
+    fn new() -> Result<Self, Box<dyn std::error::Error>> {
+        ip("link add v0 type veth peer name v1");
+        let off = ["-K", "v1", "tx", "off", "txvlan", "off"];
+        let off = Command::new("ethtool").args(off).output()?;
+        ensure(off.status.success(), || format!("{off:?}"))?;
+        ip("link set dev v1 address 02:00:00:00:00:01");
+        ip("addr add 10.7.0.1/24 dev v1");
+        ip("link set dev v0 up");
+        ip("link set dev v1 up");
+        ip("neigh replace 10.7.0.2 lladdr 52:54:00:00:00:07 dev v1 nud permanent");
+        let socket = UdpSocket::bind("10.7.0.1:9000")?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        Ok(Self {
+            socket,
+            mac: [2, 0, 0, 0, 0, 1],
+        })
+    }
+
+    /// A datagram out, its checksum left to the port, and one back.
+    fn talk(&self, card: &mut Card, text: &[u8]) -> Outcome {
+        let mut packet = Packet::v4(UDP, text);
+        (packet.dst, packet.src) = (self.mac, MAC);
+        packet.ip = Ip::V4([10, 7, 0, 2], [10, 7, 0, 1]);
+        packet.ports = (5000, 9000);
+        let (frame, start, offset) = packet.partial();
+        let [start, offset] = [start, offset].map(u16::to_le_bytes);
+        let header = [&[1, 0, 0, 0, 0, 0][..], &start, &offset, &[0, 0]].concat();
+        card.send_with(0, &header, &frame)?;
+        let mut got = [0; 64];
+        let (bytes, from) = self.socket.recv_from(&mut got)?;
+        ensure(&got[..bytes] == text, || format!("{:?}", &got[..bytes]))?;
+        self.socket.send_to(text, from)?;
+        let since = Instant::now();
+        loop {
+            let received = card.receive(0)?;
+            match check(&received.frame) {
+                Ok(seen) if seen.ports == (9000, 5000) => {
+                    return ensure(seen.payload == text, || format!("{seen:?}"));
+                }
+                // The host says other things of its own.
+                _ => ensure(since.elapsed() < PATIENCE, || "no answer".to_owned())?,
+            }
+        }
+    }
+}
