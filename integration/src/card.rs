@@ -2,7 +2,8 @@
 //!
 //! Guest memory has two regions in different files: the rings in the first, buffers in the second.
 
-use std::os::fd::AsFd;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,7 +12,7 @@ use crate::disk::{DiskError, feature};
 use crate::driver::memory::GuestMemory;
 use crate::driver::ring::{Desc, Format, Ring};
 use crate::frontend::Frontend;
-use crate::frontend::message::{self, protocol_feature, request};
+use crate::frontend::message::{self, Inflight, protocol_feature, request};
 
 /// virtio-net feature bits that tests use.
 pub mod net_feature {
@@ -115,15 +116,7 @@ impl Card {
     /// # Errors
     /// See [`DiskError`].
     pub fn attach(path: &Path, options: &Options) -> Result<Self, DiskError> {
-        let mut frontend = Frontend::connect(path, PATIENCE)?;
-        let offered = frontend.ask_u64(request::GET_FEATURES)?;
-        let features = offered & options.features;
-        let protocol = frontend.ask_u64(request::GET_PROTOCOL_FEATURES)?;
-        let wanted = protocol_feature::MQ | protocol_feature::REPLY_ACK;
-        frontend.protocol_features = protocol & wanted;
-        let words = message::words(&[frontend.protocol_features]);
-        frontend.set(request::SET_PROTOCOL_FEATURES, &words, &[])?;
-        frontend.set(request::SET_FEATURES, &message::words(&[features]), &[])?;
+        let (frontend, features) = negotiate(path, options)?;
         let mut card = Self::assemble(frontend, *options, features)?;
         card.share_memory()?;
         for index in 0..card.rings.len() {
@@ -133,6 +126,26 @@ impl Card {
             card.fill(pair)?;
         }
         Ok(card)
+    }
+
+    /// Connects anew with the memory and the rings that there are, as a frontend does whose back-end has died; what was in
+    /// flight stands in this region.
+    ///
+    /// # Errors
+    /// See [`DiskError`].
+    pub fn attach_again(
+        &mut self,
+        path: &Path,
+        (region, file): (&Inflight, BorrowedFd<'_>),
+    ) -> Result<(), DiskError> {
+        // One frontend at a time.
+        self.frontend.stream().shutdown(Shutdown::Both)?;
+        let (frontend, _) = negotiate(path, &self.options)?;
+        self.frontend = frontend;
+        self.frontend
+            .set(request::SET_INFLIGHT_FD, &region.body(), &[file])?;
+        self.share_memory()?;
+        (0..self.rings.len()).try_for_each(|index| self.start_queue(index))
     }
 
     fn assemble(frontend: Frontend, options: Options, features: u64) -> Result<Self, DiskError> {
@@ -387,6 +400,20 @@ impl Card {
             std::thread::yield_now();
         }
     }
+}
+
+fn negotiate(path: &Path, options: &Options) -> Result<(Frontend, u64), DiskError> {
+    let mut frontend = Frontend::connect(path, PATIENCE)?;
+    let offered = frontend.ask_u64(request::GET_FEATURES)?;
+    let features = offered & options.features;
+    let protocol = frontend.ask_u64(request::GET_PROTOCOL_FEATURES)?;
+    let wanted =
+        protocol_feature::MQ | protocol_feature::REPLY_ACK | protocol_feature::INFLIGHT_SHMFD;
+    frontend.protocol_features = protocol & wanted;
+    let words = message::words(&[frontend.protocol_features]);
+    frontend.set(request::SET_PROTOCOL_FEATURES, &words, &[])?;
+    frontend.set(request::SET_FEATURES, &message::words(&[features]), &[])?;
+    Ok((frontend, features))
 }
 
 fn pair_bytes(options: &Options) -> u64 {

@@ -1,12 +1,15 @@
 //! Queues of network cards: where they are served, several of them, and what a frontend says about them.
 
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::FileExt as _;
+
 use bulkhead_dataplane::port::PortSpec;
 use bulkhead_dataplane::worker::message::QueueId;
 use bulkhead_integration::card::{Card, HEADER_BYTES, Options};
 use bulkhead_integration::disk::feature;
-use bulkhead_integration::driver::ring::Desc;
+use bulkhead_integration::driver::ring::{Desc, Used};
 use bulkhead_integration::frontend::FrontendError;
-use bulkhead_integration::frontend::message::{request, words};
+use bulkhead_integration::frontend::message::{Inflight, request, words};
 
 use crate::rig::{Rig, counted, frame, mac};
 
@@ -201,6 +204,38 @@ fn a_frontend_that_goes_leaves_its_place_to_the_next() {
         let there = frame(1, mac(2), (port, 2), 10);
         again.offer(0, &[0; HEADER_BYTES], &there).expect("offered");
         again.publish(0).expect("published");
+        assert_eq!(b.receive(0).expect("received").frame, there);
+    }
+}
+
+/// What a process that died had taken comes back without a frame in it, and nothing else of the ring does.
+#[test]
+fn buffers_that_were_in_flight_come_back_empty_and_the_others_are_filled() {
+    let mut rig = Rig::new();
+    let [(_, mut a), (of_b, mut b)] = rig.two(&USUAL(), &USUAL());
+    let asked = Inflight::question(2, 256);
+    let (region, file) = b.frontend.get_inflight(&asked).expect("a region");
+    let file = std::fs::File::from(file);
+    // The receive queue's part (vhost-user, "Inflight I/O tracking"): version 1, 256 entries, three of them in
+    // flight since the ring began.
+    let put = |bytes: &[u8], at: u64| file.write_all_at(bytes, at).expect("written");
+    put(&[1, 0, 0, 1], 8);
+    for head in 0..3u64 {
+        put(&[1], 16 + 16 * head);
+        put(&(head + 1).to_le_bytes(), 16 + 16 * head + 8);
+    }
+    b.attach_again(&of_b.path, (&region, file.as_fd()))
+        .expect("attached");
+    let memory = std::sync::Arc::clone(&b.memory);
+    for id in 0..3 {
+        let used = b.rings[0].wait_used(&memory, crate::rig::PATIENCE);
+        assert_eq!(used.expect("used"), Used { id, len: 0 });
+    }
+    // Long enough for whoever looked at the ring to look at it no more.
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    for port in 0..300 {
+        let there = frame(1, mac(2), (port, 9), 100);
+        a.send(0, &there).expect("sent");
         assert_eq!(b.receive(0).expect("received").frame, there);
     }
 }

@@ -186,6 +186,9 @@ impl Cards {
         let Some((lane, virtqueue)) = lane_of(queues, number) else {
             return Sent::default();
         };
+        if !lane.sends() {
+            return Sent::default();
+        }
         let slot = self.ports.get_mut(lane.port).and_then(Option::as_mut);
         let card = self.cards.get_mut(usize::from(lane.card));
         let (Some(slot), Some(Some(card))) = (slot, card) else {

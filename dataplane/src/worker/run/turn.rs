@@ -187,7 +187,13 @@ impl Worker {
 
     /// Has a queue's driver kick, and polls it no more; unless there is something to do, or no kick.
     fn park(&mut self, number: u32) -> Armed {
-        let armed = self.arm(number);
+        // One to receive with is looked at when a frame comes, and needs no kick.
+        let has_turns = self.queue(number).is_none_or(|queue| queue.has_turns());
+        let armed = if has_turns {
+            self.arm(number)
+        } else {
+            Armed::Waits
+        };
         if let (Armed::Waits, Some(queue)) = (&armed, self.queue(number)) {
             queue.polled = false;
             let seat = queue.seat;
