@@ -136,7 +136,12 @@ pub enum FromRot {
     /// To the data plane: a candidate is ready; stop serving and answer [`ToRot::Frozen`] or
     /// [`ToRot::CantFreeze`].
     #[n(8)]
-    Freeze,
+    Freeze {
+        /// Which attempt this is, never used again. The answer repeats it: a process that was held up may still answer an
+        /// attempt that was given up. (None: a rot from before there were numbers.)
+        #[n(0)]
+        attempt: Option<u64>,
+    },
     /// To a candidate: everything is yours.
     #[n(9)]
     Go,
@@ -218,13 +223,20 @@ pub enum ToRot {
     Ready,
     /// From the data plane: it serves nothing any more, and all that its successor needs is stored.
     #[n(4)]
-    Frozen,
+    Frozen {
+        /// That of the [`FromRot::Freeze`]. (None: a data plane from before there were numbers.)
+        #[n(0)]
+        attempt: Option<u64>,
+    },
     /// From the data plane: it can't freeze, or can't yet, and goes on.
     #[n(5)]
     CantFreeze {
         /// For the operator.
         #[n(0)]
         reason: String,
+        /// As of [`ToRot::Frozen`].
+        #[n(1)]
+        attempt: Option<u64>,
     },
     /// From keyd: operators released this binary. The last one of each component counts.
     #[n(6)]
@@ -243,4 +255,59 @@ pub enum ToRot {
         #[n(1)]
         component: Component,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Both ways between a version with numbers and the one before.
+    #[test]
+    fn attempts_are_left_out_by_who_does_not_know_them() {
+        #[derive(Debug, PartialEq, Encode, Decode)]
+        enum Before {
+            #[n(4)]
+            Frozen,
+            #[n(5)]
+            CantFreeze {
+                #[n(0)]
+                reason: String,
+            },
+            #[n(8)]
+            Freeze,
+        }
+        let old = |message: &Before| minicbor::to_vec(message).expect("encoded");
+        let reason = "no".to_owned();
+        let refusal = Before::CantFreeze {
+            reason: reason.clone(),
+        };
+        let refused = |attempt| ToRot::CantFreeze {
+            reason: reason.clone(),
+            attempt,
+        };
+        assert_eq!(
+            minicbor::decode::<ToRot>(&old(&refusal)).expect("decoded"),
+            refused(None)
+        );
+        assert_eq!(
+            minicbor::decode::<ToRot>(&old(&Before::Frozen)).expect("decoded"),
+            ToRot::Frozen { attempt: None }
+        );
+        assert_eq!(
+            minicbor::decode::<FromRot>(&old(&Before::Freeze)).expect("decoded"),
+            FromRot::Freeze { attempt: None }
+        );
+        let new = minicbor::to_vec(refused(Some(7))).expect("encoded");
+        assert_eq!(minicbor::decode::<Before>(&new).expect("decoded"), refusal);
+        let new = minicbor::to_vec(ToRot::Frozen { attempt: Some(7) }).expect("encoded");
+        assert_eq!(
+            minicbor::decode::<Before>(&new).expect("decoded"),
+            Before::Frozen
+        );
+        let new = minicbor::to_vec(FromRot::Freeze { attempt: Some(7) }).expect("encoded");
+        assert_eq!(
+            minicbor::decode::<Before>(&new).expect("decoded"),
+            Before::Freeze
+        );
+    }
 }

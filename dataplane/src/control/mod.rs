@@ -93,6 +93,8 @@ pub struct Control {
     fence: u64,
     /// The server has stopped for a candidate, or is about to: nobody else is heard.
     frozen: bool,
+    /// Which of rot's attempts that is.
+    attempt: Option<u64>,
     /// What rot said meanwhile.
     from_rot: Vec<Received<FromRot>>,
     /// Nothing more is taken from anybody.
@@ -130,6 +132,7 @@ impl Control {
             hello_due: false,
             fence,
             frozen: false,
+            attempt: None,
             from_rot: Vec::new(),
             ended: false,
             failure: None,
@@ -199,8 +202,8 @@ impl Control {
                 server.stop();
                 Ok(())
             }
-            FromRot::Freeze => {
-                self.freeze(server);
+            FromRot::Freeze { attempt } => {
+                self.freeze(server, *attempt);
                 Ok(())
             }
             _ => Err("it is not for the data plane".to_owned()),

@@ -18,7 +18,8 @@ use crate::stored::Inherited;
 
 impl Control {
     /// rot wants this process to stop for a candidate.
-    pub(super) fn freeze(&mut self, server: &mut Server) {
+    pub(super) fn freeze(&mut self, server: &mut Server, attempt: Option<u64>) {
+        self.attempt = attempt;
         let ready = match self.volumes.keeper.keeps() {
             true => server.freeze(),
             false => Err("nothing is stored with rot".to_owned()),
@@ -27,14 +28,15 @@ impl Control {
             Ok(()) => self.frozen = true,
             Err(reason) => {
                 tracing::warn!("it can't stop for another: {reason}");
-                self.rot.send(ToRot::CantFreeze { reason });
+                self.rot.send(ToRot::CantFreeze { reason, attempt });
             }
         }
     }
 
     /// The server has stopped, and everything that a successor needs is stored.
     pub(super) fn is_stopped(&mut self) {
-        self.rot.send(ToRot::Frozen);
+        let attempt = self.attempt;
+        self.rot.send(ToRot::Frozen { attempt });
     }
 
     /// No candidate goes on: this process does, with a fence of its own again.
@@ -77,7 +79,7 @@ impl Control {
             FromRot::Thaw => {
                 // Also of a freeze that came since, which waits here.
                 self.from_rot
-                    .retain(|received| received.message != FromRot::Freeze);
+                    .retain(|received| !matches!(received.message, FromRot::Freeze { .. }));
                 self.thaw(server);
             }
             FromRot::Stop => {

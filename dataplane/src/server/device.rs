@@ -156,9 +156,18 @@ impl State {
         })
     }
 
-    /// Whether a successor can go on with what is served of it.
+    /// Whether a successor knows of it, or nobody is connected.
     pub(super) fn can_be_handed_over(&self) -> bool {
-        self.connection.is_none() || self.place.connection().is_some()
+        self.connection.is_none() || self.place.keeps()
+    }
+
+    /// Hangs up on a frontend whose connection no successor knows of, for want of room in the store. Its queues are put aside
+    /// like all others, and stop if this process goes on.
+    pub(super) fn cut_off(&mut self, registry: &Registry) {
+        if self.connection.is_some() && self.place.keeps() && self.place.connection().is_none() {
+            self.warn("its frontend has to connect again: there was no room for its connection in rot's store");
+            self.hang_up(registry);
+        }
     }
 
     /// Its name in log lines.
@@ -178,7 +187,11 @@ impl State {
     }
 
     /// Has the loop look at its listener and its connection, whatever happened to them meanwhile.
-    pub(super) fn look_at_everything(&mut self, registry: &Registry) {
+    pub(super) fn look_at_everything(&mut self, registry: &Registry, out: &mut ToWorkers) {
+        // It was hung up on for a successor that did not come.
+        if let Some(connection) = self.connection.as_mut().filter(|c| c.fd().is_none()) {
+            connection.close(out);
+        }
         self.look_again = true;
         self.come_back(registry);
         self.come_back_to_listener(registry);

@@ -49,7 +49,8 @@ enum Stage {
 
 impl Server {
     /// Stops serving, without a word to any frontend. [`Event::Frozen`] follows when nothing is in flight any
-    /// more and everything that a successor needs is stored; or never, where a storage does not answer.
+    /// more and everything that a successor needs is stored; or never, where a storage does not answer. A frontend
+    /// whose connection found no room in the store has to connect again: it does not hold up the others' upgrade.
     ///
     /// # Errors
     /// Why it can't, in words; it goes on then.
@@ -65,9 +66,13 @@ impl Server {
         let mut devices = self.devices.values();
         if let Some(device) = devices.find(|device| !device.can_be_handed_over()) {
             return Err(format!(
-                "what is served of {} can't be handed over",
+                "{} is not stored with rot, since its storage may hold up whoever closes it, and its frontend is \
+                 connected: detach it, or restart the data plane",
                 device.label()
             ));
+        }
+        for device in self.devices.values_mut() {
+            device.cut_off(self.poll.registry());
         }
         self.frozen = Some(Frozen {
             stage: Stage::Stopping(self.workers.len() + 1),
@@ -241,10 +246,11 @@ impl Server {
         }
         let ids: Vec<DeviceId> = self.devices.keys().copied().collect();
         for id in ids {
+            let mut out = ToWorkers::new();
             if let Some(device) = self.devices.get_mut(&id) {
-                device.look_at_everything(self.poll.registry());
+                device.look_at_everything(self.poll.registry(), &mut out);
             }
-            self.settle(id, ToWorkers::new());
+            self.settle(id, out);
         }
     }
 }

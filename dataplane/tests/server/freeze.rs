@@ -27,9 +27,9 @@ const BYTES: u64 = 1 << 20;
 const DEPTH: u16 = 8;
 
 /// rot's end of a store, which keeps nothing but is there, and a place in it.
-fn place(file: OwnedFd, listener: OwnedFd) -> (fd_store::Keeper, Place) {
+fn place(file: OwnedFd, listener: OwnedFd, room: usize) -> (fd_store::Keeper, Place) {
     let (rot, ours) = fd_store::Keeper::pair().expect("a pair");
-    let store = Store::new(ours, 64).expect("a store");
+    let store = Store::new(ours, room).expect("a store");
     let (keeper, _) = Keeper::take(store).expect("empty");
     let grant = VolumeGrant {
         volume: VolumeId([7; 16]),
@@ -68,6 +68,11 @@ struct Scene {
 }
 
 fn scene() -> Scene {
+    scene_with(64)
+}
+
+/// With room for so many descriptors in rot's store.
+fn scene_with(room: usize) -> Scene {
     let rig = Rig::new();
     let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).expect("a file");
     file.as_file().set_len(BYTES).expect("length");
@@ -84,7 +89,7 @@ fn scene() -> Scene {
     let path = rig.dir.path().join("kept.sock");
     let listener = UnixListener::bind(&path).expect("bind");
     let theirs = listener.try_clone().expect("dup").into();
-    let (rot, place) = place(file.reopen().expect("reopen").into(), theirs);
+    let (rot, place) = place(file.reopen().expect("reopen").into(), theirs, room);
     let id = rig.ask(move |server| {
         let offered = server.offer(Offer {
             device: device.into(),
@@ -245,6 +250,29 @@ fn messages_wait_until_it_goes_on_and_a_frontend_that_left_is_gone() {
     thaw(&rig);
     assert!(matches!(rig.event(), Event::Thawed));
     assert!(matches!(rig.event(), Event::Disconnected { .. }));
+}
+
+#[test]
+fn a_frontend_that_is_not_remembered_connects_again_and_holds_up_nobody() {
+    // Room for the volume, and for a part of its connection.
+    let Scene {
+        rig,
+        id,
+        mut disk,
+        rot: _rot,
+    } = scene_with(8);
+    begin(&mut disk);
+    rig.ask(|server| server.freeze()).expect("it can");
+    assert!(matches!(rig.event(), Event::Frozen));
+    let refused = disk.capacity_sectors();
+    assert!(refused.is_err(), "it was hung up on");
+    thaw(&rig);
+    assert!(matches!(rig.event(), Event::Thawed));
+    assert!(matches!(rig.event(), Event::Disconnected { .. }));
+    assert!(!rig.status(id).connected);
+    let path = rig.dir.path().join("kept.sock");
+    let mut again = Disk::attach(&path, &Options::default()).expect("attaches");
+    again.read(0, 0, 512).expect("it is served");
 }
 
 #[test]

@@ -52,11 +52,16 @@ impl Supervisor {
             ToRot::Approve { release } if role == Role::Keyd && hello => {
                 return self.approve(*release);
             }
-            ToRot::Frozen if role == Role::Dataplane => return self.on_frozen(now),
-            ToRot::CantFreeze { reason } if role == Role::Dataplane => {
-                return self.on_cant_freeze(reason, now);
+            ToRot::Frozen { attempt } if role == Role::Dataplane => {
+                return self.on_frozen(*attempt, now);
             }
-            ToRot::Ready | ToRot::Frozen | ToRot::CantFreeze { .. } | ToRot::Approve { .. } => {
+            ToRot::CantFreeze { reason, attempt } if role == Role::Dataplane => {
+                return self.on_cant_freeze(reason, *attempt, now);
+            }
+            ToRot::Ready
+            | ToRot::Frozen { .. }
+            | ToRot::CantFreeze { .. }
+            | ToRot::Approve { .. } => {
                 let child = self.children.get_mut(role);
                 return child.complain("it says what is not its to say");
             }

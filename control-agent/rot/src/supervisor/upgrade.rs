@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bulkhead_protocol::release::{Component, Release};
 use bulkhead_protocol::rot::{FromRot, Role, ToRot};
@@ -32,7 +32,7 @@ enum Step {
     /// The candidate prepares itself.
     Preparing,
     /// The old data plane was told to freeze.
-    Freezing { by: Instant },
+    Freezing { by: Instant, attempt: u64 },
     /// The candidate was told to go, and has the data plane's seat.
     TakingOver { previous: Program },
     /// keyd or agent was told to stop; what starts next is new.
@@ -60,6 +60,8 @@ struct Upgrade {
 pub(super) struct Upgrades {
     pub(super) loader: Loader,
     approved: BTreeMap<Component, Release>,
+    /// The number of the last attempt to freeze a data plane.
+    attempts: u64,
     under_way: Option<Upgrade>,
     /// What was upgraded to.
     pub(super) runs: BTreeMap<Component, Release>,
@@ -74,6 +76,7 @@ impl Upgrades {
         Self {
             loader,
             approved: BTreeMap::new(),
+            attempts: first_attempt(),
             under_way: None,
             runs: BTreeMap::new(),
             failed: BTreeMap::new(),
@@ -84,7 +87,7 @@ impl Upgrades {
     /// When [`Supervisor::upgrade_overdue`] has something to do.
     pub(super) fn wake_at(&self) -> Option<Instant> {
         match self.under_way.as_ref()?.step {
-            Step::Freezing { by } | Step::Restarting { by, .. } => Some(by),
+            Step::Freezing { by, .. } | Step::Restarting { by, .. } => Some(by),
             Step::Preparing | Step::TakingOver { .. } => None,
         }
     }
@@ -93,6 +96,22 @@ impl Upgrades {
         let step = self.under_way.as_ref().map(|upgrade| &upgrade.step);
         matches!(step, Some(Step::Freezing { .. }))
     }
+
+    /// Whether an answer is that of the attempt under way. One without a number counts, too: it is of a version that had none.
+    fn is_of_attempt(&self, answered: Option<u64>) -> bool {
+        match self.under_way.as_ref().map(|upgrade| &upgrade.step) {
+            Some(Step::Freezing { attempt, .. }) => {
+                answered.is_none_or(|number| number == *attempt)
+            }
+            _ => false,
+        }
+    }
+}
+
+/// A number that no rot before this one has used.
+fn first_attempt() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_secs() << 20)
 }
 
 /// Is it what was released?
@@ -229,24 +248,29 @@ impl Supervisor {
 
     /// A message of the candidate's.
     pub(super) fn on_candidate(&mut self, message: &ToRot, now: Instant) {
-        let step = self.upgrades.under_way.as_mut().map(|u| &mut u.step);
+        let upgrades = &mut self.upgrades;
+        let step = upgrades.under_way.as_mut().map(|u| &mut u.step);
         let (ToRot::Ready, Some(step @ Step::Preparing)) = (message, step) else {
             let reason = "the new one did not keep to the order of an upgrade";
             return self.abort_upgrade(reason, now);
         };
+        upgrades.attempts += 1;
+        let attempt = upgrades.attempts;
         *step = Step::Freezing {
             by: now + FREEZE_WITHIN,
+            attempt,
         };
         if let Some(candidate) = &mut self.children.candidate {
             candidate.is_ready(now);
         }
         let old = self.children.get_mut(Role::Dataplane);
-        old.send(FromRot::Freeze, Vec::new(), now);
+        let attempt = Some(attempt);
+        old.send(FromRot::Freeze { attempt }, Vec::new(), now);
     }
 
     /// The data plane serves nothing any more: the candidate takes over.
-    pub(super) fn on_frozen(&mut self, now: Instant) {
-        if !self.upgrades.is_freezing() {
+    pub(super) fn on_frozen(&mut self, attempt: Option<u64>, now: Instant) {
+        if !self.upgrades.is_of_attempt(attempt) {
             let child = self.children.get_mut(Role::Dataplane);
             return child.complain("it froze, and nobody wanted that");
         }
@@ -272,8 +296,8 @@ impl Supervisor {
     }
 
     /// The data plane goes on serving.
-    pub(super) fn on_cant_freeze(&mut self, reason: &str, now: Instant) {
-        if self.upgrades.is_freezing() {
+    pub(super) fn on_cant_freeze(&mut self, reason: &str, attempt: Option<u64>, now: Instant) {
+        if self.upgrades.is_of_attempt(attempt) {
             let reason = plain(reason);
             self.abort_upgrade(&format!("the old one can't freeze: {reason}"), now);
         }
@@ -380,7 +404,7 @@ impl Supervisor {
             return;
         };
         match &mut upgrade.step {
-            Step::Freezing { by } if *by <= now => {
+            Step::Freezing { by, .. } if *by <= now => {
                 self.abort_upgrade(
                     "the old one did not freeze in time: is its storage slow?",
                     now,

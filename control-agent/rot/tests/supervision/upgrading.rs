@@ -155,12 +155,24 @@ impl World {
         let taken = candidate.taken();
         assert_eq!(taken.last().expect("stored").0, "later");
         candidate.say(ToRot::Ready);
-        assert_eq!(next(&self.dataplane), FromRot::Freeze);
-        self.dataplane.say(ToRot::Frozen);
+        let attempt = told_to_freeze(&self.dataplane);
+        self.dataplane.say(ToRot::Frozen { attempt });
         assert_eq!(next(&candidate), FromRot::Go);
         candidate.say(ToRot::Hello);
         assert_eq!(next(&self.agent), FromRot::Upgraded { request_id: 99 });
         assert_eq!(self.host.logged("started role=dataplane"), 1, "no restart");
+    }
+}
+
+/// The number of the attempt to freeze that it hears of.
+#[track_caller]
+fn told_to_freeze(puppet: &Puppet) -> Option<u64> {
+    match next(puppet) {
+        FromRot::Freeze { attempt } => {
+            assert!(attempt.is_some());
+            attempt
+        }
+        other => panic!("{other:?}"),
     }
 }
 
@@ -207,9 +219,9 @@ fn live() {
     assert!(!readable(old.control(), std::time::Duration::ZERO));
 
     new.say(ToRot::Ready);
-    assert_eq!(next(old), FromRot::Freeze);
+    let attempt = told_to_freeze(old);
     old.push("d", &[files[3].as_fd()]);
-    old.say(ToRot::Frozen);
+    old.say(ToRot::Frozen { attempt });
     assert_eq!(next(&new), FromRot::Go);
     assert_eq!(followed(&new), ["+d"]);
     // Nobody hears of it before its Hello, and until then the old one is there.
@@ -260,8 +272,8 @@ fn in_a_row() {
     for request_id in 1..=8 {
         let candidate = world.begin(request_id);
         candidate.say(ToRot::Ready);
-        assert_eq!(next(&world.dataplane), FromRot::Freeze);
-        world.dataplane.say(ToRot::Frozen);
+        let attempt = told_to_freeze(&world.dataplane);
+        world.dataplane.say(ToRot::Frozen { attempt });
         assert_eq!(next(&candidate), FromRot::Go);
         candidate.say(ToRot::Hello);
         assert_eq!(next(&world.agent), FromRot::Upgraded { request_id });
@@ -275,12 +287,12 @@ fn candidate_ends() {
     world.fails(1, "exit status 3");
     let candidate = world.begin(2);
     candidate.say(ToRot::Ready);
-    assert_eq!(next(&world.dataplane), FromRot::Freeze);
+    let attempt = told_to_freeze(&world.dataplane);
     candidate.kill();
     world.fails(2, "killed by SIGKILL");
     assert_eq!(next(&world.dataplane), FromRot::Thaw);
     // It may have frozen just then.
-    world.dataplane.say(ToRot::Frozen);
+    world.dataplane.say(ToRot::Frozen { attempt });
     world.host.wait_for_log("it froze, and nobody wanted that");
     world.goes_on();
 }
@@ -289,7 +301,7 @@ fn candidate_breaks() {
     let mut world = World::new();
     let orders = [
         Order::Say(ToRot::Hello),
-        Order::Say(ToRot::Frozen),
+        Order::Say(ToRot::Frozen { attempt: None }),
         Order::StoreBytes(b"FDSTORE=1\nFDNAME=x\nFDPOLL=0".to_vec(), 1),
     ];
     for (request_id, order) in (1..).zip(orders) {
@@ -301,7 +313,7 @@ fn candidate_breaks() {
     }
     let candidate = world.begin(4);
     candidate.say(ToRot::Ready);
-    assert_eq!(next(&world.dataplane), FromRot::Freeze);
+    told_to_freeze(&world.dataplane);
     candidate.say(ToRot::Ready);
     assert_eq!(next(&world.dataplane), FromRot::Thaw);
     world.fails(4, "order");
@@ -312,9 +324,9 @@ fn cannot_freeze() {
     let mut world = World::new();
     let candidate = world.begin(1);
     candidate.say(ToRot::Ready);
-    assert_eq!(next(&world.dataplane), FromRot::Freeze);
+    let attempt = told_to_freeze(&world.dataplane);
     let reason = "a request does not end".to_owned();
-    world.dataplane.say(ToRot::CantFreeze { reason });
+    world.dataplane.say(ToRot::CantFreeze { reason, attempt });
     world.fails(1, "a request does not end");
     assert!(candidate.ends_within(PATIENCE));
     assert_eq!(next(&world.dataplane), FromRot::Thaw);
@@ -325,8 +337,21 @@ fn slow_to_freeze() {
     let mut world = World::new();
     let candidate = world.begin(1);
     candidate.say(ToRot::Ready);
-    assert_eq!(next(&world.dataplane), FromRot::Freeze);
+    let late = told_to_freeze(&world.dataplane);
     world.fails(1, "did not freeze in time");
+    assert!(candidate.ends_within(PATIENCE));
+    assert_eq!(next(&world.dataplane), FromRot::Thaw);
+    // What it says of that attempt later, it does not say of the next one.
+    let candidate = world.begin(2);
+    candidate.say(ToRot::Ready);
+    let attempt = told_to_freeze(&world.dataplane);
+    assert_ne!(attempt, late);
+    world.dataplane.say(ToRot::Frozen { attempt: late });
+    world.host.wait_for_log("it froze, and nobody wanted that");
+    let reason = "too late".to_owned();
+    let attempt = late;
+    world.dataplane.say(ToRot::CantFreeze { reason, attempt });
+    world.fails(2, "did not freeze in time");
     assert!(candidate.ends_within(PATIENCE));
     assert_eq!(next(&world.dataplane), FromRot::Thaw);
     world.goes_on();
@@ -340,7 +365,7 @@ fn old_ends() {
         let candidate = world.begin(request_id);
         if freezes {
             candidate.say(ToRot::Ready);
-            assert_eq!(next(&world.dataplane), FromRot::Freeze);
+            told_to_freeze(&world.dataplane);
         }
         world.dataplane.kill();
         world.fails(request_id, "ended meanwhile");
@@ -360,8 +385,8 @@ fn new_ends() {
     world.dataplane.obeys(Order::Barrier);
     let new = world.begin(1);
     new.say(ToRot::Ready);
-    assert_eq!(next(&world.dataplane), FromRot::Freeze);
-    world.dataplane.say(ToRot::Frozen);
+    let attempt = told_to_freeze(&world.dataplane);
+    world.dataplane.say(ToRot::Frozen { attempt });
     assert_eq!(next(&new), FromRot::Go);
     new.push("b", &[file.as_fd()]);
     new.kill();
