@@ -64,8 +64,14 @@ fn serve_what_is_stored() {
         return;
     };
     let store = std::io::stdin().as_fd().try_clone_to_owned().expect("dup");
-    let (_keeper, mut found) =
-        Keeper::take(Store::new(store, 4096).expect("a store")).expect("rot");
+    let store = Store::new(store, 4096).expect("a store");
+    SWITCH.arm(&point, 0);
+    serve(store, &mut Nothing);
+}
+
+/// Serves the volume in a store.
+fn serve(store: Store, manager: &mut dyn Manager) {
+    let (_keeper, mut found) = Keeper::take(store).expect("rot");
     let place = found.places.pop().expect("a volume");
     let listener = Arc::clone(&place.volume().expect("kept").listener);
     let geometry = Geometry {
@@ -80,7 +86,6 @@ fn serve_what_is_stored() {
         ..ServerConfig::default()
     };
     let mut server = Server::new(&config).expect("server");
-    SWITCH.arm(&point, 0);
     let offer = Offer {
         device: BlkDevice::new(geometry, 2048, StorageSpec::Null, None).into(),
         listener: UnixListener::from(listener.try_clone().expect("dup")),
@@ -90,7 +95,7 @@ fn serve_what_is_stored() {
         aside: None,
     };
     server.offer(offer).expect("watched");
-    server.run(&mut Nothing).expect("it is killed before");
+    server.run(manager).expect("it is killed or told before");
 }
 
 struct Nothing;
@@ -103,6 +108,27 @@ impl Manager for Nothing {
     fn ready(&mut self, _: &mut Server, _: Token) {}
 
     fn event(&mut self, _: &mut Server, _: Event) {}
+}
+
+/// Counts what a frontend was answered by the time its connection has resumed, and ends the server then.
+struct Listens {
+    frontend: UnixStream,
+    answered: Option<i32>,
+}
+
+impl Manager for Listens {
+    fn register(&mut self, _: &Registry) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    fn ready(&mut self, _: &mut Server, _: Token) {}
+
+    fn event(&mut self, server: &mut Server, event: Event) {
+        if matches!(event, Event::Resumed { .. }) {
+            self.answered = Some(readable(&self.frontend) / ANSWER_BYTES);
+            server.stop();
+        }
+    }
 }
 
 /// A server in a process of its own.
@@ -210,6 +236,18 @@ fn is_socket(fd: &OwnedFd) -> bool {
 fn is_listener(fd: &OwnedFd) -> bool {
     use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
     getsockopt(fd, AcceptConn).expect("a socket")
+}
+
+/// Bytes of an acknowledgement.
+const ANSWER_BYTES: i32 = 20;
+
+/// Bytes that are there to be read.
+fn readable(stream: &UnixStream) -> i32 {
+    nix::ioctl_read_bad!(inq, nix::libc::FIONREAD, nix::libc::c_int);
+    let mut bytes = 0;
+    // SAFETY: the descriptor is open and the number is one of this process.
+    unsafe { inq(stream.as_raw_fd(), &raw mut bytes) }.expect("a socket");
+    bytes
 }
 
 /// Bytes that the other end has not read, with what the kernel adds to them.
@@ -463,4 +501,28 @@ fn a_message_outlives_several_deaths() {
         let connection = world.connection().expect("stored");
         assert_eq!(connection.status, 7, "{point}");
     }
+}
+
+/// A connection has resumed once its queues have started, whatever its frontend says meanwhile: the process is up by that.
+#[test]
+fn a_frontend_that_talks_on_does_not_hold_up_its_own_resumption() {
+    const MESSAGES: i32 = 100;
+    let mut world = World::new();
+    let _ = world.server.0.kill();
+    let _ = world.server.0.wait();
+    // Each waits for a worker.
+    for _ in 0..MESSAGES {
+        world
+            .frontend
+            .send(&say(code::SET_VRING_ENABLE, halves(&[0, 1]), vec![]));
+    }
+    let mut listens = Listens {
+        frontend: world.frontend.0.try_clone().expect("dup"),
+        answered: None,
+    };
+    let limit = world.rot.limit;
+    let store = Store::new(world.rot.start_elsewhere(), limit).expect("a store");
+    serve(store, &mut listens);
+    let answered = listens.answered.expect("it has resumed");
+    assert!(answered < MESSAGES, "only after all that it said");
 }

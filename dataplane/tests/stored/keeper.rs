@@ -265,6 +265,27 @@ fn a_full_store_costs_the_connection_and_nothing_else() {
 }
 
 #[test]
+fn no_volume_takes_away_what_is_the_share_of_another() {
+    let mut rot = Rot::new();
+    // Half of it is 60, and each has 16 of that whatever the others have.
+    rot.limit = 120;
+    let (keeper, mut greedy) = begin(&mut rot);
+    let mut modest = keeper.place(volume()).expect("room");
+    let put = |place: &mut Place, regions| {
+        let cache = StoredCache::default();
+        place.put_connection(cache, None);
+        place.put_connection(cache, Some(connection(2, regions, &mut fd)));
+        place.connection().is_some()
+    };
+    assert!(put(&mut greedy, 35), "nobody else needs it");
+    assert!(put(&mut modest, 2), "4 and 12");
+    assert!(!put(&mut modest, 5), "4 and 15, and half is taken");
+    assert!(put(&mut modest, 2), "the next connection");
+    assert!(!put(&mut greedy, 60), "the other half");
+    assert!(put(&mut modest, 5), "there is some of it again");
+}
+
+#[test]
 fn a_failed_flush_is_known_to_the_successor() {
     let mut rot = Rot::new();
     let (keeper, place) = begin(&mut rot);
