@@ -11,6 +11,7 @@ mod grant;
 mod mirror;
 mod ports;
 mod remove;
+mod resume;
 mod status;
 mod switches;
 
@@ -57,12 +58,16 @@ enum Then {
     Replace(Keyd, Box<NicGrant>),
     /// Workers could not serve it.
     Refuse(Agent, String),
+    /// Workers could not go on with what a predecessor served.
+    GiveUp(String),
 }
 
 #[derive(Debug)]
 enum Serving {
     No,
     Attaching(DeviceId, Arc<NetDevice>, Agent),
+    /// A predecessor served it; the agent did not ask.
+    Resuming(DeviceId, Arc<NetDevice>),
     Yes(DeviceId, Arc<NetDevice>),
     Detaching(DeviceId, Then),
 }
@@ -71,7 +76,10 @@ impl Serving {
     fn device(&self) -> Option<DeviceId> {
         match self {
             Self::No => None,
-            Self::Attaching(id, ..) | Self::Yes(id, _) | Self::Detaching(id, _) => Some(*id),
+            Self::Attaching(id, ..)
+            | Self::Resuming(id, _)
+            | Self::Yes(id, _)
+            | Self::Detaching(id, _) => Some(*id),
         }
     }
 
@@ -197,6 +205,7 @@ impl Nics {
                 grant::apply(device, &new);
             }
             nic.grant = *new;
+            nic.remember_grant(server);
             return answers.granted(keyd, id.into());
         }
         tracing::info!(nic = %id, "another grant replaces the one held");
@@ -269,6 +278,13 @@ impl Nics {
                 tracing::info!(nic = %id, socket = %nic.grant.socket, %port, "NIC attached");
                 answers.done(agent);
             }
+            (Serving::Resuming(device, served), Some(Ok(()))) => {
+                nic.serving = Serving::Yes(device, served);
+                tracing::info!(nic = %id, socket = %nic.grant.socket, "NIC taken over");
+            }
+            (Serving::Resuming(device, _), Some(Err(reason))) => {
+                nic.serving = Serving::Detaching(device, Then::GiveUp(reason));
+            }
             // The server takes it away again, and says so.
             (Serving::Attaching(device, _, agent), Some(Err(reason))) => {
                 nic.serving = Serving::Detaching(device, Then::Refuse(agent, reason));
@@ -291,6 +307,7 @@ impl Nics {
             Then::Forget(keyd) => self.forget(keyd, id, answers),
             Then::Replace(keyd, new) => self.replace(keyd, *new, answers),
             Then::Refuse(agent, reason) => answers.refused(agent, reason),
+            Then::GiveUp(reason) => tracing::error!(nic = %id, "it can't be served on: {reason}"),
         }
     }
 }

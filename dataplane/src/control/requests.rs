@@ -70,7 +70,7 @@ impl Control {
             }
             AgentToDataplane::AttachSwitch { switch, facts, .. } => {
                 let given = (facts, std::mem::take(&mut received.fds));
-                match self.nics.attach_switch(&switch, given) {
+                match self.nics.attach_switch(&self.volumes, &switch, given) {
                     Ok(()) => answers.done(agent),
                     Err(reason) => answers.refused(agent, reason),
                 }

@@ -24,7 +24,7 @@ use crate::hand::{self, Hand};
 use crate::server::{Offer, Server};
 use crate::storage::FileSpec;
 use crate::stored::deaths::MOST_DEATHS;
-use crate::stored::{Fd, Found, Place, StoredVolume};
+use crate::stored::{Fd, Found, Place, Stored, StoredVolume};
 use crate::worker::message::DeviceId;
 
 impl Control {
@@ -50,30 +50,43 @@ impl Control {
                 }
             }
         }
-        for place in found.places {
-            let Some(stored) = place.volume().cloned() else {
-                continue;
-            };
-            let volume = stored.grant.volume;
-            let aside = set_aside(&place);
-            if let Some(reason) = &aside {
-                tracing::error!(%volume, "{reason}");
-            }
-            let connected = stored.connection.is_some() && aside.is_none();
-            hand::take(place.hand());
-            match self
-                .volumes
-                .resume(server, &self.arena, stored, (place, aside))
-            {
-                Ok(device) if connected => {
-                    self.resuming.insert(device);
-                }
-                Ok(_) => {}
-                Err(reason) => tracing::error!(%volume, "it can't be served on: {reason}"),
-            }
+        let mut places = found.places;
+        // Cards are on switches.
+        places.sort_by_key(|place| !matches!(place.stored(), Some(Stored::Switch(_))));
+        for place in places {
+            self.take_over(server, place);
         }
         hand::take(Hand::NOTHING);
         crash_point!("start.offered");
+    }
+
+    /// Serves on what is stored in a place, or says why not.
+    fn take_over(&mut self, server: &mut Server, place: Place) {
+        let Some(stored) = place.stored().cloned() else {
+            return;
+        };
+        let aside = set_aside(&place);
+        if let Some(reason) = &aside {
+            tracing::error!("{stored}: {reason}");
+        }
+        let connected = stored.connection().is_some() && aside.is_none();
+        let name = stored.to_string();
+        hand::take(place.hand());
+        let resumed = match stored {
+            Stored::Volume(volume) => self
+                .volumes
+                .resume(server, &self.arena, volume, (place, aside))
+                .map(Some),
+            Stored::Nic(nic) => self.nics.resume(server, &nic, (place, aside)).map(Some),
+            Stored::Switch(switch) => self.nics.resume_switch(switch, place).map(|()| None),
+        };
+        match resumed {
+            Ok(Some(device)) if connected => {
+                self.resuming.insert(device);
+            }
+            Ok(_) => {}
+            Err(reason) => tracing::error!("{name} can't be served on: {reason}"),
+        }
     }
 
     /// Leaves what is stored as it is, keys and all: whoever comes after this process goes on with it. Where rot and

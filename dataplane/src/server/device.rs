@@ -158,14 +158,16 @@ impl State {
 
     /// Whether a successor knows of it, or nobody is connected.
     pub(super) fn can_be_handed_over(&self) -> bool {
-        self.connection.is_none() || self.place.keeps()
+        let is_card = self.facts.device.net().is_some();
+        self.connection.is_none() || self.place.keeps() || is_card
     }
 
-    /// Hangs up on a frontend whose connection no successor knows of, for want of room in the store. Its queues are put aside
+    /// Hangs up on a frontend whose connection no successor knows of, for want of room in the store or since its card's port can't outlive
+    /// this process. Its queues are put aside
     /// like all others, and stop if this process goes on.
     pub(super) fn cut_off(&mut self, registry: &Registry) {
-        if self.connection.is_some() && self.place.keeps() && self.place.connection().is_none() {
-            self.warn("its frontend has to connect again: there was no room for its connection in rot's store");
+        if self.connection.is_some() && self.place.connection().is_none() {
+            self.warn("its frontend has to connect again: its connection is not stored with rot");
             self.hang_up(registry);
         }
     }

@@ -10,7 +10,7 @@ use super::device::State;
 use super::{Access, Server};
 use crate::device::Device;
 use crate::rekey::ToRekeyer;
-use crate::stored::{Fd, Place, StoredVolume};
+use crate::stored::{Fd, Place, StoredNic, StoredVolume};
 use crate::worker::message::{DeviceId, ToWorker};
 
 /// A device, and where it is offered.
@@ -94,6 +94,20 @@ impl Server {
         let device = self.devices.get_mut(&id);
         let device = device.ok_or("the device is not attached")?;
         device.place.update(change).map_err(|e| e.to_string())
+    }
+
+    /// The same of a network card.
+    ///
+    /// # Errors
+    /// As [`Server::remember`].
+    pub fn remember_nic(
+        &mut self,
+        id: DeviceId,
+        change: impl FnOnce(&mut StoredNic<Fd>),
+    ) -> Result<(), String> {
+        let device = self.devices.get_mut(&id);
+        let device = device.ok_or("the device is not attached")?;
+        device.place.update_nic(change).map_err(|e| e.to_string())
     }
 
     /// The inode of the socket that a device listens on.

@@ -8,13 +8,13 @@ use std::sync::Arc;
 use bulkhead_protocol::net::NicGrant;
 use bulkhead_protocol::{NicId, SocketName};
 
-use super::ports::Given;
-use super::{Nics, Serving, grant};
+use super::ports::{self, Given};
+use super::{Nic, Nics, Serving, grant};
 use crate::control::answer::Agent;
 use crate::control::volumes::Volumes;
 use crate::net::NetDevice;
 use crate::server::{Access, Offer, Server};
-use crate::stored::Place;
+use crate::stored::{Fd, Place, StoredNic, StoredPort};
 
 /// Where an attach is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,17 +47,18 @@ impl Nics {
             return Ok(Begun::Already);
         }
         let listener = self.listener_for(volumes, id, socket)?;
+        let stored = ports::to_store(&port)?;
         let port = self.port(&nic.grant, port)?;
         let device = NetDevice::with_port(grant::shape(&nic.grant), port, grant::guard(&nic.grant));
         grant::apply(&device, &nic.grant);
+        let place = stored.map_or_else(Place::none, |port| place(volumes, nic, port));
+        device.hand.set(place.hand());
         let offered = server.offer(Offer {
             device: Arc::clone(&device).into(),
             listener,
-            access: Access {
-                allowed_uid: Some(nic.grant.allowed_uid),
-            },
+            access: access(&nic.grant),
             label: label(&nic.grant),
-            place: Place::none(),
+            place,
             aside: None,
         });
         let device_id = offered.map_err(|e| format!("the listener can't be watched: {e}"))?;
@@ -102,7 +103,33 @@ impl Nics {
     }
 }
 
+/// A place in the store. A card that finds none is served all the same.
+fn place(volumes: &Volumes, nic: &Nic, port: StoredPort<Fd>) -> Place {
+    let grant = &nic.grant;
+    let Some(listener) = volumes.listeners.get(&grant.socket).map(Arc::clone) else {
+        return Place::none();
+    };
+    let place = volumes.keeper.place(StoredNic {
+        grant: grant.clone(),
+        listener,
+        port,
+        refuses_new: nic.removing,
+        connection: None,
+    });
+    place.unwrap_or_else(|error| {
+        tracing::error!(nic = %grant.nic, "its frontend will not outlive this process: {error}");
+        Place::none()
+    })
+}
+
+/// Who may connect to a card.
+pub(super) fn access(grant: &NicGrant) -> Access {
+    Access {
+        allowed_uid: Some(grant.allowed_uid),
+    }
+}
+
 /// Its name in log lines.
-fn label(grant: &NicGrant) -> String {
+pub(super) fn label(grant: &NicGrant) -> String {
     format!("NIC {} on {}", grant.nic, grant.socket)
 }

@@ -12,6 +12,7 @@ use nix::sys::stat::{SFlag, fstat, major, minor};
 use super::Nics;
 use crate::port::afxdp::{MOST_MTU, XdpQueue};
 use crate::port::{OutsideSpec, PortSpec, SwitchSpec, TapSpec, XdpSpec};
+use crate::stored::{Fd, StoredPort};
 
 /// What the agent gives for a port.
 pub(super) type Given = (PortFacts, Vec<OwnedFd>);
@@ -120,6 +121,40 @@ fn tap(
         queues,
         counters: Arc::default(),
     })))
+}
+
+/// What of it outlives this process; none: nothing does. (An AF_XDP socket can't be bound again to memory of another process.)
+///
+/// # Errors
+/// A descriptor can't be duplicated.
+pub(super) fn to_store((facts, fds): &Given) -> Result<Option<StoredPort<Fd>>, String> {
+    let has_uso = match facts {
+        PortFacts::Nothing => return Ok(Some(StoredPort::nothing())),
+        PortFacts::Tap { has_uso } => *has_uso,
+        PortFacts::AfXdp { .. } => return Ok(None),
+    };
+    let taps = fds.iter().map(|fd| fd.try_clone().map(Arc::new));
+    let taps = taps.collect::<Result<_, _>>();
+    let taps = taps.map_err(|e| format!("its port's descriptors can't be duplicated: {e}"))?;
+    Ok(Some(StoredPort { taps, has_uso }))
+}
+
+/// What a predecessor was given for a port, as if the agent gave it now.
+///
+/// # Errors
+/// As [`to_store`].
+pub(super) fn given(port: &StoredPort<Fd>) -> Result<Given, String> {
+    let taps = port.taps.iter().map(|tap| tap.try_clone());
+    let taps = taps.collect::<Result<Vec<_>, _>>();
+    let taps = taps.map_err(|e| format!("its port's descriptors can't be duplicated: {e}"))?;
+    let facts = if taps.is_empty() {
+        PortFacts::Nothing
+    } else {
+        PortFacts::Tap {
+            has_uso: port.has_uso,
+        }
+    };
+    Ok((facts, taps))
 }
 
 /// Of what `/dev/net/tun` opens: a character device with this number (Documentation/admin-guide/devices.txt).

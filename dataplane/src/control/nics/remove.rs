@@ -34,6 +34,7 @@ impl Nics {
             server.refuse_new(device, true);
         }
         nic.removing = true;
+        nic.remember_removing(server);
         Ok(())
     }
 
@@ -47,6 +48,7 @@ impl Nics {
             return;
         };
         nic.removing = false;
+        nic.remember_removing(server);
         let listens = volumes.listeners.contains_key(&nic.grant.socket);
         if let Some(device) = nic.serving.device().filter(|_| listens) {
             server.refuse_new(device, false);

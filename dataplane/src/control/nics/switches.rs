@@ -9,13 +9,24 @@ use bulkhead_protocol::net::{NicGrant, PortSpec, Uplink};
 
 use super::ports::{self, Given};
 use super::{Nic, Nics};
+use crate::control::volumes::Volumes;
 use crate::port::SwitchSpec;
+use crate::stored::{Fd, Place, StoredPort, StoredSwitch};
 
 /// A switch that is attached.
 #[derive(Debug)]
 pub(super) struct Switch {
     pub(super) uplink: Option<Uplink>,
     pub(super) spec: Arc<SwitchSpec>,
+    /// Where it is remembered for a successor.
+    pub(super) place: Place,
+}
+
+impl Switch {
+    /// No successor is to know of it any more.
+    fn forget(&mut self) {
+        std::mem::replace(&mut self.place, Place::none()).remove();
+    }
 }
 
 /// Whether a grant is that of a NIC on this switch.
@@ -30,6 +41,7 @@ impl Nics {
     /// Why not, for the operator.
     pub(in crate::control) fn attach_switch(
         &mut self,
+        volumes: &Volumes,
         name: &SwitchName,
         given: Given,
     ) -> Result<(), String> {
@@ -49,9 +61,21 @@ impl Nics {
                 ));
             }
         }
+        let stored = ports::to_store(&given)?;
         let spec = ports::switch(name.as_str(), uplink.as_ref(), given)?;
+        if let Some(mut before) = self.switches.remove(name) {
+            before.forget();
+        }
+        let place = stored.map_or_else(Place::none, |port| {
+            place(volumes, name, uplink.clone(), port)
+        });
         tracing::info!(switch = %name, uplink = uplink.as_ref().map(tracing::field::display), "switch attached");
-        self.switches.insert(name.clone(), Switch { uplink, spec });
+        let switch = Switch {
+            uplink,
+            spec,
+            place,
+        };
+        self.switches.insert(name.clone(), switch);
         Ok(())
     }
 
@@ -65,8 +89,27 @@ impl Nics {
                 .any(|grant| grant.uplink == held.uplink);
             if !named {
                 tracing::info!(switch = %name, "switch gone");
+                held.forget();
             }
             named
         });
     }
+}
+
+/// A place in the store. A switch that finds none is there all the same.
+fn place(
+    volumes: &Volumes,
+    name: &SwitchName,
+    uplink: Option<Uplink>,
+    port: StoredPort<Fd>,
+) -> Place {
+    let place = volumes.keeper.place(StoredSwitch {
+        name: name.clone(),
+        uplink,
+        port,
+    });
+    place.unwrap_or_else(|error| {
+        tracing::error!(switch = %name, "the frontends on it will not outlive this process: {error}");
+        Place::none()
+    })
 }
