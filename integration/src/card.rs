@@ -359,6 +359,11 @@ impl Card {
             return Ok(None);
         };
         let mut bytes = self.take(pair, first.id, first.len)?;
+        if first.len == 0 {
+            // Given back with nothing in it: whoever had it has died.
+            self.rings[at].publish(&self.memory)?;
+            return Ok(None);
+        }
         if bytes.len() < HEADER_BYTES {
             return Err(std::io::Error::other("less than a header came").into());
         }

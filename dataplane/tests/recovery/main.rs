@@ -4,7 +4,10 @@
 
 mod rig;
 
+use std::time::{Duration, Instant};
+
 use bulkhead_dataplane::worker::message::{FromWorker, ToWorker};
+use bulkhead_protocol::limits::{Limits, Rate};
 use rig::{QUEUE, Rig, Start, dup, formats};
 
 /// Six requests: four taken, of which the second is shown as used, and the third was about to be.
@@ -155,13 +158,40 @@ fn a_queue_that_stops_leaves_what_was_in_flight_in_its_region() {
                     ..Start::AGAIN
                 },
             );
-            rig.stop();
+            assert!(rig.stop_leaving().1, "the control thread has to know");
         }
         rig.check_open(left.iter().copied());
         rig.look();
         started(&rig, Start::AGAIN);
         rig.wait(6);
         rig.check_done(left);
+        assert!(!rig.stop_leaving().1, "nothing is left");
+    }
+}
+
+/// A region is the frontend's word: what it says is charged like everything else, or it would be a way around the limits.
+#[test]
+fn what_is_done_again_is_charged_to_the_limits() {
+    let rate = Rate {
+        per_second: 10,
+        burst: 1,
+    };
+    let limits = Limits {
+        requests: Some(rate),
+        bytes: None,
+    };
+    for (format, in_order) in formats() {
+        let mut rig = died(format, in_order);
+        rig.device.qos().set(&limits, None);
+        let began = Instant::now();
+        started(&rig, Start::AGAIN);
+        rig.wait(6);
+        // Three that were in flight and two new ones: the first passes at once, each other 100 ms later.
+        assert!(
+            began.elapsed() >= Duration::from_millis(300),
+            "{:?}",
+            began.elapsed()
+        );
         rig.stop();
     }
 }

@@ -55,6 +55,8 @@ pub struct Rig {
     area: Arc<SharedArea>,
     region: File,
     image: File,
+    /// The device.
+    pub device: Arc<BlkDevice>,
     /// The storage, which hangs as long as it is told to.
     pub storage: Arc<DelaySpec>,
     format: Format,
@@ -112,7 +114,10 @@ impl Rig {
             queues: 1,
             discard: false,
         };
+        let delayed = StorageSpec::Delay(Arc::clone(&storage));
+        let device = BlkDevice::new(geometry, SECTORS, delayed, None);
         let rig = Self {
+            device: Arc::clone(&device),
             worker: workers.pop(),
             replies,
             memory: Arc::new(memory),
@@ -120,7 +125,7 @@ impl Rig {
             area: Arc::new(area),
             region: region.into(),
             image: image.into_file(),
-            storage: Arc::clone(&storage),
+            storage,
             format,
             in_order,
             call: event(),
@@ -130,7 +135,7 @@ impl Rig {
         };
         rig.tell(ToWorker::Attach {
             id: QUEUE.device,
-            device: BlkDevice::new(geometry, SECTORS, StorageSpec::Delay(storage), None).into(),
+            device: device.into(),
         });
         assert!(matches!(
             rig.hear(),
@@ -385,9 +390,14 @@ impl Rig {
 
     /// Stops the queue: where it goes on.
     pub fn stop(&self) -> Option<u32> {
+        self.stop_leaving().0
+    }
+
+    /// The same, and whether chains were left in the region.
+    pub fn stop_leaving(&self) -> (Option<u32>, bool) {
         self.tell(ToWorker::Stop { queue: QUEUE });
         match self.hear() {
-            FromWorker::Stopped { base, .. } => base,
+            FromWorker::Stopped { base, left, .. } => (base, left),
             other => panic!("{other:?}"),
         }
     }

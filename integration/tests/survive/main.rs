@@ -2,6 +2,7 @@
 //! times; `cargo xtask soak survive` does the same hundreds of times.
 
 mod formats;
+mod nics;
 mod rekey;
 mod resume;
 mod systemd;
@@ -198,7 +199,7 @@ fn main() {
         let trial = Trial::test(name, move || judge(&run(name)));
         trials.push(trial.with_ignored_flag(missing.is_some()));
     }
-    let tables = [resume::TESTS, upgrades::TESTS, rekey::TESTS];
+    let tables = [resume::TESTS, upgrades::TESTS, rekey::TESTS, nics::TESTS];
     for test in tables.into_iter().flatten() {
         let run = test.run;
         let trial = Trial::test(test.name, move || run().map_err(|e| e.to_string().into()));

@@ -4,6 +4,7 @@
 
 use super::serve::Portion;
 use super::{Served, Worker};
+use crate::hand::{self, Hand};
 use crate::net::lane::Asked;
 use crate::virtqueue::{Chain, RingError, Virtqueue};
 use crate::worker::message::{DeviceId, QueueId};
@@ -48,6 +49,8 @@ impl Worker {
     #[inline(never)]
     pub(super) fn hear(&mut self) -> bool {
         let ring = &mut self.pipeline.ring;
+        // What the network sends is no guest's doing.
+        hand::take(Hand::NOTHING);
         let frames = self.cards.hear(&mut self.queues, ring);
         self.publish_touched();
         frames > 0
@@ -66,6 +69,7 @@ impl Worker {
 
     /// Something of a port's has ended.
     pub(super) fn port_landed(&mut self, completion: Completion) {
+        hand::take(Hand::NOTHING);
         self.cards.landed(completion, &mut self.pipeline.ring);
     }
 

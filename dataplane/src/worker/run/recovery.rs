@@ -49,6 +49,8 @@ impl Worker {
         if let Some(queue) = self.queue(number) {
             queue.recovers &= queue.ring.left_again() > 0;
         }
+        // A card's queue receives from then on.
+        self.cards.look_again();
         // All of it may have ended at once, and its queue may have waited for that to stop.
         self.give_up_if_drained(number);
         taken
