@@ -153,9 +153,13 @@ impl Blk {
     }
 }
 
+/// Where rings begin: split ones, and packed ones with both wrap counters at 1.
+const BEGINNINGS: [u32; 2] = [0, 0x8000_8000];
+
 impl Queue {
-    /// A queue as it starts, without kick and call. Where its region was kept, its driver is to be called: it may
-    /// not have been for what it was shown last.
+    /// A queue as it starts, without kick and call. Where somebody served its ring before (its region was kept, or it
+    /// goes on elsewhere than a ring begins, as that of a guest which moved here), its driver is to be called: it may
+    /// not have been for what it was shown last. With EVENT_IDX it asks once, and would wait for ever.
     ///
     /// # Errors
     /// [`RingError`]: its ring can't lie where it was said to, or its region is not for it.
@@ -174,12 +178,13 @@ impl Queue {
         }
         let (id, features) = (start.queue, start.features);
         let recovers = ring.left_again() > 0;
+        let goes_on = !BEGINNINGS.contains(&start.base);
         let queue = Self::with_ring(id, kind, ring, features);
         Ok(Self {
             enabled: start.enabled,
             recovers,
             recovered,
-            call_due: recovered != Recovered::Fresh,
+            call_due: recovered != Recovered::Fresh || goes_on,
             error: start.error,
             ..queue
         })

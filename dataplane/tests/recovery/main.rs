@@ -92,6 +92,34 @@ fn a_driver_is_called_though_nothing_was_in_flight() {
     }
 }
 
+/// Of a guest that moved here, the host that it left may not have called the driver for what it showed last. And a
+/// frontend may have stopped looking at a call that it replaces.
+#[test]
+fn a_driver_is_called_by_whoever_goes_on_with_its_ring() {
+    for (format, in_order) in formats() {
+        let mut rig = Rig::new(format, in_order);
+        rig.offer(2);
+        rig.live_and_die(2, &[0, 1], &[]);
+        rig.wait(2);
+        let base = rig.base_after(2);
+        let anew = true;
+        started(
+            &rig,
+            Start {
+                base,
+                anew,
+                ..Start::AGAIN
+            },
+        );
+        rig.wait_called();
+        let fd = dup(&rig.call);
+        rig.tell(ToWorker::SetCall { queue: QUEUE, fd });
+        assert!(matches!(rig.hear(), FromWorker::Changed { .. }));
+        rig.wait_called();
+        assert_eq!(rig.stop(), Some(base));
+    }
+}
+
 /// A frontend may say where to call only when the queue runs.
 #[test]
 fn a_driver_is_called_as_soon_as_it_says_where() {

@@ -77,7 +77,8 @@ impl Worker {
         let Some(number) = self.numbers.get(&id).copied() else {
             return;
         };
-        let mut due = self.drop_call(number).is_some_and(|(_, due)| due);
+        // The frontend may have stopped looking at the old one before it was called for the last time.
+        let mut due = self.drop_call(number).is_some();
         let call = self.register(fd, "a driver can't be called, it has to poll");
         if let Some(queue) = self.queue(number) {
             due |= queue.call_due;
@@ -89,7 +90,7 @@ impl Worker {
                 fd,
             });
         }
-        // What the old one was not told of, the new one is.
+        // What the old one was not told of, or in vain, the new one is.
         if due {
             self.call(number);
         }
