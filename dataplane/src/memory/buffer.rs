@@ -12,6 +12,8 @@ use super::{GuestMemory, Lease, read_words, will_read, will_write};
 
 /// Bytes of a cache line.
 const LINE_BYTES: usize = 64;
+/// Bytes that most often stand in front of others: a network card's header.
+const USUAL_FRONT: usize = 12;
 
 /// Ranges that the longest chains of well-behaved drivers have.
 pub const USUAL_MOST_PIECES: usize = 256;
@@ -327,6 +329,30 @@ impl GuestBuffer {
             }
             done += bytes;
         })
+    }
+
+    /// Copies `first` and `second`, one behind the other, to the front of its first range; false, with nothing copied,
+    /// where that is too short.
+    #[inline]
+    pub fn copy_front(&self, first: &[u8], second: &[u8]) -> bool {
+        let bytes = first.len() + second.len();
+        let front = self.pieces.first();
+        let Some(piece) = front.filter(|piece| bytes <= piece.bytes as usize) else {
+            return false;
+        };
+        // SAFETY: the piece has that many bytes, and is no memory of ours.
+        unsafe {
+            let host = piece.host.as_ptr();
+            match first.first_chunk::<USUAL_FRONT>() {
+                // Of a length that is known, it is no call.
+                Some(usual) if first.len() == USUAL_FRONT => {
+                    std::ptr::copy_nonoverlapping(usual.as_ptr(), host, USUAL_FRONT);
+                }
+                _ => std::ptr::copy_nonoverlapping(first.as_ptr(), host, first.len()),
+            }
+            std::ptr::copy_nonoverlapping(second.as_ptr(), host.add(first.len()), second.len());
+        }
+        true
     }
 
     /// Copies `bytes` bytes from offset `from_at` of another buffer, which may be of other memory, of the same or

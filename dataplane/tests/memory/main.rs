@@ -262,6 +262,26 @@ fn a_buffer_is_cut_at_its_front_and_its_end() {
     assert_eq!(read(&memory, 10, 2).as_deref(), Some(&[0, 0][..]));
 }
 
+#[test]
+fn two_parts_go_to_the_front_if_one_range_has_room_for_both() {
+    let memory = lease(map(&[region(0, PAGE, 0, 0)]).expect("map"));
+    let target = buffer(&memory, &[(100, 20), (200, 20)]).expect("inside");
+    let header = *b"twelve bytes";
+    assert!(target.copy_front(&header, b"and more"));
+    assert_eq!(
+        read(&memory, 100, 20).as_deref(),
+        Some(&b"twelve bytesand more"[..])
+    );
+    assert!(!target.copy_front(&header, b"too long!"), "21 bytes");
+    assert!(target.copy_front(b"ten bytes.", b""));
+    assert_eq!(
+        read(&memory, 100, 20).as_deref(),
+        Some(&b"ten bytes.esand more"[..])
+    );
+    let nothing = buffer(&memory, &[]).expect("empty");
+    assert!(!nothing.copy_front(&header, b""));
+}
+
 proptest! {
     /// Every byte of a buffer over random regions is the byte that the regions say, whatever way it is
     /// asked for; and what is not in them is refused.
