@@ -177,16 +177,23 @@ impl Virtqueue {
         either!(self, queue => queue.unpop(head));
     }
 
-    /// Has the CPU fetch the first bytes of some chains that come next, to be written: of how many. Nothing is taken.
+    /// Has the CPU fetch the first bytes of the chain that comes next but so many, to be written; false if there is none
+    /// yet. Nothing is taken.
     #[inline]
-    pub fn announce_next(&mut self, bytes: u32) -> u16 {
-        either!(self, queue => queue.announce_next(bytes))
+    pub fn announce_next(&mut self, but: u16, bytes: u32) -> bool {
+        either!(self, queue => queue.announce_next(but, bytes))
     }
 
     /// Has the CPU fetch what the next chain that is given back will be written to.
     #[inline]
     pub fn announce_used(&self) {
         either!(self, queue => queue.announce_used());
+    }
+
+    /// As [`Virtqueue::announce_used`], of so many chains.
+    #[inline]
+    pub fn announce_used_of(&self, count: u16) {
+        either!(self, queue => queue.announce_used_of(count));
     }
 
     /// Gives up a chain that can't be given back: the queue retires.

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use super::USED_AHEAD;
 use super::mirrors::Mirrors;
 use crate::net::frame::Frame;
 use crate::net::receive::{Delivered, Refused, Scratch, deliver};
@@ -161,6 +162,7 @@ impl Sink for Delivery<'_> {
         };
         if !std::mem::replace(&mut lane.touched, true) {
             queue.ring.disarm();
+            queue.ring.announce_used_of(USED_AHEAD);
             self.touched.push(number);
         }
         let limited = Gate::is_limited(inbox.device.rx_qos());

@@ -39,9 +39,14 @@ pub use transmit::Asked;
 /// Frames that are taken from a queue together at most.
 pub const MOST_FRAMES: usize = 32;
 
-/// Bytes at the front of a receive buffer that are asked for ahead: all of a short frame, and of a longer one so much that
-/// the CPU sees where it goes on.
-const FIRST_BYTES: u32 = 128;
+/// Bytes at the front of a receive buffer that are asked for ahead: header and frame of the shortest. Of a longer one the
+/// CPU sees where it goes on.
+const FIRST_BYTES: u32 = 76;
+/// Receive buffers that are asked for ahead: as many as are filled while a line comes from another CPU.
+const AHEAD: u16 = 8;
+
+/// Receive buffers whose place among the used ones is asked for at the beginning of a turn.
+const USED_AHEAD: u16 = 16;
 
 /// What a card's queue has beside its ring.
 #[derive(Debug)]
@@ -105,10 +110,10 @@ impl Lane {
     /// long as a line takes to come.
     #[inline]
     fn announce(&mut self, ring: &mut Virtqueue) {
-        self.announced = match self.announced {
-            0 => ring.announce_next(FIRST_BYTES),
-            announced => announced - 1,
-        };
+        while self.announced < AHEAD && ring.announce_next(self.announced, FIRST_BYTES) {
+            self.announced += 1;
+        }
+        self.announced = self.announced.saturating_sub(1);
     }
 
     /// Counts what happened.

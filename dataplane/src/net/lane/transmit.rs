@@ -200,6 +200,7 @@ impl Cards {
         if sent.frames == 0 {
             return sent;
         }
+        virtqueue.announce_used_of(u16::try_from(sent.frames).unwrap_or(0));
         let sender = Sender {
             device: &card.device,
             guard: card.guard.look(&card.device.guard),

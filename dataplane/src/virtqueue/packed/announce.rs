@@ -1,32 +1,51 @@
 //! What the chains that come next are going to be written to.
-#![forbid(unsafe_code)]
+#![expect(
+    unsafe_code,
+    reason = "places in a ring that the module above has looked up"
+)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::sync::atomic::Ordering;
 
 use super::PackedQueue;
+use crate::memory::will_write;
 use crate::virtqueue::chain::INDIRECT;
 
-/// Descriptors that are looked at together at most.
-const AHEAD: u16 = 16;
+/// Descriptors of a cache line.
+const DESCRIPTORS_OF_LINE: u16 = 4;
 
 impl PackedQueue {
-    /// Has the CPU fetch the first bytes of some chains that come next, to be written: how many descriptors there were.
-    /// A hint: what is read of the ring here counts for nothing else.
-    pub fn announce_next(&self, bytes: u32) -> u16 {
+    /// Has the CPU fetch the first bytes of a descriptor that comes next but so many, to be written; false if the driver
+    /// has not made it available. A hint: what is read of the ring here counts for nothing else.
+    #[inline]
+    pub fn announce_next(&self, but: u16, bytes: u32) -> bool {
         let size = self.layout.size;
-        let mut at = self.avail;
-        for count in 0..AHEAD.min(size) {
-            let flags = self.flags(at.index).load(Ordering::Relaxed);
-            if !at.is_available(flags) {
-                return count;
-            }
-            let descriptor = self.descriptor(at.index);
-            if !descriptor.has(INDIRECT) {
-                self.lease.announce(descriptor.addr, descriptor.len, bytes);
-            }
-            at = at.advanced(1, size);
+        if but >= size {
+            return false;
         }
-        AHEAD.min(size)
+        let at = self.avail.advanced(but, size);
+        let flags = self.flags(at.index).load(Ordering::Relaxed);
+        if !at.is_available(flags) {
+            return false;
+        }
+        let descriptor = self.descriptor(at.index);
+        if !descriptor.has(INDIRECT) {
+            self.lease.announce(descriptor.addr, descriptor.len, bytes);
+        }
+        true
+    }
+
+    /// Has the CPU fetch the places of so many used descriptors that are written next.
+    #[inline]
+    pub fn announce_used_of(&self, count: u16) {
+        let (mut at, size) = (self.used, self.layout.size);
+        if size < DESCRIPTORS_OF_LINE {
+            return;
+        }
+        for _ in (0..count).step_by(usize::from(DESCRIPTORS_OF_LINE)) {
+            // SAFETY: the descriptor lies in the ring, which the lease keeps.
+            will_write(unsafe { self.parts.ring.add(usize::from(at.index)) });
+            at = at.advanced(DESCRIPTORS_OF_LINE, size);
+        }
     }
 }

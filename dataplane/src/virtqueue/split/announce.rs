@@ -5,30 +5,48 @@
 )]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use std::sync::atomic::Ordering;
+
 use super::SplitQueue;
-use crate::memory::read_words;
+use crate::memory::{read_words, will_write};
 use crate::virtqueue::chain::{Descriptor, INDIRECT};
 
+/// Used entries of a cache line.
+const ENTRIES_OF_LINE: usize = 8;
+
 impl SplitQueue {
-    /// Has the CPU fetch the first bytes of some chains that come next, to be written: how many there were. A hint: what
-    /// is read of the ring here counts for nothing else.
-    pub fn announce_next(&mut self, bytes: u32) -> u16 {
+    /// Has the CPU fetch the first bytes of a chain that comes next but so many, to be written; false if the driver is
+    /// not known to have made it available. A hint: what is read of the ring here counts for nothing else.
+    #[inline]
+    pub fn announce_next(&mut self, but: u16, bytes: u32) -> bool {
         // What is wrong with the ring is told when the chain is taken.
-        if self.next_avail == self.ahead_end && !self.look_ahead().unwrap_or(false) {
-            return 0;
+        if but >= self.seen_avail.wrapping_sub(self.next_avail) && !(but == 0 && self.has_any()) {
+            return false;
         }
         let mask = self.layout.size - 1;
-        let count = self.ahead_end.wrapping_sub(self.next_avail);
-        for step in 0..count {
-            let index = self.next_avail.wrapping_add(step) % super::AHEAD;
-            let head = self.ahead.get(usize::from(index)).copied().unwrap_or(0);
-            // SAFETY: masked to the table's length; the lease keeps the table.
-            let words = unsafe { read_words(self.parts.desc.add(usize::from(head & mask)).cast()) };
-            let descriptor = Descriptor::of_split(words);
-            if !descriptor.has(INDIRECT) {
-                self.lease.announce(descriptor.addr, descriptor.len, bytes);
-            }
+        let index = self.next_avail.wrapping_add(but) & mask;
+        let head = self.avail(2 + usize::from(index)).load(Ordering::Relaxed);
+        // SAFETY: masked to the table's length; the lease keeps the table.
+        let words = unsafe { read_words(self.parts.desc.add(usize::from(head & mask)).cast()) };
+        let descriptor = Descriptor::of_split(words);
+        if !descriptor.has(INDIRECT) {
+            self.lease.announce(descriptor.addr, descriptor.len, bytes);
         }
-        count
+        true
+    }
+
+    /// Has the CPU fetch the places of so many used entries that are written next: the driver has read their lines.
+    #[inline]
+    pub fn announce_used_of(&self, count: u16) {
+        let mask = self.layout.size - 1;
+        for step in (0..count).step_by(ENTRIES_OF_LINE) {
+            let slot = usize::from(self.next_used.wrapping_add(step) & mask);
+            // SAFETY: the slot is masked to the ring's length; the lease keeps it.
+            will_write(unsafe { self.parts.used_ring.add(slot) });
+        }
+    }
+
+    fn has_any(&mut self) -> bool {
+        self.has_work().unwrap_or(false)
     }
 }
