@@ -56,12 +56,34 @@ pub struct Testpmd {
 /// What it said and nobody read yet.
 #[derive(Debug, Default)]
 struct Said {
-    text: Mutex<(String, Ended)>,
+    texts: Mutex<Texts>,
     more: Condvar,
 }
 
-/// Whether it says no more.
-type Ended = bool;
+/// By where it said it: what comes from one pipe may stand in the middle of a word from the other.
+#[derive(Debug, Default)]
+struct Texts {
+    output: String,
+    errors: String,
+    /// It says no more.
+    ended: bool,
+}
+
+impl Texts {
+    fn of(&mut self, from: Pipe) -> &mut String {
+        match from {
+            Pipe::Output => &mut self.output,
+            Pipe::Errors => &mut self.errors,
+        }
+    }
+}
+
+/// Where it says something.
+#[derive(Debug, Clone, Copy)]
+enum Pipe {
+    Output,
+    Errors,
+}
 
 /// Whether it is installed.
 #[must_use]
@@ -95,10 +117,10 @@ impl Testpmd {
         let mut child = command.stderr(Stdio::piped()).spawn().map_err(failed)?;
         let said = Arc::new(Said::default());
         if let Some(from) = child.stdout.take() {
-            said.collect(from);
+            said.collect(from, Pipe::Output);
         }
         if let Some(from) = child.stderr.take() {
-            said.collect(from);
+            said.collect(from, Pipe::Errors);
         }
         let input = child.stdin.take();
         let input = input.ok_or_else(|| failed(io::Error::other("no pipe")))?;
@@ -176,9 +198,10 @@ impl Testpmd {
         let deadline = Instant::now() + PATIENCE;
         let mut said = self.said.lock();
         loop {
-            if let Some(end) = end_of(&said.0, mark, whole_line) {
-                let rest = said.0.split_off(end);
-                let answer = std::mem::replace(&mut said.0, rest);
+            if let Some(end) = end_of(&said.output, mark, whole_line) {
+                let rest = said.output.split_off(end);
+                let mut answer = std::mem::take(&mut said.errors);
+                answer.push_str(&std::mem::replace(&mut said.output, rest));
                 drop(said);
                 if COMPLAINTS.iter().any(|text| answer.contains(text)) {
                     return Err(self.failed(&answer));
@@ -186,8 +209,8 @@ impl Testpmd {
                 return Ok(answer);
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            if said.1 || left.is_zero() {
-                let text = said.0.clone();
+            if said.ended || left.is_zero() {
+                let text = format!("{}{}", said.output, said.errors);
                 drop(said);
                 return Err(self.failed(&text));
             }
@@ -212,21 +235,21 @@ impl Drop for Testpmd {
 }
 
 impl Said {
-    fn lock(&self) -> std::sync::MutexGuard<'_, (String, Ended)> {
-        self.text.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, Texts> {
+        self.texts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reads until the end, on a thread that ends with the program.
-    fn collect(self: &Arc<Self>, mut from: impl Read + Send + 'static) {
+    fn collect(self: &Arc<Self>, mut pipe: impl Read + Send + 'static, from: Pipe) {
         let said = Arc::clone(self);
         std::thread::spawn(move || {
             let mut piece = [0; 4096];
             loop {
-                let count = from.read(&mut piece).unwrap_or(0);
+                let count = pipe.read(&mut piece).unwrap_or(0);
                 let bytes = piece.get(..count).unwrap_or_default();
-                let mut text = said.lock();
-                text.0.push_str(&String::from_utf8_lossy(bytes));
-                text.1 |= count == 0;
+                let mut texts = said.lock();
+                texts.of(from).push_str(&String::from_utf8_lossy(bytes));
+                texts.ended |= count == 0;
                 said.more.notify_all();
                 if count == 0 {
                     return;
