@@ -1,6 +1,7 @@
 //! A complete Bulkhead host: keys, trust roots, volumes and bundles made with the command line as an
 //! operator does, and the processes that rot starts.
 
+pub mod nics;
 mod systemd;
 mod upgrade;
 
@@ -222,6 +223,12 @@ impl Host {
             &uid,
         ])?;
         Ok(host)
+    }
+
+    /// Its name in bundles.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// The folder.

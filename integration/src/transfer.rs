@@ -111,13 +111,29 @@ fn patient(stream: &TcpStream) -> io::Result<()> {
 /// # Errors
 /// The first byte that is wrong, a connection that was reset, or silence for [`SILENCE`].
 pub fn stream(to: SocketAddr, wish: Wish, progress: impl FnMut(u64)) -> io::Result<()> {
-    let mut stream = TcpStream::connect_timeout(&to, SILENCE)?;
+    carry(&connect(to)?, wish, progress)
+}
+
+/// A connection to a [`Server`], for [`carry`].
+///
+/// # Errors
+/// When nobody answers for [`SILENCE`].
+pub fn connect(to: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&to, SILENCE)?;
     patient(&stream)?;
+    Ok(stream)
+}
+
+/// As [`stream`], over a connection on which nothing was said yet.
+///
+/// # Errors
+/// See [`stream`].
+pub fn carry(mut stream: &TcpStream, wish: Wish, progress: impl FnMut(u64)) -> io::Result<()> {
     stream.write_all(&wish.encode())?;
     if !wish.to_server {
-        return receive(&stream, wish, progress);
+        return receive(stream, wish, progress);
     }
-    send(&stream, wish, progress)?;
+    send(stream, wish, progress)?;
     // The server says that it has found every byte as it should be.
     let mut answer = [0];
     stream.read_exact(&mut answer)?;

@@ -5,6 +5,8 @@
 //! (`cargo xtask soak net`). A test that can't run on a machine is skipped by name, with the reason.
 
 mod cards;
+mod host;
+mod moves;
 mod pair;
 mod script;
 mod support;
@@ -24,7 +26,10 @@ fn main() {
     arguments.test_threads = arguments.test_threads.or(Some(1));
     let missing = support::missing();
     let mut trials = Vec::new();
-    for test in [cards::TESTS, tap::TESTS].into_iter().flatten() {
+    for test in [cards::TESTS, tap::TESTS, host::TESTS, moves::TESTS]
+        .into_iter()
+        .flatten()
+    {
         if let Some(reason) = &missing {
             eprintln!("skipped: {}: {reason}", test.name);
         }

@@ -65,7 +65,12 @@ impl Pair {
             ..card
         };
         let own = dir.path().join("server");
-        let mut server = guest(&own, other.nic(&dir, 0), &script::server(), false)?;
+        let mut server = guest(
+            &own,
+            other.nic(&dir, 0),
+            &script::server(),
+            Machine::default(),
+        )?;
         server.wait_for("server=ready", BOOT_PATIENCE)?;
         Ok(Self {
             dir,
@@ -82,16 +87,20 @@ impl Pair {
         reboots: bool,
     ) -> Result<Guest, Box<dyn std::error::Error>> {
         let own = self.dir.path().join("client");
-        guest(&own, card.nic(&self.dir, 1), script, reboots)
+        let machine = Machine {
+            reboots,
+            ..Machine::default()
+        };
+        guest(&own, card.nic(&self.dir, 1), script, machine)
     }
 }
 
-/// A guest with this card, in a folder of its own.
+/// A guest with this card, in a folder of its own; it has a processor for each queue pair.
 pub fn guest(
     dir: &Path,
     nic: GuestNic,
     script: &str,
-    reboots: bool,
+    machine: Machine,
 ) -> Result<Guest, Box<dyn std::error::Error>> {
     std::fs::create_dir_all(dir)?;
     // What is left of a boot.
@@ -108,8 +117,7 @@ pub fn guest(
         machine: Machine {
             cpus: nic.pairs,
             nics: vec![nic],
-            reboots,
-            ..Machine::default()
+            ..machine
         },
     };
     Ok(Guest::start(&boot()?, &spec)?)

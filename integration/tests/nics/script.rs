@@ -151,3 +151,38 @@ pub fn with_the_host(bytes: u64) -> String {
         up(CLIENT, CLIENT_6)
     )
 }
+/// Talks to the host, then with an address that is not the card's.
+pub fn to_the_host() -> String {
+    format!(
+        "{}\
+         {PING} {SERVER}\n\
+         guest-net send {SERVER}:{PORT} 100000\n\
+         guest-net receive {SERVER}:{PORT} 100000\n\
+         ip link set eth0 down\n\
+         ip link set eth0 address 02:00:00:00:77:99\n\
+         ip link set eth0 up\n\
+         if ping -c 3 -W 2 {SERVER}; then echo spoofed=through; else echo spoofed=lost; fi",
+        up(CLIENT, CLIENT_6)
+    )
+}
+
+/// Two streams that go on for ever, one each way.
+pub fn streams() -> String {
+    format!(
+        "{}{PING} {SERVER}\nguest-net streams {SERVER}:{PORT}",
+        up(CLIENT, CLIENT_6)
+    )
+}
+
+/// Says nothing by itself once it has pinged the server, but answers.
+pub fn silent() -> String {
+    format!(
+        "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6\n\
+         ip link set lo up\n\
+         ip addr add {CLIENT}/24 dev eth0\n\
+         ip link set eth0 up\n\
+         {PING} {SERVER}\n\
+         guest-net serve 0.0.0.0:{PORT} &\n\
+         while sleep 1; do echo silent=1; done"
+    )
+}

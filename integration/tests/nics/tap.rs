@@ -4,7 +4,7 @@ use std::fs;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use bulkhead_integration::guest::GuestNic;
+use bulkhead_integration::guest::{GuestNic, Machine};
 use bulkhead_integration::network::{enter_namespace, has_taps, ip, make_tap};
 use bulkhead_integration::processes::{Process, binary};
 use bulkhead_integration::transfer::Server;
@@ -56,7 +56,7 @@ fn over_a_tap(test: &str, pairs: u16, packed: bool) -> Outcome {
         ..GuestNic::new(socket, MACS[1])
     };
     let script = script::with_the_host(1 << rounds(20, 28));
-    let mut guest = guest(&dir.path().join("guest"), nic, &script, false)?;
+    let mut guest = guest(&dir.path().join("guest"), nic, &script, Machine::default())?;
     let console = guest
         .finish(PATIENCE)
         .map_err(|e| format!("{e}\n--- serve:\n{}", serve.log()))?;

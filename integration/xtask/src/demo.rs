@@ -1,6 +1,8 @@
 //! `cargo xtask demo`: from nothing to a guest that uses an encrypted disk which only a signed
 //! configuration could attach; each step with its evidence.
 
+mod network;
+
 use std::cell::RefCell;
 use std::error::Error;
 use std::fs;
@@ -18,6 +20,7 @@ use nix::sys::signal::{SigSet, Signal};
 use crate::packages::{self, GUEST};
 use crate::report::{Step, step};
 use crate::{binaries, workspace};
+use network::Network;
 
 /// What is built.
 const PACKAGES: [&str; 5] = [
@@ -60,7 +63,9 @@ pub fn run() -> Result<ExitCode, Box<dyn Error>> {
         Ok("operator alice, recovery key, host-1; trust root of one operator".to_owned())
     })?;
     let mut host = host.ok_or("no host")?;
-    let result = show(&mut host, &boot);
+    // What is started from here on is in a network namespace of its own.
+    let network = Network::make(&host)?;
+    let result = show(&mut host, &boot, network.as_ref());
     if result.is_err() {
         fs::write(host.path("processes.log"), host.log())?;
     }
@@ -73,13 +78,17 @@ pub fn run() -> Result<ExitCode, Box<dyn Error>> {
 }
 
 /// Everything from the volume on.
-fn show(host: &mut Host, boot: &Boot) -> Result<(), Box<dyn Error>> {
+fn show(host: &mut Host, boot: &Boot, network: Option<&Network>) -> Result<(), Box<dyn Error>> {
+    let stanzas = network.map(|_| Network::stanzas()).unwrap_or_default();
     step("volume", || {
         host.create_volume(&VolumeSpec::new("disk", "256MiB", 4096))?;
         Ok("256 MiB, AES-256-XTS, its key sealed to host-1 and to the recovery key".to_owned())
     })?;
     step("signed configuration", || {
-        let name = host.sign(&BundleSpec::new(1, &["disk"]))?;
+        let name = host.sign(&BundleSpec {
+            more: &stanzas,
+            ..BundleSpec::new(1, &["disk"])
+        })?;
         let bytes = fs::metadata(host.path(&name))?.len();
         Ok(format!("{name}, {bytes} bytes: ESP384 and ML-DSA-87"))
     })?;
@@ -113,6 +122,9 @@ fn show(host: &mut Host, boot: &Boot) -> Result<(), Box<dyn Error>> {
         "guest, second boot; agent, keyd and data plane killed meanwhile",
         || second_boot(host, boot, &written),
     )?;
+    if let Some(network) = network {
+        step("two guests with network cards", || network.show(host, boot))?;
+    }
     step("end", || {
         fs::write(host.path("processes.log"), host.log())?;
         host.stop();
