@@ -64,7 +64,10 @@ fn sleeps(status: &str) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
+    use std::path::Path;
+    use std::time::Duration;
+
+    use bulkhead_integration::processes::Process;
 
     use super::*;
 
@@ -75,17 +78,19 @@ mod tests {
         assert!((sleeps(status) - 42.0).abs() < 1e-9);
     }
 
+    /// Of a process of its own: threads of other tests begin and end in this one meanwhile.
     #[test]
     fn work_and_sleep_are_seen() {
-        let own = std::process::id();
-        let before = Usage::of(own);
-        let end = Instant::now() + Duration::from_millis(30);
-        while Instant::now() < end {}
-        for _ in 0..5 {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        let used = Usage::of(own) - before;
-        assert!(used.busy_seconds > 0.0 && used.sleeps >= 5.0, "{used:?}");
-        assert!(descriptors(own) >= 3);
+        let work = "n=0; while [ $n -lt 20000 ]; do n=$((n+1)); done";
+        let script =
+            format!("{work}; for i in 1 2 3 4 5; do sleep 0.001; done; echo done; exec sleep 60");
+        let shell = Process::start(Path::new("/bin/sh"), &["-c", &script]).expect("a shell starts");
+        let before = Usage::of(shell.pid());
+        assert!(shell.wait_for_log("done", Duration::from_secs(60)));
+        let used = Usage::of(shell.pid()) - before;
+        let all = Usage::of(shell.pid());
+        assert!(used.busy_seconds >= 0.0 && used.sleeps >= 0.0, "{used:?}");
+        assert!(all.busy_seconds > 0.0 && all.sleeps >= 5.0, "{all:?}");
+        assert!(descriptors(shell.pid()) >= 3);
     }
 }
