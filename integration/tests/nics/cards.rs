@@ -73,7 +73,6 @@ fn through(card: Card, amount: Amount) -> Outcome {
         ensure(speed.is_some_and(|speed| speed > 0.0), || {
             format!("iperf3 {name} carried {speed:?} Mbit/s:\n{console}")
         })?;
-        println!("iperf3 {name}: {} Mbit/s", speed.unwrap_or_default());
     }
     let echoed = number("echoed");
     ensure(echoed.is_some_and(|n| n >= 1.0), || {
