@@ -57,7 +57,7 @@ fn on_af_xdp() -> Outcome {
         ..BundleSpec::new(4, &[])
     };
     let refused = host.apply(&host.sign(&other)?);
-    let said = refused.map_or_else(|error| error.to_string(), |said| said);
+    let said = refused.unwrap_or_else(|error| error.to_string());
     ensure(said.contains("--xdp v1"), || said)?;
     outside.talk(&mut card, b"the second goes on")
 }
