@@ -371,8 +371,15 @@ fn blocks_once_taken(arena: &mut Arena, request: u32) -> Attack {
     let mut disk = attach(arena)?;
     let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?;
     let end = fate(disk.frontend.set_vring_fd(request, 0, Some(event.as_fd())))?;
+    // A driver with another call is called at once: what it was told before may have gone to nobody.
+    fcntl(
+        event.as_fd(),
+        FcntlArg::F_SETFL(OFlag::O_RDWR | OFlag::O_NONBLOCK),
+    )?;
+    while event.write(u64::MAX - 1).is_err() {
+        let _ = event.read();
+    }
     fcntl(event.as_fd(), FcntlArg::F_SETFL(OFlag::O_RDWR))?;
-    event.write(u64::MAX - 1)?;
     for _ in 0..4 {
         load(&mut disk, kind::IN)?;
         std::thread::sleep(Duration::from_millis(10));
