@@ -1,4 +1,4 @@
-//! A limit on log lines that a guest or a frontend can cause.
+//! A limit on log lines, and on other things that go out, that a guest or a frontend can cause.
 #![forbid(unsafe_code)]
 
 use std::sync::atomic::{AtomicU64, Ordering};

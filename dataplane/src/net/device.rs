@@ -12,6 +12,7 @@ use bulkhead_protocol::net::SpoofChecks;
 use super::current::Current;
 use super::metrics::Metrics;
 use crate::hand::SharedHand;
+use crate::log_limit::LogLimit;
 use crate::port::mirror::MirrorFile;
 use crate::port::{Guard, PortSpec};
 use crate::qos::Qos;
@@ -67,6 +68,8 @@ pub struct NetDevice {
     tx_qos: Qos,
     rx_qos: Qos,
     up: AtomicBool,
+    /// How often the network is told where it is.
+    announcements: LogLimit,
     /// Where its frames are copied to.
     mirror: Mutex<Option<Arc<MirrorFile>>>,
     /// What a thread that works for it has in hand.
@@ -110,6 +113,7 @@ impl NetDevice {
             tx_qos: Qos::default(),
             rx_qos: Qos::default(),
             up: AtomicBool::new(true),
+            announcements: LogLimit::new(),
             mirror: Mutex::new(None),
             hand: SharedHand::default(),
         })
@@ -168,6 +172,13 @@ impl NetDevice {
     #[must_use]
     pub fn told(&self) -> u64 {
         u64::from(self.is_up())
+    }
+
+    /// SEND_RARP: whether the network is to be told where the card is. A frontend says it once for a guest that has
+    /// come; each time costs a frame to every other card of its switch, which nobody is charged for, so that no more
+    /// than a few a second go out.
+    pub(crate) fn may_announce(&self) -> bool {
+        self.announcements.allows()
     }
 
     /// NET_SET_MTU: what the frontend has told its guest.

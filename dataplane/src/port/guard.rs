@@ -11,6 +11,10 @@
 //! :: (duplicate address detection), and the link-local address that is made from its MAC address (RFC 4291, appendix
 //! A). Others, such as link-local addresses that it chose at random, must be listed.
 //!
+//! Where the MAC address is checked, nothing passes whose link-layer address can't be told: ARP of another form, what
+//! lies behind more tags or extension headers than are followed. (Of neighbour discovery in fragments receivers take
+//! no notice, RFC 6980.)
+//!
 //! A NIC with a list of IP addresses sends nothing whose claim can't be told: broken headers, neighbour discovery
 //! in fragments or behind more extension headers than are followed, and fragments in which it could be. Ethernet
 //! frames that carry neither IP nor ARP pass.
@@ -24,7 +28,7 @@ use bulkhead_protocol::net::{IpPrefix, SpoofChecks};
 use super::DropReason;
 use crate::net::claims::Claims;
 use crate::net::frame::Frame;
-use crate::net::parse::{Mac, Network, Transport};
+use crate::net::parse::{FrameInfo, Mac, Network, Transport, ethertype};
 
 /// A prefix as it is compared: the bits that count, and what they are.
 #[derive(Debug, Clone, Copy)]
@@ -67,16 +71,16 @@ impl Guard {
     #[inline]
     pub fn check(&self, frame: &Frame<'_>) -> Result<(), DropReason> {
         let info = &frame.info;
-        if let Some(mac) = self.mac {
-            if info.src != mac {
-                return Err(DropReason::SpoofedMac);
-            }
-            if info.network == Network::Arp || info.transport == Transport::Icmpv6 {
-                self.check_claimed_mac(mac, frame)?;
-            }
+        if self.mac.is_some_and(|mac| info.src != mac) {
+            return Err(DropReason::SpoofedMac);
         }
-        match &self.addresses {
-            Some(addresses) if info.network != Network::Other => addresses.check(&frame.claims()),
+        if let Some(addresses) = &self.addresses
+            && info.network != Network::Other
+        {
+            addresses.check(&frame.claims())?;
+        }
+        match self.mac {
+            Some(mac) if may_claim_mac(info) => self.check_claimed_mac(mac, frame),
             _ => Ok(()),
         }
     }
@@ -90,6 +94,17 @@ impl Guard {
         } else {
             Err(DropReason::SpoofedMac)
         }
+    }
+}
+
+/// Whether a frame can name a link-layer address as its sender's. Of what is malformed here some receivers can make
+/// out more: Linux takes ARP of another hardware type, and follows any number of tags and of extension headers.
+#[inline]
+fn may_claim_mac(info: &FrameInfo) -> bool {
+    match info.network {
+        Network::Arp => true,
+        Network::Malformed => !matches!(info.ethertype, ethertype::IPV4 | ethertype::IPV6),
+        _ => matches!(info.transport, Transport::Icmpv6 | Transport::Hidden),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileExt as _;
+use std::time::Instant;
 
 use bulkhead_dataplane::port::PortSpec;
 use bulkhead_dataplane::worker::message::QueueId;
@@ -181,6 +182,28 @@ fn a_guest_that_came_from_elsewhere_is_announced() {
         matches!(refused, Err(FrontendError::Refused { .. })),
         "it is another card's"
     );
+}
+
+/// Each announcement goes to every other card, and is not its guest's turn.
+#[test]
+fn a_frontend_that_announces_without_end_is_heard_a_few_times_a_second() {
+    let mut rig = Rig::new();
+    let [(_, mut a), (_, mut b)] = rig.two(&USUAL(), &USUAL());
+    let began = Instant::now();
+    let [x, y, z, u, v, w] = mac(1);
+    let address = words(&[u64::from_le_bytes([x, y, z, u, v, w, 0, 0])]);
+    for _ in 0..200 {
+        let set = a.frontend.set(request::SEND_RARP, &address, &[]);
+        set.expect("done");
+    }
+    let seconds = began.elapsed().as_secs() + 2;
+    let last = frame(1, mac(2), (1, 2), 10);
+    a.send(0, &last).expect("sent");
+    let mut heard = 0;
+    while b.receive(0).expect("received").frame != last {
+        heard += 1;
+    }
+    assert!((1..=5 * seconds).contains(&heard), "{heard} in {seconds} s");
 }
 
 #[test]

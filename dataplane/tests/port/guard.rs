@@ -136,6 +136,16 @@ fn arp_says_nothing_about_others() {
     }
     assert_eq!(check(&strict(), &arp(1, "10.0.0.2")), Err(SpoofedIp));
     assert_eq!(check(&guard(true, &[]), &arp(1, "10.0.0.2")), Ok(()));
+    // Of a hardware type that Linux takes for Ethernet's too, or behind more tags than are followed.
+    let foreign = arp(2, "10.0.0.1");
+    let mut other_type = foreign.clone();
+    other_type[15] = 6;
+    let tags = [0x81, 0, 0, 5, 0x81, 0, 0, 5, 0x81, 0, 0, 5];
+    let behind_tags = [&foreign[..12], &tags, &foreign[12..]].concat();
+    for hidden in [other_type, behind_tags] {
+        assert_eq!(check(&guard(true, &[]), &hidden), Err(SpoofedMac));
+        assert_eq!(check(&guard(false, &[]), &hidden), Ok(()));
+    }
     // Cut short: nobody can tell what it says.
     let short = &arp(1, "10.0.0.1")[..30];
     assert_eq!(check(&strict(), short), Err(SpoofedIp));
@@ -199,6 +209,13 @@ fn what_cannot_be_told_does_not_pass_where_it_matters() {
         &[17, 0, 0, 1, 0, 0, 0, 7, 1, 2, 3, 4, 5, 6, 7, 8],
     );
     assert_eq!(check(&strict(), &datagram), Ok(()));
+    // An advertisement behind more extension headers than are followed.
+    let mut extensions = [[60u8, 0, 1, 4, 0, 0, 0, 0]; 9].concat();
+    extensions[64] = 58;
+    extensions.extend(&neighbour(136, "2001:db8::1", "2001:db8::1", Some(mac(2)))[54..]);
+    let hidden = packet(own, all, 60, &extensions);
+    assert_eq!(check(&guard(true, &[]), &hidden), Err(SpoofedMac));
+    assert_eq!(check(&guard(false, &[]), &hidden), Ok(()));
     // Says that it is IPv4, and is not.
     let broken = ethernet(mac(2), mac(1), 0x0800, &[0x65; 60]);
     assert_eq!(check(&strict(), &broken), Err(SpoofedIp));

@@ -123,7 +123,7 @@ fn tap(
     })))
 }
 
-/// What of it outlives this process; none: nothing does. (An AF_XDP socket can't be bound again to memory of another process.)
+/// What of it outlives this process; none: nothing does. (Of an AF_XDP socket and its memory nothing is stored: see ADR 0028.)
 ///
 /// # Errors
 /// A descriptor can't be duplicated.

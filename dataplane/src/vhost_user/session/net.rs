@@ -21,15 +21,18 @@ impl Session {
     }
 
     /// SEND_RARP: the guest has come from another host, and its driver does not announce itself. Whoever serves its
-    /// first queue tells the network where it is now.
+    /// first queue tells the network where it is now, unless it has just been told.
     pub(super) fn announce(&self, mac: [u8; 6], out: &mut Outbox) -> Outcome {
-        let own = self.card()?.shape.mac;
+        let card = self.card()?;
+        let own = card.shape.mac;
         if mac != own {
             return Err(format!(
                 "the frontend announces {mac:02x?}, and the card's address is {own:02x?}"
             ));
         }
-        if let Some(queue) = self.started().first().copied() {
+        if let Some(queue) = self.started().first().copied()
+            && card.may_announce()
+        {
             out.to_workers.push((queue, ToWorker::Announce { queue }));
         }
         Ok(Handled::Done)
