@@ -9,12 +9,14 @@ use minicbor::decode::{self, Decoder};
 use minicbor::encode::{self, Encoder, Write};
 use minicbor::{Decode, Encode};
 
-use crate::identity::{InvalidName, NicId, SocketName, SwitchName};
+use crate::identity::{InvalidName, NicId, SocketName};
 
 mod limits;
+mod port;
 mod prefix;
 
 pub use limits::{NicLimits, TrafficLimits};
+pub use port::{PortSpec, Uplink};
 pub use prefix::IpPrefix;
 
 /// Most network cards of a host.
@@ -161,94 +163,6 @@ impl<'b, C> Decode<'b, C> for InterfaceName {
         let text = d.str()?;
         text.parse()
             .map_err(|e: InvalidName| decode::Error::message(e.to_string()))
-    }
-}
-
-/// What a NIC's frames go out of.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-#[cbor(map)]
-pub enum PortSpec {
-    /// A switch of this host, among other NICs.
-    #[n(0)]
-    Switch {
-        /// Which.
-        #[n(0)]
-        switch: SwitchName,
-    },
-    /// A TAP interface of its own, with a queue for each of its pairs.
-    #[n(1)]
-    Tap {
-        /// Which; it is there before, or made by the agent.
-        #[n(0)]
-        interface: InterfaceName,
-    },
-    /// Receive queues of an interface, through AF_XDP sockets.
-    #[n(2)]
-    AfXdp {
-        /// Which.
-        #[n(0)]
-        interface: InterfaceName,
-        /// The queue of its first pair; each further pair has the next one.
-        #[n(1)]
-        queue: u16,
-    },
-    /// Nowhere: what is sent is dropped.
-    #[n(3)]
-    Null,
-}
-
-/// What connects a switch to the world. It has one queue, since one worker serves a switch.
-#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
-#[cbor(map)]
-pub enum Uplink {
-    /// A TAP interface.
-    #[n(0)]
-    Tap {
-        /// Which.
-        #[n(0)]
-        interface: InterfaceName,
-    },
-    /// A receive queue of an interface, through an AF_XDP socket.
-    #[n(1)]
-    AfXdp {
-        /// Which.
-        #[n(0)]
-        interface: InterfaceName,
-        /// Which of its queues.
-        #[n(1)]
-        queue: u16,
-    },
-}
-
-impl fmt::Display for Uplink {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tap { interface } => write!(f, "TAP {interface}"),
-            Self::AfXdp { interface, queue } => write!(f, "AF_XDP {interface} queue {queue}"),
-        }
-    }
-}
-
-impl PortSpec {
-    /// Descriptors that an attach of a NIC with so many pairs carries: one for each pair where the
-    /// host's kernel is on the other side.
-    #[must_use]
-    pub fn descriptors(&self, queue_pairs: u16) -> usize {
-        match self {
-            Self::Switch { .. } | Self::Null => 0,
-            Self::Tap { .. } | Self::AfXdp { .. } => usize::from(queue_pairs),
-        }
-    }
-}
-
-impl fmt::Display for PortSpec {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Switch { switch } => write!(f, "switch {switch}"),
-            Self::Tap { interface } => write!(f, "TAP {interface}"),
-            Self::AfXdp { interface, queue } => write!(f, "AF_XDP {interface} from queue {queue}"),
-            Self::Null => f.write_str("null"),
-        }
     }
 }
 
