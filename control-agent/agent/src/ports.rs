@@ -5,11 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 
 use bulkhead_bundle::HostBundle;
-use bulkhead_interfaces::xdp::Prepared;
+use bulkhead_interfaces::xdp::{self, Prepared};
 use bulkhead_interfaces::{InterfaceName as Openable, tap};
 use bulkhead_protocol::control::PortFacts;
-use bulkhead_protocol::net::{InterfaceName, PortSpec, Uplink};
+use bulkhead_protocol::net::{AF_XDP_QUEUES, InterfaceName, PortSpec, Uplink};
 use bulkhead_protocol::{NicId, SwitchName};
+
+// What can be signed is what a prepared interface has room for.
+const _: () = assert!(AF_XDP_QUEUES as u32 == xdp::MOST_QUEUES);
 
 /// Whose a port is.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]

@@ -16,7 +16,7 @@ mod port;
 mod prefix;
 
 pub use limits::{NicLimits, TrafficLimits};
-pub use port::{PortSpec, Uplink};
+pub use port::{AF_XDP_QUEUES, MAX_AF_XDP_MTU, PortSpec, Uplink};
 pub use prefix::IpPrefix;
 
 /// Most network cards of a host.
@@ -265,6 +265,10 @@ impl NicGrant {
         if self.uplink.is_some() && !matches!(self.port, PortSpec::Switch { .. }) {
             return Err("an uplink, and no switch".to_owned());
         }
+        let uplink = self.uplink.as_ref();
+        uplink.map_or(Ok(()), Uplink::check)?;
+        let port = self.port.check(uplink, self.mtu, self.queue_pairs);
+        port.map_err(|(field, e)| format!("its {field}: {e}"))?;
         if self.checks.sources.len() > MAX_SOURCES {
             return Err(format!("more than {MAX_SOURCES} sources"));
         }

@@ -51,6 +51,13 @@ fn af_xdp(name: &str, queue: u16) -> PortSpec {
     }
 }
 
+fn xdp_uplink(queue: u16) -> Uplink {
+    Uplink::AfXdp {
+        interface: "eth1".parse().expect("a name"),
+        queue,
+    }
+}
+
 /// A bundle that says something of everything here.
 fn networked() -> HostBundle {
     let mut bundle = bundle();
@@ -208,20 +215,40 @@ fn refused_an_interface_that_is_used_twice() {
     );
     refused(
         |b| b.nics[2].port = af_xdp("eth1", u16::MAX),
-        "NIC \"net3\": port: there is no queue above 65535",
+        "NIC \"net3\": port: queue 65536: only the first 64 of an interface",
+    );
+    refused(
+        |b| b.nics[2].port = af_xdp("eth1", 63),
+        "NIC \"net3\": port: queue 64: only the first 64 of an interface, 0 to 63,",
+    );
+    refused(
+        |b| b.switches[1].uplink = Some(xdp_uplink(64)),
+        "switch \"inside\": uplink: queue 64: only the first 64",
     );
     refused(
         |b| {
-            b.switches[1].uplink = Some(Uplink::AfXdp {
-                interface: "eth1".parse().expect("a name"),
-                queue: 4,
-            });
+            b.switches[1].uplink = Some(xdp_uplink(4));
         },
         "NIC \"net3\": port: queue 4 of interface eth1 is also that of switch inside",
     );
     let mut side_by_side = networked();
     side_by_side.nics[1].port = af_xdp("eth1", 1);
     validate(&side_by_side).expect("other queues of the interface");
+}
+
+#[test]
+fn refused_an_mtu_that_af_xdp_has_not() {
+    refused(
+        |b| b.nics[2].mtu = 9000,
+        "NIC \"net3\": mtu: 9000 is more than the 3818 that its port can have",
+    );
+    refused(
+        |b| (b.switches[0].uplink, b.nics[0].mtu) = (Some(xdp_uplink(0)), 3819),
+        "NIC \"net1\": mtu: 3819 is more than the 3818 that its switch's uplink can have",
+    );
+    let mut good = networked();
+    (good.nics[0].mtu, good.nics[1].mtu, good.nics[2].mtu) = (65_535, 65_535, 3818);
+    validate(&good).expect("TAPs have any");
 }
 
 #[test]

@@ -63,6 +63,9 @@ fn check_switch(
     if earlier.any(|other| other.name == switch.name) {
         return Err(("name", "there are two switches of that name".to_owned()));
     }
+    let uplink = switch.uplink.as_ref();
+    let checked = uplink.map_or(Ok(()), Uplink::check);
+    checked.map_err(|problem| ("uplink", problem))?;
     let whose = format!("switch {}", switch.name);
     let taken = match &switch.uplink {
         None => Ok(()),
@@ -91,6 +94,8 @@ fn check_nic(bundle: &HostBundle, nic: &Nic) -> Result<(), Problem> {
             format!("there is no switch {name:?} in the bundle: add [[switch]] with that name");
         return Err(("port", problem));
     }
+    let uplink = bundle.uplink_of(nic);
+    nic.port.check(uplink, nic.mtu, nic.queue_pairs)?;
     nic.limits.check().map_err(|e| ("limits", e.to_string()))?;
     check_sources(nic)?;
     match &nic.mirror {
@@ -193,8 +198,6 @@ impl Taken {
         count: u16,
         whose: &str,
     ) -> Result<(), String> {
-        let end = first.checked_add(count.saturating_sub(1));
-        let last = end.ok_or_else(|| format!("there is no queue above {}", u16::MAX))?;
         let found = self.interfaces.entry(interface.clone());
         let queues = match found.or_insert_with(|| Use::Queues(BTreeMap::new())) {
             Use::Whole(other) => {
@@ -202,7 +205,7 @@ impl Taken {
             }
             Use::Queues(queues) => queues,
         };
-        for queue in first..=last {
+        for queue in (first..).take(count.into()) {
             if let Some(other) = queues.insert(queue, whose.to_owned()) {
                 return Err(format!(
                     "queue {queue} of interface {interface} is also that of {other}"

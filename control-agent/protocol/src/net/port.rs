@@ -8,6 +8,12 @@ use minicbor::{Decode, Encode};
 use super::InterfaceName;
 use crate::identity::SwitchName;
 
+/// Longest MTU in bytes that a port of AF_XDP can have: what one of its frames, a page, holds beside a header, VLAN tags and
+/// what the kernel keeps free in front.
+pub const MAX_AF_XDP_MTU: u16 = 3818;
+/// Queues of an interface that can have an AF_XDP socket: the first so many.
+pub const AF_XDP_QUEUES: u16 = 64;
+
 /// What a NIC's frames go out of.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 #[cbor(map)]
@@ -64,6 +70,19 @@ pub enum Uplink {
     },
 }
 
+impl Uplink {
+    /// Checks what the types leave open.
+    ///
+    /// # Errors
+    /// What is wrong, for the operator.
+    pub fn check(&self) -> Result<(), String> {
+        match self {
+            Self::Tap { .. } => Ok(()),
+            Self::AfXdp { queue, .. } => check_queues(*queue, 1),
+        }
+    }
+}
+
 impl fmt::Display for Uplink {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -83,6 +102,45 @@ impl PortSpec {
             Self::Tap { .. } | Self::AfXdp { .. } => usize::from(queue_pairs),
         }
     }
+
+    /// Checks it with what else a NIC is: its switch's uplink, its MTU and how many queue pairs it has.
+    ///
+    /// # Errors
+    /// The field of the source that is out of bounds, and what would be right.
+    pub fn check(
+        &self,
+        uplink: Option<&Uplink>,
+        mtu: u16,
+        queue_pairs: u16,
+    ) -> Result<(), (&'static str, String)> {
+        if let Self::AfXdp { queue, .. } = self {
+            check_queues(*queue, queue_pairs).map_err(|problem| ("port", problem))?;
+        }
+        let whose = match (self, uplink) {
+            (Self::AfXdp { .. }, _) => "its port",
+            (Self::Switch { .. }, Some(Uplink::AfXdp { .. })) => "its switch's uplink",
+            _ => return Ok(()),
+        };
+        if mtu > MAX_AF_XDP_MTU {
+            let problem = format!(
+                "{mtu} is more than the {MAX_AF_XDP_MTU} that {whose} can have: AF_XDP takes no longer frames, \
+                 a TAP does"
+            );
+            return Err(("mtu", problem));
+        }
+        Ok(())
+    }
+}
+
+fn check_queues(first: u16, count: u16) -> Result<(), String> {
+    let last = u32::from(first) + u32::from(count).saturating_sub(1);
+    if last >= AF_XDP_QUEUES.into() {
+        return Err(format!(
+            "queue {last}: only the first {AF_XDP_QUEUES} of an interface, 0 to {}, can be an AF_XDP port's",
+            AF_XDP_QUEUES - 1
+        ));
+    }
+    Ok(())
 }
 
 impl fmt::Display for PortSpec {

@@ -153,15 +153,57 @@ fn grant() -> NicGrant {
     }
 }
 
+fn xdp_uplink(queue: u16) -> Uplink {
+    Uplink::AfXdp {
+        interface: "eth1".parse().expect("a name"),
+        queue,
+    }
+}
+
+#[test]
+fn af_xdp_has_its_longest_mtu_and_its_last_queue() {
+    let mut good = grant();
+    (good.uplink, good.mtu) = (Some(xdp_uplink(AF_XDP_QUEUES - 1)), MAX_AF_XDP_MTU);
+    assert_eq!(good.check(), Ok(()));
+    let interface = "eth0".parse().expect("a name");
+    let queue = AF_XDP_QUEUES - good.queue_pairs;
+    (good.uplink, good.port) = (None, PortSpec::AfXdp { interface, queue });
+    assert_eq!(good.check(), Ok(()));
+    good.mtu += 1;
+    let refused = good.check().expect_err("too long");
+    assert!(
+        refused.starts_with("its mtu: 3819 is more than the 3818 that its port"),
+        "{refused}"
+    );
+    good.port = PortSpec::Null;
+    assert_eq!(good.check(), Ok(()));
+}
+
 #[test]
 fn a_grant_that_describes_no_nic_is_refused() {
     assert_eq!(grant().check(), Ok(()));
     type Change = fn(&mut NicGrant);
-    let cases: [(&str, Change); 8] = [
+    let cases: [(&str, Change); 11] = [
         ("MTU", |g| g.mtu = 67),
         ("no queue", |g| g.queue_pairs = 0),
         ("queues", |g| g.queue_pairs = 17),
         ("uplink of no switch", |g| g.port = PortSpec::Null),
+        ("an MTU that its uplink has not", |g| {
+            (g.uplink, g.mtu) = (Some(xdp_uplink(0)), MAX_AF_XDP_MTU + 1);
+        }),
+        ("a queue that no uplink has", |g| {
+            g.uplink = Some(xdp_uplink(AF_XDP_QUEUES));
+        }),
+        ("queues that no port has", |g| {
+            let interface = "eth0".parse().expect("a name");
+            (g.uplink, g.port) = (
+                None,
+                PortSpec::AfXdp {
+                    interface,
+                    queue: AF_XDP_QUEUES - 3,
+                },
+            );
+        }),
         ("a rate of nothing", |g| {
             g.limits.rx.packets = Some(Rate {
                 per_second: 0,

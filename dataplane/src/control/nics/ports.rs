@@ -6,13 +6,18 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use bulkhead_protocol::control::PortFacts;
-use bulkhead_protocol::net::{InterfaceName, NicGrant, PortSpec as Granted, Uplink};
+use bulkhead_protocol::net::{
+    InterfaceName, MAX_AF_XDP_MTU, NicGrant, PortSpec as Granted, Uplink,
+};
 use nix::sys::stat::{SFlag, fstat, major, minor};
 
 use super::Nics;
 use crate::port::afxdp::{MOST_MTU, XdpQueue};
 use crate::port::{OutsideSpec, PortSpec, SwitchSpec, TapSpec, XdpSpec};
 use crate::stored::{Fd, StoredPort};
+
+// What is signed and granted is what such a port can have.
+const _: () = assert!(MAX_AF_XDP_MTU as usize == MOST_MTU);
 
 /// What the agent gives for a port.
 pub(super) type Given = (PortFacts, Vec<OwnedFd>);
@@ -61,8 +66,7 @@ pub(super) fn switch(
         Some(Uplink::Tap { interface }) => Some(tap(interface, 1, given)?),
         // Its NICs may have any MTU that such a port can have.
         Some(Uplink::AfXdp { interface, queue }) => {
-            let mtu = u16::try_from(MOST_MTU).unwrap_or(u16::MAX);
-            Some(af_xdp(interface, (*queue, 1), mtu, given)?)
+            Some(af_xdp(interface, (*queue, 1), MAX_AF_XDP_MTU, given)?)
         }
     };
     Ok(SwitchSpec::new(name.to_owned(), uplink))
