@@ -29,11 +29,28 @@ struct Held {
 
 /// A region, for looking up addresses.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Window {
+pub(crate) struct Window {
     pub(super) guest_addr: u64,
     /// 0: no address is inside.
     pub(super) bytes: u64,
     pub(super) host: NonNull<u8>,
+}
+
+impl Window {
+    /// Where `bytes` bytes at a guest address lie in this process, if these are some, and all in this region: for as long
+    /// as the memory is held that it is of.
+    #[inline(always)]
+    pub(crate) fn find(&self, guest_addr: u64, bytes: u32) -> Option<NonNull<u8>> {
+        let offset = guest_addr.wrapping_sub(self.guest_addr);
+        // No bytes at all are more than there ever are.
+        let last = u64::from(bytes).wrapping_sub(1);
+        if offset >= self.bytes || last >= self.bytes - offset {
+            return None;
+        }
+        let offset = usize::try_from(offset).ok()?;
+        // SAFETY: offset lies inside the region, which the memory's mapping covers.
+        Some(unsafe { self.host.add(offset) })
+    }
 }
 
 impl Lease {
@@ -62,16 +79,26 @@ impl Lease {
     /// that was asked for last.
     #[inline]
     pub(super) fn recent(&self, guest_addr: u64, bytes: u32) -> Option<NonNull<u8>> {
-        let window = self.0.recent.get();
-        let offset = guest_addr.wrapping_sub(window.guest_addr);
-        // No bytes at all are more than there ever are.
-        let last = u64::from(bytes).wrapping_sub(1);
-        if offset >= window.bytes || last >= window.bytes - offset {
-            return None;
-        }
-        let offset = usize::try_from(offset).ok()?;
-        // SAFETY: offset lies inside the region, which the memory's mapping covers.
-        Some(unsafe { window.host.add(offset) })
+        self.0.recent.get().find(guest_addr, bytes)
+    }
+
+    /// The region that was asked for last.
+    #[inline(always)]
+    pub(crate) fn window(&self) -> Window {
+        self.0.recent.get()
+    }
+
+    /// As [`Window::find`] in that region, after it was not found in `window`, which is that region from then on.
+    #[cold]
+    pub(crate) fn find_elsewhere(
+        &self,
+        window: &mut Window,
+        guest_addr: u64,
+        bytes: u32,
+    ) -> Option<NonNull<u8>> {
+        self.remember(guest_addr);
+        *window = self.window();
+        window.find(guest_addr, bytes)
     }
 
     /// Has the CPU fetch what is going to be written there, of `bytes` bytes the first `most`.

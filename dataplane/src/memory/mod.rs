@@ -21,22 +21,24 @@ mod mapping;
 mod prefetch;
 mod prepared;
 pub mod sigbus;
+mod slice;
 mod words;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 pub use area::SharedArea;
 pub use buffer::{GuestBuffer, OutsideMemory, Piece, Runs, USUAL_MOST_PIECES};
 pub use dirty::DirtyLog;
 pub use flag::SharedFlag;
 pub use lease::Lease;
-use lease::Window;
+pub(crate) use lease::Window;
 use mapping::Mapping;
 pub(crate) use prefetch::{will_read, will_write};
 pub use prepared::Prepared;
+pub use slice::GuestSlice;
 pub use words::SharedWords;
 
 /// A region as a frontend describes it (vhost-user, "Memory region description").
@@ -302,6 +304,15 @@ pub(crate) unsafe fn shared_u16<'a>(at: NonNull<u16>) -> &'a AtomicU16 {
 pub(crate) unsafe fn shared_u32<'a>(at: NonNull<u32>) -> &'a AtomicU32 {
     // SAFETY: as above.
     unsafe { AtomicU32::from_ptr(at.as_ptr()) }
+}
+
+/// As [`shared_u16`], 64 bits.
+///
+/// # Safety
+/// As [`shared_u16`].
+pub(crate) unsafe fn shared_u64<'a>(at: NonNull<u64>) -> &'a AtomicU64 {
+    // SAFETY: as above.
+    unsafe { AtomicU64::from_ptr(at.as_ptr()) }
 }
 
 /// Orders ring accesses as virtio demands where an atomic's own ordering is not enough: a store

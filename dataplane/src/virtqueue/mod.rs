@@ -7,6 +7,7 @@
 //! | --- | --- |
 //! | [`split`], [`packed`] | the two formats of a ring |
 //! | `chain` | a descriptor chain, and indirect tables |
+//! | [`run`] | plain chains that are taken and given back together |
 //! | `notify` | when a driver wants to be called |
 //! | `order` | VIRTIO_F_IN_ORDER |
 //! | [`inflight`] | the in-flight region, and what a queue finds in it when it starts |
@@ -24,6 +25,7 @@ mod order;
 pub mod packed;
 mod park;
 pub mod queue;
+pub mod run;
 pub mod split;
 
 pub use chain::{Chain, Descriptor};
@@ -31,6 +33,7 @@ pub use inflight::{Format, QueueRegion, Recovered};
 pub use packed::PackedQueue;
 pub use park::ParkedQueue;
 pub use queue::Virtqueue;
+pub use run::Run;
 pub use split::SplitQueue;
 
 /// What was negotiated about a queue.

@@ -20,6 +20,8 @@ pub(super) struct Order {
     place_of: Box<[u16]>,
     first: usize,
     count: usize,
+    /// Chains of a run that was taken while nothing was in flight. They come before all others, and have no places.
+    leading: usize,
 }
 
 impl Order {
@@ -31,6 +33,7 @@ impl Order {
             place_of: vec![0; size].into_boxed_slice(),
             first: 0,
             count: 0,
+            leading: 0,
         }
     }
 
@@ -56,6 +59,26 @@ impl Order {
         }
     }
 
+    /// Chains were taken together. True: nothing else is in flight, so that they lead: whoever has them ends them first to
+    /// last ([`Order::leaders_ended`]), and nothing is noted of each. False: they are as if taken one by one.
+    #[inline]
+    pub(super) fn run_taken(&mut self, heads: impl ExactSizeIterator<Item = u16>) -> bool {
+        if self.count == 0 && self.leading == 0 {
+            self.leading = heads.len();
+            return true;
+        }
+        heads.for_each(|head| self.taken(head));
+        false
+    }
+
+    /// The first so many that lead have ended, or were put back: whether the next chain that is to be shown has ended,
+    /// too.
+    #[inline]
+    pub(super) fn leaders_ended(&mut self, count: usize) -> bool {
+        self.leading = self.leading.saturating_sub(count);
+        self.has_next()
+    }
+
     /// A chain in flight has ended.
     pub(super) fn ended(&mut self, head: u16, len: u32) {
         let place = self.place_of.get(usize::from(head)).copied().unwrap_or(0);
@@ -69,7 +92,10 @@ impl Order {
     #[inline]
     pub(super) fn ended_first(&mut self, head: u16) -> bool {
         let first = self.places.get(self.first);
-        if self.count == 0 || first.is_none_or(|first| first.head != head || first.len.is_some()) {
+        if self.count == 0
+            || self.leading > 0
+            || first.is_none_or(|first| first.head != head || first.len.is_some())
+        {
             return false;
         }
         self.first = self.wrapped(self.first + 1);
@@ -81,7 +107,7 @@ impl Order {
     #[inline]
     pub(super) fn has_next(&self) -> bool {
         let first = self.places.get(self.first);
-        self.count > 0 && first.is_some_and(|first| first.len.is_some())
+        self.count > 0 && self.leading == 0 && first.is_some_and(|first| first.len.is_some())
     }
 
     /// The `count` chains that were taken last are not in flight any more; none of them has ended.
@@ -104,7 +130,7 @@ impl Order {
 
     /// The next chain that can be shown as used.
     pub(super) fn next(&mut self) -> Option<(u16, u32)> {
-        if self.count == 0 {
+        if self.count == 0 || self.leading > 0 {
             return None;
         }
         let taken = *self.places.get(self.first)?;
@@ -166,5 +192,33 @@ mod tests {
             assert!(!order.has_next() && order.ended_first(heads[2]));
             assert!(!order.ended_first(heads[2]) && order.next().is_none());
         }
+    }
+
+    #[test]
+    fn a_run_that_was_taken_alone_comes_before_all_others() {
+        let mut order = Order::new(4);
+        for _ in 0..3 {
+            assert!(order.run_taken([3, 1].into_iter()));
+            order.taken(0);
+            assert!(!order.run_taken([2].into_iter()), "others are in flight");
+            assert!(!order.ended_first(0), "the run comes first");
+            order.ended(0, 5);
+            assert!(!order.has_next() && order.next().is_none());
+            assert!(!order.leaders_ended(1), "one is left");
+            assert!(order.leaders_ended(1));
+            assert_eq!(order.next(), Some((0, 5)));
+            assert!(order.ended_first(2));
+        }
+    }
+
+    #[test]
+    fn nothing_waits_for_a_run_of_a_queue_that_is_given_up() {
+        let mut order = Order::new(4);
+        assert!(order.run_taken([3].into_iter()));
+        order.taken(0);
+        order.taken(1);
+        order.ended(1, 5);
+        assert_eq!(order.dissolve(), Some(1));
+        assert_eq!(order.dissolve(), None);
     }
 }

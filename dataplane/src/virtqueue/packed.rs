@@ -15,6 +15,7 @@
 
 mod again;
 mod announce;
+mod run;
 mod unpop;
 
 use std::ptr::NonNull;

@@ -4,7 +4,9 @@
 
 use std::sync::Arc;
 
-use super::{Chain, PackedQueue, QueueFeatures, QueueRegion, Recovered, RingError, SplitQueue};
+use super::{
+    Chain, PackedQueue, QueueFeatures, QueueRegion, Recovered, RingError, Run, SplitQueue,
+};
 use crate::memory::GuestMemory;
 use crate::worker::message::RingLayout;
 
@@ -175,6 +177,34 @@ impl Virtqueue {
     /// one again. Of several the last one first.
     pub fn unpop(&mut self, head: u16) {
         either!(self, queue => queue.unpop(head));
+    }
+
+    /// Takes as many plain chains of the run's direction as come next, at most `most` and
+    /// [`MOST_CHAINS`](super::run::MOST_CHAINS), into a run of which none is out: how many. None: there is none, or the next
+    /// one is not plain, or not good. Who wants to know takes it by [`Virtqueue::pop`].
+    #[inline]
+    pub fn pop_run(&mut self, run: &mut Run, most: usize) -> usize {
+        either!(self, queue => queue.pop_run(run, most))
+    }
+
+    /// Gives back the first chains that are out of a run to write, in order: so many bytes of each were written, from its
+    /// front on. As [`Virtqueue::push_used`] for each.
+    #[inline]
+    pub fn push_run(&mut self, run: &mut Run, lengths: &[u32]) {
+        either!(self, queue => queue.push_run(run, lengths));
+    }
+
+    /// Gives back the first `count` chains that are out of a run to read, in order.
+    #[inline]
+    pub fn push_read(&mut self, run: &mut Run, count: usize) {
+        either!(self, queue => queue.push_read(run, count));
+    }
+
+    /// Puts back all chains of a run that are out: they are the next ones again. None was taken from the queue since, or it
+    /// was put back before.
+    #[inline]
+    pub fn unpop_run(&mut self, run: &mut Run) {
+        either!(self, queue => queue.unpop_run(run));
     }
 
     /// Has the CPU fetch the first bytes of the chain that comes next but so many, to be written; false if there is none

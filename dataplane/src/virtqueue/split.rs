@@ -12,6 +12,7 @@
 
 mod again;
 mod announce;
+mod run;
 mod unpop;
 
 use std::ptr::NonNull;
@@ -80,8 +81,9 @@ pub struct SplitQueue {
     published: u16,
     /// The used index when the driver's wish to be called was looked at last.
     asked: u16,
-    /// One bit per head that was taken and not yet used.
-    in_flight: Box<[u64]>,
+    /// For each head whether it was taken and not yet used. (A bit for each would make those of a batch wait for each
+    /// other's store.)
+    in_flight: Box<[bool]>,
     in_flight_count: u16,
     /// The driver was told not to kick.
     quiet: bool,
@@ -146,7 +148,6 @@ impl SplitQueue {
             return Err(RingError::Size(layout.size));
         }
         let parts = locate(memory, &layout)?;
-        let words = usize::from(layout.size).div_ceil(64);
         let mut queue = Self {
             lease: Lease::new(Arc::clone(memory)),
             parts,
@@ -160,7 +161,7 @@ impl SplitQueue {
             next_used: 0,
             published: 0,
             asked: 0,
-            in_flight: vec![0; words].into_boxed_slice(),
+            in_flight: vec![false; usize::from(layout.size)].into_boxed_slice(),
             in_flight_count: 0,
             quiet: false,
             order: features.in_order.then(|| Order::new(layout.size)),
@@ -336,20 +337,20 @@ impl SplitQueue {
         let place = self.ahead.get(usize::from(self.next_avail % AHEAD));
         // There always is one.
         let head = place.copied().unwrap_or(u16::MAX);
-        if head >= self.layout.size {
-            return Err(RingError::OutOfTable {
-                index: head,
-                size: u32::from(self.layout.size),
-            });
-        }
-        let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
-        if self.in_flight.get(word).is_none_or(|w| w & bit != 0) {
-            return Err(RingError::HeadInFlight(head));
+        match self.in_flight.get(usize::from(head)) {
+            Some(false) => {}
+            Some(true) => return Err(RingError::HeadInFlight(head)),
+            None => {
+                return Err(RingError::OutOfTable {
+                    index: head,
+                    size: u32::from(self.layout.size),
+                });
+            }
         }
         self.walk(head, chain)?;
         chain.check_bytes()?;
-        if let Some(w) = self.in_flight.get_mut(word) {
-            *w |= bit;
+        if let Some(in_flight) = self.in_flight.get_mut(usize::from(head)) {
+            *in_flight = true;
         }
         self.in_flight_count += 1;
         self.next_avail = self.next_avail.wrapping_add(1);
@@ -409,12 +410,12 @@ impl SplitQueue {
     /// Notes that a head is no longer in flight; false if it was not.
     #[inline]
     fn end_flight(&mut self, head: u16) -> bool {
-        let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
-        let Some(w) = self.in_flight.get_mut(word).filter(|w| **w & bit != 0) else {
+        let in_flight = self.in_flight.get_mut(usize::from(head));
+        let Some(in_flight) = in_flight.filter(|in_flight| **in_flight) else {
             debug_assert!(false, "head {head} was not in flight");
             return false;
         };
-        *w &= !bit;
+        *in_flight = false;
         self.in_flight_count -= 1;
         true
     }

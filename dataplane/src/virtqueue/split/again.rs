@@ -58,9 +58,8 @@ impl SplitQueue {
     /// Notes what is in flight, of a queue of which nothing is yet, and to be taken again, the next one last.
     pub(super) fn set_again(&mut self, again: Vec<u16>) {
         for head in again.iter().rev() {
-            let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
-            if let Some(word) = self.in_flight.get_mut(word) {
-                *word |= bit;
+            if let Some(in_flight) = self.in_flight.get_mut(usize::from(*head)) {
+                *in_flight = true;
             }
             if let Some(order) = &mut self.order {
                 order.taken(*head);
