@@ -30,7 +30,8 @@ pub const MOST_DATAGRAMS: usize = 128;
 pub const LEAST_TCP_SEGMENT: u16 = 48;
 
 /// A checksum that is to be completed (virtio 1.2, 5.1.6.2): it goes over everything from `start` to the frame's end,
-/// and the pseudo header's is in its place already. Both lie in the frame's head.
+/// and the pseudo header's is in its place already. Both lie in the frame's head, behind all that is decided by: whoever
+/// completes it writes two bytes into a frame that was judged before, and what they will be is the guest's choice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Csum {
     /// Where the checksummed bytes begin, from the frame's first.
@@ -45,6 +46,21 @@ impl Csum {
     #[inline]
     pub fn at(self) -> usize {
         usize::from(self.start) + usize::from(self.offset)
+    }
+
+    /// Whether it may stand there: of a transport that is known where its checksum is, else behind everything that is
+    /// looked at. Elsewhere it would turn an address or a type that was found good into another one.
+    #[inline]
+    fn is_transports(self, info: &FrameInfo) -> bool {
+        let at = |offset| self.start == info.l4 && self.offset == offset;
+        match info.transport {
+            Transport::Tcp => at(16),
+            Transport::Udp => at(6),
+            Transport::Icmpv6 => at(2),
+            Transport::Other(_) => self.start >= info.l4,
+            Transport::Fragment | Transport::Hidden => false,
+            Transport::None => self.start >= info.l3 && info.is_opaque(),
+        }
     }
 }
 
@@ -350,7 +366,7 @@ impl Offload {
             start: header.csum_start,
             offset: header.csum_offset,
         };
-        if usize::from(csum.start) < ETHERNET_BYTES || csum.at() + 2 > head.len() {
+        if csum.at() + 2 > head.len() || !csum.is_transports(info) {
             return Err(DropReason::BadOffload);
         }
         if header.gso_type == GSO_NONE {

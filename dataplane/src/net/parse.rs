@@ -11,6 +11,8 @@ pub type Mac = [u8; 6];
 
 /// EtherTypes (IEEE 802).
 pub mod ethertype {
+    /// The first one: what is below is the length of an IEEE 802.3 frame.
+    pub const FIRST: u16 = 0x0600;
     /// IPv4.
     pub const IPV4: u16 = 0x0800;
     /// ARP (RFC 826).
@@ -57,7 +59,7 @@ pub enum Network {
     Ipv4,
     /// IPv6.
     Ipv6,
-    /// The EtherType is one of these, and what follows is not, or lies behind a third tag.
+    /// The EtherType is one of these, and what follows is not, or lies behind a third tag or a SNAP header.
     Malformed,
     /// Anything else.
     Other,
@@ -127,6 +129,16 @@ impl FrameInfo {
     #[inline]
     pub fn vlan(&self) -> u16 {
         self.tag.unwrap_or(0) & 0x0fff
+    }
+
+    /// Whether nothing behind its EtherType is looked at: no IP, no ARP, and no length in the EtherType's place.
+    #[must_use]
+    #[inline]
+    pub fn is_opaque(&self) -> bool {
+        match self.ethertype {
+            ethertype::IPV4 | ethertype::IPV6 | ethertype::ARP | ethertype::RARP => false,
+            other => other >= ethertype::FIRST,
+        }
     }
 
     /// Whether it goes to more than one station.
@@ -235,10 +247,35 @@ pub(crate) fn parse_into(head: &[u8], key: HashKey, info: &mut FrameInfo) -> boo
             info.network = Network::Malformed;
             None
         }
+        length if length < ethertype::FIRST && hides_network(head, l3) => {
+            info.network = Network::Malformed;
+            None
+        }
         _ => None,
     };
     info.hash = hash.unwrap_or_else(|| by_stations(info, key));
     true
+}
+
+/// Whether an IEEE 802.3 frame has IP, ARP or a VLAN tag behind LLC and SNAP headers (RFC 1042, 802.1H): nobody sends
+/// them so on Ethernet, and some receivers, Windows among them, take them all the same, whatever the length says.
+#[cold]
+fn hides_network(head: &[u8], l3: usize) -> bool {
+    let Some([dsap, ssap, control, 0, 0, oui, inner @ ..]) = bytes::<8>(head, l3) else {
+        return false;
+    };
+    // The lowest bit is not the service's: individual or group, command or response.
+    let is_snap = (dsap | 1, ssap | 1, control) == (0xab, 0xab, 3) && matches!(oui, 0 | 0xf8);
+    is_snap
+        && matches!(
+            u16::from_be_bytes(inner),
+            ethertype::IPV4
+                | ethertype::IPV6
+                | ethertype::ARP
+                | ethertype::RARP
+                | ethertype::VLAN
+                | ethertype::PROVIDER_VLAN
+        )
 }
 
 /// Ethernet's header and the tags behind it.

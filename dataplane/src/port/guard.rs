@@ -12,8 +12,8 @@
 //! A). Others, such as link-local addresses that it chose at random, must be listed.
 //!
 //! Where the MAC address is checked, nothing passes whose link-layer address can't be told: ARP of another form, what
-//! lies behind more tags or extension headers than are followed. (Of neighbour discovery in fragments receivers take
-//! no notice, RFC 6980.)
+//! lies behind more tags or extension headers than are followed, or behind a SNAP header. (Of neighbour discovery in
+//! fragments receivers take no notice, RFC 6980.)
 //!
 //! A NIC with a list of IP addresses sends nothing whose claim can't be told: broken headers, neighbour discovery
 //! in fragments or behind more extension headers than are followed, and fragments in which it could be. Ethernet

@@ -140,7 +140,13 @@ fn csums() -> Vec<Case> {
         csum("csum_sum_wraps", BAD, u16::MAX - 7, 42),
         csum("csum_behind_the_head", BAD, 300, 16),
         csum("csum_in_the_heads_last_byte", BAD, 191, 0),
-        csum("csum_in_the_heads_last_two", End::Delivered, 190, 0),
+        csum("csum_in_the_heads_last_two", BAD, 190, 0),
+        csum("csum_over_the_packets_type_of_service", BAD, 14, 0),
+        csum("csum_over_the_packets_source", BAD, 14, 12),
+        csum("csum_over_the_packets_protocol", BAD, 14, 8),
+        csum("csum_over_a_port", BAD, 34, 2),
+        csum("csum_of_tcp_where_udp_has_it", BAD, 34, 6),
+        csum("csum_behind_the_transports_header", BAD, 54, 16),
     ]
 }
 

@@ -2,8 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use bulkhead_dataplane::net::frame::Frame;
-use bulkhead_dataplane::net::header::Header;
+use bulkhead_dataplane::net::frame::{Frame, Offload};
+use bulkhead_dataplane::net::header::{Header, NEEDS_CSUM};
 use bulkhead_dataplane::port::DropReason;
 use bulkhead_dataplane::port::DropReason::{SpoofedIp, SpoofedMac};
 use bulkhead_dataplane::port::guard::Guard;
@@ -225,4 +225,107 @@ fn what_cannot_be_told_does_not_pass_where_it_matters() {
         check(&strict(), &ethernet(mac(2), mac(1), 0x88b5, &[0; 50])),
         Ok(())
     );
+}
+
+#[test]
+fn ip_and_arp_behind_a_snap_header_do_not_pass_a_check() {
+    let snap = |length: u16, sap: u8, oui: u8, inner: &[u8]| {
+        let llc = [sap, sap, 3, 0, 0, oui];
+        ethernet(mac(2), mac(1), length, &[&llc, inner].concat())
+    };
+    let foreign = arp(2, mac(1), (mac(9), v4("10.0.0.9")), v4("10.0.0.2"));
+    let inner = [
+        &foreign[12..],
+        &from("10.0.0.1")[12..],
+        &from("2001:db8::1")[12..],
+        &[0x81, 0, 0, 5, 8, 0, 0x45],
+    ];
+    for inner in inner {
+        // Also of a length that can't be, and with the other bits of an address.
+        for hidden in [
+            snap(36, 0xaa, 0, inner),
+            snap(0, 0xab, 0, inner),
+            snap(0x5ff, 0xaa, 0xf8, inner),
+        ] {
+            assert_eq!(check(&guard(true, &[]), &hidden), Err(SpoofedMac));
+            assert_eq!(
+                check(&guard(false, &["10.0.0.1/32"]), &hidden),
+                Err(SpoofedIp)
+            );
+            assert_eq!(check(&Guard::default(), &hidden), Ok(()));
+            // In a VLAN.
+            let tagged = [&hidden[..12], &[0x81, 0, 0, 0], &hidden[12..]].concat();
+            assert_eq!(check(&guard(true, &[]), &tagged), Err(SpoofedMac));
+        }
+    }
+    // Spanning tree, a discovery protocol of a vendor's, and what is no SNAP.
+    let others = [
+        ethernet(mac(2), mac(1), 38, &[0x42, 0x42, 3, 0, 0, 0, 8, 6, 0, 0]),
+        ethernet(
+            mac(2),
+            mac(1),
+            38,
+            &[0xaa, 0xaa, 3, 0, 0, 0xc, 0x20, 0, 1, 1],
+        ),
+        ethernet(mac(2), mac(1), 0x600, &[0xaa, 0xaa, 3, 0, 0, 0, 8, 6, 0, 0]),
+    ];
+    for other in others {
+        assert_eq!(check(&strict(), &other), Ok(()));
+    }
+}
+
+/// A frame that passes, with a header that has two bytes of it made into a checksum afterwards.
+fn completed_at(bytes: &[u8], start: usize, at: usize) -> Result<Offload, DropReason> {
+    let field = |value: usize| u16::try_from(value).expect("small");
+    let header = Header {
+        flags: NEEDS_CSUM,
+        csum_start: field(start),
+        csum_offset: field(at - start),
+        ..Header::default()
+    };
+    Frame::of_bytes(&header, bytes, key()).map(|frame| frame.offload)
+}
+
+#[test]
+fn no_checksum_makes_a_frame_that_passed_into_another() {
+    let (own, other) = ("2001:db8::1", "2001:db8::2");
+    let advertised = |target, link| neighbour(136, own, target, Some(mac(link)));
+    let spoken = |sender, address| arp(2, mac(1), (mac(sender), v4(address)), v4("10.0.0.9"));
+    let hidden = |kind: u16| {
+        let arp = &spoken(9, "10.0.0.9")[14..];
+        tagged(0, mac(2), mac(1), kind, arp)
+    };
+    let snap = |kind: u8| {
+        let llc = [0xaa, 0xaa, 3, 0, 0, 0, 8, kind, 0, 1];
+        ethernet(mac(2), mac(1), 40, &[&llc, &[0; 40][..]].concat())
+    };
+    let fragment = |inner: u8| {
+        let body = [inner, 0, 0, 1, 0, 0, 0, 7, 136, 0, 0, 0];
+        let [from, to] = [own, other].map(|address| address.parse().expect("an address"));
+        packet(from, to, 44, &body)
+    };
+    // One that passes, one that doesn't, and where they differ.
+    let pairs = [
+        (from("10.0.0.1"), from("10.0.0.2"), 28),
+        (from(own), from(other), 36),
+        (spoken(1, "10.0.0.1"), spoken(1, "10.0.0.2"), 30),
+        (spoken(1, "10.0.0.1"), spoken(9, "10.0.0.1"), 26),
+        (advertised(own, 1), advertised(other, 1), 76),
+        (advertised(own, 1), advertised(own, 9), 84),
+        (hidden(0x88b5), hidden(0x0806), 16),
+        (snap(7), snap(6), 20),
+        (fragment(17), fragment(58), 54),
+    ];
+    for (number, (passes, spoofed, at)) in pairs.iter().enumerate() {
+        assert_eq!(check(&strict(), passes), Ok(()), "pair {number}");
+        assert!(check(&strict(), spoofed).is_err(), "pair {number}");
+        for start in 14..=*at {
+            let offload = completed_at(passes, start, *at);
+            assert_eq!(
+                offload,
+                Err(DropReason::BadOffload),
+                "pair {number}, {start}"
+            );
+        }
+    }
 }

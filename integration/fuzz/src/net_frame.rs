@@ -111,13 +111,13 @@ fn model(bytes: &[u8], header: usize) -> Result<Asks, DropReason> {
         };
     }
     let (start, offset) = (le(bytes, 6), le(bytes, 8));
-    if start < 14 || start + offset + 2 > head.len() {
+    let found = layers(head).expect("Ethernet");
+    if start + offset + 2 > head.len() || !may_stand_at(&found, start, offset) {
         return Err(DropReason::BadOffload);
     }
     if gso_type == 0 {
         return Ok(Asks::Checksum(start, offset));
     }
-    let found = layers(head).expect("Ethernet");
     segments(&found, head, frame.len(), gso_type, size)
         .filter(|_| found.transport.is_some_and(|(l4, _)| l4 == start))
         .filter(|asks| match asks {
@@ -125,6 +125,20 @@ fn model(bytes: &[u8], header: usize) -> Result<Asks, DropReason> {
             _ => offset == 6,
         })
         .ok_or(DropReason::BadOffload)
+}
+
+/// Whether two bytes may be written there after the frame was judged: a transport's checksum, or behind all that is
+/// looked at.
+fn may_stand_at(found: &Layers, start: usize, offset: usize) -> bool {
+    match (found.transport, found.ip, found.ethertype) {
+        (Some((l4, 6)), ..) => (start, offset) == (l4, 16),
+        (Some((l4, 17)), ..) => (start, offset) == (l4, 6),
+        (Some((l4, 58)), ..) => (start, offset) == (l4, 2),
+        (Some((l4, _)), ..) => start >= l4,
+        // Fragments, too many extension headers, ARP and RARP, IP that is none, lengths of 802.3.
+        (None, 4 | 6, _) | (None, _, 0x0800 | 0x86dd | 0x0806 | 0x8035 | 0..0x600) => false,
+        (None, ..) => start >= found.l3,
+    }
 }
 
 fn segments(

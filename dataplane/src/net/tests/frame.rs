@@ -113,12 +113,65 @@ fn a_checksum_lies_inside_of_the_head() {
             "{start}, {offset}"
         );
     }
-    assert!(offload(&at(190, 0), &bytes).is_ok(), "its last two bytes");
-    // Of a short frame.
-    let (short, length) = (&bytes[..60], 60);
-    assert!(offload(&at(58, 0), short).is_ok());
-    assert_eq!(offload(&at(length - 1, 0), short), BAD);
-    assert_eq!(offload(&at(length, 0), short), BAD);
+}
+
+#[test]
+fn a_checksum_stands_where_its_transport_has_it_or_behind_all_that_is_looked_at() {
+    let at = |csum_start: u16, csum_offset: u16| Header {
+        flags: NEEDS_CSUM,
+        csum_start,
+        csum_offset,
+        ..Header::default()
+    };
+    for (protocol, offset) in [(TCP, 16), (UDP, 6), (ICMPV6, 2)] {
+        let bytes = Packet::v6(protocol, &pattern(600)).complete();
+        for start in [14, 53, 54, 55, 60] {
+            for other in [0, 2, 4, 6, 16, 18, 40] {
+                let is_its = (start, other) == (54, offset);
+                let found = offload(&at(start, other), &bytes);
+                assert_eq!(found.is_ok(), is_its, "{protocol}: {start}, {other}");
+            }
+        }
+    }
+    // Of GRE, where its header may have it, and of what isn't IP; up to the head's end.
+    let gre = Packet::v4(47, &pattern(600)).complete();
+    let mut opaque = gre.clone();
+    opaque[12..14].copy_from_slice(&[0x88, 0x64]);
+    for (bytes, least) in [(&gre, 34), (&opaque, 14)] {
+        for (start, offset, is_good) in [
+            (least, 4, true),
+            (least - 1, 40, false),
+            (190, 0, true),
+            (190, 1, false),
+            (191, 0, false),
+            (192, 0, false),
+        ] {
+            let found = offload(&at(start, offset), bytes);
+            assert_eq!(found.is_ok(), is_good, "{least}: {start}, {offset}");
+        }
+        // Of a short frame.
+        assert!(offload(&at(58, 0), &bytes[..60]).is_ok());
+        assert_eq!(offload(&at(59, 0), &bytes[..60]), BAD);
+        assert_eq!(offload(&at(60, 0), &bytes[..60]), BAD);
+    }
+    // Nobody can tell where it belongs.
+    let fragment = Packet {
+        extensions: vec![(44, vec![0, 0, 1, 0, 0, 0, 1])],
+        ..Packet::v6(UDP, &pattern(600))
+    };
+    let deep = Packet {
+        extensions: vec![(60, vec![0, 1, 4, 0, 0, 0, 0]); 9],
+        ..Packet::v6(UDP, &pattern(600))
+    };
+    for packet in [fragment, deep] {
+        let bytes = packet.complete();
+        assert_eq!(offload(&at(150, 6), &bytes), BAD);
+    }
+    for ethertype in [0x0806, 0x8035, 0x05dc] {
+        let mut bytes = gre.clone();
+        bytes[12..14].copy_from_slice(&u16::to_be_bytes(ethertype));
+        assert_eq!(offload(&at(60, 0), &bytes), BAD, "{ethertype:#x}");
+    }
 }
 
 #[test]
