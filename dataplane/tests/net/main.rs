@@ -253,3 +253,20 @@ fn a_card_sends_no_faster_than_it_may() {
     assert!(began.elapsed().as_millis() >= 50, "{:?}", began.elapsed());
     assert_eq!(of_a.device.metrics.sent().all_drops(), 0);
 }
+
+/// Each of these becomes 200 packets: the third waits until 400 are paid for, all but a burst of few.
+#[test]
+fn a_segment_is_as_many_packets_as_it_becomes() {
+    let mut rig = Rig::new();
+    let usual = Options::default();
+    let [(of_a, mut a), (_, mut b)] = rig.two(&usual, &usual);
+    of_a.device.tx_qos().set(&frames_a_second(1000, 1), None);
+    let (mut header, bytes) = segment(48_000);
+    header[4..6].copy_from_slice(&240u16.to_le_bytes());
+    let began = std::time::Instant::now();
+    for _ in 0..3 {
+        a.send_with(0, &header, &bytes).expect("sent");
+        assert_eq!(b.receive(0).expect("received").frame, bytes);
+    }
+    assert!(began.elapsed().as_millis() >= 300, "{:?}", began.elapsed());
+}

@@ -4,7 +4,7 @@
 
 use super::ports::AnyPort;
 use super::{Cards, Delivery, Lane, MOST_FRAMES};
-use crate::net::frame::{Copied, Frame, HeadBuffer};
+use crate::net::frame::{Copied, Frame, HeadBuffer, Offload};
 use crate::net::header::Header;
 use crate::net::parse::ethertype::RARP;
 use crate::net::{Counts, HashKey, HeaderSize, NetDevice};
@@ -33,6 +33,8 @@ pub struct Asked {
 pub struct Sent {
     /// Frames that were taken.
     pub frames: usize,
+    /// Packets that those become beyond one for each: of segments that are to be cut.
+    pub more_packets: usize,
     /// Their bytes, headers included.
     pub bytes: u64,
     /// How the driver broke its ring, if it did.
@@ -116,18 +118,18 @@ struct Sender<'a> {
 }
 
 impl Sender<'_> {
-    /// Gives frames to a port: what became of them.
+    /// Gives frames to a port: what became of them. What they become beyond one packet each is added to `more`.
     #[inline]
     fn send(
         &self,
         taken: &mut [Place],
         port: &mut AnyPort,
         to: &mut Delivery<'_>,
-        ring: &mut Ring,
+        (ring, more): (&mut Ring, &mut usize),
     ) -> Counts {
         let mut counts = Counts::default();
         for place in taken {
-            match self.send_one(place, port, to, ring) {
+            match self.send_one(place, port, to, (ring, more)) {
                 Ok(bytes) => counts.frame(bytes as u64),
                 Err(reason) => counts.dropped(reason),
             }
@@ -141,7 +143,7 @@ impl Sender<'_> {
         place: &mut Place,
         port: &mut AnyPort,
         to: &mut Delivery<'_>,
-        ring: &mut Ring,
+        (ring, more): (&mut Ring, &mut usize),
     ) -> Result<usize, DropReason> {
         let Place { chain, head, .. } = place;
         let copied = Copied::of_chain(&chain.readable, self.header, head)?;
@@ -157,6 +159,9 @@ impl Sender<'_> {
         self.guard.check(&frame)?;
         to.mirrors.record(self.nic, Direction::Outbound, &frame);
         to.note(self.nic, frame.info.hash, self.pair);
+        if let Offload::Gso(_) = frame.offload {
+            *more += frame.packets().saturating_sub(1);
+        }
         port.transmit(self.nic, &frame, to, ring)?;
         Ok(frame.bytes())
     }
@@ -196,7 +201,7 @@ impl Cards {
         };
         virtqueue.disarm();
         let frames = asked.frames.min(slot.port.room(Nic(lane.card)));
-        let sent = self.frames.take(virtqueue, Asked { frames, ..asked });
+        let mut sent = self.frames.take(virtqueue, Asked { frames, ..asked });
         if sent.frames == 0 {
             return sent;
         }
@@ -224,7 +229,8 @@ impl Cards {
             port.receive(clock::now(), &mut delivery, ring);
         }
         let taken = self.frames.taken();
-        let counts = sender.send(taken, port, &mut delivery, ring);
+        let more = &mut sent.more_packets;
+        let counts = sender.send(taken, port, &mut delivery, (ring, more));
         port.flush(ring);
         self.mirrors.flush(ring);
         if let Some((lane, virtqueue)) = lane_of(queues, number) {

@@ -31,6 +31,7 @@ impl Worker {
             let ring = &mut self.pipeline.ring;
             let sent = self.cards.transmit(&mut self.queues, ring, number, asked);
             portion.bytes += sent.bytes;
+            portion.more_packets += sent.more_packets;
             (sent.frames, sent.broken)
         };
         if let Some(queue) = self.queue(number).filter(|_| taken > 0) {

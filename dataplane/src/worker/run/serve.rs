@@ -25,6 +25,8 @@ pub(super) struct Portion {
     pub(super) most_bytes: u64,
     /// Of a limited device: bytes of data of the requests that were taken.
     pub(super) bytes: u64,
+    /// Of a card: packets that the frames which were taken become, beyond one for each.
+    pub(super) more_packets: usize,
 }
 
 impl Portion {
@@ -34,6 +36,7 @@ impl Portion {
             requests,
             most_bytes: u64::MAX,
             bytes: 0,
+            more_packets: 0,
         }
     }
 }

@@ -130,13 +130,15 @@ impl Worker {
             requests: turn.batch.min(allowance.requests),
             most_bytes: allowance.bytes,
             bytes: 0,
+            more_packets: 0,
         };
         let taken = if again {
             self.serve_again::<true>(number, &mut portion)
         } else {
             self.serve_queue::<true, false>(number, &mut portion)
         };
-        self.turns.passed(turn.seat, taken, portion.bytes);
+        let passed = taken + portion.more_packets;
+        self.turns.passed(turn.seat, passed, portion.bytes);
         Some(taken)
     }
 
