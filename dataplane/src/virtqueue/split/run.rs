@@ -182,13 +182,7 @@ impl SplitQueue {
                 region.untaken(taken.id);
             }
         }
-        let count = u16::try_from(back.len()).unwrap_or(0);
-        self.next_avail = self.next_avail.wrapping_sub(count);
-        // As of a single one that is put back; the index holds for as long as it can be true of where the queue is now.
-        self.ahead_end = self.next_avail;
-        if self.seen_avail.wrapping_sub(self.next_avail) > self.layout.size {
-            self.seen_avail = self.next_avail;
-        }
+        self.go_back(u16::try_from(back.len()).unwrap_or(0));
         if let Some(order) = &mut self.order {
             if run.leads {
                 order.leaders_ended(back.len());

@@ -10,16 +10,23 @@ impl SplitQueue {
         if !self.end_flight(head) {
             return;
         }
-        self.next_avail = self.next_avail.wrapping_sub(1);
-        // The entry is read again when it is taken again, and the index before it: what was read ahead may lie where
-        // this entry was, and the index was compared with where the queue stood then.
-        self.ahead_end = self.next_avail;
-        self.seen_avail = self.next_avail;
+        self.go_back(1);
         if let Some(order) = &mut self.order {
             order.forget_last(1);
         }
         if let Some(region) = &mut self.region {
             region.untaken(head);
+        }
+    }
+
+    /// So many entries are the next ones again.
+    pub(super) fn go_back(&mut self, count: u16) {
+        self.next_avail = self.next_avail.wrapping_sub(count);
+        // They are read again when they are taken again: what was read ahead may lie where they were.
+        self.ahead_end = self.next_avail;
+        // The index was compared with where the queue stood when it was read.
+        if self.seen_avail.wrapping_sub(self.next_avail) > self.layout.size {
+            self.seen_avail = self.next_avail;
         }
     }
 }

@@ -6,7 +6,7 @@ mod strange;
 
 use super::Recovered;
 use crate::virtqueue::dying::testing::within;
-use crate::virtqueue::{Chain, QueueFeatures, Virtqueue};
+use crate::virtqueue::{Chain, QueueFeatures, Run, Virtqueue};
 use driver::{Driver, take_all};
 
 /// `BULKHEAD_ROUNDS=N` runs N times as many lives.
@@ -36,7 +36,8 @@ fn live(driver: &mut Driver, queue: &mut Virtqueue, dice: &mut Dice, steps: usiz
         taken.push(id);
     }
     for _ in 0..steps {
-        match dice.roll(7) {
+        match dice.roll(8) {
+            7 => take_as_run(driver, queue, dice),
             6 => taken.extend(take_and_put_back(driver, queue, dice)),
             0 | 1 => driver.offer(1 + u16::try_from(dice.roll(3)).expect("small")),
             2 | 3 => {
@@ -75,6 +76,23 @@ fn take_and_put_back(driver: &mut Driver, queue: &mut Virtqueue, dice: &mut Dice
         taken.extend(back);
     }
     taken
+}
+
+/// Takes a run; some of it ends, the rest is put back.
+fn take_as_run(driver: &mut Driver, queue: &mut Virtqueue, dice: &mut Dice) {
+    let mut run = Run::to_read();
+    // Requests of one descriptor, which are plain.
+    (0..dice.roll(4)).for_each(|_| driver.offer(1));
+    queue.pop_run(&mut run, 1 + usize::try_from(dice.roll(5)).expect("small"));
+    while run.out() > 0 && dice.roll(3) > 0 {
+        let count = 1 + dice.roll(run.out() as u64);
+        queue.push_read(&mut run, usize::try_from(count).expect("small"));
+        if dice.roll(3) == 0 {
+            queue.publish();
+            driver.look();
+        }
+    }
+    queue.unpop_run(&mut run);
 }
 
 /// Whoever serves the ring next takes exactly what the driver waits for, in order, and it can go on.
