@@ -16,8 +16,15 @@ use crate::memory::GuestBuffer;
 use crate::port::DropReason;
 use crate::virtqueue::{Chain, RingError, Virtqueue};
 
-/// Buffers that a frame may lie in. 64 KiB fit into so many of 66 bytes.
-const MOST_BUFFERS: usize = 1024;
+/// Buffers that a frame may lie in: these, and one for each so many of its bytes. No driver's are shorter than a few
+/// hundred; of shorter ones a sender would look at hundreds for each frame, to find that they are too few.
+const FEW_BUFFERS: u64 = 32;
+const LEAST_OF_BUFFER: u64 = 64;
+/// Those that the longest frame may lie in.
+const MOST_BUFFERS: usize = 1100;
+/// Descriptors of one of them: 64 KiB by pages, with a header, are 18, and the most that a driver is known to give are 47.
+/// Whoever sends a frame pays for the walk, so that a longer one would be at others' expense.
+pub const MOST_OF_BUFFER: u32 = 128;
 /// Chains without room that are given back while one frame is delivered: whoever sends it pays for them.
 const MOST_USELESS: usize = 4;
 /// Where the number of buffers stands in a header.
@@ -276,12 +283,7 @@ impl Place<'_> {
 
     /// One more chain of a frame of which `written` bytes are in others: how many are in this one.
     fn continued(&mut self, parts: &Parts<'_>, written: u64) -> Result<u64, Refused> {
-        let popped = if self.taken.len() < MOST_BUFFERS {
-            self.ring.pop(self.next)
-        } else {
-            Ok(None)
-        };
-        let id = match popped {
+        let id = match self.ring.pop(self.next) {
             Ok(Some(id)) => id,
             Ok(None) => {
                 self.put_back();
@@ -294,7 +296,8 @@ impl Place<'_> {
         };
         let here = parts.write(written, &self.next.writable);
         self.taken.push((id, length(here)));
-        if here == 0 {
+        let are_too_many = self.taken.len() as u64 > FEW_BUFFERS + parts.bytes() / LEAST_OF_BUFFER;
+        if here == 0 || (are_too_many && written + here < parts.bytes()) {
             // In the way of every frame that needs more than one chain: all go back without a byte.
             for (id, _) in self.taken.drain(..) {
                 self.ring.push_used(id, 0);

@@ -303,6 +303,11 @@ impl PackedQueue {
         self.mark_wish();
     }
 
+    /// As [`Virtqueue::limit_chains`](super::Virtqueue::limit_chains).
+    pub fn limit_chains(&mut self, most: u32) {
+        self.longest = self.longest.min(most);
+    }
+
     /// Whether memory that it needs went away.
     #[must_use]
     pub fn is_lost(&self) -> bool {
@@ -408,6 +413,9 @@ impl PackedQueue {
             chain.push(descriptor)?;
             if !descriptor.has(NEXT) {
                 return Ok((descriptor.next, count));
+            }
+            if u32::from(count) >= self.longest {
+                return Err(RingError::ChainTooLong(self.longest));
             }
             at = at.advanced(1, self.layout.size);
         }

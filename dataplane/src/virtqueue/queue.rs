@@ -96,6 +96,12 @@ impl Virtqueue {
         Ok(())
     }
 
+    /// Follows no chain of more than so many descriptors from now on: whoever walks long ones at another's expense must not.
+    /// (It is none of what goes with the queue to another worker.)
+    pub fn limit_chains(&mut self, most: u32) {
+        either!(self, queue => queue.limit_chains(most));
+    }
+
     /// Chains that are to be taken again. They are in flight.
     #[must_use]
     pub fn left_again(&self) -> usize {

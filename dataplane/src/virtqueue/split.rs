@@ -236,6 +236,11 @@ impl SplitQueue {
         }
     }
 
+    /// As [`Virtqueue::limit_chains`](super::Virtqueue::limit_chains).
+    pub fn limit_chains(&mut self, most: u32) {
+        self.longest = self.longest.min(most);
+    }
+
     /// Whether memory that it needs went away.
     #[must_use]
     pub fn is_lost(&self) -> bool {

@@ -35,6 +35,7 @@ use crate::crash_point;
 use crate::device::Device;
 use crate::hand::{self, Hand};
 use crate::net::lane::Cards;
+use crate::net::receive::MOST_OF_BUFFER;
 use crate::virtqueue::RingError;
 use flush::Flushes;
 
@@ -382,6 +383,9 @@ impl Worker {
     fn connect(&mut self, mut queue: Queue) -> Result<Queue, String> {
         if let Kind::Net(lane) = &mut queue.kind {
             self.cards.come(lane, &mut self.pipeline.ring)?;
+            if !lane.sends() {
+                queue.ring.limit_chains(MOST_OF_BUFFER);
+            }
         }
         Ok(queue)
     }

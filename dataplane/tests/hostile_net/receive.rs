@@ -117,14 +117,30 @@ fn shapes() -> Vec<Case> {
         }),
         row("buffers_of_a_byte_each", no_room, |card| {
             let first = chain(card, 0, &[26]);
-            let others = (0..50).map(|i| chain(card, 26 + i, &[1]));
+            let others = (0..40).map(|i| chain(card, 26 + i, &[1]));
+            std::iter::once(first).chain(others).collect()
+        }),
+        row("buffers_of_which_there_are_too_many", bad, |card| {
+            let first = chain(card, 0, &[26]);
+            let others = (0..60).map(|i| chain(card, 26 + i, &[1]));
+            std::iter::once(first).chain(others).collect()
+        }),
+        row("buffers_as_many_as_there_may_be", End::Delivered, |card| {
+            let first = chain(card, 0, &[26]);
+            let others = (0..47).map(|i| chain(card, 26 + 22 * i, &[22]));
             std::iter::once(first).chain(others).collect()
         }),
         row(
             "buffers_of_a_byte_each_in_one_chain",
             End::Delivered,
-            |card| vec![chain(card, 0, &[&[1; 200][..], &[WHOLE - 200]].concat())],
+            |card| vec![chain(card, 0, &[&[1; 127][..], &[WHOLE - 127]].concat())],
         ),
+        row("buffer_of_too_many_parts", End::Retired, |card| {
+            vec![chain(card, 0, &[&[1; 128][..], &[WHOLE - 128]].concat())]
+        }),
+        row("buffer_of_too_many_empty_parts", End::Retired, |card| {
+            vec![chain(card, 0, &[&[0; 128][..], &[WHOLE]].concat())]
+        }),
         row("buffers_with_empty_ones_between", End::Delivered, |card| {
             vec![chain(card, 0, &[0, 5, 0, 0, 7, 0, WHOLE, 0])]
         }),

@@ -205,11 +205,12 @@ fn a_ring_that_breaks_in_the_middle_of_a_frame_keeps_nothing() {
 
 #[test]
 fn a_frame_needs_no_more_buffers_than_there_may_be() {
-    // The header and Ethernet in one, and every other byte in one of its own.
+    // The header and Ethernet in one, and every other byte in one of its own: of a frame of up to 64 bytes with its
+    // header 33 may be.
     each(ALL, |mut rig| {
         let bytes = tcp(0).complete();
-        rig.offer(&[26]);
-        for _ in 0..bytes.len() - 14 {
+        rig.offer(&[34]);
+        for _ in 0..bytes.len() - 22 {
             rig.offer(&[1]);
         }
         assert_eq!(
@@ -217,8 +218,29 @@ fn a_frame_needs_no_more_buffers_than_there_may_be() {
             delivered(1, bytes.len())
         );
         let frames = rig.frames();
-        assert_eq!(frames[0].0.num_buffers, 41);
+        assert_eq!(frames[0].0.num_buffers, 33);
         assert!(frames[0].1 == bytes);
+    });
+}
+
+/// Whoever sends looks at each of them, which leads to nothing: they are out of the way for the next frame.
+#[test]
+fn buffers_of_which_a_frame_needs_too_many_go_back() {
+    each(ALL, |mut rig| {
+        let bytes = tcp(0).complete();
+        rig.offer(&[26]);
+        for _ in 0..40 {
+            rig.offer(&[1]);
+        }
+        let refused = rig.deliver(&Header::default(), &bytes);
+        assert_eq!(refused, dropped(DropReason::BadBuffers));
+        rig.queue.publish();
+        let mut given_back = 0;
+        while let Some(used) = rig.ring.poll_used(&rig.memory).expect("good") {
+            assert_eq!(used.len, 0);
+            given_back += 1;
+        }
+        assert_eq!(given_back, 34);
     });
 }
 
