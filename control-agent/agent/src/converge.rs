@@ -132,6 +132,12 @@ impl Agent {
         let operator = pass.operator.take();
         let busy = pass.busy;
         self.known.granted &= !pass.grant_again;
+        // What is attached may not be what it was taken for: an interface may be in use because it is the NIC's.
+        let is_of_networks =
+            |step: &Step| matches!(step, Step::AttachNic(_) | Step::AttachSwitch(_));
+        if pass.failed.keys().any(is_of_networks) {
+            self.known.networks = None;
+        }
         let bundle = self.known.accepted.as_ref().map(|s| &*s.bundle);
         let pending = pass.lines(bundle);
         let epoch = bundle.map_or(0, |bundle| bundle.epoch);

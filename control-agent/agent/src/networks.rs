@@ -24,6 +24,8 @@ pub(crate) struct Attached {
     pub(crate) nics: BTreeSet<NicId>,
     pub(crate) switches: BTreeSet<SwitchName>,
     pub(crate) mirrored: BTreeSet<NicId>,
+    /// What becomes of these is not known yet.
+    pub(crate) busy: BTreeSet<NicId>,
 }
 
 impl From<Networks> for Attached {
@@ -32,6 +34,7 @@ impl From<Networks> for Attached {
             nics: networks.nics.into_iter().collect(),
             switches: networks.switches.into_iter().collect(),
             mirrored: networks.mirrored.into_iter().collect(),
+            busy: networks.busy.into_iter().collect(),
         }
     }
 }
@@ -155,6 +158,11 @@ impl Agent {
         let bundle = self.known.accepted.as_ref().map(|stored| &stored.bundle);
         let nic = bundle.and_then(|bundle| bundle.nic(id));
         let nic = nic.ok_or("it is not in the bundle")?;
+        // Its interface opened once more would take frames from the one that it has.
+        let networks = self.known.networks.as_ref();
+        if networks.is_some_and(|networks| networks.busy.contains(&id)) {
+            return Err("the data plane is still at it: asked again in a moment".to_owned());
+        }
         let socket = nic.socket.name.clone();
         let opened = match self.known.ports.remove(&Owner::Nic(id)) {
             Some(opened) => opened,

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 
-use bulkhead_bundle::HostBundle;
+use bulkhead_bundle::{HostBundle, Nic, Switch};
 use bulkhead_interfaces::xdp::{self, Prepared};
 use bulkhead_interfaces::{InterfaceName as Openable, tap};
 use bulkhead_protocol::control::PortFacts;
@@ -122,7 +122,7 @@ fn open_af_xdp(
 }
 
 /// Opens what is new in a bundle, so that an interface that is not there refuses it. What the applied bundle uses
-/// is opened when the data plane has let go of it.
+/// is opened when the data plane has let go of it, and the uplink of a switch that no NIC is on is not kept open.
 ///
 /// # Errors
 /// For the operator: whose port, which interface, what to do.
@@ -131,48 +131,63 @@ pub(crate) fn open_new(
     new: &HostBundle,
     prepared: &Interfaces,
 ) -> Result<Ports, String> {
-    let used: BTreeSet<_> = old.into_iter().flat_map(interfaces).collect();
-    let is_new = |name: Option<&InterfaceName>| name.is_some_and(|name| !used.contains(name));
+    let used: BTreeSet<Place> = old.into_iter().flat_map(places).collect();
+    let is_new =
+        |places: Vec<Place>| !places.is_empty() && used.is_disjoint(&BTreeSet::from_iter(places));
     let mut ports = Ports::new();
     for nic in &new.nics {
-        if is_new(interface_of(&nic.port)) {
+        if is_new(places_of(nic)) {
             let opened = open(&nic.port, nic.queue_pairs, prepared);
             let opened = opened.map_err(|error| format!("NIC {}: {error}", nic.name))?;
             ports.insert(Owner::Nic(nic.id), opened);
         }
     }
     for switch in &new.switches {
-        if is_new(switch.uplink.as_ref().map(interface_of_uplink)) {
+        if is_new(places_of_uplink(switch).collect()) {
             let opened = open_uplink(switch.uplink.as_ref(), prepared);
             let opened = opened.map_err(|error| format!("switch {}: {error}", switch.name))?;
-            ports.insert(Owner::Switch(switch.name.clone()), opened);
+            let on_it = PortSpec::Switch {
+                switch: switch.name.clone(),
+            };
+            if new.nics.iter().any(|nic| nic.port == on_it) {
+                ports.insert(Owner::Switch(switch.name.clone()), opened);
+            }
         }
     }
     Ok(ports)
 }
 
-fn interface_of(port: &PortSpec) -> Option<&InterfaceName> {
-    match port {
-        PortSpec::Switch { .. } | PortSpec::Null => None,
-        PortSpec::Tap { interface } | PortSpec::AfXdp { interface, .. } => Some(interface),
+/// What one port alone can have: an interface as a TAP, or one of its queues.
+type Place = (InterfaceName, Option<u16>);
+
+fn places_of(nic: &Nic) -> Vec<Place> {
+    match &nic.port {
+        PortSpec::Switch { .. } | PortSpec::Null => Vec::new(),
+        PortSpec::Tap { interface } => vec![(interface.clone(), None)],
+        PortSpec::AfXdp { interface, queue } => {
+            let queues = (*queue..).take(nic.queue_pairs.into());
+            queues
+                .map(|queue| (interface.clone(), Some(queue)))
+                .collect()
+        }
     }
 }
 
-fn interface_of_uplink(uplink: &Uplink) -> &InterfaceName {
-    match uplink {
-        Uplink::Tap { interface } | Uplink::AfXdp { interface, .. } => interface,
-    }
+fn places_of_uplink(switch: &Switch) -> impl Iterator<Item = Place> {
+    switch.uplink.iter().map(|uplink| match uplink {
+        Uplink::Tap { interface } => (interface.clone(), None),
+        Uplink::AfXdp { interface, queue } => (interface.clone(), Some(*queue)),
+    })
 }
 
-fn interfaces(bundle: &HostBundle) -> impl Iterator<Item = &InterfaceName> {
-    let nics = bundle.nics.iter().filter_map(|nic| interface_of(&nic.port));
-    let uplinks = bundle.switches.iter().filter_map(|s| s.uplink.as_ref());
-    nics.chain(uplinks.map(interface_of_uplink))
+fn places(bundle: &HostBundle) -> impl Iterator<Item = Place> {
+    let nics = bundle.nics.iter().flat_map(places_of);
+    nics.chain(bundle.switches.iter().flat_map(places_of_uplink))
 }
 
 #[cfg(test)]
 mod tests {
-    use bulkhead_bundle::Switch;
+    use bulkhead_integration::network::{enter_namespace, has_taps, ip};
 
     use super::*;
     use crate::examples::{bundle, nic};
@@ -212,5 +227,55 @@ mod tests {
             open_new(Some(&old), &new, &none).map(|ports| ports.len()),
             Ok(0)
         );
+    }
+
+    /// Held open it would be in use for nothing, and nobody else could have it.
+    #[test]
+    fn an_uplink_that_no_nic_needs_is_looked_at_and_closed() {
+        let test = "an_uplink_that_no_nic_needs_is_looked_at_and_closed";
+        if !has_taps(test) || !enter_namespace(test) {
+            return;
+        }
+        ip("tuntap add dev up0 mode tap");
+        let none = Interfaces::new();
+        let interface = "up0".parse().expect("a name");
+        let mut new = bundle(Vec::new());
+        new.switches = vec![Switch {
+            name: "lan".parse().expect("a name"),
+            uplink: Some(Uplink::Tap { interface }),
+        }];
+        assert_eq!(open_new(None, &new, &none).map(|ports| ports.len()), Ok(0));
+        new.nics = vec![nic(1)];
+        new.nics[0].port = PortSpec::Switch {
+            switch: "lan".parse().expect("a name"),
+        };
+        let held = open_new(None, &new, &none).expect("free");
+        assert_eq!(held.len(), 1);
+        let taken = open_new(None, &new, &none).expect_err("it is held");
+        assert!(
+            taken.starts_with("switch lan: TAP up0 is in use"),
+            "{taken}"
+        );
+    }
+
+    /// A second NIC on an interface is as new as the first.
+    #[test]
+    fn each_queue_of_an_interface_is_new_by_itself() {
+        let none = Interfaces::new();
+        let on = |queue| PortSpec::AfXdp {
+            interface: "eth1".parse().expect("a name"),
+            queue,
+        };
+        let mut old = bundle(Vec::new());
+        old.nics = vec![nic(1)];
+        (old.nics[0].port, old.nics[0].queue_pairs) = (on(2), 2);
+        let mut new = old.clone();
+        new.nics.push(nic(2));
+        new.nics[1].queue_pairs = 1;
+        for (queue, is_new) in [(1, true), (2, false), (3, false), (4, true)] {
+            new.nics[1].port = on(queue);
+            let refused = open_new(Some(&old), &new, &none).err();
+            assert_eq!(refused.is_some(), is_new, "{queue}: {refused:?}");
+        }
     }
 }

@@ -123,7 +123,10 @@ pub(crate) fn attach(program: BorrowedFd<'_>, interface_index: u32) -> io::Resul
     unsafe { descriptor(LINK_CREATE, &attributes) }
 }
 
-/// Puts a socket into a map, in the place of what is there. It goes by itself when the socket is closed.
+/// `BPF_NOEXIST`: only where nothing is.
+const ONLY_NEW: u64 = 1;
+
+/// Puts a socket into a map, where there is none (EEXIST). It goes by itself when the socket is closed.
 pub(crate) fn put_socket(
     map: BorrowedFd<'_>,
     queue: u32,
@@ -143,7 +146,7 @@ pub(crate) fn put_socket(
         unused: 0,
         key: (&raw const queue).addr() as u64,
         value: (&raw const socket).addr() as u64,
-        flags: 0,
+        flags: ONLY_NEW,
     };
     // SAFETY: the attributes of this command; key and value live through the call and are as long as the map's.
     unsafe { call(MAP_UPDATE_ELEM, &attributes) }.map(drop)

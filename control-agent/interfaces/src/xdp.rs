@@ -75,6 +75,16 @@ pub enum XdpError {
         /// What was asked for.
         queue: u32,
     },
+    /// A queue that somebody has.
+    #[error(
+        "interface {name}: queue {queue} has a socket already, of a NIC that is attached or is still being detached"
+    )]
+    Taken {
+        /// Which.
+        name: InterfaceName,
+        /// Which of its queues.
+        queue: u32,
+    },
     /// Any other failure.
     #[error("interface {name}: {step}: {source}")]
     Io {
@@ -142,7 +152,7 @@ impl Prepared {
         &self.name
     }
 
-    /// A socket for a queue. From the moment that it is bound, the frames of that queue go to it.
+    /// A socket for a queue that has none. From the moment that it is bound, the frames of that queue go to it.
     ///
     /// # Errors
     /// See [`XdpError`].
@@ -154,8 +164,14 @@ impl Prepared {
         }
         let failed = |step| move |error| explain(error, name, step, "CAP_NET_RAW");
         let socket = new_socket().map_err(failed("making a socket"))?;
-        bpf::put_socket(self.map.as_fd(), queue, socket.as_fd())
-            .map_err(failed("giving a queue its socket"))?;
+        let put = bpf::put_socket(self.map.as_fd(), queue, socket.as_fd());
+        put.map_err(|error| match error.raw_os_error() {
+            Some(libc::EEXIST) => {
+                let name = name.clone();
+                XdpError::Taken { name, queue }
+            }
+            _ => failed("giving a queue its socket")(error),
+        })?;
         let link = self.link.try_clone();
         Ok(Socket {
             socket,

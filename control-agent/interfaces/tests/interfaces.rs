@@ -159,7 +159,10 @@ fn a_program_stays_as_long_as_anybody_holds_its_link() {
     let descriptors = prepared.descriptors().map(|fd| fd.try_clone_to_owned());
     let [map, link] = descriptors.map(|fd| fd.expect("cloned"));
     let passed = Prepared::from_descriptors(name("v0"), map, link).expect("it is one");
-    let other = passed.socket(0).expect("a socket");
+    let taken = passed.socket(0);
+    let is_taken = matches!(taken, Err(XdpError::Taken { queue: 0, .. }));
+    assert!(is_taken, "the first one's frames stay its own: {taken:?}");
+    let other = passed.socket(1).expect("a socket");
     assert_eq!(other.interface_index, socket.interface_index);
     drop((prepared, passed, other));
     let attached = || ip("link show dev v0").contains("xdp");

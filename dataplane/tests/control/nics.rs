@@ -367,6 +367,43 @@ fn a_nic_in_use_is_not_removed_unless_it_is_forced() {
     assert_eq!(detach(&mut host, 1), Ok(()), "nothing is left to stop");
 }
 
+/// Whoever asks meanwhile would take it for one that is to be attached.
+#[test]
+fn a_nic_that_is_being_attached_is_busy_until_it_is_attached() {
+    let mut host = Host::start();
+    for n in 1..=8 {
+        granted(&host, &grant(n));
+        listen(&host, n);
+    }
+    assert_eq!(attach_switch(&mut host, "lan"), Ok(()));
+    let mut ids = Vec::new();
+    for n in 1..=8 {
+        host.request_id += 1;
+        let request_id = host.request_id;
+        ids.push(nic(n));
+        let attach = AgentToDataplane::AttachNic {
+            request_id,
+            nic: nic(n),
+            socket: socket(n),
+            facts: NOTHING,
+        };
+        host.agent.send(&attach, &[]).expect("sent");
+        let request_id = 1000 + request_id;
+        let ask = AgentToDataplane::Networks { request_id };
+        host.agent.send(&ask, &[]).expect("sent");
+    }
+    let mut told = 0;
+    while told < 8 {
+        // (Those of the attachments come in between.)
+        let DataplaneToAgent::Networks { networks, .. } = host.answer() else {
+            continue;
+        };
+        told += 1;
+        let known = |id: &&NicId| networks.nics.contains(id) || networks.busy.contains(id);
+        assert_eq!(ids.iter().filter(known).count(), told, "{networks:?}");
+    }
+}
+
 #[test]
 fn a_switch_has_the_uplink_of_its_newest_grants() {
     let mut host = Host::start();

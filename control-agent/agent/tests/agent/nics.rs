@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::Write as _;
+use std::mem;
 use std::os::fd::OwnedFd;
 
 use bulkhead_bundle::{HostBundle, Nic, SocketSpec, Switch};
@@ -27,6 +28,8 @@ pub struct Nics {
     pub prepared: BTreeSet<NicId>,
     pub connected: BTreeSet<NicId>,
     switches: BTreeMap<SwitchName, Option<Uplink>>,
+    /// What is asked next is told that these are busy.
+    pub busy: BTreeSet<NicId>,
     /// So many attachments are refused.
     pub refuse_attach: usize,
     /// The files of mirrors that go on.
@@ -179,6 +182,7 @@ impl Nics {
                     nics: self.attached.iter().copied().collect(),
                     mirrored: self.mirrors.keys().copied().collect(),
                     switches: self.switches.keys().cloned().collect(),
+                    busy: mem::take(&mut self.busy).into_iter().collect(),
                 },
             },
             AgentToDataplane::Mirror { nic, .. } => {
@@ -543,6 +547,33 @@ fn what_a_data_plane_refuses_is_tried_again() {
     );
     world.peers.undelivered.clear();
     attached(&mut world, &[1, 2]);
+}
+
+/// A data plane that takes a NIC over has its interface already: opened again, that would share its frames out.
+#[test]
+fn what_a_data_plane_is_busy_with_is_asked_about_again_and_not_opened() {
+    let mut world = World::new();
+    world.apply_fully(&networked(1, vec![nic(1), nic(2)]));
+    world.peers.dataplane_died();
+    seen(&mut world);
+    world.peers.nics.busy.insert(nic_id(1));
+    world.announce(Role::Dataplane);
+    attached(&mut world, &[2]);
+    // It took it over, and is asked once more.
+    world.peers.nics.attached.insert(nic_id(1));
+    world.drive("told", |world| {
+        world
+            .peers
+            .log
+            .iter()
+            .filter(|line| *line == "dataplane networks")
+            .count()
+            == 2
+    });
+    world.settle(1);
+    let log = seen(&mut world);
+    let again = "dataplane attach NIC 129 vm1-net".to_owned();
+    assert!(!log.contains(&again), "{log:?}");
 }
 
 /// The NICs, by pages.

@@ -19,6 +19,10 @@ pub struct Networks {
     /// Switches that are attached.
     #[n(2)]
     pub switches: Vec<SwitchName>,
+    /// NICs that are being attached, taken over from a predecessor, or detached: what they come to is not known yet.
+    #[n(3)]
+    #[cbor(default)]
+    pub busy: Vec<NicId>,
 }
 
 /// What one NIC is doing.

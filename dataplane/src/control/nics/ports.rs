@@ -201,13 +201,12 @@ mod tests {
         let prepared = Prepared::new(&"v0".parse().expect("a name")).expect("prepared");
         let interface: InterfaceName = "v0".parse().expect("a name");
         let give = |count: usize| {
-            let made = [1, 1].map(|queue| prepared.socket(queue).expect("a socket"));
-            let interface_index = made[0].interface_index;
-            let mut fds: Vec<OwnedFd> = made.into_iter().map(|one| one.socket).collect();
+            let made = prepared.socket(1).expect("a socket");
+            let interface_index = made.interface_index;
+            let mut fds = vec![made.socket, made.link];
             fds.truncate(count);
             (PortFacts::AfXdp { interface_index }, fds)
         };
-        // A socket, and in the place of the link anything.
         let spec = af_xdp(&interface, (1, 1), 1500, give(2)).expect("taken");
         let OutsideSpec::Xdp(spec) = spec else {
             panic!("{spec:?}")

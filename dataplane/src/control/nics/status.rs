@@ -24,11 +24,14 @@ impl Nics {
             let nics = self.table.iter();
             nics.filter_map(|(id, nic)| Some((*id, nic.served()?.1)))
         };
+        let nics = self.table.iter();
+        let busy = nics.filter(|(_, nic)| !nic.serving.is_settled());
         let mirrored = attached().filter(|(_, device)| device.mirror().is_some());
         Networks {
             nics: attached().map(|(id, _)| id).collect(),
             mirrored: mirrored.map(|(id, _)| id).collect(),
             switches: self.switches.keys().cloned().collect(),
+            busy: busy.map(|(id, _)| *id).collect(),
         }
     }
 
