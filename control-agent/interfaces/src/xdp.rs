@@ -146,6 +146,12 @@ impl Prepared {
         [self.map.as_fd(), self.link.as_fd()]
     }
 
+    /// Whether its program is on the interface that has its name now: that may have been made anew, or given to another.
+    #[must_use]
+    pub fn is_on_its_name(&self) -> bool {
+        nix::net::if_::if_nametoindex(self.name.as_str()) == Ok(self.index)
+    }
+
     /// Its name.
     #[must_use]
     pub fn name(&self) -> &InterfaceName {

@@ -266,6 +266,11 @@ impl Stores {
         self.store(role, name, fds).map(drop)
     }
 
+    /// Drops what a role has of a name.
+    pub fn forget(&mut self, role: Role, name: FdName) {
+        self.remove(role, |entry| entry.name == name);
+    }
+
     /// Drops all of a role's: no process of it can be started with them. Says how many there were.
     pub fn clear(&mut self, role: Role) -> usize {
         let stored = self.of(role).entries.len();
