@@ -214,7 +214,9 @@ pub enum KeydToDataplane {
     /// A volume may be served. Descriptors: for an encrypted volume its key, one page of secret
     /// memory that begins with the [`XTS_KEY_BYTES`]; the data plane expands it and wipes the
     /// page. With [`VolumeGrant::rekey`] the previous key follows in the same form. None for a plain
-    /// volume.
+    /// volume, and none for one whose keys the data plane said it holds
+    /// ([`DataplaneToKeyd::WorkersHeard`]): such a grant is taken if it is equal to the one held (the epoch
+    /// and the limits aside), and refused else.
     ///
     /// A grant equal to the one held (the epoch aside) changes nothing but the epoch. One that
     /// differs by a greater size alone gives the served volume that capacity, and its frontend
@@ -295,5 +297,10 @@ pub enum DataplaneToKeyd {
         /// with them. (Where something is served they come with its next start.)
         #[n(0)]
         restarts: bool,
+        /// Encrypted volumes whose keys it holds already, as it took them over from the process before it: they
+        /// need not be unsealed for it. None from a data plane that does not say so.
+        #[n(1)]
+        #[cbor(skip_if = "Vec::is_empty")]
+        holds: Vec<VolumeId>,
     },
 }

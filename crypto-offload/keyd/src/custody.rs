@@ -145,7 +145,7 @@ impl Custody {
         &mut self,
         envelope: BorrowedFd<'_>,
         vault: &mut Vault,
-    ) -> Result<Verified<HostBundle>, Refusal> {
+    ) -> Result<(Verified<HostBundle>, bool), Refusal> {
         let bytes = read_capped(envelope)?;
         let last = self.file.state().map(|state| state.accepted);
         let now = unix_time();
@@ -185,7 +185,7 @@ impl Custody {
         let (epoch, volumes) = (bundle.epoch, bundle.volumes.len());
         let (nics, signers) = (bundle.nics.len(), bundle.signers().join(", "));
         tracing::info!(epoch, volumes, nics, again, %signers, "bundle accepted");
-        Ok(bundle)
+        Ok((bundle, again))
     }
 
     /// A volume whose key was destroyed never comes back.

@@ -3,6 +3,10 @@
 //!
 //! A data plane that serves nothing and is to have other workers ends when it hears of them. The rest of
 //! the delivery goes to the one that rot starts in its place.
+//!
+//! A data plane that took volumes over from the one before it has their keys. If the bundle is still the one
+//! that they were granted by, it is granted them without: to open each sealed key again would take a fraction of
+//! a millisecond of the time in which its guests wait for their disks.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::collections::{BTreeSet, VecDeque};
@@ -11,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use bulkhead_bundle::{HostBundle, Verified, Volume};
 use bulkhead_protocol::keys::{DataplaneToKeyd, KeydToDataplane, Undelivered};
-use bulkhead_protocol::{ChannelError, ServedId};
+use bulkhead_protocol::{ChannelError, ServedId, VolumeId};
 
 use crate::grants::{grant_of, nic_grant_of};
 use crate::link::plain;
@@ -47,7 +51,11 @@ pub(crate) struct Delivery {
     /// When it is given up.
     pub(crate) deadline: Instant,
     bundle: Verified<HostBundle>,
+    /// It is the bundle accepted last, again: what the data plane holds came of it.
+    again: bool,
     steps: VecDeque<Asked>,
+    /// Grants that are under way without keys.
+    without_keys: BTreeSet<VolumeId>,
     undelivered: Vec<Undelivered>,
     revoked: BTreeSet<ServedId>,
     blocked: bool,
@@ -56,11 +64,11 @@ pub(crate) struct Delivery {
 }
 
 impl Delivery {
-    /// Of a bundle, to a data plane that may hold grants of these.
+    /// Of a bundle, which may be the one accepted last, `again`, to a data plane that may hold grants of these.
     pub(crate) fn new(
         request_id: u64,
         agent_generation: u64,
-        bundle: Verified<HostBundle>,
+        (bundle, again): (Verified<HostBundle>, bool),
         held: &BTreeSet<ServedId>,
         now: Instant,
     ) -> Self {
@@ -78,6 +86,8 @@ impl Delivery {
             deadline: now + TIME,
             steps,
             bundle,
+            again,
+            without_keys: BTreeSet::new(),
             undelivered: Vec::new(),
             revoked: BTreeSet::new(),
             blocked: false,
@@ -136,7 +146,7 @@ impl Delivery {
         true
     }
 
-    fn send(&self, step: Asked, dataplane: &mut Dataplane, vault: &Vault) -> Sent {
+    fn send(&mut self, step: Asked, dataplane: &mut Dataplane, vault: &Vault) -> Sent {
         let channel = &dataplane.link.channel;
         let sent = match step {
             Asked::Workers => return Sent::Yes,
@@ -149,10 +159,18 @@ impl Delivery {
                 None => return Sent::Failed("it is not in the bundle".to_owned()),
             },
             Asked::Grant(ServedId::Volume(id)) => match self.bundle.volume(id) {
-                Some(volume) => match self.send_grant(volume, dataplane, vault) {
-                    Ok(sent) => sent,
-                    Err(error) => return Sent::Failed(error.to_string()),
-                },
+                Some(volume) => {
+                    let has_keys = dataplane.has_keys_of(id) && self.again;
+                    match self.send_grant(volume, dataplane, (!has_keys).then_some(vault)) {
+                        Ok(sent) => {
+                            if has_keys && sent.is_ok() {
+                                self.without_keys.insert(id);
+                            }
+                            sent
+                        }
+                        Err(error) => return Sent::Failed(error.to_string()),
+                    }
+                }
                 None => return Sent::Failed("it is not in the bundle".to_owned()),
             },
         };
@@ -167,15 +185,17 @@ impl Delivery {
         }
     }
 
+    /// Sends a grant, with the keys that a vault has for it.
     fn send_grant(
         &self,
         volume: &Volume,
         dataplane: &Dataplane,
-        vault: &Vault,
+        vault: Option<&Vault>,
     ) -> Result<Result<(), ChannelError>, NoKey> {
         let grant = grant_of(&self.bundle, volume);
         let message = KeydToDataplane::Grant { grant };
-        let pages = vault.unseal(volume)?;
+        let pages = vault.map(|vault| vault.unseal(volume)).transpose()?;
+        let pages = pages.unwrap_or_default();
         let fds: Vec<_> = pages.iter().map(AsFd::as_fd).collect();
         let sent = dataplane.link.channel.send(&message, &fds);
         if sent.is_ok() {
@@ -188,20 +208,35 @@ impl Delivery {
     /// Takes an answer that is waited for.
     pub(crate) fn answered(&mut self, answer: DataplaneToKeyd) {
         match answer {
-            DataplaneToKeyd::Granted { .. } => {}
+            DataplaneToKeyd::Granted { id } => {
+                self.was_without_keys(id);
+            }
+            // It has them no more, or what it holds is something else.
+            DataplaneToKeyd::GrantRefused { id, .. } if self.was_without_keys(id) => {
+                self.steps.push_back(Asked::Grant(id));
+            }
             DataplaneToKeyd::GrantRefused { id, reason } => {
                 self.failed(id, &format!("the data plane refused it: {reason}"));
             }
             DataplaneToKeyd::Revoked { id } => {
                 self.revoked.insert(id);
             }
-            DataplaneToKeyd::WorkersHeard { restarts } => self.restarting = restarts,
+            DataplaneToKeyd::WorkersHeard { restarts, .. } => self.restarting = restarts,
+        }
+    }
+
+    /// A grant is answered: whether it came without keys.
+    fn was_without_keys(&mut self, id: ServedId) -> bool {
+        match id {
+            ServedId::Volume(id) => self.without_keys.remove(&id),
+            ServedId::Nic(_) => false,
         }
     }
 
     /// Another data plane is there.
     pub(crate) fn dataplane_is_back(&mut self) {
         self.restarting = false;
+        self.without_keys.clear();
     }
 
     /// Gives up at the deadline.

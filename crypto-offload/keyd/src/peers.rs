@@ -2,14 +2,15 @@
 //! the questions it has not answered.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use bulkhead_protocol::ChannelError;
-use bulkhead_protocol::ServedId;
 use bulkhead_protocol::channel::same_process;
 use bulkhead_protocol::keys::{DataplaneToKeyd, KeydToDataplane};
 use bulkhead_protocol::workers::Workers;
+use bulkhead_protocol::{ServedId, VolumeId};
 
 use crate::link::Link;
 
@@ -100,6 +101,8 @@ pub(crate) struct Dataplane {
     questions: Vec<Question>,
     /// The workers that it was told of last; none before the first time.
     told: Option<Option<Workers>>,
+    /// Volumes whose keys it had when it began, and that it was not granted since.
+    holds: BTreeSet<VolumeId>,
 }
 
 impl Dataplane {
@@ -113,7 +116,14 @@ impl Dataplane {
             link,
             questions: Vec::new(),
             told: None,
+            holds: BTreeSet::new(),
         }
+    }
+
+    /// Whether it has a volume's keys from the process before it. That is asked once: what becomes of them
+    /// when it is granted something is not followed.
+    pub(crate) fn has_keys_of(&mut self, volume: VolumeId) -> bool {
+        self.holds.remove(&volume)
     }
 
     /// Tells it of the workers that a bundle asks for, unless it was told already.
@@ -182,6 +192,9 @@ impl Dataplane {
             DataplaneToKeyd::WorkersHeard { .. } => Asked::Workers,
         };
         let index = self.questions.iter().position(|q| q.asked == asked)?;
+        if let DataplaneToKeyd::WorkersHeard { holds, .. } = answer {
+            self.holds = holds.iter().copied().collect();
+        }
         Some(self.questions.remove(index).wanted)
     }
 }

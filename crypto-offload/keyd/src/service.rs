@@ -315,10 +315,10 @@ impl KeyService {
         agent.check_sender(received.sender.as_ref())?;
         let [envelope] = received.take_fds().map_err(|e| e.to_string())?;
         let accepted = self.custody.accept(envelope.as_fd(), &mut self.vault);
-        let bundle = accepted.map_err(|e| e.to_string())?;
+        let accepted = accepted.map_err(|e| e.to_string())?;
         let held = self.custody.held();
         let now = Instant::now();
-        let mut delivery = Delivery::new(request_id, agent_generation, bundle, &held, now);
+        let mut delivery = Delivery::new(request_id, agent_generation, accepted, &held, now);
         if self.dataplane.is_none() {
             delivery.dataplane_gone(ABSENT);
         }

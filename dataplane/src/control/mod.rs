@@ -259,6 +259,18 @@ impl Control {
     ) {
         let mut answers = Answers::default();
         match received.message.clone() {
+            KeydToDataplane::Grant { grant }
+                if grant.data_unit_bytes.is_some() && received.fds.is_empty() =>
+            {
+                let volume = grant.volume;
+                match grant::check(&grant) {
+                    Ok(()) => {
+                        let task = Task::Confirm(keyd, Box::new(grant));
+                        self.volumes.ask(server, volume, task, &mut answers);
+                    }
+                    Err(reason) => answers.grant_refused(keyd, volume.into(), reason),
+                }
+            }
             KeydToDataplane::Grant { grant } => {
                 let volume = grant.volume;
                 let keys = grant::take_keys(

@@ -209,7 +209,10 @@ impl Control {
             let met = self.meet(Role::Keyd, keyd.generation, socket, keyd.process);
             match (met, &mut self.keyd.link) {
                 (Ok(()), Some(link)) if early.heard => {
-                    link.send(DataplaneToKeyd::WorkersHeard { restarts: false });
+                    link.send(DataplaneToKeyd::WorkersHeard {
+                        restarts: false,
+                        holds: self.volumes.with_keys(),
+                    });
                 }
                 (Ok(()), _) => {}
                 (Err(problem), _) => tracing::error!("keyd is lost: {problem}"),

@@ -36,6 +36,8 @@ const MAX_WAITING: usize = 16;
 pub(super) enum Task {
     /// keyd grants it.
     Grant(Keyd, Box<Held>),
+    /// keyd grants it with the keys that are held.
+    Confirm(Keyd, Box<VolumeGrant>),
     /// keyd takes the grant back.
     Revoke(Keyd),
     /// The agent gives it its file.
@@ -174,7 +176,9 @@ impl Volumes {
             {
                 answers.refused(agent, busy());
             }
-            Task::Grant(keyd, _) if volume.waiting.len() >= MAX_WAITING => {
+            Task::Grant(keyd, _) | Task::Confirm(keyd, _)
+                if volume.waiting.len() >= MAX_WAITING =>
+            {
                 answers.grant_refused(keyd, id.into(), busy());
             }
             // A key is to go: that is never refused.
@@ -185,6 +189,7 @@ impl Volumes {
     fn perform(&mut self, server: &mut Server, id: VolumeId, task: Task, answers: &mut Answers) {
         match task {
             Task::Grant(keyd, new) => self.grant(server, keyd, new, answers),
+            Task::Confirm(keyd, grant) => self.confirm(server, keyd, *grant, answers),
             Task::Revoke(keyd) => {
                 if let Some(Then::Forget(keyd)) = self.detach(server, id, Then::Forget(keyd)) {
                     self.forget(keyd, id, answers);
@@ -204,6 +209,32 @@ impl Volumes {
                 }
             }
         }
+    }
+
+    /// Encrypted volumes that are served on with a predecessor's keys, or are about to be.
+    pub(super) fn with_keys(&self) -> Vec<VolumeId> {
+        let is_held = |(_, volume): &(&VolumeId, &Volume)| volume.has_key();
+        let held = self.table.iter().filter(is_held);
+        held.map(|(id, _)| *id).collect()
+    }
+
+    /// A grant without the keys that it needs: it is one that is held, keys and all, or none.
+    fn confirm(
+        &mut self,
+        server: &mut Server,
+        keyd: Keyd,
+        grant: VolumeGrant,
+        answers: &mut Answers,
+    ) {
+        let id = grant.volume;
+        let held = |volume: &&mut Volume| volume.has_key() && is_same(&volume.held.grant, &grant);
+        let Some(volume) = self.table.get_mut(&id).filter(held) else {
+            let reason = "it came without keys, and is not one whose keys are held".to_owned();
+            return answers.grant_refused(keyd, id.into(), reason);
+        };
+        volume.held.grant = grant;
+        volume.remember_grant(server);
+        self.taken_in(keyd, id, Ok(()), answers);
     }
 
     fn grant(&mut self, server: &mut Server, keyd: Keyd, new: Box<Held>, answers: &mut Answers) {

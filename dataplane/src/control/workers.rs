@@ -147,7 +147,8 @@ impl Control {
         }
         let restarts = others && self.volumes.serves_nothing() && self.nics.serves_nothing();
         if let Some(link) = self.keyd.link_of(keyd.0) {
-            link.send(DataplaneToKeyd::WorkersHeard { restarts });
+            let holds = self.volumes.with_keys();
+            link.send(DataplaneToKeyd::WorkersHeard { restarts, holds });
         }
         if restarts {
             tracing::info!("ending, to be started with the workers of the bundle");

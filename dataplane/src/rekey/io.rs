@@ -158,6 +158,9 @@ impl Io {
     pub(super) fn pieces(&mut self, bytes: u64) -> Result<Pieces, Errno> {
         let (mut pieces, mut left) = (Pieces::new(), bytes);
         while left > 0 {
+            if self.staging.is_short(left) {
+                self.ring.grow(&mut self.staging);
+            }
             let Some(chunk) = self.staging.take(left) else {
                 // There is room for several zones, and one is under way at a time.
                 self.give(pieces);

@@ -19,6 +19,8 @@ pub type Calls = BTreeMap<i64, Vec<SeccompRule>>;
 
 /// `IORING_REGISTER_FILES_UPDATE`.
 const REGISTER_FILES_UPDATE: u64 = 6;
+/// `IORING_REGISTER_BUFFERS_UPDATE`.
+const REGISTER_BUFFERS_UPDATE: u64 = 16;
 /// `BLKGETSIZE64`: `_IOR(0x12, 114, size_t)`.
 const BLKGETSIZE64: u64 = 0x8008_1272;
 /// `BLKIOMIN`, `BLKIOOPT`, `BLKALIGNOFF` and `BLKPBSZGET`: `_IO(0x12, 120)` and those behind it.
@@ -84,7 +86,10 @@ pub fn allowed(kind: ThreadKind) -> Result<Calls, BackendError> {
             // Volumes and kicks come and go; a ring's restrictions say the same.
             calls.insert(
                 libc::SYS_io_uring_register,
-                vec![one_of(1, REGISTER_FILES_UPDATE)?],
+                vec![
+                    one_of(1, REGISTER_FILES_UPDATE)?,
+                    one_of(1, REGISTER_BUFFERS_UPDATE)?, // staging memory, as it is wanted
+                ],
             );
             // The SIGBUS handler and the allocator; no file.
             let anonymous = masked(3, libc::MAP_ANONYMOUS, libc::MAP_ANONYMOUS)?;
@@ -112,6 +117,7 @@ fn restricted() -> Result<Calls, BackendError> {
             vec![
                 one_of(2, number(libc::MADV_DONTNEED))?, // allocator; a thread's stack at its end
                 one_of(2, number(libc::MADV_FREE))?,
+                one_of(2, number(libc::MADV_POPULATE_WRITE))?, // staging memory in reserved pages
                 one_of(2, number(libc::MADV_DONTDUMP))?, // a key's page that is not memfd_secret
             ],
         ),

@@ -20,10 +20,10 @@ use std::time::Duration;
 use io_uring::register::Restriction;
 use io_uring::squeue::{self, Flags};
 use io_uring::types::{SubmitArgs, Timespec};
-use io_uring::{IoUring, opcode};
+use io_uring::{IoUring, Submitter, opcode};
 
 use super::frame_buffer::FrameBuffer;
-use super::staging::Staging;
+use super::staging::{PIECES, Staging};
 use crate::crash_point;
 use crate::memory::USUAL_MOST_PIECES;
 use crate::storage::{Done, Transfer};
@@ -53,6 +53,8 @@ pub const MAX_SEGMENTS: usize = 1024;
 const ENTER_GETEVENTS: u32 = 1;
 /// `IORING_REGISTER_FILES_UPDATE`.
 const REGISTER_FILES_UPDATE: u8 = 6;
+/// `IORING_REGISTER_BUFFERS_UPDATE`.
+const REGISTER_BUFFERS_UPDATE: u8 = 16;
 /// User data of cancellations, whose completions say nothing.
 const NO_ENTRY: u64 = u64::MAX;
 
@@ -152,8 +154,8 @@ pub struct Ring {
     free_files: Vec<u32>,
     /// Events and frames in flight: they end only when something happens.
     events: u32,
-    /// The staging memory is registered as buffer 0.
-    registered: bool,
+    /// Which pieces of the staging memory are registered, each as the buffer of its number.
+    registered: [bool; PIECES],
     /// Kept in its table, so that it is open as long as a request is in flight.
     fences: Vec<FixedFile>,
 }
@@ -184,19 +186,10 @@ impl Ring {
             .setup_r_disabled()
             .build(SUBMISSION_ENTRIES)?;
         let submitter = uring.submitter();
-        // SAFETY: the staging memory is mapped for as long as any of its chunks, and the worker
-        // drops its ring before its staging.
-        let registered = match unsafe { submitter.register_buffers(&[staging.iovec()]) } {
-            Ok(()) => true,
-            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOMEM | libc::EPERM)) => {
-                tracing::warn!(
-                    "staging memory can't be registered ({e}): raise RLIMIT_MEMLOCK for a little \
-                     more speed"
-                );
-                false
-            }
-            Err(e) => return Err(e),
-        };
+        let pieces = u32::try_from(PIECES).map_err(io::Error::other)?;
+        submitter.register_buffers_sparse(pieces)?;
+        let mut registered = [false; PIECES];
+        registered[0] = register(&submitter, 0, staging.first())?;
         // Before the restrictions, which don't let it be changed.
         submitter.register_iowq_max_workers(&mut [MAX_THREADS, 0])?;
         let files = file_slots()?;
@@ -217,6 +210,24 @@ impl Ring {
             registered,
             fences: Vec::new(),
         })
+    }
+
+    /// Has one piece more of the worker's staging memory; nothing happens if there is none, or it is refused.
+    #[cold]
+    pub fn grow(&mut self, staging: &mut Staging) {
+        let Some((piece, memory)) = staging.grow() else {
+            return;
+        };
+        let submitter = self.uring.submitter();
+        match register(&submitter, piece, memory) {
+            Ok(registered) => {
+                if let Some(place) = self.registered.get_mut(piece as usize) {
+                    *place = registered;
+                }
+            }
+            // Transfers name its addresses then.
+            Err(error) => tracing::warn!("a piece of staging memory can't be registered: {error}"),
+        }
     }
 
     /// Transfers in flight, events aside.
@@ -382,7 +393,7 @@ impl Ring {
     /// Puts the submission queue entry of a table entry into the queue.
     #[inline]
     fn queue(&mut self, id: u32) {
-        let registered = self.registered;
+        let registered = &self.registered;
         let Some(sqe) = self
             .entries
             .get_mut(id as usize)
@@ -509,12 +520,30 @@ impl Drop for Ring {
     }
 }
 
+/// Registers a piece of the staging memory as the buffer of its number; false where so much memory can't be locked.
+fn register(submitter: &Submitter<'_>, piece: u32, memory: libc::iovec) -> io::Result<bool> {
+    // SAFETY: the staging memory is mapped for as long as any of its chunks, and the worker drops its ring before its
+    // staging.
+    match unsafe { submitter.register_buffers_update(piece, &[memory], None) } {
+        Ok(()) => Ok(true),
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOMEM | libc::EPERM)) => {
+            tracing::warn!(
+                "staging memory can't be registered ({e}): raise RLIMIT_MEMLOCK for a little more speed"
+            );
+            Ok(false)
+        }
+        Err(e) => Err(e),
+    }
+}
+
 /// What the ring may ever be asked for.
 fn restrictions() -> Vec<Restriction> {
     let fixed = Flags::FIXED_FILE.bits();
     vec![
         // Volumes and eventfds come and go while the worker runs.
         Restriction::register_op(REGISTER_FILES_UPDATE),
+        // Staging memory comes as it is wanted.
+        Restriction::register_op(REGISTER_BUFFERS_UPDATE),
         // Guest memory in several pieces.
         Restriction::sqe_op(opcode::Readv::CODE),
         Restriction::sqe_op(opcode::Writev::CODE),

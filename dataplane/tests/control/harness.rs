@@ -216,7 +216,7 @@ impl Host {
     pub fn workers(&self, workers: Option<Workers>) -> bool {
         let answer = self.ask_keyd(&KeydToDataplane::Workers { workers }, &[]);
         match answer {
-            DataplaneToKeyd::WorkersHeard { restarts } => restarts,
+            DataplaneToKeyd::WorkersHeard { restarts, .. } => restarts,
             other => panic!("not about workers: {other:?}"),
         }
     }

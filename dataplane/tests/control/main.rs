@@ -62,6 +62,42 @@ fn a_granted_volume_is_served_until_it_is_revoked() {
     assert!(host.stop().success());
 }
 
+/// What keyd sends to a data plane that said that it holds the keys.
+#[test]
+fn a_grant_without_its_key_is_taken_where_the_key_is_held() {
+    let mut host = Host::start();
+    grant_refused(host.grant(&grant(1), &[]), "it came without keys");
+    host.served(1);
+    host.granted(2);
+    let heard = host.ask_keyd(&KeydToDataplane::Workers { workers: None }, &[]);
+    let holds = vec![volume(1), volume(2)];
+    let restarts = false;
+    assert_eq!(heard, DataplaneToKeyd::WorkersHeard { restarts, holds });
+    let mut frontend = host.frontend(1);
+    assert!(features(&mut frontend).is_some());
+    let newer = VolumeGrant {
+        epoch: 2,
+        ..grant(1)
+    };
+    let granted = |n| DataplaneToKeyd::Granted {
+        id: volume(n).into(),
+    };
+    assert_eq!(host.grant(&newer, &[]), granted(1));
+    assert!(features(&mut frontend).is_some(), "its frontend stays");
+    // Another one needs its key, and does not take the place of the one that is held.
+    let other = VolumeGrant {
+        serial: "another".to_owned(),
+        ..grant(1)
+    };
+    grant_refused(host.grant(&other, &[]), "it came without keys");
+    assert!(features(&mut frontend).is_some());
+    // A detach wipes the key.
+    assert_eq!(host.detach(1), Ok(()));
+    grant_refused(host.grant(&newer, &[]), "it came without keys");
+    host.granted(1);
+    assert_eq!(host.attach(1), Ok(()));
+}
+
 #[test]
 fn attach_needs_grant_listener_and_the_granted_socket() {
     let mut host = Host::start();
@@ -141,7 +177,7 @@ fn a_grant_that_makes_no_sense_is_refused_and_the_earlier_one_stays() {
 #[test]
 fn a_key_that_is_none_is_refused() {
     let host = Host::start();
-    grant_refused(host.grant(&grant(1), &[]), "0 descriptors");
+    grant_refused(host.grant(&grant(1), &[]), "it came without keys");
     let page = key_page(&key(1));
     let two = [page.as_fd(), page.as_fd()];
     grant_refused(host.grant(&grant(1), &two), "2 descriptors");

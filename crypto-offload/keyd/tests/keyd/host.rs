@@ -13,7 +13,7 @@ use bulkhead_protocol::keys::{
 };
 use bulkhead_protocol::rot::{FromRot, Role, ToRot};
 use bulkhead_protocol::workers::Workers;
-use bulkhead_protocol::{Channel, ChannelError, Received};
+use bulkhead_protocol::{Channel, ChannelError, Received, VolumeId};
 use minicbor::Decode;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tempfile::TempDir;
@@ -134,11 +134,19 @@ impl Host {
 
     /// A data plane that has its workers; gives those that keyd told it of.
     pub fn new_dataplane(&mut self) -> Option<Workers> {
+        self.new_dataplane_that_holds(&[])
+    }
+
+    /// The same, with the keys of these volumes from the one before it.
+    pub fn new_dataplane_that_holds(&mut self, holds: &[VolumeId]) -> Option<Workers> {
         let (ours, theirs) = Channel::pair().expect("pair");
         self.announce(Role::Dataplane, &theirs, &own_pidfd());
         self.dataplane = Some(ours);
         let told = self.delivered().message;
-        self.say(&yes_to(&told));
+        self.say(&DataplaneToKeyd::WorkersHeard {
+            restarts: false,
+            holds: holds.to_vec(),
+        });
         match told {
             KeydToDataplane::Workers { workers } => workers,
             other => panic!("the first message: {other:?}"),
@@ -268,6 +276,7 @@ impl Host {
         let dataplane = self.dataplane.as_ref().expect("a data plane");
         let mut received: Received<KeydToDataplane> = next(dataplane).expect("a message");
         let (key, previous) = match &received.message {
+            KeydToDataplane::Grant { .. } if received.fds.is_empty() => (None, None),
             KeydToDataplane::Grant { grant } if grant.rekey.is_some() => {
                 let [page, previous] = received.take_fds().expect("two pages");
                 (Some(key_in(page)), Some(key_in(previous)))
@@ -330,7 +339,10 @@ pub fn yes_to(message: &KeydToDataplane) -> DataplaneToKeyd {
             id: grant.nic.into(),
         },
         KeydToDataplane::Revoke { id } => DataplaneToKeyd::Revoked { id: *id },
-        KeydToDataplane::Workers { .. } => DataplaneToKeyd::WorkersHeard { restarts: false },
+        KeydToDataplane::Workers { .. } => DataplaneToKeyd::WorkersHeard {
+            restarts: false,
+            holds: Vec::new(),
+        },
     }
 }
 

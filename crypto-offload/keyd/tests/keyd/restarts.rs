@@ -238,3 +238,49 @@ fn stop_and_a_closed_channel_end_it_in_good_order() {
     host.rot.send(&FromRot::Stop, &[]).expect("send");
     assert_eq!(host.exit_code(), Some(0));
 }
+
+/// It goes on with what its predecessor served: to open 256 sealed keys for it would take a CPU 0.1 s, in which
+/// guests wait for their disks.
+#[test]
+fn a_data_plane_that_took_volumes_over_is_granted_them_without_their_keys() {
+    let (first, second) = (random_key(), random_key());
+    let volumes = vec![encrypted(1, &first), encrypted(2, &second), plain(3)];
+    let envelope = signed(&bundle(5, volumes.clone()));
+    let keys = |got: &[crate::host::Delivered]| -> Vec<_> { got.iter().map(|d| d.key).collect() };
+    let mut host = Host::new();
+    host.apply(&envelope, 3);
+    host.dataplane = None;
+    host.new_dataplane_that_holds(&[id(1)]);
+    let got = host.apply(&envelope, 3);
+    assert_eq!(keys(&got), [None, Some(second), None], "it has one of them");
+    let got = host.apply(&envelope, 3);
+    assert_eq!(keys(&got), [Some(first), Some(second), None], "once");
+    // Another bundle is another matter.
+    host.dataplane = None;
+    host.new_dataplane_that_holds(&[id(1), id(2)]);
+    let got = host.apply(&signed(&bundle(6, volumes)), 3);
+    assert_eq!(keys(&got), [Some(first), Some(second), None]);
+}
+
+#[test]
+fn a_data_plane_that_has_lost_a_key_is_given_it() {
+    let key = random_key();
+    let envelope = signed(&bundle(5, vec![encrypted(1, &key)]));
+    let mut host = Host::new();
+    host.apply(&envelope, 1);
+    host.dataplane = None;
+    host.new_dataplane_that_holds(&[id(1)]);
+    host.ask(&envelope);
+    assert_eq!(host.delivered().key, None);
+    let no = |reason: &str| DataplaneToKeyd::GrantRefused {
+        id: id(1).into(),
+        reason: reason.to_owned(),
+    };
+    host.say(&no("its key was wiped meanwhile"));
+    assert_eq!(host.delivered().key, Some(key));
+    // Refused again it is refused.
+    host.say(&no("there is no room"));
+    let (_, undelivered) = host.accepted();
+    assert_eq!(undelivered.len(), 1);
+    assert!(undelivered[0].reason.contains("there is no room"));
+}

@@ -63,7 +63,10 @@ fn one_that_ends_for_its_workers_leaves_its_volumes_to_the_next() {
             workers: workers(2)
         }
     );
-    host.say(&DataplaneToKeyd::WorkersHeard { restarts: true });
+    host.say(&DataplaneToKeyd::WorkersHeard {
+        restarts: true,
+        holds: Vec::new(),
+    });
     host.dataplane = None;
     assert_eq!(host.new_dataplane(), workers(2));
     let got = host.take(2);
@@ -88,7 +91,10 @@ fn one_that_ends_for_its_workers_and_is_not_followed_is_given_up() {
     let mut host = Host::new();
     host.ask(&with_workers(1, 2));
     host.delivered();
-    host.say(&DataplaneToKeyd::WorkersHeard { restarts: true });
+    host.say(&DataplaneToKeyd::WorkersHeard {
+        restarts: true,
+        holds: Vec::new(),
+    });
     host.dataplane = None;
     let (epoch, undelivered) = host.accepted();
     assert_eq!((epoch, undelivered.len()), (1, 2));

@@ -110,6 +110,9 @@ impl Pipeline {
                     retries: 0,
                 },
                 Step::Written => {
+                    if self.staging.is_short(range.bytes) {
+                        self.ring.grow(&mut self.staging);
+                    }
                     let Some(mut chunk) = local.share.take_chunk(&mut self.staging, range.bytes)
                     else {
                         return self.wait_in_line(index);

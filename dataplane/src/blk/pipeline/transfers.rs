@@ -49,6 +49,9 @@ impl Pipeline {
             if flight.failed || left == 0 {
                 return;
             }
+            if self.staging.is_short(left) {
+                self.ring.grow(&mut self.staging);
+            }
             let Some(chunk) = local.share.take_chunk(&mut self.staging, left) else {
                 return self.wait_in_line(index);
             };

@@ -10,13 +10,14 @@ use super::{Entry, Event, FrameAction, Job};
 use crate::memory::Piece;
 use crate::storage::{Action, Buffer, Transfer};
 use crate::worker::frame_buffer::{FRAME_BUFFER_BYTES, FrameBuffer};
+use crate::worker::staging::PIECES;
 
 /// `RWF_DSYNC`.
 const RWF_DSYNC: i32 = 0x2;
 
 /// The kernel's form of an entry.
 #[inline]
-pub(super) fn submission(entry: &mut Entry, registered: bool) -> Option<squeue::Entry> {
+pub(super) fn submission(entry: &mut Entry, registered: &[bool; PIECES]) -> Option<squeue::Entry> {
     let off_thread = entry.in_flight.as_ref()?.file.off_thread;
     let flags = if off_thread {
         Flags::FIXED_FILE | Flags::ASYNC
@@ -27,7 +28,7 @@ pub(super) fn submission(entry: &mut Entry, registered: bool) -> Option<squeue::
 }
 
 #[inline]
-fn operation(entry: &mut Entry, registered: bool) -> Option<squeue::Entry> {
+fn operation(entry: &mut Entry, registered: &[bool; PIECES]) -> Option<squeue::Entry> {
     let in_flight = entry.in_flight.as_ref()?;
     let file = Fixed(in_flight.file.number);
     let transfer = match &in_flight.job {
@@ -51,7 +52,14 @@ fn operation(entry: &mut Entry, registered: bool) -> Option<squeue::Entry> {
         Buffer::Staging(chunk) => {
             let at = chunk.at().as_ptr();
             let bytes = u32::try_from(transfer.bytes).ok()?;
-            (bytes <= chunk.bytes()).then(|| from_staging(file, transfer, at, bytes, registered))
+            let piece = chunk.piece();
+            if bytes > chunk.bytes() {
+                return None;
+            }
+            if !registered.get(usize::from(piece)).copied().unwrap_or(false) {
+                return Some(with_address(file, transfer, at, bytes));
+            }
+            Some(from_staging(file, transfer, at, bytes, piece.into()))
         }
         Buffer::Guest(buffer) => match buffer.pieces() {
             // Most requests: the kernel need not read a list first.
@@ -133,18 +141,15 @@ fn from_staging(
     transfer: &Transfer,
     at: *mut u8,
     bytes: u32,
-    registered: bool,
+    buffer: u16,
 ) -> squeue::Entry {
-    if !registered {
-        return with_address(file, transfer, at, bytes);
-    }
     let offset = transfer.offset_bytes;
     match transfer.action {
-        Action::Write { durable } => opcode::WriteFixed::new(file, at, bytes, 0)
+        Action::Write { durable } => opcode::WriteFixed::new(file, at, bytes, buffer)
             .offset(offset)
             .rw_flags(write_flags(durable))
             .build(),
-        _ => opcode::ReadFixed::new(file, at, bytes, 0)
+        _ => opcode::ReadFixed::new(file, at, bytes, buffer)
             .offset(offset)
             .build(),
     }
