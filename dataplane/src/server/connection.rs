@@ -47,8 +47,16 @@ enum Hand {
     Replying,
 }
 
-/// Messages taken from one frontend before others have their turn.
+/// Messages taken from one frontend before others have their turn: so many that say something only. One that brings
+/// descriptors, which are looked at, mapped and passed to the store, counts for more.
 const MESSAGES_PER_TURN: usize = 32;
+/// Messages that one descriptor counts for.
+const MESSAGES_PER_DESCRIPTOR: usize = 8;
+
+/// What a message takes of its frontend's turn.
+fn share_of(message: &Message) -> usize {
+    1 + MESSAGES_PER_DESCRIPTOR * message.fds.len()
+}
 
 /// Where driving a connection has led.
 #[derive(Debug)]
@@ -200,7 +208,8 @@ impl Connection {
             return Ok(Driven::Waits);
         }
         self.finish(place)?;
-        for _ in 0..MESSAGES_PER_TURN {
+        let mut taken = 0;
+        while taken < MESSAGES_PER_TURN {
             let Some(framing) = &mut self.framing else {
                 return Ok(Driven::Waits);
             };
@@ -223,6 +232,7 @@ impl Connection {
                 }
                 Incoming::Message(message) => {
                     crash_point!("message.looked");
+                    taken += share_of(&message);
                     self.hand = Hand::Doing;
                     let mut outbox = Outbox::default();
                     let handled = self.session.handle(message, &mut outbox);
@@ -358,5 +368,65 @@ impl Connection {
         let waits = self.session.close(&mut outbox);
         out.append(&mut outbox.to_workers);
         self.stage = if waits { Stage::Closing } else { Stage::Closed };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::IoSlice;
+    use std::os::fd::{AsRawFd, RawFd};
+
+    use nix::sys::eventfd::EventFd;
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+
+    use super::*;
+    use crate::net::{NetDevice, Shape};
+    use crate::vhost_user::message::code;
+    use crate::worker::message::DeviceId;
+
+    /// How many turns it takes to read so many messages, each with these descriptors.
+    fn turns(messages: usize, fds: &[RawFd]) -> usize {
+        let card = NetDevice::new(Shape {
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: 1500,
+            queue_pairs: 1,
+        });
+        let (theirs, ours) = UnixStream::pair().expect("sockets");
+        let facts = Facts::of(DeviceId(1), card.into());
+        let mut place = Place::none();
+        let mut connection = Connection::new(ours, facts, &mut place).expect("a connection");
+        // Queue 0, without a descriptor if there is none.
+        let queue = if fds.is_empty() { 1 << 8 } else { 0 };
+        let said = [code::SET_VRING_CALL, 1, 8, queue, 0];
+        let said: Vec<u8> = said.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let with = [ControlMessage::ScmRights(fds)];
+        let with = if fds.is_empty() { &[][..] } else { &with };
+        for _ in 0..messages {
+            let bytes = [IoSlice::new(&said)];
+            let sent = sendmsg::<()>(theirs.as_raw_fd(), &bytes, with, MsgFlags::empty(), None);
+            assert_eq!(sent.expect("room"), said.len());
+        }
+        let mut out = ToWorkers::new();
+        let mut turns = 1;
+        loop {
+            match connection.drive(&mut place, &mut out) {
+                Driven::HadItsTurn => turns += 1,
+                Driven::Waits => return turns,
+                Driven::Ended(error) => panic!("it ended: {error:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn messages_with_descriptors_take_more_of_a_turn() {
+        assert_eq!(turns(MESSAGES_PER_TURN - 1, &[]), 1);
+        assert_eq!(turns(MESSAGES_PER_TURN, &[]), 2);
+        let event = EventFd::new().expect("an eventfd");
+        let fds = [std::os::fd::AsFd::as_fd(&event).as_raw_fd()];
+        let each = 1 + MESSAGES_PER_DESCRIPTOR;
+        let whole = MESSAGES_PER_TURN.div_ceil(each);
+        assert_eq!(turns(whole - 1, &fds), 1);
+        assert_eq!(turns(whole, &fds), 2);
+        assert_eq!(turns(3 * whole, &fds), 4);
     }
 }
