@@ -11,6 +11,7 @@ use io_uring::types::{Fd, Fixed, OpenHow};
 
 use super::*;
 use crate::sandbox::lock_worker_thread;
+use crate::worker::staging::Staging;
 
 /// Runs `attempts` with a ring, on a thread of its own that is locked in.
 fn locked_in<T: Send>(attempts: impl FnOnce(&mut Ring, FixedFile) -> T + Send) -> T {

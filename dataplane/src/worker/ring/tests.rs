@@ -10,6 +10,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::*;
 use crate::storage::{Action, Buffer};
+use crate::worker::staging::Staging;
 
 struct Rig {
     staging: Staging,
