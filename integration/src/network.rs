@@ -58,3 +58,21 @@ pub fn has_taps(test: &str) -> bool {
     }
     opened.is_ok()
 }
+
+/// Makes a pair of interfaces, up: `near`, whose frames go past the host's stack, and `far`, which is the host's, completes
+/// every checksum itself and has this address and prefix.
+///
+/// # Panics
+/// See [`ip`]; also without ethtool.
+pub fn make_pair(near: &str, far: &str, mac: &str, address: &str) {
+    ip(&format!("link add {near} type veth peer name {far}"));
+    let output = Command::new("ethtool")
+        .args(["-K", far, "tx", "off", "txvlan", "off"])
+        .output()
+        .expect("ethtool");
+    assert!(output.status.success(), "{output:?}");
+    ip(&format!("link set dev {far} address {mac}"));
+    ip(&format!("addr add {address} dev {far}"));
+    ip(&format!("link set dev {near} up"));
+    ip(&format!("link set dev {far} up"));
+}

@@ -14,6 +14,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use crate::{InterfaceName, bpf};
 
@@ -21,6 +22,8 @@ use crate::{InterfaceName, bpf};
 pub const MOST_QUEUES: u32 = 64;
 /// Frames that a socket's receive ring has room for.
 pub const RECEIVE_ENTRIES: u32 = 1024;
+/// How long a queue's socket may take to be gone. It takes a few milliseconds.
+const QUEUE_PATIENCE: Duration = Duration::from_millis(300);
 
 /// An interface that is prepared for AF_XDP.
 #[derive(Debug)]
@@ -158,7 +161,7 @@ impl Prepared {
         &self.name
     }
 
-    /// A socket for a queue that has none. From the moment that it is bound, the frames of that queue go to it.
+    /// A socket for a queue that has none; one whose socket is just being closed is waited for. From the moment that it is bound, the frames of that queue go to it.
     ///
     /// # Errors
     /// See [`XdpError`].
@@ -170,7 +173,7 @@ impl Prepared {
         }
         let failed = |step| move |error| explain(error, name, step, "CAP_NET_RAW");
         let socket = new_socket().map_err(failed("making a socket"))?;
-        let put = bpf::put_socket(self.map.as_fd(), queue, socket.as_fd());
+        let put = put_soon(self.map.as_fd(), queue, socket.as_fd());
         put.map_err(|error| match error.raw_os_error() {
             Some(libc::EEXIST) => {
                 let name = name.clone();
@@ -185,6 +188,22 @@ impl Prepared {
             queue,
             link: link.map_err(failed("keeping the program"))?,
         })
+    }
+}
+
+/// Puts a socket into a map, also where the one before is still being closed: the data plane has let go of it, and whoever
+/// stores its descriptors does, too.
+fn put_soon(map: BorrowedFd<'_>, queue: u32, socket: BorrowedFd<'_>) -> io::Result<()> {
+    let until = Instant::now() + QUEUE_PATIENCE;
+    loop {
+        match bpf::put_socket(map, queue, socket) {
+            Err(error)
+                if error.kind() == io::ErrorKind::AlreadyExists && Instant::now() < until =>
+            {
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+            done => return done,
+        }
     }
 }
 

@@ -29,6 +29,7 @@ use crate::net::NetDevice;
 use crate::server::{Event, Server};
 use crate::worker::message::DeviceId;
 use attach::Begun;
+pub(super) use ports::Parts;
 use switches::Switch;
 
 /// What can be asked of one NIC while it is being attached or detached.
@@ -164,7 +165,7 @@ impl Nics {
                 }
             }
             Task::Attach(agent, socket, facts, fds) => {
-                let port = (facts, fds);
+                let port = Parts::Given(facts, fds);
                 match self.attach((server, volumes), id, agent, &socket, port) {
                     Ok(Begun::Already) => answers.done(agent),
                     Ok(Begun::Now) => {}

@@ -69,7 +69,7 @@ impl Control {
                 Ok(())
             }
             AgentToDataplane::AttachSwitch { switch, facts, .. } => {
-                let given = (facts, std::mem::take(&mut received.fds));
+                let given = nics::Parts::Given(facts, std::mem::take(&mut received.fds));
                 match self.nics.attach_switch(&self.volumes, &switch, given) {
                     Ok(()) => answers.done(agent),
                     Err(reason) => answers.refused(agent, reason),

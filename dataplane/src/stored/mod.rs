@@ -40,7 +40,7 @@ pub use deaths::Deaths;
 pub use inherited::Inherited;
 pub use keeper::{Found, KeepError, Keeper};
 pub use kinds::Stored;
-pub use nic::{StoredNic, StoredPort, StoredSwitch};
+pub use nic::{StoredNic, StoredPort, StoredSwitch, StoredXdp, StoredXdpQueue};
 pub use place::Place;
 pub use volume::{
     FdNumber, Reply, Step, StoredCache, StoredConnection, StoredInflight, StoredLog, StoredPhase,

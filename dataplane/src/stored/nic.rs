@@ -42,15 +42,40 @@ pub struct StoredSwitch<F> {
     pub port: StoredPort<F>,
 }
 
-/// What the agent gave for a port.
+/// What a port is made of.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct StoredPort<F> {
-    /// Queues of a TAP, one for each queue pair; empty: the port needs none.
+    /// Queues of a TAP, one for each queue pair; empty: the port is none.
     #[n(0)]
     pub taps: Vec<F>,
     /// UDP segments may come from the TAP in one piece.
     #[n(1)]
     pub has_uso: bool,
+    /// What an AF_XDP port has; none: the port is none.
+    #[n(2)]
+    pub xdp: Option<StoredXdp<F>>,
+}
+
+/// What an AF_XDP port has.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct StoredXdp<F> {
+    /// One for each queue pair.
+    #[n(0)]
+    pub queues: Vec<StoredXdpQueue<F>>,
+    /// What keeps the program on the interface.
+    #[n(1)]
+    pub link: F,
+}
+
+/// A queue of an interface, set up and bound.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct StoredXdpQueue<F> {
+    /// Its socket.
+    #[n(0)]
+    pub socket: F,
+    /// The memory that its frames lie in.
+    #[n(1)]
+    pub memory: F,
 }
 
 impl<F> StoredPort<F> {
@@ -60,14 +85,37 @@ impl<F> StoredPort<F> {
         Self {
             taps: Vec::new(),
             has_uso: false,
+            xdp: None,
         }
     }
 
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_nothing(&self) -> bool {
+        self.taps.is_empty() && self.xdp.is_none()
+    }
+
     fn try_map<G, E>(self, with: &mut impl FnMut(F) -> Result<G, E>) -> Result<StoredPort<G>, E> {
-        let taps = self.taps.into_iter().map(with);
+        let taps = self.taps.into_iter().map(&mut *with);
         Ok(StoredPort {
-            taps: taps.collect::<Result<_, E>>()?,
+            taps: taps.collect::<Result<_, _>>()?,
             has_uso: self.has_uso,
+            xdp: self.xdp.map(|xdp| xdp.try_map(with)).transpose()?,
+        })
+    }
+}
+
+impl<F> StoredXdp<F> {
+    fn try_map<G, E>(self, with: &mut impl FnMut(F) -> Result<G, E>) -> Result<StoredXdp<G>, E> {
+        let queues = self.queues.into_iter().map(|queue| {
+            Ok(StoredXdpQueue {
+                socket: with(queue.socket)?,
+                memory: with(queue.memory)?,
+            })
+        });
+        Ok(StoredXdp {
+            queues: queues.collect::<Result<_, _>>()?,
+            link: with(self.link)?,
         })
     }
 }

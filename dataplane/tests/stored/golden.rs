@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use bulkhead_dataplane::stored::format::{FormatError, WRITTEN_BY, decode, encode};
 use bulkhead_dataplane::stored::{FdNumber, Stored};
 
-use crate::sample::{full, nic, switch};
+use crate::sample::{full, nic, switch, xdp_nic};
 
 const SEQUENCE: u64 = 0x0102_0304_0506_0708;
 
@@ -31,7 +31,11 @@ fn written_by(version: u16) -> Vec<(&'static str, Stored<FdNumber>)> {
     let mut all = vec![("", volume.into())];
     // New in version 3.
     if version >= 3 {
-        all.extend([("-nic", nic(1, 2).into()), ("-switch", switch().into())]);
+        all.extend([
+            ("-nic", nic(1, 2).into()),
+            ("-nic-xdp", xdp_nic(2).into()),
+            ("-switch", switch().into()),
+        ]);
     }
     all
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bulkhead_dataplane::stored::{
     Fd, FdNumber, Reply, Step, StoredCache, StoredConnection, StoredInflight, StoredLog, StoredNic,
     StoredPhase, StoredPort, StoredRegion, StoredRing, StoredSwitch, StoredVolume, StoredVring,
+    StoredXdp, StoredXdpQueue,
 };
 use bulkhead_protocol::keys::VolumeGrant;
 use bulkhead_protocol::limits::{GroupGrant, Limits, Rate};
@@ -169,6 +170,7 @@ pub fn idle_nic<F>(pairs: u16, fd: &mut impl FnMut() -> F) -> StoredNic<F> {
         port: StoredPort {
             taps: (0..pairs).map(|_| fd()).collect(),
             has_uso: true,
+            ..StoredPort::nothing()
         },
         refuses_new: true,
         connection: None,
@@ -187,6 +189,33 @@ pub fn nic(pairs: u16, regions: u64) -> StoredNic<FdNumber> {
     nic
 }
 
+/// A card on queues of an interface.
+pub fn xdp_nic(pairs: u16) -> StoredNic<FdNumber> {
+    let mut next = 0;
+    let mut number = || {
+        next += 1;
+        FdNumber(next)
+    };
+    let mut nic = idle_nic(0, &mut number);
+    nic.grant.queue_pairs = pairs;
+    nic.grant.port = PortSpec::AfXdp {
+        interface: "eth1".parse().expect("a name"),
+        queue: 3,
+    };
+    let queues = (0..pairs).map(|_| StoredXdpQueue {
+        socket: number(),
+        memory: number(),
+    });
+    nic.port = StoredPort {
+        xdp: Some(StoredXdp {
+            queues: queues.collect(),
+            link: number(),
+        }),
+        ..StoredPort::nothing()
+    };
+    nic
+}
+
 /// A switch with an uplink.
 pub fn switch() -> StoredSwitch<FdNumber> {
     StoredSwitch {
@@ -196,7 +225,7 @@ pub fn switch() -> StoredSwitch<FdNumber> {
         }),
         port: StoredPort {
             taps: vec![FdNumber(1)],
-            has_uso: false,
+            ..StoredPort::nothing()
         },
     }
 }

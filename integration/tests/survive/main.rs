@@ -3,6 +3,7 @@
 
 mod formats;
 mod nics;
+mod outside;
 mod rekey;
 mod resume;
 mod systemd;
@@ -199,7 +200,13 @@ fn main() {
         let trial = Trial::test(name, move || judge(&run(name)));
         trials.push(trial.with_ignored_flag(missing.is_some()));
     }
-    let tables = [resume::TESTS, upgrades::TESTS, rekey::TESTS, nics::TESTS];
+    let tables = [
+        resume::TESTS,
+        upgrades::TESTS,
+        rekey::TESTS,
+        nics::TESTS,
+        outside::TESTS,
+    ];
     for test in tables.into_iter().flatten() {
         let run = test.run;
         let trial = Trial::test(test.name, move || run().map_err(|e| e.to_string().into()));

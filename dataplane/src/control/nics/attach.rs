@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bulkhead_protocol::net::NicGrant;
 use bulkhead_protocol::{NicId, SocketName};
 
-use super::ports::{self, Given};
+use super::ports::Parts;
 use super::{Nic, Nics, Serving, grant};
 use crate::control::answer::Agent;
 use crate::control::volumes::Volumes;
@@ -33,7 +33,7 @@ impl Nics {
         id: NicId,
         agent: Agent,
         socket: &SocketName,
-        port: Given,
+        port: Parts,
     ) -> Result<Begun, String> {
         let nic = self.table.get(&id);
         let nic = nic.ok_or_else(|| format!("keyd has not granted NIC {id}"))?;
@@ -47,11 +47,10 @@ impl Nics {
             return Ok(Begun::Already);
         }
         let listener = self.listener_for(volumes, id, socket)?;
-        let stored = ports::to_store(&port)?;
-        let port = self.port(&nic.grant, port)?;
+        let (port, stored) = self.port(&nic.grant, port)?;
         let device = NetDevice::with_port(grant::shape(&nic.grant), port, grant::guard(&nic.grant));
         grant::apply(&device, &nic.grant);
-        let place = stored.map_or_else(Place::none, |port| place(volumes, nic, port));
+        let place = place(volumes, nic, stored);
         device.hand.set(place.hand());
         let offered = server.offer(Offer {
             device: Arc::clone(&device).into(),

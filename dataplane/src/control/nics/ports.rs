@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use bulkhead_protocol::control::PortFacts;
@@ -14,24 +14,32 @@ use nix::sys::stat::{SFlag, fstat, major, minor};
 use super::Nics;
 use crate::port::afxdp::{MOST_MTU, XdpQueue};
 use crate::port::{OutsideSpec, PortSpec, SwitchSpec, TapSpec, XdpSpec};
-use crate::stored::{Fd, StoredPort};
+use crate::stored::{Fd, StoredPort, StoredXdp, StoredXdpQueue};
 
 // What is signed and granted is what such a port can have.
 const _: () = assert!(MAX_AF_XDP_MTU as usize == MOST_MTU);
 
-/// What the agent gives for a port.
-pub(super) type Given = (PortFacts, Vec<OwnedFd>);
+/// What a port is to be made of.
+#[derive(Debug)]
+pub(in crate::control) enum Parts {
+    /// What the agent gives for it.
+    Given(PortFacts, Vec<OwnedFd>),
+    /// What a predecessor had.
+    Stored(StoredPort<Fd>),
+}
 
 impl Nics {
-    /// The port of a NIC that is about to be served.
-    pub(super) fn port(&self, grant: &NicGrant, given: Given) -> Result<PortSpec, String> {
+    /// The port of a NIC that is about to be served, and what of it outlives this process.
+    pub(super) fn port(
+        &self,
+        grant: &NicGrant,
+        parts: Parts,
+    ) -> Result<(PortSpec, StoredPort<Fd>), String> {
+        let outside = |(spec, stored)| (PortSpec::Outside(spec), stored);
         match &grant.port {
-            Granted::Null => {
-                expect(&given, 0, PortFacts::Nothing)?;
-                Ok(PortSpec::Null)
-            }
+            Granted::Null => Ok((PortSpec::Null, nothing(&parts)?)),
             Granted::Switch { switch } => {
-                expect(&given, 0, PortFacts::Nothing)?;
+                let stored = nothing(&parts)?;
                 let held = self.switches.get(switch);
                 let held = held.ok_or_else(|| format!("switch {switch} is not attached"))?;
                 if held.uplink != grant.uplink {
@@ -39,37 +47,36 @@ impl Nics {
                         "switch {switch} is attached with another uplink than the grant's"
                     ));
                 }
-                Ok(PortSpec::Switch(Arc::clone(&held.spec)))
+                Ok((PortSpec::Switch(Arc::clone(&held.spec)), stored))
             }
-            Granted::Tap { interface } => {
-                tap(interface, grant.queue_pairs, given).map(PortSpec::Outside)
-            }
+            Granted::Tap { interface } => tap(interface, grant.queue_pairs, parts).map(outside),
             Granted::AfXdp { interface, queue } => {
                 let queues = (*queue, grant.queue_pairs);
-                af_xdp(interface, queues, grant.mtu, given).map(PortSpec::Outside)
+                af_xdp(interface, queues, grant.mtu, parts).map(outside)
             }
         }
     }
 }
 
-/// A switch with its uplink.
+/// A switch with its uplink, and what of that outlives this process.
 pub(super) fn switch(
     name: &str,
     uplink: Option<&Uplink>,
-    given: Given,
-) -> Result<Arc<SwitchSpec>, String> {
-    let uplink = match uplink {
-        None => {
-            expect(&given, 0, PortFacts::Nothing)?;
-            None
+    parts: Parts,
+) -> Result<(Arc<SwitchSpec>, StoredPort<Fd>), String> {
+    let (uplink, stored) = match uplink {
+        None => (None, nothing(&parts)?),
+        Some(Uplink::Tap { interface }) => {
+            let (spec, stored) = tap(interface, 1, parts)?;
+            (Some(spec), stored)
         }
-        Some(Uplink::Tap { interface }) => Some(tap(interface, 1, given)?),
         // Its NICs may have any MTU that such a port can have.
         Some(Uplink::AfXdp { interface, queue }) => {
-            Some(af_xdp(interface, (*queue, 1), MAX_AF_XDP_MTU, given)?)
+            let (spec, stored) = af_xdp(interface, (*queue, 1), MAX_AF_XDP_MTU, parts)?;
+            (Some(spec), stored)
         }
     };
-    Ok(SwitchSpec::new(name.to_owned(), uplink))
+    Ok((SwitchSpec::new(name.to_owned(), uplink), stored))
 }
 
 /// Sockets for a number of queues from the first on, and what keeps the program on their interface: set up and bound.
@@ -78,20 +85,37 @@ fn af_xdp(
     interface: &InterfaceName,
     (first, pairs): (u16, u16),
     mtu: u16,
-    (facts, mut fds): Given,
-) -> Result<OutsideSpec, String> {
-    let interface_index = match facts {
-        PortFacts::AfXdp { interface_index } if fds.len() == facts.descriptors(pairs) => {
-            interface_index
+    parts: Parts,
+) -> Result<(OutsideSpec, StoredPort<Fd>), String> {
+    let (queues, link, stored) = match parts {
+        Parts::Given(facts, fds) => {
+            let (queues, link) = bound(interface, (first, pairs), mtu, (facts, fds))?;
+            let stored = to_store(&queues, &link)?;
+            (queues, link, stored)
         }
-        _ => {
-            return Err(format!(
-                "{facts:?} came with {} descriptors, AF_XDP, {pairs} sockets and a link belong to its port",
-                fds.len()
-            ));
+        Parts::Stored(stored) => {
+            let (queues, link) = resumed(interface, pairs, &stored)?;
+            (queues, link, stored)
         }
     };
-    let links = fds.split_off(usize::from(pairs));
+    let spec = XdpSpec::new(interface.to_string(), queues, vec![link]);
+    Ok((OutsideSpec::Xdp(spec), stored))
+}
+
+/// What the agent has made, set up.
+fn bound(
+    interface: &InterfaceName,
+    (first, pairs): (u16, u16),
+    mtu: u16,
+    (facts, mut fds): (PortFacts, Vec<OwnedFd>),
+) -> Result<(Vec<XdpQueue>, OwnedFd), String> {
+    let count = fds.len();
+    let link = fds.pop().filter(|_| count == facts.descriptors(pairs));
+    let (PortFacts::AfXdp { interface_index }, Some(link)) = (facts, link) else {
+        return Err(format!(
+            "{facts:?} came with {count} descriptors, AF_XDP, {pairs} sockets and a link belong to its port"
+        ));
+    };
     let mut queues = Vec::with_capacity(fds.len());
     for (queue, socket) in (u32::from(first)..).zip(fds) {
         let made = XdpQueue::new(socket, interface_index, queue, mtu)
@@ -99,8 +123,44 @@ fn af_xdp(
         tracing::info!(%interface, queue, zero_copy = made.is_zero_copy(), "AF_XDP socket bound");
         queues.push(made);
     }
-    let spec = XdpSpec::new(interface.to_string(), queues, links);
-    Ok(OutsideSpec::Xdp(spec))
+    Ok((queues, link))
+}
+
+/// What a predecessor has set up.
+fn resumed(
+    interface: &InterfaceName,
+    pairs: u16,
+    stored: &StoredPort<Fd>,
+) -> Result<(Vec<XdpQueue>, OwnedFd), String> {
+    let xdp = stored.xdp.as_ref();
+    let xdp = xdp.filter(|xdp| xdp.queues.len() == usize::from(pairs));
+    let xdp = xdp.ok_or_else(|| {
+        format!("interface {interface}: other queues are stored than {pairs} of AF_XDP")
+    })?;
+    let mut queues = Vec::with_capacity(xdp.queues.len());
+    for queue in &xdp.queues {
+        let made = XdpQueue::resumed(duplicate(&queue.socket)?, duplicate(&queue.memory)?);
+        queues.push(made.map_err(|error| format!("interface {interface}: {error}"))?);
+    }
+    Ok((queues, duplicate(&xdp.link)?))
+}
+
+fn to_store(queues: &[XdpQueue], link: &OwnedFd) -> Result<StoredPort<Fd>, String> {
+    let mut stored = Vec::with_capacity(queues.len());
+    for queue in queues {
+        let [socket, memory] = queue.descriptors();
+        stored.push(StoredXdpQueue {
+            socket: Arc::new(duplicate(socket)?),
+            memory: Arc::new(duplicate(memory)?),
+        });
+    }
+    Ok(StoredPort {
+        xdp: Some(StoredXdp {
+            queues: stored,
+            link: Arc::new(duplicate(link)?),
+        }),
+        ..StoredPort::nothing()
+    })
 }
 
 /// A TAP out of its queues. That they are those of the interface that was granted is for the agent to
@@ -108,57 +168,64 @@ fn af_xdp(
 fn tap(
     interface: &InterfaceName,
     pairs: u16,
-    (facts, queues): Given,
-) -> Result<OutsideSpec, String> {
-    let count = facts.descriptors(pairs);
-    if !matches!(facts, PortFacts::Tap { .. }) || queues.len() != count {
+    parts: Parts,
+) -> Result<(OutsideSpec, StoredPort<Fd>), String> {
+    let (queues, stored) = match parts {
+        Parts::Given(facts @ PortFacts::Tap { has_uso }, queues)
+            if queues.len() == facts.descriptors(pairs) =>
+        {
+            let taps = queues.iter().map(|queue| Ok(Arc::new(duplicate(queue)?)));
+            let stored = StoredPort {
+                taps: taps.collect::<Result<_, String>>()?,
+                has_uso,
+                ..StoredPort::nothing()
+            };
+            (queues, stored)
+        }
+        Parts::Given(facts, fds) => {
+            return Err(format!(
+                "{facts:?} came with {} descriptors, a TAP and {pairs} belong to its port",
+                fds.len()
+            ));
+        }
+        Parts::Stored(stored) => {
+            let taps = stored.taps.iter().map(duplicate);
+            (taps.collect::<Result<Vec<_>, _>>()?, stored)
+        }
+    };
+    if queues.len() != usize::from(pairs) {
         return Err(format!(
-            "{facts:?} came with {} descriptors, a TAP and {pairs} belong to its port",
+            "TAP {interface}: {} queues of it are stored, {pairs} belong to its port",
             queues.len()
         ));
     }
     for queue in &queues {
         check_tap(queue.as_fd()).map_err(|problem| format!("TAP {interface}: {problem}"))?;
     }
-    Ok(OutsideSpec::Tap(Arc::new(TapSpec {
+    let spec = OutsideSpec::Tap(Arc::new(TapSpec {
         name: interface.to_string(),
         queues,
         counters: Arc::default(),
-    })))
+    }));
+    Ok((spec, stored))
 }
 
-/// What of it outlives this process; none: nothing does. (Of an AF_XDP socket and its memory nothing is stored: see ADR 0028.)
-///
-/// # Errors
-/// A descriptor can't be duplicated.
-pub(super) fn to_store((facts, fds): &Given) -> Result<Option<StoredPort<Fd>>, String> {
-    let has_uso = match facts {
-        PortFacts::Nothing => return Ok(Some(StoredPort::nothing())),
-        PortFacts::Tap { has_uso } => *has_uso,
-        PortFacts::AfXdp { .. } => return Ok(None),
-    };
-    let taps = fds.iter().map(|fd| fd.try_clone().map(Arc::new));
-    let taps = taps.collect::<Result<_, _>>();
-    let taps = taps.map_err(|e| format!("its port's descriptors can't be duplicated: {e}"))?;
-    Ok(Some(StoredPort { taps, has_uso }))
+/// Of a port that needs no descriptor.
+fn nothing(parts: &Parts) -> Result<StoredPort<Fd>, String> {
+    match parts {
+        Parts::Given(PortFacts::Nothing, fds) if fds.is_empty() => Ok(StoredPort::nothing()),
+        Parts::Stored(stored) if stored.is_nothing() => Ok(StoredPort::nothing()),
+        Parts::Given(facts, fds) => Err(format!(
+            "{facts:?} came with {} descriptors, Nothing and 0 belong to its port",
+            fds.len()
+        )),
+        Parts::Stored(_) => Err("descriptors are stored for a port that needs none".to_owned()),
+    }
 }
 
-/// What a predecessor was given for a port, as if the agent gave it now.
-///
-/// # Errors
-/// As [`to_store`].
-pub(super) fn given(port: &StoredPort<Fd>) -> Result<Given, String> {
-    let taps = port.taps.iter().map(|tap| tap.try_clone());
-    let taps = taps.collect::<Result<Vec<_>, _>>();
-    let taps = taps.map_err(|e| format!("its port's descriptors can't be duplicated: {e}"))?;
-    let facts = if taps.is_empty() {
-        PortFacts::Nothing
-    } else {
-        PortFacts::Tap {
-            has_uso: port.has_uso,
-        }
-    };
-    Ok((facts, taps))
+fn duplicate(fd: impl AsFd) -> Result<OwnedFd, String> {
+    let duplicated = fd.as_fd().try_clone_to_owned();
+    duplicated.map_err(|e| format!("its port's descriptors can't be duplicated: {e}"))
 }
 
 /// Of what `/dev/net/tun` opens: a character device with this number (Documentation/admin-guide/devices.txt).
@@ -169,16 +236,6 @@ fn check_tap(queue: BorrowedFd<'_>) -> Result<(), String> {
     let kind = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
     if kind != SFlag::S_IFCHR || (major(stat.st_rdev), minor(stat.st_rdev)) != TUN {
         return Err("a descriptor that came for it is none of a TAP".to_owned());
-    }
-    Ok(())
-}
-
-fn expect((facts, fds): &Given, count: usize, kind: PortFacts) -> Result<(), String> {
-    if *facts != kind || fds.len() != count {
-        return Err(format!(
-            "{facts:?} came with {} descriptors, {kind:?} and {count} belong to its port",
-            fds.len()
-        ));
     }
     Ok(())
 }
@@ -205,22 +262,37 @@ mod tests {
             let interface_index = made.interface_index;
             let mut fds = vec![made.socket, made.link];
             fds.truncate(count);
-            (PortFacts::AfXdp { interface_index }, fds)
+            Parts::Given(PortFacts::AfXdp { interface_index }, fds)
         };
-        let spec = af_xdp(&interface, (1, 1), 1500, give(2)).expect("taken");
+        let one = |queue, mtu, parts| af_xdp(&interface, (queue, 1), mtu, parts);
+        let (spec, stored) = one(1, 1500, give(2)).expect("taken");
         let OutsideSpec::Xdp(spec) = spec else {
             panic!("{spec:?}")
         };
         assert!(spec.take(0).is_some() && spec.take(1).is_none());
         drop(spec);
-        let too_few = af_xdp(&interface, (1, 1), 1500, give(1)).expect_err("no link");
+        // What a successor finds is bound already, and for as many queue pairs.
+        assert!(one(1, 1500, Parts::Stored(stored.clone())).is_ok());
+        let other = af_xdp(&interface, (1, 2), 1500, Parts::Stored(stored.clone()));
+        let other = other.expect_err("two pairs");
+        assert!(other.contains("other queues are stored than 2"), "{other}");
+        assert!(tap(&interface, 1, Parts::Stored(stored.clone())).is_err());
+        assert!(nothing(&Parts::Stored(stored.clone())).is_err());
+        let none = Parts::Stored(StoredPort::nothing());
+        assert!(one(1, 1500, none).is_err(), "nothing is stored");
+        // As soon as nobody has it open any more the queue is another socket's.
+        drop(stored);
+        assert!(one(1, 1500, give(2)).is_ok());
+        let too_few = one(1, 1500, give(1)).expect_err("no link");
         assert!(too_few.contains("came with 1 descriptors"), "{too_few}");
-        let no_queue = af_xdp(&interface, (7, 1), 1500, give(2)).expect_err("no such queue");
+        let no_queue = one(7, 1500, give(2)).expect_err("no such queue");
         assert!(no_queue.contains("v0, queue 7"), "{no_queue}");
-        let too_long = af_xdp(&interface, (1, 1), 9000, give(2)).expect_err("a long MTU");
+        let too_long = one(1, 9000, give(2)).expect_err("a long MTU");
         assert!(too_long.contains("9000"), "{too_long}");
-        let (_, fds) = give(2);
+        let Parts::Given(_, fds) = give(2) else {
+            panic!("it gives")
+        };
         let tap = PortFacts::Tap { has_uso: true };
-        assert!(af_xdp(&interface, (1, 1), 1500, (tap, fds)).is_err());
+        assert!(one(1, 1500, Parts::Given(tap, fds)).is_err());
     }
 }

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use super::attach::{access, label};
-use super::ports::{self, given};
+use super::ports::{self, Parts};
 use super::switches::Switch;
 use super::{Nic, Nics, Serving, grant};
 use crate::net::NetDevice;
@@ -22,10 +22,10 @@ impl Nics {
         stored: StoredSwitch<Fd>,
         place: Place,
     ) -> Result<(), String> {
-        let spec = given(&stored.port)
-            .and_then(|given| ports::switch(stored.name.as_str(), stored.uplink.as_ref(), given));
-        match spec {
-            Ok(spec) if !self.switches.contains_key(&stored.name) => {
+        let parts = Parts::Stored(stored.port);
+        let made = ports::switch(stored.name.as_str(), stored.uplink.as_ref(), parts);
+        match made {
+            Ok((spec, _)) if !self.switches.contains_key(&stored.name) => {
                 let switch = Switch {
                     uplink: stored.uplink,
                     spec,
@@ -89,7 +89,7 @@ impl Nics {
     fn prepare(&self, stored: &StoredNic<Fd>) -> Result<(Arc<NetDevice>, UnixListener), String> {
         let granted = &stored.grant;
         granted.check()?;
-        let port = self.port(granted, given(&stored.port)?)?;
+        let (port, _) = self.port(granted, Parts::Stored(stored.port.clone()))?;
         let listener = stored.listener.try_clone();
         let listener = listener.map_err(|e| format!("its listener can't be duplicated: {e}"))?;
         let device = NetDevice::with_port(grant::shape(granted), port, grant::guard(granted));

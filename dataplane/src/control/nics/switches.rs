@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bulkhead_protocol::SwitchName;
 use bulkhead_protocol::net::{NicGrant, PortSpec, Uplink};
 
-use super::ports::{self, Given};
+use super::ports::{self, Parts};
 use super::{Nic, Nics};
 use crate::control::volumes::Volumes;
 use crate::port::SwitchSpec;
@@ -43,7 +43,7 @@ impl Nics {
         &mut self,
         volumes: &Volumes,
         name: &SwitchName,
-        given: Given,
+        parts: Parts,
     ) -> Result<(), String> {
         let on_it = self.table.values().filter(|nic| is_on(&nic.grant, name));
         // While the grants of a new bundle come in one after the other, the newest counts.
@@ -61,14 +61,11 @@ impl Nics {
                 ));
             }
         }
-        let stored = ports::to_store(&given)?;
-        let spec = ports::switch(name.as_str(), uplink.as_ref(), given)?;
+        let (spec, stored) = ports::switch(name.as_str(), uplink.as_ref(), parts)?;
         if let Some(mut before) = self.switches.remove(name) {
             before.forget();
         }
-        let place = stored.map_or_else(Place::none, |port| {
-            place(volumes, name, uplink.clone(), port)
-        });
+        let place = place(volumes, name, uplink.clone(), stored);
         tracing::info!(switch = %name, uplink = uplink.as_ref().map(tracing::field::display), "switch attached");
         let switch = Switch {
             uplink,

@@ -83,6 +83,8 @@ impl Frames {
             self.unsent.push(frame);
             return Err(DropReason::PortError);
         }
+        // At once: what was given and never seen would be lost to a process that comes after this one.
+        self.queue.sending.publish();
         self.is_unkicked = true;
         Ok(())
     }

@@ -142,7 +142,6 @@ impl AfXdpPort {
         if !self.frames.is_unkicked || self.kicking || self.is_stopping {
             return;
         }
-        self.frames.queue.sending.publish();
         if !self.frames.queue.sending.wants_wakeup() {
             self.frames.is_unkicked = false;
             return;

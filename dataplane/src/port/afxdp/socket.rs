@@ -8,6 +8,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use super::ring::{Consumer, Producer};
 use super::umem::{RECEIVING, SENDING, Umem};
@@ -18,6 +19,8 @@ const FILL_ENTRIES: u32 = RECEIVING;
 const RECEIVE_ENTRIES: u32 = 1024;
 /// Entries of the rings of what goes and of what has gone.
 const SEND_ENTRIES: u32 = SENDING;
+/// How long a queue may take to become free. Nothing else is done meanwhile, and it takes a few milliseconds.
+const QUEUE_PATIENCE: Duration = Duration::from_millis(300);
 
 /// A step that failed.
 #[derive(Debug, thiserror::Error)]
@@ -84,7 +87,7 @@ impl XdpQueue {
             made.refill(frame);
         }
         made.fill.publish();
-        bind(made.socket.as_fd(), interface_index, queue)
+        bind_soon(made.socket.as_fd(), interface_index, queue)
             .map_err(failed("binding it to its queue"))?;
         made.look_at_mode()?;
         Ok(made)
@@ -237,6 +240,20 @@ impl Zeroed for libc::xdp_mmap_offsets {
 
 impl Zeroed for libc::xdp_options {
     const ZERO: Self = Self { flags: 0 };
+}
+
+/// Binds it, also where the socket that had the queue before is still being closed: by whoever stores descriptors for us,
+/// and then by the kernel, which frees a queue in the background.
+fn bind_soon(socket: BorrowedFd<'_>, interface_index: u32, queue: u32) -> io::Result<()> {
+    let until = Instant::now() + QUEUE_PATIENCE;
+    loop {
+        match bind(socket, interface_index, queue) {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && Instant::now() < until => {
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+            done => return done,
+        }
+    }
 }
 
 /// Without a word about copying: the driver works on the frames itself where it can.
