@@ -25,7 +25,7 @@ use crate::converge::Pass;
 use crate::key_use::{KeyUse, SAMPLE_EVERY};
 use crate::message::{Action, Answer, ClientId, Event, Peer};
 use crate::mirror_file::MirrorDirectory;
-use crate::networks::Attached;
+use crate::networks::{Attached, MirrorFiles};
 use crate::open_files::Files;
 use crate::operators::{About, Waiting};
 use crate::ports::Ports;
@@ -83,6 +83,8 @@ pub(crate) struct Known {
     pub(crate) attached: Option<BTreeSet<VolumeId>>,
     /// The NICs and switches that the data plane has; none until it was asked.
     pub(crate) networks: Option<Attached>,
+    /// The files of the mirrors that this agent began.
+    pub(crate) mirror_files: MirrorFiles,
     /// Volumes and NICs that may accept no frontend because of a removal that did not happen.
     pub(crate) cancel: BTreeSet<ServedId>,
 }

@@ -55,7 +55,7 @@ impl Agent {
             tracing::warn!("{warning}");
         }
         let old = self.known.accepted.as_ref().map(|stored| &*stored.bundle);
-        networks::tell_ended_mirrors(old, &candidate.bundle);
+        networks::tell_ended_mirrors(old, &candidate.bundle, &mut self.known.mirror_files);
         self.known.accepted = Some(candidate);
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! NICs and switches among the steps of a pass: what is known of them, and how the questions about them are put.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use bulkhead_bundle::{HostBundle, Nic, Verified};
@@ -81,17 +81,38 @@ fn is_granted(known: &Known, nic: &Nic) -> bool {
     known.granted && !known.undelivered.contains_key(&nic.id.into())
 }
 
+/// The file that each mirror has which this agent began.
+pub(crate) type MirrorFiles = BTreeMap<NicId, String>;
+
 /// Writes down which mirrors end because of a new bundle, and who signed that.
-pub(crate) fn tell_ended_mirrors(old: Option<&HostBundle>, new: &Verified<HostBundle>) {
-    for nic in old.map_or(&[][..], |old| &old.nics) {
-        let Some(mirror) = &nic.mirror else { continue };
-        let stays = new.nic(nic.id).and_then(|nic| nic.mirror.as_ref());
-        if stays != Some(mirror) {
-            let (file, epoch) = (&mirror.file, new.epoch);
-            let signers = new.signers().join(", ");
-            tracing::info!(nic = %nic.id, name = nic.name, file, epoch, %signers, "mirror ends");
-        }
+pub(crate) fn tell_ended_mirrors(
+    old: Option<&HostBundle>,
+    new: &Verified<HostBundle>,
+    files: &mut MirrorFiles,
+) {
+    for (nic, file) in ended_mirrors(old, new, files) {
+        let (epoch, signers) = (new.epoch, new.signers().join(", "));
+        tracing::info!(nic = %nic.id, name = nic.name, file, epoch, %signers, "mirror ends");
     }
+}
+
+/// The NICs whose mirrors end, with the file: of one that an earlier agent began, what the bundle calls it.
+fn ended_mirrors<'a>(
+    old: Option<&'a HostBundle>,
+    new: &HostBundle,
+    files: &mut MirrorFiles,
+) -> Vec<(&'a Nic, String)> {
+    let nics = old.map_or(&[][..], |old| &old.nics).iter();
+    let ended = nics.filter_map(|nic| {
+        let mirror = nic.mirror.as_ref()?;
+        let stays = new.nic(nic.id).and_then(|nic| nic.mirror.as_ref());
+        if stays == Some(mirror) {
+            return None;
+        }
+        let begun = files.remove(&nic.id);
+        Some((nic, begun.unwrap_or_else(|| mirror.file.clone())))
+    });
+    ended.collect()
 }
 
 impl Agent {
@@ -142,6 +163,10 @@ impl Agent {
         let directory = directory.ok_or(NO_DIRECTORY)?;
         let (file, name) = directory.create(&mirror.file)?;
         let (epoch, signers) = (bundle.epoch, bundle.signers().join(", "));
+        // The NIC was detached meanwhile, or a data plane ended.
+        if let Some(file) = self.known.mirror_files.insert(id, name.clone()) {
+            tracing::info!(nic = %id, name = nic.name, file, epoch, %signers, "mirror ends");
+        }
         tracing::info!(nic = %id, name = nic.name, file = name, epoch, %signers, "mirror begins");
         self.ask(now, Peer::Dataplane, |request_id| {
             let message = AgentToDataplane::Mirror {
@@ -179,5 +204,49 @@ impl Agent {
             Action::Dataplane(message, opened.fds)
         });
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bulkhead_protocol::net::MirrorSpec;
+
+    use super::*;
+    use crate::examples::{bundle, nic};
+
+    #[test]
+    fn a_mirror_that_ends_is_told_with_the_file_that_it_had() {
+        let mut old = bundle(Vec::new());
+        old.nics = vec![nic(1), nic(2), nic(3), nic(4)];
+        for nic in &mut old.nics[..3] {
+            nic.mirror = Some(MirrorSpec {
+                file: format!("{}.pcapng", nic.name),
+                snap_bytes: 64,
+                most_bytes: 1 << 20,
+            });
+        }
+        let mut new = old.clone();
+        new.nics[0].mirror = None;
+        new.nics[1].mirror.as_mut().expect("one").snap_bytes = 128;
+        let ids: Vec<NicId> = old.nics.iter().map(|nic| nic.id).collect();
+        let file = |index: usize, file: &str| (ids[index], file.to_owned());
+        let mut files = MirrorFiles::from([file(0, "net1.pcapng.7"), file(2, "net3.pcapng")]);
+        let told = |ended: Vec<(&Nic, String)>| -> MirrorFiles {
+            ended
+                .into_iter()
+                .map(|(nic, file)| (nic.id, file))
+                .collect()
+        };
+        let expected = MirrorFiles::from([file(0, "net1.pcapng.7"), file(1, "net2.pcapng")]);
+        assert_eq!(told(ended_mirrors(Some(&old), &new, &mut files)), expected);
+        assert_eq!(files, MirrorFiles::from([file(2, "net3.pcapng")]));
+        new.nics.clear();
+        let expected = MirrorFiles::from([
+            file(0, "net1.pcapng"),
+            file(1, "net2.pcapng"),
+            file(2, "net3.pcapng"),
+        ]);
+        assert_eq!(told(ended_mirrors(Some(&old), &new, &mut files)), expected);
+        assert!(told(ended_mirrors(None, &old, &mut files)).is_empty());
     }
 }

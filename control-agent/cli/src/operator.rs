@@ -68,6 +68,9 @@ pub(crate) fn sign(arguments: &Sign) -> Result<(), Failure> {
     println!("not before   {}", output::utc(bundle.not_before));
     println!("expires      {}", output::utc(bundle.expires));
     println!("volumes      {}", bundle.volumes.len());
+    if !bundle.nics.is_empty() {
+        println!("NICs         {}", bundle.nics.len());
+    }
     for key in &keys {
         let public = key.public();
         println!("signed by    {}  {}", public.name, public.fingerprint());

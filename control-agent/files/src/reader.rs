@@ -257,10 +257,11 @@ impl<'d, 'i> Table<'d, 'i> {
     /// # Errors
     /// If it is anything else.
     pub fn tables(&self, field: &'static str) -> Result<Vec<Table<'d, 'i>>, SourceError> {
+        let wanted = format!("a list of tables, each begun with [[{field}]]");
         let items = match self.value(field) {
             None => return Ok(Vec::new()),
             Some(DeValue::Array(items)) => items,
-            Some(other) => return Err(self.wrong_type(field, "a list of tables", other)),
+            Some(other) => return Err(self.wrong_type(field, &wanted, other)),
         };
         let table = |(index, item): (usize, &'d Spanned<DeValue<'i>>)| match item.get_ref() {
             DeValue::Table(entries) => Ok(Table {
@@ -270,7 +271,7 @@ impl<'d, 'i> Table<'d, 'i> {
                 path: format!("{}{field}[{index}].", self.path),
                 asked: RefCell::default(),
             }),
-            other => Err(self.wrong_type(field, "a list of tables", other)),
+            other => Err(self.wrong_type(field, &wanted, other)),
         };
         items.iter().enumerate().map(table).collect()
     }

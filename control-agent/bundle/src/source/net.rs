@@ -22,7 +22,11 @@ pub(super) fn switch(table: &Table<'_, '_>) -> Result<Switch, SourceError> {
         name: parsed(table, "name", table.string("name")?)?,
         uplink: match table.value("uplink") {
             None => None,
-            Some(_) => Some(uplink(&table.table("uplink")?)?),
+            Some(DeValue::Table(_)) => Some(uplink(&table.table("uplink")?)?),
+            Some(_) => {
+                let problem = "must be { tap = \"…\" } or { af_xdp = \"…\", queue = 0 }";
+                return Err(table.error("uplink", problem));
+            }
         },
     };
     table.finish()?;

@@ -410,6 +410,16 @@ fn mistakes_in_networks_are_named_with_file_line_and_field() {
             "bundle.toml:11: switch[0].uplink.tap: interface name \"tap%d\" is not valid",
         ),
         (
+            "uplink = { tap = \"bh-lan\" }",
+            "uplink = \"bh-lan\"",
+            "bundle.toml:11: switch[0].uplink: must be { tap = \"…\" } or { af_xdp",
+        ),
+        (
+            "\n[[nic]]",
+            "\n[nic]",
+            "bundle.toml:16: nic: must be a list of tables, each begun with [[nic]]",
+        ),
+        (
             "52:54:00:00:00:01",
             "53:54:00:00:00:01",
             "bundle.toml:19: nic[0].mac: MAC address \"53:54:00:00:00:01\" is not valid",

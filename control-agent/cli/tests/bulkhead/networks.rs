@@ -42,7 +42,8 @@ const SIGN: &str = "sign --bundle bundle.toml --key alice.key --out bundle.cose"
 #[test]
 fn a_nic_is_signed_and_shown() {
     let folder = folder();
-    folder.ok(SIGN);
+    let signed = folder.ok(SIGN);
+    assert!(signed.contains("\nNICs         1\n"), "{signed}");
     let shown = folder.ok("show bundle.cose --trust trust.toml");
     for line in [
         "switch       lan: uplink TAP bh-lan\n",
