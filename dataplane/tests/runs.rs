@@ -1,6 +1,6 @@
 //! Runs beside single chains: two drivers do the same in two memories, one queue is served by runs and the other chain by
 //! chain. Whatever the driver does, both take the same, refuse the same, and leave the same bytes: in rings, data, dirty
-//! logs and in-flight regions.
+//! logs and in-flight regions. (Only where one used entry may stand for several, rings differ, and say the same.)
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -69,6 +69,8 @@ struct Side {
     queue: Virtqueue,
     log: File,
     region: Option<OwnedFd>,
+    /// A used entry may stand for several.
+    batches: bool,
 }
 
 impl Side {
@@ -121,6 +123,7 @@ impl Side {
             queue,
             log: log.into(),
             region,
+            batches: shape.features.in_order && !shape.writes,
         }
     }
 
@@ -132,7 +135,10 @@ impl Side {
             all
         };
         let guest = |at: u64, len: usize| self.memory.read(at, len).expect("inside");
-        let mut all = vec![guest(BASE, 0x6000), of(&self.log, LOG_BYTES)];
+        let mut all = vec![of(&self.log, LOG_BYTES)];
+        if !self.batches {
+            all.push(guest(BASE, 0x6000));
+        }
         all.extend([DATA, SECOND, THIRD].map(|at| guest(at, 0x2000)));
         if let Some(region) = &self.region {
             let file = File::from(region.try_clone().expect("a descriptor"));
@@ -420,6 +426,58 @@ fn a_queue_that_is_served_by_runs_is_as_one_that_is_served_chain_by_chain() {
             }
             assert!(twins.ended > 20, "{shape:?}: {}", twins.ended);
             assert_eq!(twins.runs.queue.in_flight(), 0, "{shape:?}");
+        }
+    }
+}
+
+/// A driver that wants chains in order sees many end by one entry: of a run to read that was taken while nothing else was
+/// in flight.
+#[test]
+fn one_used_entry_stands_for_a_run_that_was_read_in_order() {
+    for packed in [false, true] {
+        for in_order in [false, true] {
+            let shape = Shape {
+                features: QueueFeatures {
+                    packed,
+                    in_order,
+                    ..QueueFeatures::default()
+                },
+                writes: false,
+                region: false,
+            };
+            let (mut side, mut run) = (Side::new(16, shape), shape.run());
+            for id in 0..12 {
+                let desc = Desc::readable(DATA, 8);
+                let offered = side.ring.offer(&side.memory, id, &[desc]);
+                offered.expect("room");
+            }
+            side.ring.publish_quietly(&side.memory).expect("inside");
+            let entries = |side: &Side| {
+                let (at, each, id) = match packed {
+                    true => (side.ring.desc, 16, 14),
+                    false => (side.ring.used + 4, 8, 0),
+                };
+                let half = |place: u64| side.memory.load_u16(at + each * place + id);
+                let written = |place: &u64| {
+                    let half = half(*place).expect("inside");
+                    if packed {
+                        half & 0x8080 == 0x8080
+                    } else {
+                        half != 0
+                    }
+                };
+                (0..16).filter(written).count()
+            };
+            assert_eq!(side.queue.pop_run(&mut run, 64), 12);
+            side.queue.push_read(&mut run, 12);
+            side.queue.publish();
+            // Split: that of head 0 is all zeroes.
+            let each = if packed { 12 } else { 11 };
+            let expected = if in_order { 1 } else { each };
+            assert_eq!(entries(&side), expected, "{shape:?}");
+            let used = std::iter::from_fn(|| side.ring.poll_used(&side.memory).expect("good"));
+            let ids: Vec<u32> = used.map(|used| used.id).collect();
+            assert_eq!(ids, (0..12).collect::<Vec<_>>());
         }
     }
 }

@@ -1,11 +1,13 @@
 //! What is decided about a frame, and what that costs: copying and parsing its head, holding what it claims against
-//! what its card may be, and where the switch sends it, for flows that it knows and for those that it does not; and to give it to a driver.
+//! what its card may be, and where the switch sends it, for flows that it knows and for those that it does not; to give it to a
+//! driver; and what the rings themselves cost.
 //!
 //! Criterion's throughput counts frames. The rows `ratio/..` divide medians of one run: the switch's decision
 //! beside two look-ups in the standard library's hash map, which is what a bridge does without a flow cache.
 #![allow(clippy::unwrap_used, reason = "a bench ends where something fails")]
 
 mod receive;
+mod rings;
 
 use std::collections::HashMap;
 use std::hint::black_box;
@@ -156,9 +158,11 @@ fn main() {
     let mut criterion = Criterion::default().configure_from_args();
     rows(&mut criterion);
     receive::rows(&mut criterion);
+    rings::rows(&mut criterion);
     criterion.final_summary();
     if std::env::args().any(|argument| argument == "--bench") {
         ratios();
         receive::ratios();
+        rings::ratios();
     }
 }

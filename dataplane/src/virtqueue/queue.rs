@@ -200,7 +200,8 @@ impl Virtqueue {
         either!(self, queue => queue.push_run(run, lengths));
     }
 
-    /// Gives back the first `count` chains that are out of a run to read, in order.
+    /// Gives back the first `count` chains that are out of a run to read, in order. With VIRTIO_F_IN_ORDER one used entry
+    /// stands for all of them, where nothing else was in flight when they were taken.
     #[inline]
     pub fn push_read(&mut self, run: &mut Run, count: usize) {
         either!(self, queue => queue.push_read(run, count));

@@ -102,7 +102,42 @@ impl PackedQueue {
     /// As [`Virtqueue::push_read`](super::super::Virtqueue::push_read).
     #[inline]
     pub fn push_read(&mut self, run: &mut Run, count: usize) {
-        self.push_each(run, count, repeat(0));
+        if !run.leads {
+            return self.push_each(run, count, repeat(0));
+        }
+        let ended = run.all_out().iter().take(count);
+        self.write_last_used(ended.map(|taken| taken.id));
+        self.end_leaders(run, count);
+    }
+
+    /// Chains of which nothing was written end in order: one descriptor with the last one's ID stands for all, and the
+    /// places of the others behind it are passed over (2.8.14). The driver's lines there stay with the driver's CPU.
+    #[inline(always)]
+    fn write_last_used(&mut self, mut ids: impl DoubleEndedIterator<Item = u16>) {
+        let Some(last) = ids.next_back() else {
+            return;
+        };
+        let mut passed = 0;
+        for id in ids {
+            passed += self.end_flight(id);
+            if let Some(region) = &mut self.region {
+                region.used(id);
+            }
+        }
+        self.write_used(last, 0);
+        self.unpublished += passed;
+        self.used = self.used.advanced(passed, self.layout.size);
+    }
+
+    /// The first so many of a run that leads are given back.
+    #[inline(always)]
+    fn end_leaders(&mut self, run: &mut Run, count: usize) {
+        let count = count.min(run.out());
+        run.given(count);
+        let order = self.order.as_mut();
+        if order.is_some_and(|order| order.leaders_ended(count)) {
+            self.push_ended();
+        }
     }
 
     #[inline(always)]
@@ -116,13 +151,10 @@ impl PackedQueue {
             self.write_all_used(ended);
         }
         if run.leads {
-            let more = self.order.as_mut();
-            let count = count.min(run.out());
-            if more.is_some_and(|order| order.leaders_ended(count)) {
-                self.push_ended();
-            }
+            self.end_leaders(run, count);
+        } else {
+            run.given(count);
         }
-        run.given(count);
     }
 
     /// Writes used descriptors one behind the other; flags that show the batch are held back, as of single ones.

@@ -114,7 +114,42 @@ impl SplitQueue {
     /// As [`Virtqueue::push_read`](super::super::Virtqueue::push_read).
     #[inline]
     pub fn push_read(&mut self, run: &mut Run, count: usize) {
-        self.push_each(run, count, repeat(0));
+        if !run.leads {
+            return self.push_each(run, count, repeat(0));
+        }
+        let ended = run.all_out().iter().take(count);
+        self.write_last_used(ended.map(|taken| taken.id));
+        self.end_leaders(run, count);
+    }
+
+    /// Chains of which nothing was written end in order: one entry with the last one's head stands for all, and the places
+    /// of the others behind it are passed over (2.7.9).
+    #[inline(always)]
+    fn write_last_used(&mut self, mut heads: impl DoubleEndedIterator<Item = u16>) {
+        let Some(last) = heads.next_back() else {
+            return;
+        };
+        let mut passed = 0;
+        for head in heads {
+            self.end_flight(head);
+            if let Some(region) = &mut self.region {
+                region.used(head);
+            }
+            passed += 1;
+        }
+        self.write_used(last, 0);
+        self.next_used = self.next_used.wrapping_add(passed);
+    }
+
+    /// The first so many of a run that leads are given back.
+    #[inline(always)]
+    fn end_leaders(&mut self, run: &mut Run, count: usize) {
+        let count = count.min(run.out());
+        run.given(count);
+        let order = self.order.as_mut();
+        if order.is_some_and(|order| order.leaders_ended(count)) {
+            self.push_ended();
+        }
     }
 
     #[inline(always)]
@@ -128,13 +163,10 @@ impl SplitQueue {
             self.write_all_used(ended);
         }
         if run.leads {
-            let more = self.order.as_mut();
-            let count = count.min(run.out());
-            if more.is_some_and(|order| order.leaders_ended(count)) {
-                self.push_ended();
-            }
+            self.end_leaders(run, count);
+        } else {
+            run.given(count);
         }
-        run.given(count);
     }
 
     /// Writes used entries one behind the other.

@@ -285,22 +285,26 @@ impl Driver {
         while let Some(id) = self.next_used() {
             let at = self.mind.open.iter().position(|offer| offer.id == id);
             let at = at.unwrap_or_else(|| panic!("{id} is used, which was not available"));
-            if self.features.in_order {
-                assert_eq!(at, 0, "{id} is used out of order");
+            // In order, those before it are used with it.
+            let first = if self.features.in_order { 0 } else { at };
+            let used: Vec<Offer> = self.mind.open.drain(first..=at).collect();
+            used.into_iter().for_each(|offer| self.ended(offer));
+        }
+    }
+
+    fn ended(&mut self, offer: Offer) {
+        let id = offer.id;
+        self.mind.free_descriptors += offer.descriptors;
+        if self.features.packed {
+            self.mind.free.push(id);
+            self.mind.used += offer.descriptors;
+            if self.mind.used >= SIZE {
+                self.mind.used -= SIZE;
+                self.mind.used_wrap = !self.mind.used_wrap;
             }
-            let offer = self.mind.open.remove(at);
-            self.mind.free_descriptors += offer.descriptors;
-            if self.features.packed {
-                self.mind.free.push(id);
-                self.mind.used += offer.descriptors;
-                if self.mind.used >= SIZE {
-                    self.mind.used -= SIZE;
-                    self.mind.used_wrap = !self.mind.used_wrap;
-                }
-            } else {
-                self.mind.used = self.mind.used.wrapping_add(1);
-                self.give_back(id);
-            }
+        } else {
+            self.mind.used = self.mind.used.wrapping_add(1);
+            self.give_back(id);
         }
     }
 
