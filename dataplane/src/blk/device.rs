@@ -1,5 +1,5 @@
 //! A block device as every worker sees it: what never changes while it is attached, the little that
-//! does (capacity, cache mode, a failed flush), and its counters.
+//! does (capacity, progress of a re-key; in [`cache`] its cache mode and flushes), and its counters.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
@@ -9,7 +9,6 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use bulkhead_protocol::control::{RekeyProgress, RekeyState};
 
 use super::cipher::{Cipher, Ciphers};
-use super::config_space::feature;
 use super::health::Health;
 use super::metrics::Metrics;
 use crate::hand::SharedHand;
@@ -17,7 +16,8 @@ use crate::log_limit::LogLimit;
 use crate::memory::SharedFlag;
 use crate::qos::Qos;
 use crate::storage::StorageSpec;
-use crate::stored::StoredCache;
+
+mod cache;
 
 /// Bytes of a sector, always (virtio 1.2, 5.2).
 pub const SECTOR_BYTES: u64 = 512;
@@ -322,111 +322,6 @@ impl BlkDevice {
         Ok(())
     }
 
-    /// The cache mode that the driver chose (virtio 1.2, 5.2.5.2): completed writes may be volatile
-    /// until a flush. Without FLUSH negotiated they never are, whatever this says.
-    #[must_use]
-    #[inline]
-    pub fn writeback(&self) -> bool {
-        self.writeback.load(Ordering::Acquire)
-    }
-
-    /// The driver chooses the cache mode. After a change to write-through, the first write that is
-    /// completed makes stable what was written before, too.
-    ///
-    /// It holds until it chooses another, or [`BlkDevice::reset`]: a frontend that stops and starts its
-    /// queues, or connects anew, does not say it again.
-    pub fn set_writeback(&self, writeback: bool) {
-        self.writeback_chosen.store(true, Ordering::Release);
-        self.change_writeback(writeback);
-    }
-
-    fn change_writeback(&self, writeback: bool) {
-        if !writeback && self.writeback() {
-            self.settle_wanted.fetch_add(1, Ordering::AcqRel);
-        }
-        self.writeback.store(writeback, Ordering::Release);
-    }
-
-    /// A driver negotiated these features: unless it has chosen the cache mode, it begins with write-back,
-    /// or with write-through if it has no way to flush (virtio 1.2, 5.2.5.2).
-    pub fn negotiated(&self, features: u64) {
-        if !self.writeback_chosen.load(Ordering::Acquire) {
-            let bare = features & feature::CONFIG_WCE != 0 && features & feature::FLUSH == 0;
-            self.change_writeback(!bare);
-        }
-    }
-
-    /// The cache mode, for a successor.
-    #[must_use]
-    pub fn cache_mode(&self) -> StoredCache {
-        StoredCache {
-            writeback: self.writeback(),
-            chosen: self.writeback_chosen.load(Ordering::Acquire),
-        }
-    }
-
-    /// The cache mode that a predecessor left. In write-through the first write makes stable what was written
-    /// before: nobody knows whether the predecessor did.
-    pub fn resume_cache_mode(&self, left: StoredCache) {
-        self.writeback_chosen.store(left.chosen, Ordering::Release);
-        self.change_writeback(left.writeback);
-    }
-
-    /// Has a failed flush known to whoever comes after this process, and takes over that one failed before. To
-    /// be called once, before it is served.
-    pub fn keep_flush_failure(&self, flag: Arc<SharedFlag>) {
-        if flag.is_raised() {
-            self.flush_failed.store(true, Ordering::Release);
-        }
-        let _ = self.kept_flush_failure.set(flag);
-    }
-
-    /// Whether what was written before a change to write-through may still be volatile.
-    #[inline]
-    pub(super) fn is_unsettled(&self) -> bool {
-        self.settled.load(Ordering::Acquire) != self.settle_wanted()
-    }
-
-    /// What a flush that begins now settles.
-    pub(crate) fn settle_wanted(&self) -> u64 {
-        self.settle_wanted.load(Ordering::Acquire)
-    }
-
-    /// A flush that began when so much was wanted has succeeded.
-    pub(crate) fn settle(&self, wanted: u64) {
-        self.settled.fetch_max(wanted, Ordering::AcqRel);
-    }
-
-    /// Takes the right to flush; false while another worker has it.
-    pub(crate) fn take_flush_turn(&self) -> bool {
-        !self.flushing.swap(true, Ordering::AcqRel)
-    }
-
-    /// Gives it back, once a failure is latched.
-    pub(crate) fn give_flush_turn(&self) {
-        self.flushing.store(false, Ordering::Release);
-    }
-
-    /// How many flushes were begun until now: a later one is for everything that was completed before.
-    pub(crate) fn flushes_begun(&self) -> u64 {
-        self.flushes_begun.load(Ordering::Acquire)
-    }
-
-    /// One begins; its number. To be called by whoever has the turn.
-    pub(crate) fn begin_flush(&self) -> u64 {
-        self.flushes_begun.fetch_add(1, Ordering::AcqRel) + 1
-    }
-
-    /// The one with this number has succeeded.
-    pub(crate) fn flush_succeeded(&self, number: u64) {
-        self.flushes_done.fetch_max(number, Ordering::AcqRel);
-    }
-
-    /// Whether one that began when so many had been begun, or later, has succeeded.
-    pub(crate) fn flushed_since(&self, begun: u64) -> bool {
-        self.flushes_done.load(Ordering::Acquire) > begun
-    }
-
     /// Whether its storage was found not to have something.
     #[inline]
     pub(super) fn lacks(&self, lack: Lack) -> bool {
@@ -436,28 +331,6 @@ impl BlkDevice {
     /// Its storage does not have something; whether that was known.
     pub(super) fn note_lack(&self, lack: Lack) -> bool {
         self.lacks.fetch_or(lack as u8, Ordering::Relaxed) & lack as u8 != 0
-    }
-
-    /// What a reset of the device puts back: the cache mode is write-back until the driver says
-    /// otherwise. A failed flush stays failed: what it lost stays lost.
-    pub fn reset(&self) {
-        self.writeback_chosen.store(false, Ordering::Release);
-        self.change_writeback(true);
-    }
-
-    /// Whether a flush failed since it was attached.
-    #[must_use]
-    pub fn flush_failed(&self) -> bool {
-        self.flush_failed.load(Ordering::Acquire)
-    }
-
-    /// From now on every flush fails, until the volume is attached anew.
-    pub fn latch_flush_failure(&self) {
-        // First: before any worker answers a flush by it.
-        if let Some(flag) = self.kept_flush_failure.get() {
-            flag.raise();
-        }
-        self.flush_failed.store(true, Ordering::Release);
     }
 }
 
@@ -476,87 +349,4 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::storage::{FileSpec, RamSpec};
-
-    fn device(storage: StorageSpec, capacity_sectors: u64) -> Arc<BlkDevice> {
-        let geometry = Geometry {
-            logical_block_bytes: 4096,
-            read_only: false,
-            serial: [0; 20],
-            queues: 1,
-            discard: false,
-        };
-        BlkDevice::new(geometry, capacity_sectors, storage, None)
-    }
-
-    #[test]
-    fn it_grows_as_far_as_its_storage_does() {
-        let file = tempfile::NamedTempFile::new_in(".").expect("temporary file");
-        file.as_file().set_len(1 << 20).expect("length");
-        let fd = file.reopen().expect("reopen").into();
-        let spec = FileSpec::from_fd(fd, false, 4096).expect("usable");
-        let device = device(StorageSpec::File(spec), 2048);
-        let error = device
-            .resize(2056)
-            .expect_err("the file is as short as before");
-        assert!(matches!(
-            error,
-            ResizeError::Storage {
-                has_bytes: 1_048_576,
-                ..
-            }
-        ));
-        assert_eq!(device.capacity_sectors(), 2048);
-        file.as_file().set_len(2 << 20).expect("length");
-        device.resize(4096).expect("the file has grown");
-        assert_eq!(device.capacity_sectors(), 4096);
-    }
-
-    #[test]
-    fn it_never_shrinks_and_has_whole_blocks() {
-        let ram = RamSpec::new(1 << 20).expect("memory");
-        let device = device(StorageSpec::Ram(ram.into()), 1024);
-        let shrinks = device.resize(1016).expect_err("smaller");
-        assert!(matches!(
-            shrinks,
-            ResizeError::Shrinks {
-                from_sectors: 1024,
-                ..
-            }
-        ));
-        for odd in [1025, 1031, u64::MAX, u64::MAX / 512] {
-            let error = device.resize(odd).expect_err("no size");
-            assert!(matches!(error, ResizeError::Size(_)), "{odd}: {error}");
-        }
-        device.resize(1024).expect("as it is");
-        device.resize(2048).expect("all of it");
-        assert!(device.resize(2056).is_err());
-    }
-
-    #[test]
-    fn a_failed_flush_and_the_cache_mode_outlive_the_process() {
-        let kept = crate::stored::file::StateFile::create().expect("memory");
-        let before = device(StorageSpec::Null, 8);
-        before.keep_flush_failure(kept.flush_failed());
-        before.set_writeback(false);
-        assert!(!before.flush_failed() && !kept.flush_failed().is_raised());
-        before.latch_flush_failure();
-        let after = device(StorageSpec::Null, 8);
-        after.keep_flush_failure(kept.flush_failed());
-        after.resume_cache_mode(before.cache_mode());
-        assert!(after.flush_failed() && !after.writeback());
-        assert!(after.is_unsettled(), "nobody knows what is stable");
-    }
-
-    #[test]
-    fn a_reset_puts_the_cache_mode_back_and_forgives_no_failed_flush() {
-        let device = device(StorageSpec::Null, 8);
-        assert!(device.writeback());
-        device.set_writeback(false);
-        device.latch_flush_failure();
-        device.reset();
-        assert!(device.writeback() && device.flush_failed());
-    }
-}
+mod tests;
