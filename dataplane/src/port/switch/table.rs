@@ -122,13 +122,13 @@ impl Table {
         Ok(())
     }
 
-    /// Forgets everything about a member.
+    /// Forgets everything about a member. (One by one: a frontend that comes and goes all the time has no more than its own
+    /// part of the table looked at.)
     pub fn forget(&mut self, member: Member) {
         let (first, count) = places(member);
-        for entry in self.entries.iter_mut().skip(first).take(count) {
-            *entry = EMPTY;
+        for at in first..first + count {
+            self.remove(Place::try_from(at).unwrap_or(Place::MAX));
         }
-        self.rebuild();
     }
 
     /// It is that many seconds after the start; stations that were silent for too long are not known any more.
