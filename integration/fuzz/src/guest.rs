@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use bulkhead_dataplane::memory::{GuestBuffer, GuestMemory, Lease, RegionSpec};
+use bulkhead_dataplane::memory::{GuestBuffer, GuestMemory, GuestSlice, Lease, RegionSpec};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::uio::{pread, pwrite};
 use nix::unistd::ftruncate;
@@ -101,6 +101,23 @@ impl Guest {
     }
 }
 
+/// Where a slice lies, found by what its first and last byte are in guest memory: guest addresses of both.
+pub fn ends(guest: &Guest, slice: GuestSlice<'_>) -> Vec<u64> {
+    let before = guest.copy();
+    let last = slice.bytes() - 1;
+    let flip = || {
+        for at in [0, last].into_iter().take(slice.bytes()) {
+            let mut byte = [0];
+            assert!(slice.copy_out(at, &mut byte));
+            assert!(slice.copy_in(at, &[!byte[0]]));
+        }
+    };
+    flip();
+    let changed = guest.copy().differences(&before);
+    flip();
+    changed
+}
+
 /// Adds a range to a list, to the last one's end if it goes on there; an empty one is nothing.
 pub fn push_run(runs: &mut Vec<Run>, at: u64, bytes: u64) {
     match runs.last_mut() {
@@ -128,6 +145,16 @@ impl Copy {
         let from = usize::try_from(offset).ok()?;
         let length = usize::try_from(bytes).ok()?;
         (bytes <= room).then(|| &self.0[from..from + length])
+    }
+
+    /// Guest addresses of the bytes that are others than in another copy.
+    fn differences(&self, other: &Self) -> Vec<u64> {
+        let offsets = (0..self.0.len()).filter(|at| self.0[*at] != other.0[*at]);
+        let guest = |at: usize| {
+            let (region, offset) = (at as u64 / REGION, at as u64 % REGION);
+            REGIONS[usize::try_from(region).expect("few")] + offset
+        };
+        offsets.map(guest).collect()
     }
 
     /// Whether every byte of a range is in memory.

@@ -23,6 +23,11 @@ impl Order {
         self.taken.push_back(head);
     }
 
+    /// The chain that was taken last was put back.
+    pub fn put_back(&mut self) {
+        self.taken.pop_back();
+    }
+
     /// Those of the heads in flight that have not ended.
     pub fn waiting(&self, in_flight: impl Iterator<Item = u16>) -> Vec<u16> {
         in_flight

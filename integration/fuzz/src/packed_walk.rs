@@ -2,6 +2,8 @@
 //!
 //! The model is virtio 1.2, 2.8, as slow as it reads.
 
+mod runs;
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
@@ -168,7 +170,10 @@ impl<'a> Driver<'a> {
                     }
                 }
                 4 => {
-                    if self.take(input.u8()).is_err() {
+                    let most = input.u8();
+                    if most & 0x80 != 0 {
+                        self.take_run(most, input);
+                    } else if self.take(most).is_err() {
                         return;
                     }
                 }
@@ -319,6 +324,11 @@ impl<'a> Driver<'a> {
         };
         self.queue.push_used(id, len);
         let copy = self.guest.copy();
+        self.has_ended(&copy, id, len);
+    }
+
+    /// A chain has ended, in the memory as it is then.
+    fn has_ended(&mut self, copy: &Copy, id: u16, len: u32) {
         for (id, len) in self.order.ended(id, len) {
             let count = self.in_flight.remove(&id).expect("it is in flight");
             let at = self.used.descriptor();

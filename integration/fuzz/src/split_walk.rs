@@ -2,6 +2,8 @@
 //!
 //! The model is virtio 1.2, 2.7, as slow as it reads: it copies all memory and walks the copy.
 
+mod runs;
+
 use std::cell::RefCell;
 use std::collections::{BTreeSet, VecDeque};
 
@@ -155,7 +157,10 @@ impl<'a> Driver<'a> {
                     }
                 }
                 4 => {
-                    if self.take(input.u8()).is_err() {
+                    let most = input.u8();
+                    if most & 0x80 != 0 {
+                        self.take_run(most, input);
+                    } else if self.take(most).is_err() {
                         return;
                     }
                 }
