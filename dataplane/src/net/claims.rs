@@ -4,8 +4,9 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::ops::RangeInclusive;
 
-use super::parse::{FrameInfo, IPV6_BYTES, Mac, Network, Transport, bytes, protocol, word};
+use super::parse::{FrameInfo, IPV6_BYTES, Mac, Network, Transport, bytes, extensions, word};
 
 /// The addresses that a frame claims as its sender's, beside the source of its Ethernet header.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -18,8 +19,8 @@ pub struct Claims {
     pub v6: Option<Ipv6Addr>,
     /// The target of a neighbour advertisement, whose MAC address it says to know.
     pub target: Option<Ipv6Addr>,
-    /// It is of IP and can't be told: malformed, or hidden behind extension headers or in fragments, where
-    /// neighbour discovery must not be (RFC 6980).
+    /// It can't be told: malformed, or hidden behind extension headers or in a fragment, where neighbour discovery must not
+    /// be (RFC 6980).
     pub unclear: bool,
 }
 
@@ -48,7 +49,7 @@ pub fn claims(head: &[u8], goes_on: bool, info: &FrameInfo) -> Claims {
                     let is_whole = end <= head.len() || !goes_on;
                     neighbour(message, is_whole, usize::from(info.l4), &mut claims);
                 }
-                Transport::Fragment => claims.unclear = is_icmpv6_fragment(head, info),
+                Transport::Fragment => claims.unclear = hides_neighbour(head, info),
                 Transport::Hidden => claims.unclear = true,
                 _ => {}
             }
@@ -63,14 +64,32 @@ fn address(head: &[u8], at: usize) -> Option<Ipv6Addr> {
     bytes(head, at).map(|ip: [u8; 16]| Ipv6Addr::from(ip))
 }
 
-/// Whether a fragment is of ICMPv6, or of something that can't be told.
-fn is_icmpv6_fragment(head: &[u8], info: &FrameInfo) -> bool {
+/// Whether a fragment may begin a message of neighbour discovery, which must not be in fragments (RFC 6980). Those that
+/// follow one that passed say nothing of themselves.
+fn hides_neighbour(head: &[u8], info: &FrameInfo) -> bool {
+    let l4 = usize::from(info.l4);
     // The fragment header is the eight bytes in front.
-    let inner = usize::from(info.l4).checked_sub(8);
-    let inner = inner.and_then(|at| head.get(at)).copied();
-    // What follows it may be an extension header with anything behind.
-    !matches!(inner, Some(protocol::TCP | protocol::UDP))
+    let header = l4.checked_sub(8).and_then(|at| bytes::<8>(head, at));
+    let Some([next, _, high, low, ..]) = header else {
+        return true;
+    };
+    if u16::from_be_bytes([high, low]) >> 3 > 0 {
+        return false;
+    }
+    let mut behind = FrameInfo::UNKNOWN;
+    extensions(head, l4, next, &mut behind);
+    match behind.transport {
+        Transport::Icmpv6 => {
+            let kind = head.get(usize::from(behind.l4));
+            kind.is_none_or(|kind| NEIGHBOUR_DISCOVERY.contains(kind))
+        }
+        Transport::Fragment | Transport::Hidden => true,
+        _ => false,
+    }
 }
+
+/// Its ICMPv6 types: from router solicitation to redirect.
+const NEIGHBOUR_DISCOVERY: RangeInclusive<u8> = 133..=137;
 
 /// Neighbour discovery (RFC 4861, 4): the link-layer address of its sender, and whose neighbour it says to be.
 fn neighbour(message: &[u8], is_whole: bool, l4: usize, claims: &mut Claims) {

@@ -23,6 +23,8 @@ pub mod ethertype {
     pub const VLAN: u16 = 0x8100;
     /// IPv6.
     pub const IPV6: u16 = 0x86dd;
+    /// MAC control (IEEE 802.3, 31): pauses, which are for the next link alone.
+    pub const MAC_CONTROL: u16 = 0x8808;
     /// A provider's VLAN tag (802.1ad).
     pub const PROVIDER_VLAN: u16 = 0x88a8;
 }
@@ -388,7 +390,7 @@ fn ipv6(head: &[u8], l3: usize, info: &mut FrameInfo, key: HashKey) -> Option<u3
 /// Follows extension headers (RFC 8200, 4), and says what is behind them; the protocol, for the hash: of a
 /// fragment the same for the first and the others.
 #[inline]
-fn extensions(head: &[u8], mut at: usize, mut next: u8, info: &mut FrameInfo) -> u8 {
+pub(super) fn extensions(head: &[u8], mut at: usize, mut next: u8, info: &mut FrameInfo) -> u8 {
     const HOP_BY_HOP: u8 = 0;
     const ROUTING: u8 = 43;
     const FRAGMENT: u8 = 44;

@@ -12,12 +12,12 @@
 //! A). Others, such as link-local addresses that it chose at random, must be listed.
 //!
 //! Where the MAC address is checked, nothing passes whose link-layer address can't be told: ARP of another form, what
-//! lies behind more tags or extension headers than are followed, or behind a SNAP header. (Of neighbour discovery in
-//! fragments receivers take no notice, RFC 6980.)
+//! lies behind more tags or extension headers than are followed, or behind a SNAP header, neighbour discovery in fragments
+//! (of which most receivers take no notice, RFC 6980). Nor does MAC control: an interface would have the next bridge stop
+//! sending, to everybody behind it.
 //!
 //! A NIC with a list of IP addresses sends nothing whose claim can't be told: broken headers, neighbour discovery
-//! in fragments or behind more extension headers than are followed, and fragments in which it could be. Ethernet
-//! frames that carry neither IP nor ARP pass.
+//! in fragments or behind more extension headers than are followed. Ethernet frames that carry neither IP nor ARP pass.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
@@ -67,7 +67,7 @@ impl Guard {
     /// Whether a frame of its guest's may go on.
     ///
     /// # Errors
-    /// [`DropReason::SpoofedMac`], [`DropReason::SpoofedIp`].
+    /// [`DropReason::SpoofedMac`], [`DropReason::SpoofedIp`], [`DropReason::Reserved`].
     #[inline]
     pub fn check(&self, frame: &Frame<'_>) -> Result<(), DropReason> {
         let info = &frame.info;
@@ -87,6 +87,9 @@ impl Guard {
 
     #[inline(never)]
     fn check_claimed_mac(&self, mac: Mac, frame: &Frame<'_>) -> Result<(), DropReason> {
+        if frame.info.ethertype == ethertype::MAC_CONTROL {
+            return Err(DropReason::Reserved);
+        }
         let claims = frame.claims();
         let is_own = claims.mac.is_none_or(|claimed| claimed == mac);
         if is_own && !claims.unclear {
@@ -97,14 +100,20 @@ impl Guard {
     }
 }
 
-/// Whether a frame can name a link-layer address as its sender's. Of what is malformed here some receivers can make
-/// out more: Linux takes ARP of another hardware type, and follows any number of tags and of extension headers.
+/// Whether a frame is to be looked at again: it can name a link-layer address as its sender's, or is for the link alone.
+/// Of what is malformed here some receivers can make out more: Linux takes ARP of another hardware type, and follows any
+/// number of tags and of extension headers.
 #[inline]
 fn may_claim_mac(info: &FrameInfo) -> bool {
     match info.network {
         Network::Arp => true,
         Network::Malformed => !matches!(info.ethertype, ethertype::IPV4 | ethertype::IPV6),
-        _ => matches!(info.transport, Transport::Icmpv6 | Transport::Hidden),
+        Network::Other => info.ethertype == ethertype::MAC_CONTROL,
+        Network::Ipv4 => false,
+        Network::Ipv6 => matches!(
+            info.transport,
+            Transport::Icmpv6 | Transport::Fragment | Transport::Hidden
+        ),
     }
 }
 

@@ -201,6 +201,7 @@ fn what_cannot_be_told_does_not_pass_where_it_matters() {
     fragment.extend(&neighbour(136, "2001:db8::1", "2001:db8::2", Some(mac(1)))[54..]);
     let fragment = packet(own, all, 44, &fragment);
     assert_eq!(check(&strict(), &fragment), Err(SpoofedIp));
+    assert_eq!(check(&guard(true, &[]), &fragment), Err(SpoofedMac));
     // One of UDP says nothing but its source.
     let datagram = packet(
         own,
@@ -300,7 +301,7 @@ fn no_checksum_makes_a_frame_that_passed_into_another() {
         ethernet(mac(2), mac(1), 40, &[&llc, &[0; 40][..]].concat())
     };
     let fragment = |inner: u8| {
-        let body = [inner, 0, 0, 1, 0, 0, 0, 7, 136, 0, 0, 0];
+        let body = [inner, 0, 0, 1, 0, 0, 0, 7, 136, 0, 0, 0, 0, 0, 0, 0];
         let [from, to] = [own, other].map(|address| address.parse().expect("an address"));
         packet(from, to, 44, &body)
     };
@@ -327,5 +328,15 @@ fn no_checksum_makes_a_frame_that_passed_into_another() {
                 "pair {number}, {start}"
             );
         }
+    }
+}
+
+#[test]
+fn no_guest_has_others_pause() {
+    // To the bridges' address and to anybody's.
+    for to in [[1, 0x80, 0xc2, 0, 0, 1], mac(2)] {
+        let pause = ethernet(to, mac(1), 0x8808, &[0, 1, 0xff, 0xff]);
+        assert_eq!(check(&guard(true, &[]), &pause), Err(DropReason::Reserved));
+        assert_eq!(check(&Guard::default(), &pause), Ok(()));
     }
 }

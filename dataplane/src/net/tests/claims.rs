@@ -107,19 +107,34 @@ fn what_of_neighbour_discovery_can_not_be_told_is_unclear() {
 
 #[test]
 fn neighbour_discovery_in_fragments_is_unclear_and_other_fragments_are_not() {
-    let fragment = |protocol, next: u8| {
+    // With its offset, what its header says is in it, and that.
+    let fragment = |offset: u16, next: u8, body: &[u8]| {
+        let [high, low] = (offset << 3 | 1).to_be_bytes();
         let mut bytes = Packet {
-            extensions: vec![(44, vec![0, 0, 1, 0, 0, 0, 1])],
-            ..Packet::v6(protocol, &[0; 16])
+            extensions: vec![(44, vec![0, high, low, 0, 0, 0, 1])],
+            ..Packet::v6(ICMPV6, body)
         }
         .complete();
         bytes[54] = next;
         of(&bytes).unclear
     };
-    assert!(fragment(ICMPV6, ICMPV6));
+    for kind in 133..=137 {
+        let message = [kind, 0, 0, 0, 0, 0, 0, 0];
+        assert!(fragment(0, ICMPV6, &message));
+        assert!(!fragment(1, ICMPV6, &message), "the beginning counts");
+        // Behind an extension header, which may be longer than the fragment.
+        let behind = [&[ICMPV6, 0, 1, 4, 0, 0, 0, 0], &message[..]].concat();
+        assert!(fragment(0, 60, &behind));
+        assert!(fragment(0, 60, &[ICMPV6, 9, 1, 4, 0, 0, 0, 0]));
+    }
+    assert!(fragment(0, ICMPV6, &[]), "anything may follow");
     assert!(
-        fragment(TCP, 60),
-        "an extension header, and anything behind it"
+        fragment(0, 44, &[UDP, 0, 0, 1, 0, 0, 0, 1]),
+        "a fragment in it"
     );
-    assert!(!fragment(UDP, UDP) && !fragment(TCP, TCP));
+    let echo = [128, 0, 0, 0, 0, 1, 0, 1];
+    assert!(!fragment(0, ICMPV6, &echo));
+    for other in [TCP, UDP, 50, 132] {
+        assert!(!fragment(0, other, &[136; 16]), "{other}");
+    }
 }
