@@ -35,6 +35,14 @@ impl PackedQueue {
         true
     }
 
+    /// Has the CPU fetch the place of the next used descriptor.
+    #[inline]
+    pub fn announce_used(&self) {
+        debug_assert!(self.used.index < self.layout.size);
+        // SAFETY: the descriptor lies in the ring, which the lease keeps.
+        will_write(unsafe { self.parts.ring.add(usize::from(self.used.index)) });
+    }
+
     /// Has the CPU fetch the places of so many used descriptors that are written next.
     #[inline]
     pub fn announce_used_of(&self, count: u16) {

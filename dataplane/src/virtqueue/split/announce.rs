@@ -35,6 +35,15 @@ impl SplitQueue {
         true
     }
 
+    /// Has the CPU fetch the place of the next used entry: the driver has read its line, if it has seen the
+    /// entry before.
+    #[inline]
+    pub fn announce_used(&self) {
+        let slot = usize::from(self.next_used & (self.layout.size - 1));
+        // SAFETY: the slot is masked to the ring's length; the lease keeps it.
+        will_write(unsafe { self.parts.used_ring.add(slot) });
+    }
+
     /// Has the CPU fetch the places of so many used entries that are written next: the driver has read their lines.
     #[inline]
     pub fn announce_used_of(&self, count: u16) {
