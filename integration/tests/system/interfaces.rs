@@ -5,19 +5,27 @@ use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
 use bulkhead_integration::card::{Card, Options};
-use bulkhead_integration::host::{BundleSpec, Host, own_uid};
-use bulkhead_integration::network::{enter_namespace, ip, make_pair};
+use bulkhead_integration::host::nics::NicSpec;
+use bulkhead_integration::host::{BundleSpec, Host, own_uid, uid_of};
+use bulkhead_integration::network::{enter_namespace, has_taps, ip, make_pair, make_tap};
 use bulkhead_integration::packets::{Ip, Packet, UDP, check};
 
 use crate::support::{Outcome, ensure, folder};
 use crate::{Need, Test};
 
 /// The table.
-pub const TESTS: &[Test] = &[Test {
-    name: "system_network_card_on_af_xdp",
-    needs: &[Need::Root],
-    run: on_af_xdp,
-}];
+pub const TESTS: &[Test] = &[
+    Test {
+        name: "system_network_card_on_af_xdp",
+        needs: &[Need::Root],
+        run: on_af_xdp,
+    },
+    Test {
+        name: "system_network_card_whose_tap_is_removed",
+        needs: &[Need::Root],
+        run: tap_removed,
+    },
+];
 
 /// The guest's station.
 const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 7];
@@ -57,6 +65,72 @@ fn on_af_xdp() -> Outcome {
     let said = refused.unwrap_or_else(|error| error.to_string());
     ensure(said.contains("--xdp v1"), || said)?;
     outside.talk(&mut card, b"the second goes on")
+}
+
+/// What a TAP's queues lead to is gone with it, also if there is another of its name: that is told, and another data plane has the new one.
+fn tap_removed() -> Outcome {
+    let test = "system_network_card_whose_tap_is_removed";
+    if !enter_namespace(test) || !has_taps(test) {
+        return Ok(());
+    }
+    make_tap("t0", uid_of("agent"));
+    let dir = folder()?;
+    let mut host = Host::create(dir.path())?;
+    host.start()?;
+    let nics = ["net1", "net2"].map(|name| {
+        let mac = format!("52:54:00:00:00:0{}", name.trim_start_matches("net"));
+        match name {
+            "net1" => NicSpec::on_tap(name, &mac, "t0").stanza(),
+            _ => NicSpec {
+                port: "\"null\"".to_owned(),
+                ..NicSpec::on_tap(name, &mac, "")
+            }
+            .stanza(),
+        }
+    });
+    let spec = BundleSpec {
+        more: &nics.concat(),
+        ..BundleSpec::new(1, &[])
+    };
+    host.apply(&host.sign(&spec)?)?;
+    let mut other = Card::attach(&host.socket("net2"), &Options::default())?;
+    let mut card = Card::attach(&host.socket("net1"), &Options::default())?;
+    let mut packet = Packet::v4(UDP, b"lost");
+    packet.src = [0x52, 0x54, 0, 0, 0, 1];
+    ensure(fault(&host)?.is_empty(), || "it has its TAP".to_owned())?;
+    ip("link del dev t0");
+    card.send(0, &packet.complete())?;
+    let words = "TAP t0 was removed: make it again, and end the data plane";
+    ensure(fault(&host)? == words, || format!("{:?}", fault(&host)))?;
+    host.wait_until("what is lost is not counted", |host| {
+        host.tx_drops("net1", "port_error")
+            .is_ok_and(|frames| frames > 0)
+    })?;
+    make_tap("t0", uid_of("agent"));
+    host.kill("dataplane")?;
+    host.wait_until("it has no other TAP", |host| {
+        ip("-d link show dev t0").contains("LOWER_UP") && fault(host).is_ok_and(|f| f.is_empty())
+    })?;
+    let mut again = Card::attach(&host.socket("net1"), &Options::default())?;
+    again.send(0, &packet.complete())?;
+    ensure(host.tx_drops("net1", "port_error")? == 0, || {
+        "lost again".to_owned()
+    })?;
+    // Nobody else noticed.
+    packet.src = [0x52, 0x54, 0, 0, 0, 2];
+    Ok(other.send(0, &packet.complete())?)
+}
+
+/// What is said to be wrong with the card on the TAP.
+fn fault(host: &Host) -> Result<String, Box<dyn std::error::Error>> {
+    let nic = host.nic("net1")?;
+    ensure(nic["state"]["attached"] == true, || {
+        format!("not attached: {nic}")
+    })?;
+    Ok(nic["state"]["fault"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned())
 }
 
 fn nic(name: &str, interface: &str) -> String {

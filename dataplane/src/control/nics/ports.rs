@@ -9,6 +9,7 @@ use bulkhead_protocol::control::PortFacts;
 use bulkhead_protocol::net::{
     InterfaceName, MAX_AF_XDP_MTU, NicGrant, PortSpec as Granted, Uplink,
 };
+use nix::errno::Errno;
 use nix::sys::stat::{SFlag, fstat, major, minor};
 
 use super::Nics;
@@ -208,6 +209,20 @@ fn tap(
         counters: Arc::default(),
     }));
     Ok((spec, stored))
+}
+
+/// Whether the interface behind a port was removed: a TAP's queues lead nowhere then, for ever, also if one of that name is made
+/// again. (A read of nothing takes no frame and waits for none.)
+pub(super) fn was_removed(port: &PortSpec) -> Option<String> {
+    let PortSpec::Outside(OutsideSpec::Tap(tap)) = port else {
+        return None;
+    };
+    let reads = |queue: &OwnedFd| nix::unistd::read(queue, &mut []);
+    let gone = tap
+        .queues
+        .iter()
+        .any(|queue| reads(queue) == Err(Errno::EBADFD));
+    gone.then(|| format!("TAP {} was removed", tap.name))
 }
 
 /// Of a port that needs no descriptor.

@@ -90,6 +90,10 @@ impl Nics {
         let granted = &stored.grant;
         granted.check()?;
         let (port, _) = self.port(granted, Parts::Stored(stored.port.clone()))?;
+        // The agent gives it another, once there is one.
+        if let Some(reason) = ports::was_removed(&port) {
+            return Err(reason);
+        }
         let listener = stored.listener.try_clone();
         let listener = listener.map_err(|e| format!("its listener can't be duplicated: {e}"))?;
         let device = NetDevice::with_port(grant::shape(granted), port, grant::guard(granted));

@@ -3,15 +3,16 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::ops::Bound;
+use std::sync::atomic::Ordering;
 
 use bulkhead_protocol::NicId;
 use bulkhead_protocol::control::{
     DropCount, NICS_PER_MESSAGE, Networks, NicStatus, PairCounts, Traffic,
 };
 
-use super::{Nic, Nics, mirror};
+use super::{Nic, Nics, mirror, ports};
 use crate::net::{Counts, NetDevice};
-use crate::port::DropReason;
+use crate::port::{DropReason, OutsideSpec, PortSpec};
 use crate::server::Server;
 
 /// Most characters of a fault: what is said of [`NICS_PER_MESSAGE`] NICs fits one message.
@@ -59,10 +60,13 @@ fn one(id: NicId, nic: &Nic, server: &Server) -> NicStatus {
     status.running_queues = now.running_queues;
     status.retired_queues = now.retired_queues;
     // Only so much fits, and it may be a driver's doing.
-    let fault = now.fault.as_deref();
+    let removed = ports::was_removed(&device.port);
+    let fault = removed.map(|what| format!("{what}: make it again, and end the data plane"));
+    let fault = fault.or(now.fault);
     status.fault = fault.map(|text| text.chars().take(MAX_FAULT_CHARS).collect());
     status.pairs = pairs(device);
     status.tx_drops = drops(&device.metrics.sent());
+    add_refused(&mut status.tx_drops, &device.port);
     status.rx_drops = drops(&device.metrics.received());
     status.mirror = mirror::status(device);
     let throttled = device.tx_qos().throttled().as_millis();
@@ -99,4 +103,23 @@ fn drops(counts: &Counts) -> Vec<DropCount> {
             frames,
         })
         .collect()
+}
+
+/// What an interface of the NIC's own refused after its port had taken it: it said so later.
+fn add_refused(drops: &mut Vec<DropCount>, port: &PortSpec) {
+    let counters = match port {
+        PortSpec::Outside(OutsideSpec::Tap(tap)) => &tap.counters,
+        PortSpec::Outside(OutsideSpec::Xdp(xdp)) => &xdp.counters,
+        PortSpec::Null | PortSpec::Source(_) | PortSpec::Switch(_) => return,
+    };
+    let frames = counters.refused.load(Ordering::Relaxed);
+    let reason = DropReason::PortError.name();
+    match drops.iter_mut().find(|count| count.reason == reason) {
+        Some(count) => count.frames = count.frames.saturating_add(frames),
+        None if frames > 0 => drops.push(DropCount {
+            reason: reason.to_owned(),
+            frames,
+        }),
+        None => {}
+    }
 }
