@@ -13,9 +13,9 @@ use std::collections::HashMap;
 use std::hint::black_box;
 
 use bulkhead_benches::ratio::medians;
+use bulkhead_dataplane::net::HashKey;
 use bulkhead_dataplane::net::frame::Frame;
 use bulkhead_dataplane::net::header::Header;
-use bulkhead_dataplane::net::parse::HashKey;
 use bulkhead_dataplane::port::switch::bridge::{Bridge, Verdict};
 use bulkhead_dataplane::port::switch::station::{Member, Station};
 use bulkhead_dataplane::port::{Guard, Nic};
@@ -101,7 +101,7 @@ fn rows(c: &mut Criterion) {
         b.iter(|| {
             Frame::of_bytes(&header, black_box(&bytes), key)
                 .unwrap()
-                .info
+                .info()
                 .hash
         });
     });

@@ -8,9 +8,9 @@ use std::sync::Arc;
 
 use bulkhead_benches::ratio::medians;
 use bulkhead_dataplane::memory::{GuestBuffer, Lease, anonymous};
+use bulkhead_dataplane::net::HashKey;
 use bulkhead_dataplane::net::frame::{Frame, HeadBuffer};
 use bulkhead_dataplane::net::header::{GSO_TCPV4, HeaderSize, NEEDS_CSUM, feature};
-use bulkhead_dataplane::net::parse::HashKey;
 use bulkhead_dataplane::net::receive::{Delivered, Receiver, Scratch, deliver};
 use bulkhead_dataplane::net::{checksum, header::Header};
 use bulkhead_dataplane::virtqueue::{QueueFeatures, Virtqueue};

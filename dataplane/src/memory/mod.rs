@@ -20,6 +20,7 @@ mod lease;
 mod mapping;
 mod prefetch;
 mod prepared;
+mod short;
 pub mod sigbus;
 mod slice;
 mod words;

@@ -8,6 +8,7 @@
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 
+use super::short::copy_short;
 use super::{GuestBuffer, GuestMemory, will_read, will_write};
 
 /// Bytes of a cache line.
@@ -64,6 +65,20 @@ impl<'a> GuestSlice<'a> {
         })
     }
 
+    /// The `bytes` bytes behind its first `at`; none where it ends before.
+    #[must_use]
+    #[inline]
+    pub fn part(self, at: usize, bytes: usize) -> Option<Self> {
+        let host = self.at(at, bytes)?;
+        // At most its length, which is a u32.
+        let bytes = u32::try_from(bytes).ok()?;
+        Some(Self {
+            host,
+            bytes,
+            of: PhantomData,
+        })
+    }
+
     /// Has the CPU fetch its first `most` bytes, which are going to be read.
     #[inline(always)]
     pub fn will_read(self, most: usize) {
@@ -88,7 +103,8 @@ impl<'a> GuestSlice<'a> {
         }
     }
 
-    /// Copies from offset `at` into `to`; false, with nothing copied, where it is too short.
+    /// Copies from offset `at` into `to`, for a copy that is looked at only when all of it is there: some bytes may be
+    /// read twice. False, with nothing copied, where it is too short.
     #[must_use]
     #[inline(always)]
     pub fn copy_out(self, at: usize, to: &mut [u8]) -> bool {
@@ -96,7 +112,7 @@ impl<'a> GuestSlice<'a> {
             return false;
         };
         // SAFETY: the range has that many bytes; `to` is memory of ours.
-        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to.as_mut_ptr(), to.len()) };
+        unsafe { copy_short(from.as_ptr(), to.as_mut_ptr(), to.len()) };
         true
     }
 
@@ -108,7 +124,7 @@ impl<'a> GuestSlice<'a> {
             return false;
         };
         // SAFETY: the range has that many bytes; `from` is memory of ours.
-        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to.as_ptr(), from.len()) };
+        unsafe { copy_short(from.as_ptr(), to.as_ptr(), from.len()) };
         true
     }
 
@@ -218,6 +234,9 @@ mod tests {
         assert_eq!((rest.bytes(), content(rest)), (5, vec![2, 3, 0, 0, 0]));
         assert!(all.behind(8).is_some_and(|rest| rest.bytes() == 0));
         assert!(all.behind(9).is_none());
+        let part = all.part(3, 2).expect("inside");
+        assert_eq!((part.bytes(), content(part)), (2, vec![2, 3]));
+        assert!(all.part(3, 6).is_none() && all.part(usize::MAX, 1).is_none());
         all.will_read(100);
         all.will_write(0);
     }

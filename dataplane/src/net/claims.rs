@@ -28,7 +28,7 @@ pub struct Claims {
 /// asks.
 #[must_use]
 pub fn claims(head: &[u8], goes_on: bool, info: &FrameInfo) -> Claims {
-    let l3 = usize::from(info.l3);
+    let l3 = usize::from(info.link.l3);
     let mut claims = Claims::default();
     match info.network {
         Network::Arp => {
@@ -76,7 +76,7 @@ fn hides_neighbour(head: &[u8], info: &FrameInfo) -> bool {
     if u16::from_be_bytes([high, low]) >> 3 > 0 {
         return false;
     }
-    let mut behind = FrameInfo::UNKNOWN;
+    let mut behind = FrameInfo::of_link(info.link);
     extensions(head, l4, next, &mut behind);
     match behind.transport {
         Transport::Icmpv6 => {

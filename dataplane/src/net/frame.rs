@@ -8,12 +8,13 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use super::claims::{self, Claims};
+use super::flow_hash::HashKey;
 use super::header::{
     DATA_VALID, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, Header, HeaderSize, MOST_BYTES,
     NEEDS_CSUM,
 };
-use super::parse::{self, ETHERNET_BYTES, FrameInfo, HashKey, MOST_TAGS, Network, Transport, word};
-use crate::memory::GuestBuffer;
+use super::parse::{self, ETHERNET_BYTES, FrameInfo, Link, MOST_TAGS, Network, Transport, word};
+use crate::memory::{GuestBuffer, GuestSlice};
 use crate::port::DropReason;
 
 /// Bytes of a frame that are copied and looked at. Ethernet with two tags, IPv6 and TCP with all their options are
@@ -59,7 +60,7 @@ impl Csum {
             Transport::Icmpv6 => at(2),
             Transport::Other(_) => self.start >= info.l4,
             Transport::Fragment | Transport::Hidden => false,
-            Transport::None => self.start >= info.l3 && info.is_opaque(),
+            Transport::None => self.start >= info.link.l3 && info.link.is_opaque(),
         }
     }
 }
@@ -116,8 +117,60 @@ pub enum Body<'a> {
         /// So many bytes, which the buffer has.
         bytes: u32,
     },
+    /// The same, of which all is to be read.
+    Slice(GuestSlice<'a>),
     /// Our own memory.
     Bytes(&'a [u8]),
+}
+
+/// What a driver's frame is read from.
+pub(crate) trait Readable<'a>: Copy {
+    /// Bytes of it.
+    fn bytes(self) -> u64;
+
+    /// Copies its first bytes into `to`; false, with nothing copied, where there are fewer.
+    fn copy_front(self, to: &mut [u8]) -> bool;
+
+    /// What follows its first `at` bytes, which are `bytes` more.
+    fn body(self, at: usize, bytes: u32) -> Body<'a>;
+}
+
+impl<'a> Readable<'a> for &'a GuestBuffer {
+    #[inline(always)]
+    fn bytes(self) -> u64 {
+        GuestBuffer::bytes(self)
+    }
+
+    #[inline(always)]
+    fn copy_front(self, to: &mut [u8]) -> bool {
+        self.copy_out(0, to)
+    }
+
+    #[inline(always)]
+    fn body(self, at: usize, bytes: u32) -> Body<'a> {
+        Body::Guest {
+            buffer: self,
+            at: at as u64,
+            bytes,
+        }
+    }
+}
+
+impl<'a> Readable<'a> for GuestSlice<'a> {
+    #[inline(always)]
+    fn bytes(self) -> u64 {
+        GuestSlice::bytes(self) as u64
+    }
+
+    #[inline(always)]
+    fn copy_front(self, to: &mut [u8]) -> bool {
+        self.copy_out(0, to)
+    }
+
+    #[inline(always)]
+    fn body(self, at: usize, _bytes: u32) -> Body<'a> {
+        self.behind(at).map_or(Body::Bytes(&[]), Body::Slice)
+    }
 }
 
 impl Body<'_> {
@@ -127,6 +180,7 @@ impl Body<'_> {
     pub fn bytes(&self) -> usize {
         match self {
             Self::Guest { bytes, .. } => *bytes as usize,
+            Self::Slice(slice) => slice.bytes(),
             Self::Bytes(bytes) => bytes.len(),
         }
     }
@@ -147,6 +201,7 @@ impl Body<'_> {
         };
         match self {
             Self::Guest { buffer, at, .. } => buffer.copy_out(*at, to),
+            Self::Slice(slice) => slice.copy_out(0, to),
             Self::Bytes(bytes) => {
                 to.copy_from_slice(bytes);
                 true
@@ -164,72 +219,102 @@ pub struct Frame<'a> {
     pub head: &'a [u8],
     /// The others.
     pub body: Body<'a>,
-    /// What the head says.
-    pub info: FrameInfo,
+    /// What Ethernet's header says.
+    pub link: Link,
+    /// What flows are told apart by.
+    key: HashKey,
 }
 
-/// Where a frame's header and head are copied to: one for each frame that is looked at together.
+/// Where a frame's header and head are copied to, with what was found out about them: one for each frame that is looked
+/// at together.
 #[derive(Debug, Clone)]
-pub struct HeadBuffer([u8; MOST_BYTES + HEAD_BYTES]);
+pub struct HeadBuffer {
+    bytes: [u8; MOST_BYTES + HEAD_BYTES],
+    /// Where the frame begins, and where what was copied ends.
+    begin: usize,
+    end: usize,
+    /// Bytes of the frame that were not copied.
+    body_bytes: u32,
+    offload: Offload,
+    link: Link,
+}
 
 impl Default for HeadBuffer {
     fn default() -> Self {
-        Self([0; MOST_BYTES + HEAD_BYTES])
+        Self {
+            bytes: [0; MOST_BYTES + HEAD_BYTES],
+            begin: 0,
+            end: 0,
+            body_bytes: 0,
+            offload: Offload::None,
+            link: Link::UNKNOWN,
+        }
     }
 }
 
-/// What was copied of a driver's chain.
-pub(crate) struct Copied<'a> {
-    /// What is in front of the frame.
-    pub header: Header,
-    /// Its first bytes.
-    pub head: &'a [u8],
-    /// The others.
-    pub body: Body<'a>,
-}
-
-impl<'a> Copied<'a> {
-    /// Copies the header and the first bytes of what is readable of a driver's chain.
+impl HeadBuffer {
+    /// Copies the header and the first bytes of what is readable of a driver's chain, and holds them against each
+    /// other. [`HeadBuffer::frame`] is that frame then.
     ///
     /// # Errors
-    /// [`DropReason::Malformed`] without a whole header and a whole Ethernet header, [`DropReason::TooLong`].
+    /// As [`Frame::of_chain`].
     #[inline(always)]
-    pub(crate) fn of_chain(
-        readable: &'a GuestBuffer,
+    pub(crate) fn look<'a>(
+        &mut self,
+        readable: impl Readable<'a>,
         size: HeaderSize,
-        copy: &'a mut HeadBuffer,
-    ) -> Result<Self, DropReason> {
+        key: HashKey,
+    ) -> Result<(), DropReason> {
         let total = readable.bytes();
-        let header_bytes = size.bytes();
-        if total > (header_bytes + MOST_FRAME_BYTES) as u64 {
+        let begin = size.bytes();
+        if total > (begin + MOST_FRAME_BYTES) as u64 {
             return Err(DropReason::TooLong);
         }
         // It fits: that is below 2^17.
         let total = usize::try_from(total).unwrap_or(0);
-        if total < header_bytes + ETHERNET_BYTES {
+        if total < begin + ETHERNET_BYTES {
             return Err(DropReason::Malformed);
         }
-        let copied = total.min(header_bytes + HEAD_BYTES);
-        let copy = copy.0.get_mut(..copied).ok_or(DropReason::Malformed)?;
-        if !readable.copy_out(0, copy) {
+        let end = total.min(begin + HEAD_BYTES);
+        let copy = self.bytes.get_mut(..end).ok_or(DropReason::Malformed)?;
+        if !readable.copy_front(copy) {
             return Err(DropReason::Malformed);
         }
-        let mut whole: [u8; MOST_BYTES] = *copy.first_chunk().ok_or(DropReason::Malformed)?;
-        let (_, head) = copy.split_at(header_bytes);
-        if header_bytes < MOST_BYTES {
-            let [short @ .., _, _] = whole;
-            let [a, b, c, d, e, f, g, h, i, j]: [u8; MOST_BYTES - 2] = short;
-            whole = [a, b, c, d, e, f, g, h, i, j, 0, 0];
-        }
-        let body = Body::Guest {
-            buffer: readable,
-            at: copied as u64,
-            bytes: u32::try_from(total - copied).unwrap_or(0),
+        let (_, head) = copy.split_at(begin);
+        self.link = Link::of(head).ok_or(DropReason::Malformed)?;
+        (self.begin, self.end) = (begin, end);
+        self.body_bytes = u32::try_from(total - end).unwrap_or(0);
+        self.offload = match copy.first_chunk() {
+            Some([0, GSO_NONE]) => Offload::None,
+            _ => self.asked(key)?,
         };
+        Ok(())
+    }
+
+    /// What a driver's header asks for that asks for something.
+    #[inline(never)]
+    fn asked(&self, key: HashKey) -> Result<Offload, DropReason> {
+        let mut whole = [0; MOST_BYTES];
+        for (to, from) in whole.iter_mut().zip(&self.bytes).take(self.begin) {
+            *to = *from;
+        }
         let mut header = Header::parse(&whole);
         // A driver must not set it (5.1.6.2.1), and can't know.
         header.flags &= !DATA_VALID;
-        Ok(Self { header, head, body })
+        let head = self.bytes.get(self.begin..self.end).unwrap_or_default();
+        Offload::of(&header, head, self.body_bytes as usize, (self.link, key))
+    }
+
+    /// The frame of the chain that was looked at.
+    #[inline(always)]
+    pub(crate) fn frame<'a>(&'a self, readable: impl Readable<'a>, key: HashKey) -> Frame<'a> {
+        Frame {
+            offload: self.offload,
+            head: self.bytes.get(self.begin..self.end).unwrap_or_default(),
+            body: readable.body(self.end, self.body_bytes),
+            link: self.link,
+            key,
+        }
     }
 }
 
@@ -247,10 +332,8 @@ impl<'a> Frame<'a> {
         key: HashKey,
         copy: &'a mut HeadBuffer,
     ) -> Result<Self, DropReason> {
-        let copied = Copied::of_chain(readable, size, copy)?;
-        let mut frame = Self::unseen(copied.head, copied.body);
-        frame.look(&copied.header, key)?;
-        Ok(frame)
+        copy.look(readable, size, key)?;
+        Ok(copy.frame(readable, key))
     }
 
     /// A frame in our own memory, as an interface of the host gave it.
@@ -263,34 +346,22 @@ impl<'a> Frame<'a> {
             return Err(DropReason::TooLong);
         }
         let (head, body) = bytes.split_at(bytes.len().min(HEAD_BYTES));
-        let mut frame = Self::unseen(head, Body::Bytes(body));
-        frame.look(header, key)?;
-        Ok(frame)
-    }
-
-    /// A frame at which nobody has looked yet. Where it is looked at many times a second, it is made in its place and
-    /// looked at there: a copy of what was just found out, field by field, waits until all of it is in the cache.
-    #[inline(always)]
-    pub(crate) fn unseen(head: &'a [u8], body: Body<'a>) -> Self {
-        Self {
-            offload: Offload::None,
+        let link = Link::of(head).ok_or(DropReason::Malformed)?;
+        let offload = Offload::of(header, head, body.len(), (link, key))?;
+        Ok(Self {
+            offload,
             head,
-            body,
-            info: FrameInfo::UNKNOWN,
-        }
+            body: Body::Bytes(body),
+            link,
+            key,
+        })
     }
 
-    /// Finds out what its head says, and holds its header against that.
-    ///
-    /// # Errors
-    /// As [`Frame::of_chain`].
-    #[inline(always)]
-    pub(crate) fn look(&mut self, header: &Header, key: HashKey) -> Result<(), DropReason> {
-        if !parse::parse_into(self.head, key, &mut self.info) {
-            return Err(DropReason::Malformed);
-        }
-        self.offload = Offload::of(header, self.head, self.body.bytes(), &self.info)?;
-        Ok(())
+    /// All that its head says. It is found out anew each time: most frames go where they go by their
+    /// [`link`](Frame::link) alone.
+    #[must_use]
+    pub fn info(&self) -> FrameInfo {
+        parse::behind(self.link, self.head, self.key)
     }
 
     /// Its length in bytes, without a header in front.
@@ -304,7 +375,7 @@ impl<'a> Frame<'a> {
     #[must_use]
     #[inline]
     pub fn packet_bytes(&self) -> usize {
-        let l3 = usize::from(self.info.l3);
+        let l3 = usize::from(self.link.l3);
         let longest = match self.offload {
             Offload::Gso(gso) => {
                 let one = usize::from(gso.header_bytes) + usize::from(gso.mss);
@@ -328,10 +399,16 @@ impl<'a> Frame<'a> {
         }
     }
 
-    /// The addresses that it claims as its sender's, beside [`FrameInfo::src`].
+    /// The addresses that it claims as its sender's, beside [`Link::src`].
     #[must_use]
     pub fn claims(&self) -> Claims {
-        claims::claims(self.head, !self.body.is_empty(), &self.info)
+        self.claims_of(&self.info())
+    }
+
+    /// As [`Frame::claims`], of a frame whose head says this.
+    #[must_use]
+    pub(crate) fn claims_of(&self, info: &FrameInfo) -> Claims {
+        claims::claims(self.head, !self.body.is_empty(), info)
     }
 
     /// Copies all of it to the front of `to`: its length; none where that is too short.
@@ -352,7 +429,7 @@ impl Offload {
         header: &Header,
         head: &[u8],
         body_bytes: usize,
-        info: &FrameInfo,
+        (link, key): (Link, HashKey),
     ) -> Result<Self, DropReason> {
         if header.flags & NEEDS_CSUM == 0 {
             return match (header.gso_type, header.flags & DATA_VALID) {
@@ -366,13 +443,14 @@ impl Offload {
             start: header.csum_start,
             offset: header.csum_offset,
         };
-        if csum.at() + 2 > head.len() || !csum.is_transports(info) {
+        let info = parse::behind(link, head, key);
+        if csum.at() + 2 > head.len() || !csum.is_transports(&info) {
             return Err(DropReason::BadOffload);
         }
         if header.gso_type == GSO_NONE {
             return Ok(Self::NeedsCsum(csum));
         }
-        Gso::of(header, csum, head, body_bytes, info)
+        Gso::of(header, csum, head, body_bytes, &info)
             .map(Self::Gso)
             .ok_or(DropReason::BadOffload)
     }
@@ -444,7 +522,7 @@ impl Gso {
             return None;
         }
         let payload = head.len() + body_bytes - header_bytes;
-        if header_bytes + payload - usize::from(info.l3) > MOST_PACKET_BYTES {
+        if header_bytes + payload - usize::from(info.link.l3) > MOST_PACKET_BYTES {
             return None;
         }
         let mss = header.gso_size;

@@ -7,6 +7,7 @@
 //! | `metrics` | counters of queues, and drops by reason |
 //! | `lane` | how a worker serves cards |
 //! | [`header`] | the header in front of every frame |
+//! | `flow_hash` | which frames are of one flow |
 //! | [`parse`] | what a frame's first bytes say |
 //! | [`claims`] | whom a frame says to be from |
 //! | [`frame`] | a frame on its way, and its offloads, held against it |
@@ -18,6 +19,7 @@ pub mod claims;
 pub mod config_space;
 pub mod current;
 mod device;
+mod flow_hash;
 pub mod frame;
 pub mod header;
 pub(crate) mod lane;
@@ -27,10 +29,11 @@ pub mod parse;
 pub mod receive;
 
 pub use device::{Direction, MAX_QUEUE_PAIRS, MIN_MTU, NetDevice, Shape, part_of};
+pub use flow_hash::HashKey;
 pub use frame::{Body, Csum, Frame, Gso, GsoKind, HeadBuffer, Offload};
 pub use header::HeaderSize;
 pub use metrics::{Counts, Metrics, QueueMetrics};
-pub use parse::{FrameInfo, HashKey, Mac};
+pub use parse::{FrameInfo, Mac};
 
 #[cfg(test)]
 mod tests;

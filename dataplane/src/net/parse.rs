@@ -6,6 +6,8 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use super::flow_hash::HashKey;
+
 /// An Ethernet address.
 pub type Mac = [u8; 6];
 
@@ -42,7 +44,7 @@ pub mod protocol {
 /// Bytes of an Ethernet header.
 pub const ETHERNET_BYTES: usize = 14;
 /// Bytes of a VLAN tag.
-const TAG_BYTES: usize = 4;
+const TAG_BYTES: u16 = 4;
 /// VLAN tags that are looked behind: a customer's inside of a provider's.
 pub const MOST_TAGS: usize = 2;
 /// IPv6 extension headers that are followed.
@@ -86,21 +88,28 @@ pub enum Transport {
     None,
 }
 
-/// What a frame's head says.
+/// What Ethernet's header says, with the tags behind it: all that is needed to know where a frame goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct FrameInfo {
-    /// Where it goes.
-    pub dst: Mac,
-    /// Where it says that it comes from.
-    pub src: Mac,
+pub struct Link {
+    /// Where it goes, and where it says that it comes from: an address in the upper six bytes of each, and the VLAN in
+    /// the lower two. They are looked at as words alone.
+    pub(crate) to: u64,
+    pub(crate) from: u64,
     /// Tag control information of the outer VLAN tag: priority in the upper 4 bits, identifier in the others.
     pub tag: Option<u16>,
     /// The EtherType behind the tags.
     pub ethertype: u16,
+    /// Where what it carries begins.
+    pub l3: u16,
+}
+
+/// What a frame's head says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FrameInfo {
+    /// In Ethernet's header.
+    pub link: Link,
     /// What it carries.
     pub network: Network,
-    /// Where that begins.
-    pub l3: u16,
     /// What that carries.
     pub transport: Transport,
     /// Where that begins, if it is there.
@@ -111,20 +120,80 @@ pub struct FrameInfo {
     pub hash: u32,
 }
 
-impl FrameInfo {
+impl Link {
     /// Of a frame that nobody has looked at.
     pub(crate) const UNKNOWN: Self = Self {
-        dst: [0; 6],
-        src: [0; 6],
+        to: 0,
+        from: 0,
         tag: None,
         ethertype: 0,
-        network: Network::Other,
         l3: 14,
-        transport: Transport::None,
-        l4: 0,
-        routed: false,
-        hash: 0,
     };
+
+    /// Of the head of a frame; none if it is shorter than Ethernet's header.
+    #[must_use]
+    #[inline(always)]
+    pub fn of(head: &[u8]) -> Option<Self> {
+        const VLAN_BITS: u64 = 0xffff;
+        let to = u64::from_be_bytes(*head.first_chunk()?) & !VLAN_BITS;
+        let (_, behind) = head.split_at_checked(6)?;
+        let behind = u64::from_be_bytes(*behind.first_chunk()?);
+        let from = behind & !VLAN_BITS;
+        let [.., t0, t1] = behind.to_be_bytes();
+        let link = Self {
+            to,
+            from,
+            tag: None,
+            ethertype: u16::from_be_bytes([t0, t1]),
+            l3: 14,
+        };
+        Some(match link.ethertype {
+            ethertype::VLAN | ethertype::PROVIDER_VLAN => link.behind_tags(head),
+            _ => link,
+        })
+    }
+
+    #[inline(never)]
+    fn behind_tags(mut self, head: &[u8]) -> Self {
+        for _ in 0..MOST_TAGS {
+            if !matches!(self.ethertype, ethertype::VLAN | ethertype::PROVIDER_VLAN) {
+                break;
+            }
+            let at = usize::from(self.l3);
+            let (Some(tag), Some(inner)) = (word(head, at), word(head, at + 2)) else {
+                break;
+            };
+            self.tag = self.tag.or(Some(tag));
+            self.ethertype = inner;
+            self.l3 += TAG_BYTES;
+        }
+        let vlan = u64::from(self.vlan());
+        (self.to, self.from) = (self.to | vlan, self.from | vlan);
+        self
+    }
+
+    /// Whether it has the same addresses, in the same VLAN.
+    #[must_use]
+    #[inline(always)]
+    pub fn is_same_way(&self, other: &Self) -> bool {
+        self.to == other.to && self.from == other.from
+    }
+
+    /// Where it goes.
+    #[must_use]
+    #[inline]
+    pub fn dst(&self) -> Mac {
+        let [a, b, c, d, e, f, _, _] = self.to.to_be_bytes();
+        [a, b, c, d, e, f]
+    }
+
+    /// Where it says that it comes from.
+    #[must_use]
+    #[inline]
+    pub fn src(&self) -> Mac {
+        let [a, b, c, d, e, f, _, _] = self.from.to_be_bytes();
+        [a, b, c, d, e, f]
+    }
 
     /// The VLAN that the frame is in; 0 of one without a tag, and of one that only has a priority.
     #[must_use]
@@ -147,7 +216,21 @@ impl FrameInfo {
     #[must_use]
     #[inline]
     pub fn is_multicast(&self) -> bool {
-        is_multicast(&self.dst)
+        is_multicast(&self.dst())
+    }
+}
+
+impl FrameInfo {
+    /// Of a frame of which nothing but this is known.
+    pub(super) fn of_link(link: Link) -> Self {
+        Self {
+            link,
+            network: Network::Other,
+            transport: Transport::None,
+            l4: 0,
+            routed: false,
+            hash: 0,
+        }
     }
 }
 
@@ -157,50 +240,6 @@ impl FrameInfo {
 pub fn is_multicast(mac: &Mac) -> bool {
     let [first, ..] = mac;
     first & 1 != 0
-}
-
-/// The secret that flows are hashed with: guests can't tell which flows share a place in a table.
-///
-/// The hash is symmetric. A guest answers on the queue that its own kernel chose, so that a card which
-/// remembers by hash where a flow was sent from finds there where to receive it (virtio 1.2, 5.1.6.5.6.1), and one
-/// entry of a cache serves both directions where that is wanted. Each end (address and port) is mixed by itself and
-/// the two are added: unlike an exclusive or of both, pairs of neighbours don't fall together. Two
-/// multiplications for each end and one for the sum cost a few nanoseconds.
-#[derive(Debug, Clone, Copy)]
-pub struct HashKey([u64; 2]);
-
-impl HashKey {
-    /// Of random bits.
-    #[must_use]
-    pub fn new(secret: u64) -> Self {
-        let other = folded(secret ^ 0x9e37_79b9_7f4a_7c15, 0xd6e8_feb8_6659_fd93);
-        // Odd: a multiplication by it loses nothing.
-        Self([secret | 1, other | 1])
-    }
-
-    /// Mixes an address of 16 bytes and a port. Whoever doesn't know the key can't make a factor zero.
-    #[inline]
-    fn end(self, high: u64, low: u64, port: u16) -> u64 {
-        let Self([key, other]) = self;
-        let mixed = folded(high ^ key, low ^ other);
-        folded(mixed ^ u64::from(port), key)
-    }
-
-    #[inline]
-    fn pair(self, a: u64, b: u64, kind: u64) -> u32 {
-        let Self([_, other]) = self;
-        let mixed = folded(a.wrapping_add(b) ^ kind, other);
-        // The upper half of the word is no worse than the lower.
-        u32::try_from(mixed >> 32).unwrap_or(0)
-    }
-}
-
-/// Both halves of a product: each bit of it depends on all of the factors'.
-#[inline]
-#[expect(clippy::cast_possible_truncation, reason = "halves of a word")]
-fn folded(a: u64, b: u64) -> u64 {
-    let product = u128::from(a) * u128::from(b);
-    (product >> 64) as u64 ^ product as u64
 }
 
 /// `N` bytes at an offset, if they lie in the head.
@@ -218,23 +257,18 @@ pub(super) fn word(head: &[u8], at: usize) -> Option<u16> {
 
 /// What the head of a frame says; none if it is shorter than Ethernet's header.
 #[must_use]
-#[inline]
 pub fn parse(head: &[u8], key: HashKey) -> Option<FrameInfo> {
-    let mut info = FrameInfo::UNKNOWN;
-    parse_into(head, key, &mut info).then_some(info)
+    Link::of(head).map(|link| behind(link, head, key))
 }
 
-/// As [`parse`], in its place; false if it is shorter than Ethernet's header.
+/// What the head of a frame says whose Ethernet header says this.
 #[must_use]
-#[inline(always)]
-pub(crate) fn parse_into(head: &[u8], key: HashKey, info: &mut FrameInfo) -> bool {
-    if ethernet(head, info).is_none() {
-        return false;
-    }
-    let l3 = usize::from(info.l3);
-    let hash = match info.ethertype {
-        ethertype::IPV4 => ipv4(head, l3, info, key),
-        ethertype::IPV6 => ipv6(head, l3, info, key),
+pub(super) fn behind(link: Link, head: &[u8], key: HashKey) -> FrameInfo {
+    let mut info = FrameInfo::of_link(link);
+    let l3 = usize::from(link.l3);
+    let hash = match link.ethertype {
+        ethertype::IPV4 => ipv4(head, l3, &mut info, key),
+        ethertype::IPV6 => ipv6(head, l3, &mut info, key),
         ethertype::ARP | ethertype::RARP => {
             // Ethernet (1) and IPv4 addresses of 6 and 4 bytes.
             let is_arp = bytes(head, l3) == Some([0, 1, 8, 0, 6, 4]) && head.len() >= l3 + 28;
@@ -255,8 +289,8 @@ pub(crate) fn parse_into(head: &[u8], key: HashKey, info: &mut FrameInfo) -> boo
         }
         _ => None,
     };
-    info.hash = hash.unwrap_or_else(|| by_stations(info, key));
-    true
+    info.hash = hash.unwrap_or_else(|| by_stations(&link, key));
+    info
 }
 
 /// Whether an IEEE 802.3 frame has IP, ARP or a VLAN tag behind LLC and SNAP headers (RFC 1042, 802.1H): nobody sends
@@ -280,35 +314,12 @@ fn hides_network(head: &[u8], l3: usize) -> bool {
         )
 }
 
-/// Ethernet's header and the tags behind it.
-#[inline(always)]
-fn ethernet(head: &[u8], info: &mut FrameInfo) -> Option<()> {
-    info.dst = bytes(head, 0)?;
-    info.src = bytes(head, 6)?;
-    let mut ethertype = word(head, 12)?;
-    let mut at = ETHERNET_BYTES;
-    for _ in 0..MOST_TAGS {
-        if !matches!(ethertype, ethertype::VLAN | ethertype::PROVIDER_VLAN) {
-            break;
-        }
-        let (Some(tag), Some(inner)) = (word(head, at), word(head, at + 2)) else {
-            break;
-        };
-        info.tag = info.tag.or(Some(tag));
-        ethertype = inner;
-        at += TAG_BYTES;
-    }
-    info.ethertype = ethertype;
-    info.l3 = u16::try_from(at).ok()?;
-    Some(())
-}
-
 /// The hash of what has no addresses of IP.
 #[inline(never)]
-fn by_stations(info: &FrameInfo, key: HashKey) -> u32 {
+fn by_stations(link: &Link, key: HashKey) -> u32 {
     let station = |[a, b, c, d, e, f]: Mac| u64::from_be_bytes([0, 0, a, b, c, d, e, f]);
-    let (a, b) = (station(info.src), station(info.dst));
-    let kind = u64::from(info.ethertype) | u64::from(info.vlan()) << 16;
+    let (a, b) = (station(link.src()), station(link.dst()));
+    let kind = u64::from(link.ethertype) | u64::from(link.vlan()) << 16;
     key.pair(key.end(0, a, 0), key.end(0, b, 0), kind)
 }
 
@@ -337,7 +348,7 @@ fn transport(protocol: u8) -> Transport {
 }
 
 /// An IPv4 header (RFC 791) at `l3`: its flow's hash.
-#[inline(always)]
+#[inline]
 fn ipv4(head: &[u8], l3: usize, info: &mut FrameInfo, key: HashKey) -> Option<u32> {
     info.network = Network::Malformed;
     let header: [u8; IPV4_BYTES] = bytes(head, l3)?;

@@ -8,6 +8,8 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod run;
+
 use super::frame::{Body, Frame, GsoKind, Offload};
 use super::header::{HeaderSize, MOST_BYTES, feature};
 use super::offload::{Checksums, SegmentHead, Segments, Staging, complete};
@@ -15,6 +17,7 @@ use super::parse::ETHERNET_BYTES;
 use crate::memory::GuestBuffer;
 use crate::port::DropReason;
 use crate::virtqueue::{Chain, RingError, Virtqueue};
+use run::Buffers;
 
 /// Buffers that a frame may lie in: these, and one for each so many of its bytes. No driver's are shorter than a few
 /// hundred; of shorter ones a sender would look at hundreds for each frame, to find that they are too few.
@@ -111,6 +114,7 @@ pub struct Scratch {
     next: Chain,
     /// Chains of the frame that is being delivered, and the bytes written to each.
     taken: Vec<(u16, u32)>,
+    run: Buffers,
     staging: Staging,
     head: SegmentHead,
 }
@@ -121,6 +125,7 @@ impl Default for Scratch {
             first: Chain::with_capacity(32),
             next: Chain::with_capacity(32),
             taken: Vec::with_capacity(MOST_BUFFERS),
+            run: Buffers::default(),
             staging: Staging::default(),
             head: SegmentHead::default(),
         }
@@ -132,6 +137,7 @@ impl Scratch {
     pub fn release(&mut self) {
         self.first.release();
         self.next.release();
+        self.run.release();
     }
 }
 
@@ -156,6 +162,7 @@ pub fn deliver(
         taken,
         staging,
         head,
+        ..
     } = scratch;
     let mut place = Place {
         ring,
@@ -187,7 +194,7 @@ pub fn deliver(
             let Offload::Gso(gso) = *offload else {
                 return Ok(());
             };
-            let l3 = frame.info.l3;
+            let l3 = frame.link.l3;
             let segments = Segments::new(staged, gso, l3, checksums);
             let mut segments = segments.ok_or(Refused::Dropped(DropReason::BadOffload))?;
             let each = match checksums {
@@ -200,6 +207,19 @@ pub fn deliver(
             Ok(())
         }
     }
+}
+
+/// Copies frames from the front of `frames` into a driver's buffers, as [`deliver`] does each of them, as far as that is
+/// quickly done: how many. The next one, if there is one, is for [`deliver`].
+#[inline]
+pub fn deliver_usual<'a>(
+    ring: &mut Virtqueue,
+    receiver: Receiver,
+    scratch: &mut Scratch,
+    frames: impl Iterator<Item = Frame<'a>> + Clone,
+    delivered: &mut Delivered,
+) -> usize {
+    scratch.run.deliver(ring, receiver, frames, delivered)
 }
 
 /// A frame that is longer than its own memory, which can't be.
@@ -360,6 +380,7 @@ impl Parts<'_> {
                 at: begin,
                 bytes,
             } => to.copy_from(at, buffer, begin, bytes as usize),
+            Body::Slice(slice) => to.copy_from_slice(at, slice),
             Body::Bytes(own) => to.copy_in(at, own),
         };
         to.mark_front(self.header.len() + self.head.len() + self.body.bytes());
@@ -387,6 +408,9 @@ impl Parts<'_> {
             Body::Guest {
                 buffer, at: begin, ..
             } => to.copy_from(at, buffer, begin + skip as u64, left),
+            Body::Slice(slice) => slice
+                .part(skip, left)
+                .is_some_and(|part| to.copy_from_slice(at, part)),
             Body::Bytes(own) => to.copy_in(at, own.get(skip..skip + left).unwrap_or_default()),
         };
         to.mark_front(bytes);

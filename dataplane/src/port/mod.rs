@@ -37,6 +37,7 @@ pub mod spec;
 pub mod switch;
 pub mod tap;
 
+use crate::net::Counts;
 use crate::net::frame::Frame;
 use crate::worker::ring::{Completion, Ring};
 
@@ -57,7 +58,8 @@ pub struct Nic(pub u16);
 /// Where frames go on this worker, and come from. All of its methods are called by the worker that owns it, none of
 /// them waits, and none allocates or makes a system call for each frame.
 ///
-/// In a turn of the worker: `receive`, then for each batch of a tx queue `room`, some `transmit` and one `flush`.
+/// In a turn of the worker: `receive`, then for each batch of a tx queue `room`, some `transmit` or a `transmit_all`,
+/// and one `flush`.
 /// Completions come in between, each to the port whose [`Tokens`] its token is of.
 pub trait Port {
     /// Gives frames that arrived from outside to `to`, up to a bounded number: how many there were. `now` is the
@@ -83,6 +85,25 @@ pub trait Port {
         ring: &mut Ring,
     ) -> Result<(), DropReason>;
 
+    /// As [`Port::transmit`] of each of these frames, which a guest sends one after the other; what became of each is
+    /// counted there.
+    #[inline]
+    fn transmit_all<'a>(
+        &mut self,
+        from: Nic,
+        frames: impl Iterator<Item = Frame<'a>> + Clone,
+        to: &mut impl Sink,
+        ring: &mut Ring,
+        counts: &mut Counts,
+    ) {
+        for frame in frames {
+            match self.transmit(from, &frame, to, ring) {
+                Ok(()) => counts.frame(frame.bytes() as u64),
+                Err(reason) => counts.dropped(reason),
+            }
+        }
+    }
+
     /// The end of a batch: what was taken goes on its way.
     fn flush(&mut self, ring: &mut Ring);
 
@@ -107,6 +128,18 @@ pub trait Sink {
     /// # Errors
     /// Why the NIC did not get it. It is already counted there: this is for who wants to know what became of it.
     fn deliver(&mut self, to: Nic, frame: &Frame<'_>) -> Result<(), DropReason>;
+
+    /// As [`Sink::deliver`] of each of these frames, one after the other, up to the first that the NIC does not get:
+    /// how many it got.
+    #[inline]
+    fn deliver_all<'a>(
+        &mut self,
+        to: Nic,
+        frames: impl Iterator<Item = Frame<'a>> + Clone,
+    ) -> usize {
+        let given = |frame: &Frame<'_>| self.deliver(to, frame).is_ok();
+        frames.take_while(given).count()
+    }
 }
 
 /// The tokens of a port's entries in the ring: the worker finds the port by the upper half, the port its own entry

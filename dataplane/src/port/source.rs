@@ -5,6 +5,8 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use std::iter::repeat_n;
+
 use super::{DropReason, Nic, Port, Sink};
 use crate::net::HashKey;
 use crate::net::frame::{Frame, MOST_FRAME_BYTES};
@@ -71,8 +73,7 @@ impl Port for SourcePort {
         let Ok(frame) = Frame::of_bytes(&Header::default(), &self.frame, self.key) else {
             return 0;
         };
-        let given = (0..BATCH).take_while(|_| to.deliver(self.nic, &frame).is_ok());
-        given.count()
+        to.deliver_all(self.nic, repeat_n(frame, BATCH))
     }
 
     #[inline]

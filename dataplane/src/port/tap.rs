@@ -22,9 +22,9 @@ use std::time::Duration;
 
 use super::interface::InterfaceCounters;
 use super::{DropReason, Nic, Port, Sink, Tokens};
+use crate::net::HashKey;
 use crate::net::frame::Frame;
 use crate::net::header::{Header, MOST_BYTES as HEADER_BYTES};
-use crate::net::parse::HashKey;
 use crate::worker::clock;
 use crate::worker::frame_buffer::FrameBuffer;
 use crate::worker::ring::{Completion, EntryId, FixedFile, FrameAction, Ring};

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use bulkhead_dataplane::net::HashKey;
 use bulkhead_dataplane::net::frame::{Frame, Offload};
 use bulkhead_dataplane::net::header::Header;
-use bulkhead_dataplane::net::parse::HashKey;
 use bulkhead_dataplane::port::{DropReason, Nic, Port, Sink};
 use bulkhead_dataplane::worker::clock;
 use bulkhead_dataplane::worker::ring::Ring;

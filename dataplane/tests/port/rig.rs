@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use bulkhead_dataplane::net::HashKey;
 use bulkhead_dataplane::net::frame::Frame;
-use bulkhead_dataplane::net::parse::HashKey;
 use bulkhead_dataplane::port::{DropReason, Nic, Port, Sink};
 use bulkhead_dataplane::worker::clock;
 use bulkhead_dataplane::worker::ring::Ring;

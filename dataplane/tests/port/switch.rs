@@ -5,10 +5,13 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use bulkhead_dataplane::net::Counts as FrameCounts;
 use bulkhead_dataplane::net::frame::Frame;
 use bulkhead_dataplane::port::switch::SwitchCounters;
 use bulkhead_dataplane::port::{DropReason, Nic, NullPort, Port, Sink, Switch};
 use bulkhead_dataplane::worker::ring::{Completion, Ring};
+use proptest::collection::vec;
+use proptest::prelude::*;
 
 use crate::frames::{BROADCAST, Packet, datagram, ethernet, mac, tagged};
 use crate::rig::{NIC, Rig, key, packet};
@@ -201,6 +204,50 @@ fn a_station_that_moves_is_found_with_its_first_frame_from_there() {
         }
     }
     assert_eq!(rig.port.counts().moved, 2);
+}
+
+proptest! {
+    /// Frames among four known stations and two others, some in a VLAN, some to everybody: sent together, and one by one.
+    #[test]
+    fn frames_that_are_sent_together_go_where_each_would_go_alone(
+        frames in vec((0u8..7, 0u8..5, 0u16..2, 1usize..6), 0..20),
+        full in prop::sample::subsequence(vec![Nic(0), Nic(1), Nic(2)], 0..3),
+    ) {
+        let mut packets = Vec::new();
+        for (number, (dst, src, vlan, times)) in frames.into_iter().enumerate() {
+            let dst = if dst == 6 { BROADCAST } else { mac(dst) };
+            let body = [u8::try_from(number).expect("few"); 50];
+            let bytes = match vlan {
+                0 => ethernet(dst, mac(src), 0x88b5, &body),
+                _ => tagged(vlan, dst, mac(src), 0x88b5, &body),
+            };
+            packets.extend(vec![Packet::from(bytes); times]);
+        }
+        let ([mut alone, mut together], [one, other]) = {
+            let ((a, one), (b, other)) = (three(), three());
+            ([a, b], [one, other])
+        };
+        alone.nics.full.clone_from(&full);
+        together.nics.full = full;
+        let mut expected = FrameCounts::default();
+        for packet in &packets {
+            match alone.transmit(Nic(0), packet) {
+                Ok(()) => expected.frame(packet.bytes.len() as u64),
+                Err(reason) => expected.dropped(reason),
+            }
+        }
+        let all = packets.iter().map(|packet| {
+            Frame::of_bytes(&packet.header, &packet.bytes, key()).expect("a frame")
+        });
+        let Rig { port, nics, ring, .. } = &mut together;
+        let mut counts = FrameCounts::default();
+        port.transmit_all(Nic(0), all, nics, ring, &mut counts);
+        prop_assert_eq!(counts, expected);
+        prop_assert_eq!(&together.nics.delivered, &alone.nics.delivered);
+        prop_assert_eq!(together.nics.refused, alone.nics.refused);
+        prop_assert_eq!(together.port.counts(), alone.port.counts());
+        prop_assert_eq!(one.take(), other.take());
+    }
 }
 
 #[test]

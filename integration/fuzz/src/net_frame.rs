@@ -174,16 +174,17 @@ fn segments(
 
 fn check_info(frame: &Frame<'_>) {
     let right = layers(frame.head).expect("Ethernet");
-    let info = frame.info;
+    let (info, link) = (frame.info(), frame.link);
+    assert_eq!(info.link, link);
     assert_eq!(
-        (info.dst, info.src),
+        (link.dst(), link.src()),
         (
             frame.head[..6].try_into().expect("six"),
             frame.head[6..12].try_into().expect("six")
         )
     );
-    assert_eq!((info.tag, info.ethertype), (right.tag, right.ethertype));
-    assert_eq!(usize::from(info.l3), right.l3);
+    assert_eq!((link.tag, link.ethertype), (right.tag, right.ethertype));
+    assert_eq!(usize::from(link.l3), right.l3);
     let ip = match info.network {
         Network::Ipv4 => 4,
         Network::Ipv6 => 6,

@@ -10,9 +10,9 @@ use std::hash::BuildHasher as _;
 use std::sync::Arc;
 
 use super::delivery::{Delivery, Inbox};
+use super::frames::Frames;
 use super::mirrors::Mirrors;
 use super::ports::{AnyPort, Outside, open};
-use super::transmit::Frames;
 use super::{Lane, MOST_FRAMES};
 use crate::net::current::Seen;
 use crate::net::receive::Scratch;

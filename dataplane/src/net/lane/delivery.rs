@@ -4,15 +4,15 @@
 
 use std::sync::Arc;
 
-use super::USED_AHEAD;
 use super::mirrors::Mirrors;
+use super::{Lane, USED_AHEAD};
 use crate::net::frame::Frame;
-use crate::net::receive::{Delivered, Refused, Scratch, deliver};
+use crate::net::receive::{Delivered, Refused, Scratch, deliver, deliver_usual};
 use crate::net::{MAX_QUEUE_PAIRS, NetDevice};
 use crate::port::mirror::pcapng::Direction;
 use crate::port::{DropReason, Nic, Sink};
 use crate::qos::{Gate, Moment};
-use crate::virtqueue::RingError;
+use crate::virtqueue::{RingError, Virtqueue};
 use crate::worker::queue::{Kind, Queue};
 
 /// Flows whose queue pairs are remembered, by the low bits of their hashes.
@@ -63,13 +63,24 @@ impl Inbox {
 
     /// The queue for a flow.
     #[inline]
-    fn choose(&self, hash: u32) -> Option<u32> {
+    fn choose(&self, frame: &Frame<'_>) -> Option<u32> {
         let pair = match self.pairs[..] {
             [] => return None,
             [only] => only,
-            _ => self.spread(hash),
+            _ => self.spread(frame.info().hash),
         };
         self.queues.get(usize::from(pair)).copied()
+    }
+
+    /// The queue for all frames, of a card without limits that has one only.
+    #[inline]
+    fn only(&self) -> Option<u32> {
+        match self.pairs[..] {
+            [only] if self.device.is_up() && !Gate::is_limited(self.device.rx_qos()) => {
+                self.queues.get(usize::from(only)).copied()
+            }
+            _ => None,
+        }
     }
 
     fn spread(&self, hash: u32) -> u16 {
@@ -88,11 +99,8 @@ impl Inbox {
     }
 
     /// The guest sent a flow with this pair.
-    #[inline]
     fn note(&mut self, hash: u32, pair: u16) {
-        if self.pairs.len() > 1
-            && let Some(flow) = self.flows.get_mut(hash as usize % FLOWS)
-        {
+        if let Some(flow) = self.flows.get_mut(hash as usize % FLOWS) {
             *flow = u8::try_from(pair).unwrap_or(UNKNOWN);
         }
     }
@@ -121,17 +129,63 @@ pub struct Delivery<'a> {
 }
 
 impl Delivery<'_> {
-    /// A card's guest sent a flow with this pair.
+    /// Whether it matters with which pair a card's guest sends.
     #[inline]
+    pub(super) fn has_pairs(&self, card: Nic) -> bool {
+        let inbox = self.inboxes.get(usize::from(card.0));
+        let inbox = inbox.and_then(Option::as_ref);
+        inbox.is_some_and(|inbox| inbox.pairs.len() > 1)
+    }
+
+    /// A card's guest sent a flow with this pair.
     pub(super) fn note(&mut self, card: Nic, hash: u32, pair: u16) {
-        if let Some(inbox) = self
-            .inboxes
-            .get_mut(usize::from(card.0))
-            .and_then(Option::as_mut)
-        {
+        let inbox = self.inboxes.get_mut(usize::from(card.0));
+        if let Some(inbox) = inbox.and_then(Option::as_mut) {
             inbox.note(hash, pair);
         }
     }
+
+    /// Copies frames from the front of `frames` into a card's only queue, as far as that is quickly done: how many.
+    #[inline]
+    fn deliver_usual<'a>(
+        &mut self,
+        to: Nic,
+        frames: impl Iterator<Item = Frame<'a>> + Clone,
+    ) -> usize {
+        if self.mirrors.any() {
+            return 0;
+        }
+        let inbox = self.inboxes.get(usize::from(to.0));
+        let only = inbox.and_then(Option::as_ref).and_then(Inbox::only);
+        let opened = only.and_then(|number| open(self.queues, self.touched, number));
+        let Some((lane, ring)) = opened else {
+            return 0;
+        };
+        let mut delivered = Delivered::default();
+        let done = deliver_usual(ring, lane.receiver, self.scratch, frames, &mut delivered);
+        lane.tally.packets += delivered.packets;
+        lane.tally.bytes += delivered.bytes;
+        done
+    }
+}
+
+/// A queue that is about to get something; none if it is no card's.
+#[inline]
+fn open<'a>(
+    queues: &'a mut [Option<Queue>],
+    touched: &mut Vec<u32>,
+    number: u32,
+) -> Option<(&'a mut Lane, &'a mut Virtqueue)> {
+    let queue = queues.get_mut(number as usize)?.as_mut()?;
+    let Kind::Net(lane) = &mut queue.kind else {
+        return None;
+    };
+    if !std::mem::replace(&mut lane.touched, true) {
+        queue.ring.disarm();
+        queue.ring.announce_used_of(USED_AHEAD);
+        touched.push(number);
+    }
+    Some((lane, &mut queue.ring))
 }
 
 impl Sink for Delivery<'_> {
@@ -144,27 +198,13 @@ impl Sink for Delivery<'_> {
         let Some(inbox) = inbox else {
             return Err(DropReason::NoPort);
         };
-        let number = inbox
-            .choose(frame.info.hash)
-            .filter(|_| inbox.device.is_up());
+        let number = inbox.choose(frame).filter(|_| inbox.device.is_up());
         let Some(number) = number else {
             return Err(inbox.lost(DropReason::LinkDown));
         };
-        let queue = self
-            .queues
-            .get_mut(number as usize)
-            .and_then(Option::as_mut);
-        let Some(queue) = queue else {
+        let Some((lane, ring)) = open(self.queues, self.touched, number) else {
             return Err(inbox.lost(DropReason::LinkDown));
         };
-        let Kind::Net(lane) = &mut queue.kind else {
-            return Err(DropReason::NoPort);
-        };
-        if !std::mem::replace(&mut lane.touched, true) {
-            queue.ring.disarm();
-            queue.ring.announce_used_of(USED_AHEAD);
-            self.touched.push(number);
-        }
         let limited = Gate::is_limited(inbox.device.rx_qos());
         let now = limited.then(Moment::now);
         if let Some(now) = now
@@ -173,10 +213,9 @@ impl Sink for Delivery<'_> {
             lane.tally.dropped(DropReason::Limited);
             return Err(DropReason::Limited);
         }
-        lane.announce(&mut queue.ring);
+        lane.announce(ring);
         let mut delivered = Delivered::default();
-        let (ring, receiver) = (&mut queue.ring, lane.receiver);
-        let result = deliver(ring, receiver, self.scratch, frame, &mut delivered);
+        let result = deliver(ring, lane.receiver, self.scratch, frame, &mut delivered);
         lane.tally.packets += delivered.packets;
         lane.tally.bytes += delivered.bytes;
         if let Some(now) = now {
@@ -198,6 +237,24 @@ impl Sink for Delivery<'_> {
                 lane.tally.dropped(DropReason::BadBuffers);
                 self.broken.push((number, error));
                 Err(DropReason::BadBuffers)
+            }
+        }
+    }
+
+    #[inline]
+    fn deliver_all<'a>(
+        &mut self,
+        to: Nic,
+        frames: impl Iterator<Item = Frame<'a>> + Clone,
+    ) -> usize {
+        let (mut left, mut done) = (frames, 0);
+        loop {
+            let quickly = self.deliver_usual(to, left.clone());
+            done += quickly;
+            let next = left.nth(quickly);
+            match next {
+                Some(frame) if self.deliver(to, &frame).is_ok() => done += 1,
+                _ => return done,
             }
         }
     }

@@ -49,6 +49,12 @@ impl Mirrors {
         }
     }
 
+    /// Whether there is one.
+    #[inline]
+    pub(super) fn any(&self) -> bool {
+        self.count > 0
+    }
+
     /// Records a frame that a card's guest sent or received, if the card is mirrored.
     #[inline]
     pub(super) fn record(&mut self, card: Nic, direction: Direction, frame: &Frame<'_>) {

@@ -15,6 +15,7 @@
 //! | --- | --- |
 //! | `cards` | which cards are here, with their queues and ports |
 //! | `ports` | a port of whichever kind |
+//! | `frames` | room for frames that are taken together |
 //! | `transmit` | a turn of a queue that sends, and of a port that gives |
 //! | `mirrors` | copies of what a card sends and receives |
 //! | `delivery` | the way into a card's receive queues |
@@ -23,6 +24,7 @@
 
 mod cards;
 mod delivery;
+mod frames;
 mod mirrors;
 mod ports;
 mod transmit;

@@ -5,8 +5,8 @@
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
 
-use crate::net::HashKey;
 use crate::net::frame::Frame;
+use crate::net::{Counts, HashKey};
 use crate::port::tap::TapPort;
 use crate::port::{
     AfXdpPort, DropReason, Nic, NullPort, OutsideSpec, Port, Sink, SourcePort, Switch, Tokens,
@@ -157,6 +157,20 @@ macro_rules! one_of {
             ) -> Result<(), DropReason> {
                 match self {
                     $(Self::$kind(port) => port$(.$of)?.transmit(from, frame, to, ring),)+
+                }
+            }
+
+            #[inline]
+            fn transmit_all<'a>(
+                &mut self,
+                from: Nic,
+                frames: impl Iterator<Item = Frame<'a>> + Clone,
+                to: &mut impl Sink,
+                ring: &mut Ring,
+                counts: &mut Counts,
+            ) {
+                match self {
+                    $(Self::$kind(port) => port$(.$of)?.transmit_all(from, frames, to, ring, counts),)+
                 }
             }
 

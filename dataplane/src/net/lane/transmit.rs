@@ -2,22 +2,20 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use super::frames::{Frames, Place, Source};
 use super::ports::AnyPort;
-use super::{Cards, Delivery, Lane, MOST_FRAMES};
-use crate::net::frame::{Copied, Frame, HeadBuffer, Offload};
+use super::{Cards, Delivery, Lane};
+use crate::memory::GuestBuffer;
+use crate::net::frame::{Frame, Offload, Readable};
 use crate::net::header::Header;
 use crate::net::parse::ethertype::RARP;
 use crate::net::{Counts, HashKey, HeaderSize, NetDevice};
 use crate::port::mirror::pcapng::Direction;
 use crate::port::{DropReason, Guard, Nic, Port as _};
-use crate::virtqueue::{Chain, RingError, Virtqueue};
+use crate::virtqueue::{RingError, Virtqueue};
 use crate::worker::clock;
 use crate::worker::queue::{Kind, Queue};
 use crate::worker::ring::Ring;
-
-/// Bytes at the front of what is sent that are asked for as soon as they are known: the header, and what is looked at of
-/// most frames.
-const FIRST_BYTES: u32 = 128;
 
 /// What a queue may send in its turn.
 #[derive(Debug, Clone, Copy)]
@@ -41,72 +39,6 @@ pub struct Sent {
     pub broken: Option<RingError>,
 }
 
-/// Room for a frame that was taken.
-#[derive(Debug)]
-struct Place {
-    id: u16,
-    chain: Chain,
-    head: HeadBuffer,
-}
-
-/// Room for frames that are taken together.
-#[derive(Debug)]
-pub(super) struct Frames {
-    places: Box<[Place]>,
-    count: usize,
-}
-
-impl Default for Frames {
-    fn default() -> Self {
-        let place = |_| Place {
-            id: 0,
-            chain: Chain::with_capacity(32),
-            head: HeadBuffer::default(),
-        };
-        Self {
-            places: (0..MOST_FRAMES).map(place).collect(),
-            count: 0,
-        }
-    }
-}
-
-impl Frames {
-    /// Takes what a queue has, as far as it may.
-    #[inline]
-    fn take(&mut self, ring: &mut Virtqueue, asked: Asked) -> Sent {
-        let mut sent = Sent::default();
-        for place in self.places.iter_mut().take(asked.frames) {
-            match ring.pop(&mut place.chain) {
-                Ok(Some(id)) => place.id = id,
-                Ok(None) => break,
-                Err(error) => {
-                    sent.broken = Some(error);
-                    break;
-                }
-            }
-            place.chain.readable.announce_front(FIRST_BYTES);
-            sent.frames += 1;
-            sent.bytes += place.chain.readable.bytes();
-            if sent.bytes >= asked.bytes {
-                break;
-            }
-        }
-        self.count = sent.frames;
-        sent
-    }
-
-    fn taken(&mut self) -> &mut [Place] {
-        self.places.get_mut(..self.count).unwrap_or_default()
-    }
-
-    /// Lets go of guest memory.
-    pub(super) fn release(&mut self) {
-        for place in &mut self.places {
-            place.chain.release();
-        }
-    }
-}
-
 /// Who sends.
 struct Sender<'a> {
     device: &'a NetDevice,
@@ -117,53 +49,81 @@ struct Sender<'a> {
     key: HashKey,
 }
 
+/// Where frames go on.
+struct Onward<'a, 'd> {
+    port: &'a mut AnyPort,
+    to: &'a mut Delivery<'d>,
+    ring: &'a mut Ring,
+}
+
 impl Sender<'_> {
-    /// Gives frames to a port: what became of them. What they become beyond one packet each is added to `more`.
+    /// Gives what was taken to a port, each step for all frames before the next step: what became of them. What they
+    /// become beyond one packet each is added to `more`.
     #[inline]
-    fn send(
-        &self,
-        taken: &mut [Place],
-        port: &mut AnyPort,
-        to: &mut Delivery<'_>,
-        (ring, more): (&mut Ring, &mut usize),
-    ) -> Counts {
-        let mut counts = Counts::default();
-        for place in taken {
-            match self.send_one(place, port, to, (ring, more)) {
-                Ok(bytes) => counts.frame(bytes as u64),
-                Err(reason) => counts.dropped(reason),
+    fn send(&self, frames: &mut Frames, onward: Onward<'_, '_>, more: &mut usize) -> Counts {
+        match frames.taken() {
+            (Source::Run(run), places) => self.send_all(places, |at| run.get(at), onward, more),
+            (Source::Chains(chains), places) => {
+                let no_chain = &GuestBuffer::default();
+                let readable = |at: usize| chains.get(at).map_or(no_chain, |(_, c)| &c.readable);
+                self.send_all(places, readable, onward, more)
             }
         }
+    }
+
+    #[inline(always)]
+    fn send_all<'a, R: Readable<'a>>(
+        &self,
+        places: &'a mut [Place],
+        readable: impl Fn(usize) -> R + Copy,
+        onward: Onward<'_, '_>,
+        more: &mut usize,
+    ) -> Counts {
+        let mut counts = Counts::default();
+        let Onward { port, to, ring } = onward;
+        for (at, place) in places.iter_mut().enumerate() {
+            let looked = place.head.look(readable(at), self.header, self.key);
+            place.goes.set(looked.is_ok());
+            if let Err(reason) = looked {
+                counts.dropped(reason);
+            }
+        }
+        let places: &'a [Place] = places;
+        let (is_up, has_pairs) = (self.device.is_up(), to.has_pairs(self.nic));
+        let good = |(_, place): &(usize, &Place)| place.goes.get();
+        for (at, place) in places.iter().enumerate().filter(good) {
+            let frame = place.head.frame(readable(at), self.key);
+            if let Err(reason) = self.may_go(&frame, is_up) {
+                counts.dropped(reason);
+                place.goes.set(false);
+                continue;
+            }
+            to.mirrors.record(self.nic, Direction::Outbound, &frame);
+            if has_pairs {
+                to.note(self.nic, frame.info().hash, self.pair);
+            }
+            if let Offload::Gso(_) = frame.offload {
+                *more += frame.packets().saturating_sub(1);
+            }
+        }
+        let key = self.key;
+        let going = places.iter().enumerate().filter(good);
+        let going = going.map(move |(at, place)| place.head.frame(readable(at), key));
+        port.transmit_all(self.nic, going, to, ring, &mut counts);
         counts
     }
 
-    #[inline]
-    fn send_one(
-        &self,
-        place: &mut Place,
-        port: &mut AnyPort,
-        to: &mut Delivery<'_>,
-        (ring, more): (&mut Ring, &mut usize),
-    ) -> Result<usize, DropReason> {
-        let Place { chain, head, .. } = place;
-        let copied = Copied::of_chain(&chain.readable, self.header, head)?;
-        let mut frame = Frame::unseen(copied.head, copied.body);
-        frame.look(&copied.header, self.key)?;
-        if !self.device.is_up() {
+    /// Whether a frame of the card's may go on.
+    #[inline(always)]
+    fn may_go(&self, frame: &Frame<'_>, is_up: bool) -> Result<(), DropReason> {
+        if !is_up {
             return Err(DropReason::LinkDown);
         }
         // Nothing on the way cuts it: what each piece of it is on a wire counts.
         if frame.packet_bytes() > usize::from(self.device.shape.mtu) {
             return Err(DropReason::TooLong);
         }
-        self.guard.check(&frame)?;
-        to.mirrors.record(self.nic, Direction::Outbound, &frame);
-        to.note(self.nic, frame.info.hash, self.pair);
-        if let Offload::Gso(_) = frame.offload {
-            *more += frame.packets().saturating_sub(1);
-        }
-        port.transmit(self.nic, &frame, to, ring)?;
-        Ok(frame.bytes())
+        self.guard.check(frame)
     }
 }
 
@@ -228,15 +188,17 @@ impl Cards {
         if !port.hears() {
             port.receive(clock::now(), &mut delivery, ring);
         }
-        let taken = self.frames.taken();
+        let onward = Onward {
+            port,
+            to: &mut delivery,
+            ring,
+        };
         let more = &mut sent.more_packets;
-        let counts = sender.send(taken, port, &mut delivery, (ring, more));
+        let counts = sender.send(&mut self.frames, onward, more);
         port.flush(ring);
         self.mirrors.flush(ring);
         if let Some((lane, virtqueue)) = lane_of(queues, number) {
-            for place in taken {
-                virtqueue.push_used(place.id, 0);
-            }
+            self.frames.give_back(virtqueue);
             lane.tally.add(&counts);
         }
         sent
@@ -323,9 +285,9 @@ mod tests {
         let bytes = announcement(mac);
         let frame = Frame::of_bytes(&Header::default(), &bytes, HashKey::new(1));
         let frame = frame.expect("a frame");
-        assert_eq!((frame.info.src, frame.info.dst), (mac, [0xff; 6]));
-        assert_eq!(frame.info.ethertype, RARP);
-        assert_eq!(frame.info.network, Network::Arp);
+        assert_eq!((frame.link.src(), frame.link.dst()), (mac, [0xff; 6]));
+        assert_eq!(frame.link.ethertype, RARP);
+        assert_eq!(frame.info().network, Network::Arp);
         assert_eq!(frame.claims().mac, Some(mac));
     }
 }

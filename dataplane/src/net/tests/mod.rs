@@ -6,14 +6,15 @@ mod offload;
 mod parse;
 mod receive;
 mod rig;
+mod usual;
 
 use std::sync::Arc;
 
 use bulkhead_integration::packets::Packet;
 
+use super::HashKey;
 use super::frame::{Frame, HeadBuffer};
 use super::header::{GSO_NONE, GSO_TCPV4, Header, HeaderSize, NEEDS_CSUM};
-use super::parse::HashKey;
 use crate::memory::{GuestBuffer, Lease, anonymous};
 use crate::port::DropReason;
 

@@ -71,7 +71,7 @@ fn cut(header: &Header, bytes: &[u8], checksums: Checksums) -> Vec<Vec<u8>> {
     let Offload::Gso(gso) = frame.offload else {
         panic!("{:?}", frame.offload);
     };
-    let mut segments = Segments::new(bytes, gso, frame.info.l3, checksums).expect("it can be cut");
+    let mut segments = Segments::new(bytes, gso, frame.link.l3, checksums).expect("it can be cut");
     let mut head = SegmentHead::default();
     let mut all = Vec::new();
     while let Some((head, payload)) = segments.next(&mut head) {

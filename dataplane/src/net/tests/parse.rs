@@ -6,8 +6,9 @@ use bulkhead_integration::packets::{A, B, ICMPV6, Ip, Packet, TCP, UDP};
 use proptest::prelude::*;
 
 use super::{key, tcp};
+use crate::net::HashKey;
 use crate::net::claims::claims;
-use crate::net::parse::{FrameInfo, HashKey, Network, Transport, parse};
+use crate::net::parse::{FrameInfo, Network, Transport, parse};
 
 fn info(packet: &Packet) -> FrameInfo {
     parse(&packet.complete(), key()).expect("Ethernet")
@@ -16,12 +17,12 @@ fn info(packet: &Packet) -> FrameInfo {
 #[test]
 fn layers_are_found_behind_tags_options_and_extension_headers() {
     let plain = info(&tcp(10));
-    assert_eq!((plain.dst, plain.src), (B, A));
+    assert_eq!((plain.link.dst(), plain.link.src()), (B, A));
     assert_eq!(
-        (plain.tag, plain.vlan(), plain.ethertype),
+        (plain.link.tag, plain.link.vlan(), plain.link.ethertype),
         (None, 0, 0x0800)
     );
-    assert_eq!((plain.network, plain.l3), (Network::Ipv4, 14));
+    assert_eq!((plain.network, plain.link.l3), (Network::Ipv4, 14));
     assert_eq!((plain.transport, plain.l4), (Transport::Tcp, 34));
     let tagged = info(&Packet {
         tags: vec![(0x88a8, 0xe064), (0x8100, 7)],
@@ -29,11 +30,11 @@ fn layers_are_found_behind_tags_options_and_extension_headers() {
         ..Packet::v4(UDP, &[])
     });
     assert_eq!(
-        (tagged.tag, tagged.vlan()),
+        (tagged.link.tag, tagged.link.vlan()),
         (Some(0xe064), 100),
         "the outer one"
     );
-    assert_eq!((tagged.l3, tagged.l4), (22, 50));
+    assert_eq!((tagged.link.l3, tagged.l4), (22, 50));
     let six = info(&Packet {
         extensions: vec![(0, vec![0; 7]), (60, vec![1; 15]), (51, vec![4; 23])],
         ..Packet::v6(ICMPV6, &[128, 0, 0, 0])
@@ -76,7 +77,7 @@ fn what_is_no_packet_of_its_ethertype_is_malformed() {
     assert_eq!(info(&three).network, Network::Malformed);
     // A tag that is not whole.
     let cut = parse(&three.complete()[..15], key()).expect("Ethernet");
-    assert_eq!((cut.network, cut.tag), (Network::Malformed, None));
+    assert_eq!((cut.network, cut.link.tag), (Network::Malformed, None));
     assert!(parse(&good[..13], key()).is_none());
 }
 
@@ -192,7 +193,7 @@ proptest! {
             bytes[20] = [0, 43, 44, 51, 60, 58, next][usize::from(next) % 7];
         }
         if let Some(info) = parse(&bytes, key()) {
-            prop_assert!(usize::from(info.l3) <= bytes.len());
+            prop_assert!(usize::from(info.link.l3) <= bytes.len());
             let _ = claims(&bytes, true, &info);
         } else {
             prop_assert!(bytes.len() < 14);

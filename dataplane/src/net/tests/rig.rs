@@ -10,7 +10,7 @@ use super::of_guest;
 use crate::memory::{DirtyLog, GuestMemory, RegionSpec, SharedArea};
 use crate::net::frame::Frame;
 use crate::net::header::{Header, feature};
-use crate::net::receive::{Delivered, Receiver, Refused, Scratch, deliver};
+use crate::net::receive::{Delivered, Receiver, Refused, Scratch, deliver, deliver_usual};
 use crate::vhost_user::feature::{IN_ORDER, INDIRECT_DESC, RING_PACKED, VERSION_1};
 use crate::virtqueue::{QueueFeatures, Virtqueue};
 use crate::worker::message::RingLayout;
@@ -112,6 +112,16 @@ impl Rig {
         *self.offered.last_mut().expect("it was offered") = buffers;
     }
 
+    /// Offers a chain of one buffer, as most drivers do: as a descriptor in the ring.
+    pub(super) fn offer_plain(&mut self, length: usize) {
+        let id = u16::try_from(self.offered.len()).expect("few");
+        let desc = Desc::writable(self.next, u32::try_from(length).expect("small"));
+        self.ring.offer(&self.memory, id, &[desc]).expect("room");
+        self.ring.publish_quietly(&self.memory).expect("shown");
+        self.offered.push(vec![(self.next, length)]);
+        self.next += length as u64 + 16;
+    }
+
     pub(super) fn offer_descs(&mut self, descs: &[Desc]) {
         let id = u16::try_from(self.offered.len()).expect("few");
         let at = BASE + 0x8000 + 0x80 * u64::from(id);
@@ -132,6 +142,16 @@ impl Rig {
         let mut delivered = Delivered::default();
         deliver(queue, receiver, scratch, frame, &mut delivered)?;
         Ok(delivered)
+    }
+
+    /// Several at once: how many, and what was counted.
+    pub(super) fn deliver_usual(&mut self, frames: &[Frame<'_>], mtu: u16) -> (usize, Delivered) {
+        let receiver = Receiver::of(self.features, mtu);
+        let (queue, scratch) = (&mut self.queue, &mut self.scratch);
+        let mut delivered = Delivered::default();
+        let frames = frames.iter().copied();
+        let count = deliver_usual(queue, receiver, scratch, frames, &mut delivered);
+        (count, delivered)
     }
 
     pub(super) fn deliver(&mut self, header: &Header, bytes: &[u8]) -> Result<Delivered, Refused> {

@@ -28,10 +28,10 @@ use std::time::Duration;
 
 use super::interface::InterfaceCounters;
 use super::{DropReason, Nic, Port, Sink, Tokens};
+use crate::net::HashKey;
 use crate::net::frame::{Frame, Gso, Offload};
 use crate::net::header::Header;
 use crate::net::offload::{Checksums, SegmentHead, Segments, Staging, complete};
-use crate::net::parse::HashKey;
 use crate::worker::clock;
 use crate::worker::ring::{Completion, EntryId, Event, FixedFile, Ring};
 use frames::Frames;
@@ -123,7 +123,7 @@ impl AfXdpPort {
             return Err(DropReason::PortBusy);
         }
         let bytes = self.staging.stage(frame).ok_or(DropReason::Malformed)?;
-        let cut = Segments::new(bytes, gso, frame.info.l3, Checksums::Complete);
+        let cut = Segments::new(bytes, gso, frame.link.l3, Checksums::Complete);
         let mut cut = cut.ok_or(DropReason::Malformed)?;
         while let Some((head, payload)) = cut.next(&mut self.head) {
             self.frames.send(|to| {

@@ -314,6 +314,7 @@ fn copy_front(frame: &Frame<'_>, to: &mut [u8]) -> bool {
     head.copy_from_slice(front);
     match &frame.body {
         Body::Guest { buffer, at, .. } => buffer.copy_out(*at, rest),
+        Body::Slice(slice) => slice.copy_out(0, rest),
         Body::Bytes(bytes) => match bytes.get(..rest.len()) {
             Some(bytes) => {
                 rest.copy_from_slice(bytes);

@@ -188,24 +188,46 @@ impl Bridge {
     /// Where a frame of a member's goes.
     #[inline]
     pub fn decide(&mut self, from: Member, destination: Station, source: Station) -> Verdict {
-        let now = self.now;
-        let known = match self.flows(from) {
-            Some(flows) => flows.find(destination, source, now),
-            None => return Verdict::Drop(DropReason::NoPort),
-        };
-        if let Some(places) = known
-            && let Some(to) = self.table.at(places.destination, destination)
-            && self.table.heard(places.source, source, from)
-        {
-            self.counts.flow_hits += 1;
-            return unless_back(from, to);
+        match self.known(from, destination, source) {
+            Some(to) => {
+                self.counts.flow_hits += 1;
+                unless_back(from, to)
+            }
+            None => self.decide_first(from, destination, source),
         }
-        self.decide_first(from, destination, source)
+    }
+
+    /// The NIC that so many frames of a member's go to, which are of one flow; none if that isn't known, or is not a NIC
+    /// or the one that they come from: then nothing is counted, and each is to be decided about.
+    #[inline]
+    pub fn known_nic(
+        &mut self,
+        from: Member,
+        destination: Station,
+        source: Station,
+        frames: u64,
+    ) -> Option<Nic> {
+        let to = self.known(from, destination, source)?;
+        let nic = to.nic().filter(|_| to != from)?;
+        self.counts.flow_hits += frames;
+        Some(nic)
+    }
+
+    /// The member that a flow goes to, as was decided about its first frame.
+    #[inline]
+    fn known(&mut self, from: Member, destination: Station, source: Station) -> Option<Member> {
+        let now = self.now;
+        let places = self.flows(from)?.find(destination, source, now)?;
+        let to = self.table.at(places.destination, destination)?;
+        self.table.heard(places.source, source, from).then_some(to)
     }
 
     /// Where a frame goes whose flow isn't known, or is none that is remembered.
     #[inline(never)]
     fn decide_first(&mut self, from: Member, destination: Station, source: Station) -> Verdict {
+        if self.flows(from).is_none() {
+            return Verdict::Drop(DropReason::NoPort);
+        }
         if !source.is_single() || destination.untagged() == Station::NONE {
             return Verdict::Drop(DropReason::Malformed);
         }

@@ -33,8 +33,9 @@ pub mod table;
 use std::sync::Arc;
 
 use super::{DropReason, Nic, Port, Sink};
+use crate::net::Counts as FrameCounts;
 use crate::net::frame::Frame;
-use crate::net::parse::FrameInfo;
+use crate::net::parse::Link;
 use crate::worker::ring::{Completion, Ring};
 use bridge::{Bridge, Verdict};
 pub use bridge::{Counts, JoinError, MOST_NICS};
@@ -112,6 +113,44 @@ impl<U: Port> Switch<U> {
         std::mem::replace(&mut self.uplink, uplink)
     }
 
+    /// A frame goes where was decided.
+    #[inline]
+    fn go(
+        &mut self,
+        verdict: Verdict,
+        from: Nic,
+        frame: &Frame<'_>,
+        to: &mut impl Sink,
+        ring: &mut Ring,
+    ) -> Result<(), DropReason> {
+        self.outward
+            .note(from, verdict == Verdict::To(Member::UPLINK));
+        match verdict {
+            Verdict::To(member) => match (member.nic(), &mut self.uplink) {
+                (Some(nic), _) => {
+                    // What became of it there is counted there.
+                    let _ = to.deliver(nic, frame);
+                    Ok(())
+                }
+                (None, Some(uplink)) => uplink.transmit(from, frame, to, ring),
+                (None, None) => Err(DropReason::NoPort),
+            },
+            Verdict::Flood => self.flood(from, frame, to, ring),
+            Verdict::Drop(reason) => Err(reason),
+        }
+    }
+
+    /// The NIC that so many frames of a known flow go to; none where there is more to decide about each.
+    #[inline]
+    fn decide_known(&mut self, from: Nic, first: &Frame<'_>, frames: usize) -> Option<Nic> {
+        let (destination, source) = stations(&first.link);
+        let nic = self
+            .bridge
+            .known_nic(from.into(), destination, source, frames as u64)?;
+        self.outward.note(from, false);
+        Some(nic)
+    }
+
     /// Copies a frame to all NICs but one, and out of the host.
     fn flood(
         &mut self,
@@ -165,21 +204,39 @@ impl<U: Port> Port for Switch<U> {
         to: &mut impl Sink,
         ring: &mut Ring,
     ) -> Result<(), DropReason> {
-        let verdict = decide(&mut self.bridge, from.into(), &frame.info);
-        self.outward
-            .note(from, verdict == Verdict::To(Member::UPLINK));
-        match verdict {
-            Verdict::To(member) => match (member.nic(), &mut self.uplink) {
-                (Some(nic), _) => {
-                    // What became of it there is counted there.
-                    let _ = to.deliver(nic, frame);
-                    Ok(())
+        let verdict = decide(&mut self.bridge, from.into(), &frame.link);
+        self.go(verdict, from, frame, to, ring)
+    }
+
+    #[inline]
+    fn transmit_all<'a>(
+        &mut self,
+        from: Nic,
+        frames: impl Iterator<Item = Frame<'a>> + Clone,
+        to: &mut impl Sink,
+        ring: &mut Ring,
+        counts: &mut FrameCounts,
+    ) {
+        let mut left = frames;
+        while let Some(first) = left.clone().next() {
+            let of_flow = |frame: &Frame<'_>| frame.link.is_same_way(&first.link);
+            let flow = left.clone().take_while(of_flow).count();
+            match self.decide_known(from, &first, flow) {
+                Some(nic) => {
+                    for frame in left.clone().take(flow) {
+                        counts.frame(frame.bytes() as u64);
+                    }
+                    deliver_to(nic, left.clone().take(flow), to);
+                    left.nth(flow - 1);
                 }
-                (None, Some(uplink)) => uplink.transmit(from, frame, to, ring),
-                (None, None) => Err(DropReason::NoPort),
-            },
-            Verdict::Flood => self.flood(from, frame, to, ring),
-            Verdict::Drop(reason) => Err(reason),
+                None => {
+                    match self.transmit(from, &first, to, ring) {
+                        Ok(()) => counts.frame(first.bytes() as u64),
+                        Err(reason) => counts.dropped(reason),
+                    }
+                    left.next();
+                }
+            }
         }
     }
 
@@ -224,7 +281,7 @@ impl<S: Sink> Sink for Inward<'_, S> {
     /// To whom it is for, whichever NIC the uplink takes it to be for.
     #[inline]
     fn deliver(&mut self, _to: Nic, frame: &Frame<'_>) -> Result<(), DropReason> {
-        let reason = match decide(self.bridge, Member::UPLINK, &frame.info) {
+        let reason = match decide(self.bridge, Member::UPLINK, &frame.link) {
             Verdict::To(member) => match member.nic() {
                 Some(nic) => return self.to.deliver(nic, frame),
                 None => DropReason::Hairpin,
@@ -241,11 +298,26 @@ impl<S: Sink> Sink for Inward<'_, S> {
 }
 
 #[inline]
-fn decide(bridge: &mut Bridge, from: Member, info: &FrameInfo) -> Verdict {
-    let vlan = info.vlan();
-    let destination = Station::new(info.dst, vlan);
-    let source = Station::new(info.src, vlan);
+fn decide(bridge: &mut Bridge, from: Member, link: &Link) -> Verdict {
+    let (destination, source) = stations(link);
     bridge.decide(from, destination, source)
+}
+
+/// Where a frame goes, and where it comes from.
+#[inline]
+fn stations(link: &Link) -> (Station, Station) {
+    (Station::of_bits(link.to), Station::of_bits(link.from))
+}
+
+/// Copies frames to a NIC. What became of each is counted there.
+#[inline]
+fn deliver_to<'a>(nic: Nic, frames: impl Iterator<Item = Frame<'a>> + Clone, to: &mut impl Sink) {
+    let mut left = frames;
+    while left.clone().next().is_some() {
+        let done = to.deliver_all(nic, left.clone());
+        // The one that it did not get is behind them.
+        left.nth(done);
+    }
 }
 
 /// Copies a frame to all NICs but the one that it is from: how many they were.

@@ -22,6 +22,13 @@ impl Station {
         Self(u64::from_be_bytes([a, b, c, d, e, f, v, w]))
     }
 
+    /// Of a word that has both: the MAC address in the upper six bytes, the VLAN in the lower two.
+    #[must_use]
+    #[inline]
+    pub(crate) fn of_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
     /// The same MAC address outside any VLAN.
     #[must_use]
     #[inline]
