@@ -12,7 +12,8 @@
 pub enum DropReason {
     /// No Ethernet frame, or a header that does not say what it must (virtio 1.2, 5.1.6).
     Malformed,
-    /// An offload that was not negotiated, or that its own frame contradicts (virtio 1.2, 5.1.6.2).
+    /// An offload that its own frame contradicts (virtio 1.2, 5.1.6.2), or that is too much for everybody: a segment that
+    /// becomes many packets and is flooded.
     BadOffload,
     /// Longer than any frame or segment, or than the MTU where nothing cuts it.
     TooLong,

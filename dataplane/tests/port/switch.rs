@@ -13,7 +13,7 @@ use bulkhead_dataplane::worker::ring::{Completion, Ring};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use crate::frames::{BROADCAST, Packet, datagram, ethernet, mac, tagged};
+use crate::frames::{BROADCAST, Packet, datagram, ethernet, mac, segment, tagged};
 use crate::rig::{NIC, Rig, key, packet};
 use crate::suite::{self, HERE, Outside, THERE};
 
@@ -190,6 +190,26 @@ fn what_is_for_nobody_known_goes_to_all_others_until_it_answers() {
     assert_eq!(got(&mut rig, &cable), [0, 0, 0, 1]);
     let counts = rig.port.counts();
     assert_eq!((counts.floods, counts.learned, counts.moved), (2, 2, 0));
+}
+
+/// Whoever takes none whole has it cut: that is done for one, and not for all.
+#[test]
+fn a_segment_of_very_many_packets_is_for_one_receiver_only() {
+    let (mut rig, cable) = three();
+    let of = |dst, mss| segment(dst, 1, 20_054, mss);
+    for (mss, reaches) in [(157, 1), (156, 0), (48, 0)] {
+        let expected = if reaches == 0 {
+            Err(DropReason::BadOffload)
+        } else {
+            Ok(())
+        };
+        assert_eq!(rig.transmit(Nic(0), &of(50, mss)), expected, "{mss}");
+        assert_eq!(got(&mut rig, &cable), [0, reaches, reaches, reaches]);
+        assert_eq!(rig.transmit(Nic(0), &of(2, mss)), Ok(()));
+        assert_eq!(got(&mut rig, &cable), [0, 1, 0, 0]);
+        cable.arrives(of(50, mss));
+        assert_eq!(got(&mut rig, &cable), [reaches, reaches, reaches, 0]);
+    }
 }
 
 #[test]
