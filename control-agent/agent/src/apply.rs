@@ -148,7 +148,7 @@ impl Agent {
             &plan,
         )?;
         rekey::check_files(&self.host.directories, &bundle, &plan)?;
-        self.refuse_mirrors(&bundle)?;
+        self.refuse_mirrors(old, &bundle)?;
         let ports = ports::open_new(old, &bundle, &self.host.prepared)?;
         Ok(Checked {
             stored: Stored { bundle, envelope },

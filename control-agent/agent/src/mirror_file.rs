@@ -6,8 +6,9 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2};
 use nix::sys::stat::Mode;
+use nix::unistd::{AccessFlags, faccessat};
 
 /// Files of one name: with `.1` behind it and so on, if there is one.
 const MOST_FILES: u16 = 1000;
@@ -31,6 +32,20 @@ impl MirrorDirectory {
         Ok(Self {
             path: path.to_owned(),
             fd,
+        })
+    }
+
+    /// Whether files can be made in it.
+    ///
+    /// # Errors
+    /// For the operator: which directory, and what to do.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let access = AccessFlags::W_OK | AccessFlags::X_OK;
+        let checked = faccessat(&self.fd, ".", access, AtFlags::AT_EACCESS);
+        checked.map_err(|error| {
+            let path = self.path.display();
+            let error = error.desc();
+            format!("the agent can't make files in {path} ({error}): give that directory to the agent's user, with mode 0700")
         })
     }
 
@@ -61,6 +76,7 @@ impl MirrorDirectory {
             match openat2(&self.fd, name.as_str(), how) {
                 Ok(file) => return Ok((file, name)),
                 Err(Errno::EEXIST) => {}
+                Err(Errno::EACCES) => return self.check().and(failed(&name, "it may not be made")),
                 Err(error) => return failed(&name, error.desc()),
             }
         }
@@ -73,6 +89,8 @@ mod tests {
     use std::fs::{self, File};
     use std::io::Write as _;
     use std::os::unix::fs::{PermissionsExt as _, symlink};
+
+    use bulkhead_protocol::process;
 
     use super::*;
 
@@ -93,6 +111,29 @@ mod tests {
         assert!(!folder.path().join("elsewhere").exists());
         let kept = fs::read(folder.path().join("a.pcapng")).expect("read");
         assert_eq!(kept, b"kept");
+    }
+
+    #[test]
+    fn a_directory_of_somebody_elses_is_named_with_what_to_do() {
+        let folder = tempfile::tempdir().expect("folder");
+        let directory = MirrorDirectory::open(folder.path()).expect("open");
+        assert_eq!(directory.check(), Ok(()));
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o500)).expect("mode");
+        // As the agent does it: without a right to pass over modes.
+        let refused = std::thread::scope(|scope| {
+            let agent = scope.spawn(|| {
+                process::keep_capabilities(&[]).expect("dropped");
+                [directory.check(), directory.create("a").map(drop)]
+            });
+            agent.join().expect("joined")
+        });
+        for refused in refused {
+            let refused = refused.expect_err("refused");
+            assert!(
+                refused.contains("give that directory to the agent's user"),
+                "{refused}"
+            );
+        }
     }
 
     #[test]

@@ -11,12 +11,13 @@ use bulkhead_protocol::{NicId, SwitchName};
 
 use crate::agent::{Agent, Known};
 use crate::message::{Action, Peer};
+use crate::mirror_file::MirrorDirectory;
 use crate::ports::{self, Owner};
 use crate::step::Step;
 
 /// Why nothing can be mirrored.
-const NO_DIRECTORY: &str = "there is no directory for mirrors: start bulkhead-rot with --mirror-dir, or take the \
-                            mirror out of the bundle";
+const NO_DIRECTORY: &str = "there is no directory for mirrors: start bulkhead-rot with --mirror-dir and one that is the \
+                            agent's user's, or take the mirror out of the bundle";
 
 /// What of networks the data plane has.
 #[derive(Debug, Default)]
@@ -142,15 +143,20 @@ impl Agent {
         Ok(())
     }
 
-    /// Refuses a bundle with mirrors where there is no directory for them.
-    pub(crate) fn refuse_mirrors(&self, bundle: &HostBundle) -> Result<(), String> {
-        let mut nics = bundle.nics.iter();
-        match nics.find(|nic| nic.mirror.is_some()) {
-            Some(nic) if self.host.mirrors.is_none() => {
-                Err(format!("NIC {}: {NO_DIRECTORY}", nic.name))
-            }
-            _ => Ok(()),
-        }
+    /// Refuses a bundle with new mirrors where no file can be made for them.
+    pub(crate) fn refuse_mirrors(
+        &self,
+        old: Option<&HostBundle>,
+        new: &HostBundle,
+    ) -> Result<(), String> {
+        let before = |nic: &Nic| old.and_then(|old| old.nic(nic.id)?.mirror.as_ref());
+        let is_new = |nic: &&Nic| nic.mirror.is_some() && before(nic) != nic.mirror.as_ref();
+        let Some(nic) = new.nics.iter().find(is_new) else {
+            return Ok(());
+        };
+        let directory = self.host.mirrors.as_ref().ok_or(NO_DIRECTORY.to_owned());
+        let checked = directory.and_then(MirrorDirectory::check);
+        checked.map_err(|problem| format!("NIC {}: {problem}", nic.name))
     }
 
     /// Makes the file of a NIC's mirror and sends it. Who signed that is written down.

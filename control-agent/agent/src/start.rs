@@ -39,9 +39,6 @@ pub enum StartupError {
     /// A volume directory can't be opened.
     #[error("--volume-dir {0}")]
     VolumeDirectory(io::Error),
-    /// The directory for mirrors can't be opened.
-    #[error("--mirror-dir {0}")]
-    MirrorDirectory(io::Error),
     /// The event loop.
     #[error(transparent)]
     Loop(#[from] LoopError),
@@ -58,6 +55,17 @@ fn stored() -> Vec<(FdName, OwnedFd)> {
     }
 }
 
+/// The directory for mirrors. One that can't be opened is named in the log, and everything but mirrors is served all the same.
+fn mirror_directory(arguments: &Arguments) -> Option<MirrorDirectory> {
+    let opened = MirrorDirectory::open(arguments.mirror_dir.as_deref()?);
+    let failed = |error: &io::Error| {
+        tracing::error!(
+            "no NIC can be mirrored: --mirror-dir {error}; make it, for the agent's user alone, and start rot again"
+        );
+    };
+    opened.inspect_err(failed).ok()
+}
+
 /// Starts the agent and runs it until rot says stop.
 ///
 /// # Errors
@@ -69,8 +77,7 @@ pub fn run(arguments: &Arguments) -> Result<(), StartupError> {
     let found = Store::open(&arguments.state_dir, &arguments.host, &trust)?;
     let directories =
         VolumeDirectories::open(&arguments.volume_dirs).map_err(StartupError::VolumeDirectory)?;
-    let mirrors = arguments.mirror_dir.as_deref().map(MirrorDirectory::open);
-    let mirrors = mirrors.transpose().map_err(StartupError::MirrorDirectory)?;
+    let mirrors = mirror_directory(arguments);
     let prepared = prepared::take(stored());
     let xdp = !prepared.is_empty();
     lockdown::lock_in(&arguments.state_dir, &directories, mirrors.as_ref(), xdp)?;

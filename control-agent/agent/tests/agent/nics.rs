@@ -481,6 +481,31 @@ fn each_mirror_has_a_new_file_that_only_the_data_plane_keeps() {
 }
 
 #[test]
+fn without_its_directory_for_mirrors_a_host_serves_all_the_rest() {
+    let mut world = World::new();
+    world.apply_fully(&networked(1, vec![nic(1)]));
+    world.kill();
+    fs::remove_dir(world.path("mirrors")).expect("removed");
+    world.start();
+    world.announce(Role::Keyd);
+    world.announce(Role::Dataplane);
+    world.apply_fully(&networked(2, vec![nic(1), nic(2)]));
+    let mut mirrored = networked(3, vec![nic(1), nic(2)]);
+    mirrored.nics[1].mirror = Some(MirrorSpec {
+        file: "net2.pcapng".to_owned(),
+        snap_bytes: 64,
+        most_bytes: 1 << 20,
+    });
+    let AdminReply::Refused { reason } = world.apply(&signed(&mirrored)) else {
+        panic!("not refused");
+    };
+    assert!(
+        reason.starts_with("NIC net2: there is no directory for mirrors"),
+        "{reason}"
+    );
+}
+
+#[test]
 fn a_data_plane_that_starts_again_gets_switches_and_nics_again() {
     let mut world = World::new();
     world.apply_fully(&networked(1, vec![nic(1)]));
