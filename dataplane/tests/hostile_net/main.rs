@@ -17,6 +17,7 @@ mod receive;
 )]
 mod rig;
 mod rings;
+mod shared;
 
 use arena::{Arena, End, Run};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -47,6 +48,7 @@ fn main() {
         receive::cases(),
         rings::cases(),
         messages::cases(),
+        shared::cases(),
     ];
     let mut trials = Vec::new();
     for case in tables.into_iter().flatten() {
