@@ -5,14 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 
 use bulkhead_bundle::{HostBundle, Nic, Switch};
-use bulkhead_interfaces::xdp::{self, Prepared};
-use bulkhead_interfaces::{InterfaceName as Openable, tap};
+use bulkhead_interfaces::tap;
+use bulkhead_interfaces::xdp::Prepared;
 use bulkhead_protocol::control::PortFacts;
-use bulkhead_protocol::net::{AF_XDP_QUEUES, InterfaceName, PortSpec, Uplink};
+use bulkhead_protocol::net::{InterfaceName, PortSpec, Uplink};
 use bulkhead_protocol::{NicId, SwitchName};
-
-// What can be signed is what a prepared interface has room for.
-const _: () = assert!(AF_XDP_QUEUES as u32 == xdp::MOST_QUEUES);
 
 /// Whose a port is.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -79,11 +76,7 @@ pub(crate) fn open_uplink(
 }
 
 fn open_tap(interface: &InterfaceName, queue_pairs: u16) -> Result<Opened, String> {
-    let name: Openable = interface
-        .as_str()
-        .parse()
-        .map_err(|error: bulkhead_interfaces::NameError| error.to_string())?;
-    let tap = tap::open(&name, queue_pairs).map_err(|error| error.to_string())?;
+    let tap = tap::open(interface, queue_pairs).map_err(|error| error.to_string())?;
     Ok(Opened {
         facts: PortFacts::Tap {
             has_uso: tap.has_uso,

@@ -5,7 +5,6 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
-use bulkhead_interfaces::InterfaceName as Openable;
 use bulkhead_interfaces::xdp::Prepared;
 use bulkhead_protocol::fd_store::{FdName, xdp_interface};
 use bulkhead_protocol::net::InterfaceName;
@@ -33,10 +32,9 @@ pub(crate) fn take(
 fn one(name: FdName, fds: Vec<OwnedFd>) -> Result<(InterfaceName, Prepared), String> {
     let text = xdp_interface(&name).ok_or("it is of no kind that the agent knows")?;
     let interface: InterfaceName = text.parse().map_err(|_| "it names no interface")?;
-    let openable: Openable = text.parse().map_err(|_| "it names no interface")?;
     let fds: Result<[OwnedFd; 2], _> = fds.try_into();
     let [map, link] =
         fds.map_err(|fds| format!("{} descriptors came with it, not 2", fds.len()))?;
-    let prepared = Prepared::from_descriptors(openable, map, link);
+    let prepared = Prepared::from_descriptors(interface.clone(), map, link);
     Ok((interface, prepared.map_err(|error| error.to_string())?))
 }

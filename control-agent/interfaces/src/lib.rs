@@ -10,4 +10,4 @@ mod name;
 pub mod tap;
 pub mod xdp;
 
-pub use name::{InterfaceName, NameError};
+pub use bulkhead_protocol::net::InterfaceName;

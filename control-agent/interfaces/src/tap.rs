@@ -13,12 +13,12 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use crate::InterfaceName;
+use bulkhead_protocol::net::{InterfaceName, MAX_QUEUE_PAIRS};
+
+use crate::name;
 
 /// Where a TAP is opened. A process that is locked in needs to be allowed reading, writing and ioctl of it.
 pub const DEVICE: &str = "/dev/net/tun";
-/// Queue pairs at most, as a NIC has.
-pub const MOST_QUEUES: u16 = 16;
 /// Bytes of the header before each frame, as virtio's with VERSION_1 (virtio 1.2, 5.1.6).
 pub const HEADER_BYTES: u8 = 12;
 
@@ -72,7 +72,7 @@ pub enum TapError {
     #[error("TAP {0} is in use: another process has it open, or another NIC is connected to it")]
     Busy(InterfaceName),
     /// A number of pairs that no NIC has.
-    #[error("a NIC has 1 to {MOST_QUEUES} queue pairs, not {0}")]
+    #[error("a NIC has 1 to {MAX_QUEUE_PAIRS} queue pairs, not {0}")]
     Pairs(u16),
     /// Any other failure.
     #[error("TAP {name}: {step}: {source}")]
@@ -91,11 +91,11 @@ pub enum TapError {
 /// # Errors
 /// See [`TapError`]. Nothing stays open then.
 pub fn open(name: &InterfaceName, pairs: u16) -> Result<Tap, TapError> {
-    if !(1..=MOST_QUEUES).contains(&pairs) {
+    if !(1..=MAX_QUEUE_PAIRS).contains(&pairs) {
         return Err(TapError::Pairs(pairs));
     }
     // The kernel would make one for who has the right to.
-    if name.is_there() == Some(false) {
+    if name::is_there(name) == Some(false) {
         return Err(TapError::NotThere(name.clone()));
     }
     let (first, multi_queue) = first_queue(name, pairs)?;
@@ -140,7 +140,7 @@ fn device() -> Result<File, TapError> {
 fn attach(queue: &File, name: &InterfaceName, multi_queue: libc::c_int) -> io::Result<()> {
     let flags = libc::c_short::try_from(FLAGS | multi_queue).map_err(io::Error::other)?;
     let request = libc::ifreq {
-        ifr_name: name.in_request(),
+        ifr_name: name::in_request(name),
         ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: flags },
     };
     // SAFETY: an ifreq, which lives through the call; the kernel writes back to it at most.

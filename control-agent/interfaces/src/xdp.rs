@@ -16,10 +16,10 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use crate::{InterfaceName, bpf};
+use bulkhead_protocol::net::{AF_XDP_QUEUES, InterfaceName};
 
-/// Queues of an interface at most.
-pub const MOST_QUEUES: u32 = 64;
+use crate::bpf;
+
 /// Frames that a socket's receive ring has room for.
 pub const RECEIVE_ENTRIES: u32 = 1024;
 /// How long a queue's socket may take to be gone. It takes a few milliseconds.
@@ -70,7 +70,7 @@ pub enum XdpError {
     },
     /// A queue that it can't have.
     #[error(
-        "interface {name}: queue {queue} is not among the {MOST_QUEUES} that can have a socket"
+        "interface {name}: queue {queue} is not among the {AF_XDP_QUEUES} that can have a socket"
     )]
     Queue {
         /// Which.
@@ -109,7 +109,8 @@ impl Prepared {
         let index = nix::net::if_::if_nametoindex(name.as_str())
             .map_err(|_| XdpError::NotThere(name.clone()))?;
         let failed = |step| move |error| explain(error, name, step, "CAP_NET_ADMIN and CAP_BPF");
-        let map = bpf::socket_map(MOST_QUEUES).map_err(failed("making a map of sockets"))?;
+        let map =
+            bpf::socket_map(AF_XDP_QUEUES.into()).map_err(failed("making a map of sockets"))?;
         let program = bpf::redirect_program(map.as_fd()).map_err(failed("loading its program"))?;
         let link = bpf::attach(program.as_fd(), index).map_err(failed("attaching its program"))?;
         Ok(Self {
@@ -167,7 +168,7 @@ impl Prepared {
     /// See [`XdpError`].
     pub fn socket(&self, queue: u32) -> Result<Socket, XdpError> {
         let name = &self.name;
-        if queue >= MOST_QUEUES {
+        if queue >= AF_XDP_QUEUES.into() {
             let name = name.clone();
             return Err(XdpError::Queue { name, queue });
         }

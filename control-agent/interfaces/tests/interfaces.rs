@@ -7,13 +7,12 @@ use std::time::{Duration, Instant};
 
 use bulkhead_integration::network::{enter_namespace, has_taps, ip};
 use bulkhead_interfaces::tap::{self, TapError};
-use bulkhead_interfaces::xdp::{MOST_QUEUES, Prepared, XdpError};
-use bulkhead_interfaces::{InterfaceName, NameError};
+use bulkhead_interfaces::xdp::{Prepared, XdpError};
+use bulkhead_protocol::net::{AF_XDP_QUEUES, InterfaceName, MAX_QUEUE_PAIRS};
 use caps::CapSet;
 
 fn name(text: &str) -> InterfaceName {
-    let parsed: Result<_, NameError> = text.parse();
-    parsed.expect("a name")
+    text.parse().expect("a name")
 }
 
 fn open(text: &str, pairs: u16) -> Result<tap::Tap, TapError> {
@@ -89,7 +88,7 @@ fn what_is_no_fitting_tap_is_refused_by_name() {
     let twice = open("t0", 1);
     assert!(matches!(twice, Err(TapError::Busy(_))), "{twice:?}");
     drop(held);
-    for pairs in [0, tap::MOST_QUEUES + 1] {
+    for pairs in [0, MAX_QUEUE_PAIRS + 1] {
         assert!(matches!(open("t0", pairs), Err(TapError::Pairs(_))));
     }
 }
@@ -151,7 +150,7 @@ fn a_program_stays_as_long_as_anybody_holds_its_link() {
     let socket = prepared.socket(0).expect("a socket");
     let second = Prepared::new(&name("v0"));
     assert!(matches!(second, Err(XdpError::Busy(_))), "{second:?}");
-    let outside = prepared.socket(MOST_QUEUES);
+    let outside = prepared.socket(AF_XDP_QUEUES.into());
     assert!(
         matches!(outside, Err(XdpError::Queue { .. })),
         "{outside:?}"
