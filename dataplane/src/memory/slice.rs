@@ -91,6 +91,20 @@ impl<'a> GuestSlice<'a> {
         self.each_line(most, will_write);
     }
 
+    /// As [`GuestSlice::will_write`], but for the first `front` bytes, which are there already most often
+    /// ([`GuestSlice::put`]): a line that has none but such is only going to be read.
+    #[inline(always)]
+    pub fn will_put(self, front: usize, most: usize) {
+        let Some(behind) = self.behind(front) else {
+            return self.will_write(most);
+        };
+        let line = |at: NonNull<u8>| at.addr().get() / LINE_BYTES;
+        if line(self.host) != line(behind.host) {
+            will_read(self.host);
+        }
+        behind.will_write(most.saturating_sub(front));
+    }
+
     #[inline(always)]
     fn each_line(self, most: usize, fetch: impl Fn(NonNull<u8>)) {
         let Some(last) = self.bytes().min(most).checked_sub(1) else {
@@ -126,6 +140,15 @@ impl<'a> GuestSlice<'a> {
         // SAFETY: the range has that many bytes; `from` is memory of ours.
         unsafe { copy_short(from.as_ptr(), to.as_ptr(), from.len()) };
         true
+    }
+
+    /// Copies `bytes` to offset `at`, unless they are there already: their line is then left to the other CPUs that have
+    /// it, and none waits for it. False, with nothing copied, where it is too short.
+    #[must_use]
+    #[inline(always)]
+    pub fn put<const N: usize>(self, at: usize, bytes: &[u8; N]) -> bool {
+        let mut there = [0; N];
+        self.copy_out(at, &mut there) && (there == *bytes || self.copy_in(at, bytes))
     }
 
     /// Copies all of `from`, which may be of other memory, of the same or overlap, to offset `at`, each byte read once;
@@ -237,7 +260,11 @@ mod tests {
         let part = all.part(3, 2).expect("inside");
         assert_eq!((part.bytes(), content(part)), (2, vec![2, 3]));
         assert!(all.part(3, 6).is_none() && all.part(usize::MAX, 1).is_none());
+        assert!(all.put(4, &[3, 0]) && all.put(5, &[4, 5]) && !all.put(7, &[1, 2]));
+        assert_eq!(content(all), [0, 0, 1, 2, 3, 4, 5, 0]);
         all.will_read(100);
+        all.will_put(4, 100);
+        all.will_put(9, 100);
         all.will_write(0);
     }
 

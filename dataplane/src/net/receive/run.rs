@@ -64,7 +64,8 @@ impl Buffers {
         }
         let count = ring.pop_run(run, wanted);
         for (at, needed) in lengths.iter().enumerate().take(count) {
-            run.get(at).will_write((*needed as usize).min(AHEAD_BYTES));
+            let most = (*needed as usize).min(AHEAD_BYTES);
+            run.get(at).will_put(MOST_BYTES, most);
         }
         let mut done = 0;
         for frame in frames.take(count) {
@@ -116,7 +117,8 @@ fn write(receiver: Receiver, frame: &Frame<'_>, to: GuestSlice<'_>) -> bool {
         offload => offload,
     };
     let at = MOST_BYTES + frame.head.len();
-    to.copy_in(0, &header_of(offload))
+    // A buffer that comes back most often has the header of the frame before, which the driver's CPU has read.
+    to.put(0, &header_of(offload))
         && to.copy_in(MOST_BYTES, frame.head)
         && match frame.body {
             _ if frame.body.is_empty() => true,

@@ -12,7 +12,7 @@ use crate::memory::will_write;
 use crate::virtqueue::chain::INDIRECT;
 
 /// Descriptors of a cache line.
-const DESCRIPTORS_OF_LINE: u16 = 4;
+pub(super) const DESCRIPTORS_OF_LINE: u16 = 4;
 
 impl PackedQueue {
     /// Has the CPU fetch the first bytes of a descriptor that comes next but so many, to be written; false if the driver

@@ -8,11 +8,15 @@
 use std::iter::repeat;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::announce::DESCRIPTORS_OF_LINE;
 use super::{AVAIL, Cursor, LEN_AT, PackedQueue, USED};
-use crate::memory::{read_once, shared_u64};
+use crate::memory::{read_once, shared_u64, will_read};
 use crate::virtqueue::chain::{Descriptor, INDIRECT, NEXT, WRITE};
 use crate::virtqueue::dying;
 use crate::virtqueue::run::{MOST_CHAINS, Run, Taken, place};
+
+/// Descriptors that are fetched ahead.
+const AHEAD: u16 = 2 * DESCRIPTORS_OF_LINE;
 
 impl Cursor {
     /// What flags say that are looked at, of a plain descriptor here that the driver has made available.
@@ -30,13 +34,21 @@ impl PackedQueue {
         // More than the ring has are refused when a chain is taken by itself.
         let room = usize::from(self.layout.size - self.descriptors);
         let size = self.layout.size;
+        let most = most.min(room).min(MOST_CHAINS);
         let mut window = self.lease.window();
         let mut at = self.avail;
-        for _ in 0..most.min(room).min(MOST_CHAINS) {
+        if run.direction == WRITE {
+            // Each will be written as used. One that is read only before comes from the other CPU twice.
+            self.announce_used_of(u16::try_from(most).unwrap_or(0));
+        }
+        for _ in 0..most {
             let descriptor = self.descriptor_if_there(at);
             let looked_at = descriptor.flags & (AVAIL | USED | NEXT | INDIRECT | WRITE);
             if looked_at != at.plain_flags(run.direction) {
                 break;
+            }
+            if run.direction != WRITE {
+                self.fetch_ahead(at);
             }
             let (id, bytes) = (descriptor.next, descriptor.len);
             let of = self.descriptors_of.get_mut(usize::from(id));
@@ -55,6 +67,17 @@ impl PackedQueue {
         }
         self.took(run, at);
         run.len()
+    }
+
+    /// Has the CPU fetch a line of descriptors behind the ones that it comes to by itself: the driver's CPU wrote it, most
+    /// likely.
+    #[inline(always)]
+    fn fetch_ahead(&self, at: Cursor) {
+        let ahead = at.index + AHEAD;
+        if at.index.is_multiple_of(DESCRIPTORS_OF_LINE) && ahead < self.layout.size {
+            // SAFETY: below the ring's size.
+            will_read(unsafe { self.parts.ring.add(usize::from(ahead)) });
+        }
     }
 
     /// The second word of a descriptor: its length, buffer ID and flags.
