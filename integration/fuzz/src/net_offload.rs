@@ -6,7 +6,9 @@ use std::cell::RefCell;
 
 use bulkhead_dataplane::net::frame::{Frame, Offload};
 use bulkhead_dataplane::net::header::{Header, feature};
-use bulkhead_dataplane::net::receive::{Delivered, Receiver, Refused, Scratch, deliver};
+use bulkhead_dataplane::net::receive::{
+    Delivered, Receiver, Refused, Scratch, deliver, deliver_usual,
+};
 use bulkhead_dataplane::net::{HashKey, offload};
 use bulkhead_dataplane::port::DropReason;
 use bulkhead_dataplane::virtqueue::{QueueFeatures, Virtqueue};
@@ -35,7 +37,8 @@ thread_local! {
 pub fn run(data: &[u8]) {
     GUEST.with_borrow_mut(|(guest, scratch)| {
         let mut input = Input::new(data);
-        let features = features(input.u8());
+        let choice = input.u8();
+        let features = features(choice);
         guest.clear();
         let chains = buffers(guest, &mut input);
         let (header, bytes) = frame(&mut input);
@@ -49,13 +52,28 @@ pub fn run(data: &[u8]) {
         let before = guest.copy();
         let receiver = Receiver::of(features, u16::MAX);
         let mut delivered = Delivered::default();
+        // Some of the same together, as far as that is quickly done, and the next one by itself.
+        let together = std::iter::repeat_n(frame, usize::from(choice >> 7) * 3);
+        let usual = deliver_usual(&mut queue, receiver, scratch, together, &mut delivered);
+        assert_eq!(queue.in_flight(), 0);
         let result = deliver(&mut queue, receiver, scratch, &frame, &mut delivered);
         queue.publish();
         assert_eq!(queue.in_flight(), 0);
         let after = guest.copy();
         check_outside(&before, &after, &chains);
         let frames = received(&after, &chains, features);
-        check(&frame, &bytes, features, &frames, result);
+        let (first, rest) = frames.split_at(usual);
+        for whole in first {
+            check(
+                &frame,
+                &bytes,
+                features,
+                std::slice::from_ref(whole),
+                Ok(()),
+            );
+            assert!(whole.1 == bytes);
+        }
+        check(&frame, &bytes, features, rest, result);
         let total: usize = frames.iter().map(|(_, bytes)| bytes.len()).sum();
         assert_eq!(
             (delivered.packets, delivered.bytes),
