@@ -8,7 +8,7 @@ use bulkhead_integration::disk::DiskError;
 use bulkhead_integration::frontend::FrontendError;
 use bulkhead_integration::frontend::message::{halves, request, words};
 
-use crate::arena::{A, Arena, B, End, Wrong, arrives};
+use crate::arena::{A, Arena, B, C, End, Wrong, arrives};
 use crate::rig::mac;
 use crate::{BOTH, Case, SPLIT};
 
@@ -143,6 +143,23 @@ fn announcements(arena: &mut Arena) -> Result<End, Wrong> {
             .set(request::SEND_RARP, &address(mac(A)), &[])?;
     }
     arena.neighbours_talk()?;
+    Ok(End::Harmless)
+}
+
+/// Nothing of a card whose link is down goes anywhere, whatever its frontend says.
+fn announced_while_down(arena: &mut Arena) -> Result<End, Wrong> {
+    let card = arena.attach(&arena.options())?;
+    arena.a.device.set_up(false);
+    card.frontend
+        .set(request::SEND_RARP, &address(mac(A)), &[])?;
+    for _ in 0..10 {
+        let frame = arena.frame(C, B, 100);
+        arena.c.1.send(0, &frame)?;
+        if arena.b.1.receive(0)?.frame != frame {
+            return Err("it was announced".into());
+        }
+    }
+    arena.a.device.set_up(true);
     Ok(End::Harmless)
 }
 
@@ -322,6 +339,12 @@ pub(crate) fn cases() -> Vec<Case> {
     let mut all = numbers();
     all.extend([
         case("rarp_again_and_again", End::Harmless, SPLIT, announcements),
+        case(
+            "rarp_while_the_link_is_down",
+            End::Harmless,
+            SPLIT,
+            announced_while_down,
+        ),
         case("pairs_in_any_order", End::Delivered, BOTH, pairs),
         case("receiving_alone", End::Delivered, BOTH, |arena| {
             one_direction(arena, 1)

@@ -225,7 +225,8 @@ impl Cards {
     /// hypervisors do for a guest that has come from another host.
     pub fn announce(&mut self, queues: &mut [Option<Queue>], ring: &mut Ring, number: u32) {
         self.look_at(queues);
-        let Some((lane, _)) = lane_of(queues, number) else {
+        let lane = lane_of(queues, number).map(|(lane, _)| lane);
+        let Some(lane) = lane.filter(|lane| lane.device.is_up()) else {
             return;
         };
         let (nic, at, frame) = (
