@@ -3,7 +3,7 @@
 //! Guest memory has two regions in different files: the rings in the first, buffers in the second.
 
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use crate::disk::{DiskError, feature};
 use crate::driver::memory::GuestMemory;
 use crate::driver::ring::{Desc, Format, Ring};
-use crate::frontend::Frontend;
 use crate::frontend::message::{self, Inflight, protocol_feature, request};
+use crate::frontend::{Addresses, Frontend};
 
 /// virtio-net feature bits that tests use.
 pub mod net_feature {
@@ -185,10 +185,7 @@ impl Card {
     /// # Errors
     /// See [`DiskError`].
     pub fn share_memory(&self) -> Result<(), DiskError> {
-        let regions = self.memory.regions();
-        let entries: Vec<_> = regions.iter().map(|r| r.entry()).collect();
-        let fds: Vec<_> = regions.iter().map(|r| r.file()).collect();
-        Ok(self.frontend.set_memory_table(&entries, &fds)?)
+        Ok(self.memory.share_with(&self.frontend)?)
     }
 
     /// Starts a queue at the index where its ring is, and enables it.
@@ -199,8 +196,7 @@ impl Card {
         let ring = &self.rings[index];
         let number = u32::try_from(index).unwrap_or(u32::MAX);
         let frontend = &self.frontend;
-        frontend.set_vring_state(request::SET_VRING_NUM, number, u32::from(ring.size))?;
-        frontend.set_vring_state(request::SET_VRING_BASE, number, ring.base())?;
+        frontend.set_size_and_base(number, ring.size, ring.base())?;
         self.resume_queue(index)
     }
 
@@ -212,17 +208,13 @@ impl Card {
         let ring = &self.rings[index];
         let number = u32::try_from(index).unwrap_or(u32::MAX);
         let frontend = &self.frontend;
-        let body = message::vring_addresses(
-            number,
-            self.memory.user_addr(ring.desc)?,
-            self.memory.user_addr(ring.used)?,
-            self.memory.user_addr(ring.avail)?,
-        );
-        frontend.set(request::SET_VRING_ADDR, &body, &[])?;
-        let small = u8::try_from(index).unwrap_or(u8::MAX);
-        frontend.set_vring_fd(request::SET_VRING_ERR, small, Some(ring.err.as_fd()))?;
-        frontend.set_vring_fd(request::SET_VRING_CALL, small, Some(ring.call.as_fd()))?;
-        frontend.set_vring_fd(request::SET_VRING_KICK, small, Some(ring.kick.as_fd()))?;
+        let addresses = Addresses {
+            desc: self.memory.user_addr(ring.desc)?,
+            used: self.memory.user_addr(ring.used)?,
+            avail: self.memory.user_addr(ring.avail)?,
+        };
+        frontend.set_addresses(number, addresses)?;
+        frontend.give_events(number, ring.events())?;
         self.enable(index, true)
     }
 
@@ -232,10 +224,7 @@ impl Card {
     /// See [`DiskError`].
     pub fn enable(&self, index: usize, enabled: bool) -> Result<(), DiskError> {
         let number = u32::try_from(index).unwrap_or(u32::MAX);
-        let state = u32::from(enabled);
-        Ok(self
-            .frontend
-            .set_vring_state(request::SET_VRING_ENABLE, number, state)?)
+        Ok(self.frontend.enable_queue(number, enabled)?)
     }
 
     /// Stops a queue; where it goes on.

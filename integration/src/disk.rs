@@ -3,7 +3,6 @@
 //! Guest memory has three regions: two adjacent ones in different files (the second at an offset
 //! in its file) and, above a hole, a third.
 
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +15,7 @@ use crate::driver::{
     DriverError, HEADER_BYTES, ID_BYTES, SECTOR_BYTES, header, kind, status as blk_status,
 };
 use crate::frontend::message::{self, protocol_feature, request};
-use crate::frontend::{Frontend, FrontendError};
+use crate::frontend::{Addresses, Frontend, FrontendError};
 
 /// virtio feature bits that tests use.
 pub mod feature {
@@ -235,10 +234,7 @@ impl Disk {
     /// # Errors
     /// See [`DiskError`].
     pub fn share_memory(&self) -> Result<(), DiskError> {
-        let regions = self.memory.regions();
-        let entries: Vec<_> = regions.iter().map(|r| r.entry()).collect();
-        let fds: Vec<_> = regions.iter().map(|r| r.file()).collect();
-        Ok(self.frontend.set_memory_table(&entries, &fds)?)
+        Ok(self.memory.share_with(&self.frontend)?)
     }
 
     /// Starts a queue at the index where its ring is, and enables it.
@@ -248,10 +244,8 @@ impl Disk {
     pub fn start_queue(&self, index: usize) -> Result<(), DiskError> {
         let ring = &self.rings[index];
         let number = u32::try_from(index).unwrap_or(u32::MAX);
-        self.frontend
-            .set_vring_state(request::SET_VRING_NUM, number, u32::from(ring.size))?;
-        self.frontend
-            .set_vring_state(request::SET_VRING_BASE, number, ring.base())?;
+        let frontend = &self.frontend;
+        frontend.set_size_and_base(number, ring.size, ring.base())?;
         self.set_addresses(index, ring.desc, ring.used, ring.avail)?;
         self.give_events(index)?;
         self.enable(index)
@@ -263,12 +257,8 @@ impl Disk {
     /// See [`DiskError`].
     pub fn give_events(&self, index: usize) -> Result<(), DiskError> {
         let ring = &self.rings[index];
-        let small = u8::try_from(index).unwrap_or(u8::MAX);
-        let frontend = &self.frontend;
-        frontend.set_vring_fd(request::SET_VRING_ERR, small, Some(ring.err.as_fd()))?;
-        frontend.set_vring_fd(request::SET_VRING_CALL, small, Some(ring.call.as_fd()))?;
-        frontend.set_vring_fd(request::SET_VRING_KICK, small, Some(ring.kick.as_fd()))?;
-        Ok(())
+        let number = u32::try_from(index).unwrap_or(u32::MAX);
+        Ok(self.frontend.give_events(number, ring.events())?)
     }
 
     /// SET_VRING_ENABLE, where protocol features were negotiated (without them a queue is enabled
@@ -281,9 +271,7 @@ impl Disk {
             return Ok(());
         }
         let number = u32::try_from(index).unwrap_or(u32::MAX);
-        Ok(self
-            .frontend
-            .set_vring_state(request::SET_VRING_ENABLE, number, 1)?)
+        Ok(self.frontend.enable_queue(number, true)?)
     }
 
     /// SET_VRING_ADDR, from guest addresses.
@@ -297,13 +285,13 @@ impl Disk {
         used: u64,
         avail: u64,
     ) -> Result<(), DiskError> {
-        let body = message::vring_addresses(
-            u32::try_from(index).unwrap_or(u32::MAX),
-            self.memory.user_addr(desc)?,
-            self.memory.user_addr(used)?,
-            self.memory.user_addr(avail)?,
-        );
-        Ok(self.frontend.set(request::SET_VRING_ADDR, &body, &[])?)
+        let number = u32::try_from(index).unwrap_or(u32::MAX);
+        let addresses = Addresses {
+            desc: self.memory.user_addr(desc)?,
+            used: self.memory.user_addr(used)?,
+            avail: self.memory.user_addr(avail)?,
+        };
+        Ok(self.frontend.set_addresses(number, addresses)?)
     }
 
     /// Stops a queue; what GET_VRING_BASE says, in its whole width.

@@ -5,14 +5,13 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bulkhead_integration::disk::feature;
 use bulkhead_integration::driver::packed::START;
 use bulkhead_integration::frontend::message::{self, protocol_feature, request};
-use bulkhead_integration::frontend::{Frontend, FrontendError};
+use bulkhead_integration::frontend::{Addresses, Events, Frontend, FrontendError};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::LoadError;
@@ -185,15 +184,11 @@ impl Device {
         } else {
             0
         };
-        frontend.set_vring_state(request::SET_VRING_NUM, number, u32::from(shape.ring_size))?;
-        frontend.set_vring_state(request::SET_VRING_BASE, number, base)?;
+        frontend.set_size_and_base(number, shape.ring_size, base)?;
         let [desc, used, avail] = [layout.desc, layout.device, layout.driver].map(user_addr);
-        let body = message::vring_addresses(number, desc, used, avail);
-        frontend.set(request::SET_VRING_ADDR, &body, &[])?;
-        frontend.set_vring_fd(request::SET_VRING_ERR, index, Some(signals.err.as_fd()))?;
-        frontend.set_vring_fd(request::SET_VRING_CALL, index, Some(signals.call.as_fd()))?;
-        frontend.set_vring_fd(request::SET_VRING_KICK, index, Some(signals.kick.as_fd()))?;
-        frontend.set_vring_state(request::SET_VRING_ENABLE, number, 1)
+        frontend.set_addresses(number, Addresses { desc, used, avail })?;
+        frontend.give_events(number, signals.events())?;
+        frontend.enable_queue(number, true)
     }
 
     /// Looks whether the back-end is still there and has given up no queue.
@@ -230,6 +225,16 @@ impl Device {
 }
 
 impl Signals {
+    /// As a frontend gives them away.
+    #[must_use]
+    pub fn events(&self) -> Events<'_> {
+        Events {
+            err: &self.err,
+            call: &self.call,
+            kick: &self.kick,
+        }
+    }
+
     /// Three of them.
     ///
     /// # Errors

@@ -2,7 +2,6 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -10,7 +9,7 @@ use bulkhead_integration::card::net_feature;
 use bulkhead_integration::disk::feature;
 use bulkhead_integration::driver::packed::START;
 use bulkhead_integration::frontend::message::{self, protocol_feature, request};
-use bulkhead_integration::frontend::{Frontend, FrontendError};
+use bulkhead_integration::frontend::{Addresses, Frontend, FrontendError};
 
 use super::slots::Slots;
 use crate::load::LoadError;
@@ -122,15 +121,11 @@ impl Card {
         } else {
             0
         };
-        frontend.set_vring_state(request::SET_VRING_NUM, number, u32::from(slots.ring_size()))?;
-        frontend.set_vring_state(request::SET_VRING_BASE, number, base)?;
+        frontend.set_size_and_base(number, slots.ring_size(), base)?;
         let rings = [slots.rings.desc, slots.rings.device, slots.rings.driver];
         let [desc, used, avail] = rings.map(user_addr);
-        let body = message::vring_addresses(number, desc, used, avail);
-        frontend.set(request::SET_VRING_ADDR, &body, &[])?;
-        frontend.set_vring_fd(request::SET_VRING_ERR, index, Some(signals.err.as_fd()))?;
-        frontend.set_vring_fd(request::SET_VRING_CALL, index, Some(signals.call.as_fd()))?;
-        frontend.set_vring_fd(request::SET_VRING_KICK, index, Some(signals.kick.as_fd()))
+        frontend.set_addresses(number, Addresses { desc, used, avail })?;
+        frontend.give_events(number, signals.events())
     }
 
     /// Looks whether the back-end is still there and has given up no queue.

@@ -20,6 +20,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use nix::unistd::ftruncate;
 
 use crate::frontend::message::RegionEntry;
+use crate::frontend::{Frontend, FrontendError};
 
 /// A range outside guest memory: a mistake of the test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -134,6 +135,16 @@ impl GuestMemory {
     #[must_use]
     pub fn regions(&self) -> &[Region] {
         &self.regions
+    }
+
+    /// SET_MEM_TABLE with all of it.
+    ///
+    /// # Errors
+    /// See [`FrontendError`].
+    pub fn share_with(&self, frontend: &Frontend) -> Result<(), FrontendError> {
+        let entries: Vec<_> = self.regions.iter().map(|r| r.entry()).collect();
+        let fds: Vec<_> = self.regions.iter().map(|r| r.file()).collect();
+        frontend.set_memory_table(&entries, &fds)
     }
 
     fn locate(&self, guest_addr: u64, len: usize) -> Result<NonNull<u8>, OutOfMemory> {

@@ -15,7 +15,7 @@ pub use super::desc::{DESC_BYTES, Desc, INDIRECT, NEXT, WRITE, linked};
 use super::DriverError;
 use super::memory::{GuestMemory, OutOfMemory};
 use super::packed::{START, advance};
-use crate::frontend::wait_readable;
+use crate::frontend::{Events, wait_readable};
 
 /// What the device gave back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -167,6 +167,16 @@ impl Ring {
     #[must_use]
     pub fn is_packed(&self) -> bool {
         self.format == Format::Packed
+    }
+
+    /// Its eventfds.
+    #[must_use]
+    pub fn events(&self) -> Events<'_> {
+        Events {
+            err: &self.err,
+            call: &self.call,
+            kick: &self.kick,
+        }
     }
 
     /// What SET_VRING_BASE says of a ring from which everything that was taken is used: the next

@@ -5,6 +5,7 @@
 
 mod descriptors;
 pub mod message;
+mod queues;
 
 use std::io::{self, IoSlice, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -17,6 +18,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 
 use message::{FLAG_NEED_REPLY, FLAG_REPLY, HEADER_BYTES, RegionEntry, VERSION, request};
+
+pub use queues::{Addresses, Events};
 
 /// Longest wait for an answer.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
