@@ -5,8 +5,8 @@ use std::os::fd::OwnedFd;
 use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::admin::{AdminReply, AdminRequest, ProcessStatus};
 use bulkhead_protocol::control::{
-    AgentToDataplane, DataplaneToAgent, Networks, NicStatus, StorageStatus, VolumeStatus,
-    WorkersStatus,
+    AgentToDataplane, DataplaneToAgent, Networks, NicStatus, StorageStatus, SwitchStatus,
+    VolumeStatus, WorkersStatus,
 };
 use bulkhead_protocol::keys::{AgentToKeyd, HostKeys, KeydToAgent, MAX_SHREDS, Undelivered};
 use bulkhead_protocol::release::{ProgramStatus, Release};
@@ -64,7 +64,7 @@ pub enum Answer {
     /// Which NICs and switches the data plane has.
     Networks(Networks),
     /// What the NICs are doing.
-    Nics(Vec<NicStatus>),
+    Nics(Vec<NicStatus>, Vec<SwitchStatus>),
     /// The data plane serves a volume no more, although so many of its requests have not ended.
     GivenUp(u32),
     /// The storage of a volume does worse than before, or better. Nobody asked.
@@ -164,7 +164,11 @@ pub fn from_dataplane(message: DataplaneToAgent) -> (u64, Answer) {
             request_id,
             networks,
         } => (request_id, Answer::Networks(networks)),
-        DataplaneToAgent::Nics { request_id, nics } => (request_id, Answer::Nics(nics)),
+        DataplaneToAgent::Nics {
+            request_id,
+            nics,
+            switches,
+        } => (request_id, Answer::Nics(nics, switches)),
         // No question has this number.
         DataplaneToAgent::Storage { volume, status } => (0, Answer::Storage(volume, status)),
         DataplaneToAgent::GivenUp {

@@ -117,8 +117,10 @@ impl Agent {
             (About::Host, _) => AdminReply::Status {
                 status: self.status(None),
             },
-            (About::Nics { after }, Some(Answer::Nics(nics))) => self.nic_status(after, Some(nics)),
-            (About::Nics { after }, _) => self.nic_status(after, None),
+            (About::Nics { after }, Some(Answer::Nics(nics, switches))) => {
+                self.nic_status(after, nics, &switches)
+            }
+            (About::Nics { after }, _) => self.nic_status(after, Vec::new(), &[]),
         };
         if let Some(client) = self.serving {
             self.reply(client, reply);

@@ -4,7 +4,8 @@
 use bulkhead_bundle::Nic;
 use bulkhead_protocol::admin::{AdminReply, HostStatus, NicEntry, SwitchEntry, VolumeEntry};
 use bulkhead_protocol::control::{
-    NICS_PER_MESSAGE, NicStatus, RekeyState, StorageState, StorageStatus, VolumeStatus,
+    NICS_PER_MESSAGE, NicStatus, RekeyState, StorageState, StorageStatus, SwitchStatus,
+    VolumeStatus,
 };
 use bulkhead_protocol::limits::GroupGrant;
 use bulkhead_protocol::rot::Role;
@@ -26,13 +27,13 @@ impl Agent {
         }
     }
 
-    /// What the NICs do whose id is above one, with what the data plane said of them just now.
+    /// What the NICs do whose id is above one, and all switches, with what the data plane said of them just now.
     pub(crate) fn nic_status(
         &self,
         after: Option<NicId>,
-        said: Option<Vec<NicStatus>>,
+        mut said: Vec<NicStatus>,
+        switches_said: &[SwitchStatus],
     ) -> AdminReply {
-        let mut said = said.unwrap_or_default();
         for nic in &mut said {
             nic.fault = nic.fault.as_deref().map(plain);
             for drops in nic.tx_drops.iter_mut().chain(&mut nic.rx_drops) {
@@ -63,6 +64,10 @@ impl Agent {
         let switches = switches.map(|switch| SwitchEntry {
             name: switch.name.clone(),
             uplink: switch.uplink.clone(),
+            state: switches_said
+                .iter()
+                .find(|s| s.name == switch.name)
+                .cloned(),
         });
         AdminReply::Nics {
             nics: nics.into_iter().map(entry).collect(),

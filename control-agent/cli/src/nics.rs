@@ -4,7 +4,9 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use bulkhead_protocol::admin::{AdminReply, AdminRequest, NicEntry, SwitchEntry};
-use bulkhead_protocol::control::{DropCount, MirrorStatus, NicStatus, PairCounts, Traffic};
+use bulkhead_protocol::control::{
+    DropCount, MirrorStatus, NicStatus, PairCounts, SwitchStatus, Traffic,
+};
 use bulkhead_protocol::limits::Rate;
 use bulkhead_protocol::net::{NicLimits, PortSpec, TrafficLimits, Uplink};
 
@@ -51,10 +53,21 @@ impl NetStatus {
     pub(crate) fn to_text(&self) -> String {
         let mut out = String::new();
         if !self.switches.is_empty() {
-            let mut rows = vec![row(&["NAME", "NICS", "UPLINK"])];
+            let mut rows = vec![row(&[
+                "NAME",
+                "NICS",
+                "UPLINK",
+                "STATIONS",
+                "CACHED",
+                "LOOKED UP",
+                "FLOODED",
+            ])];
             rows.extend(self.switches.iter().map(|switch| self.switch_row(switch)));
             out.push_str("\nswitches\n");
             out.push_str(&table(&rows));
+            for switch in &self.switches {
+                out.push_str(&switch_lines(switch));
+            }
         }
         if !self.nics.is_empty() {
             out.push_str("\nNICs\n");
@@ -65,14 +78,25 @@ impl NetStatus {
 
     fn switch_row(&self, switch: &SwitchEntry) -> Vec<String> {
         let is_on = |nic: &&NicEntry| matches!(&nic.port, PortSpec::Switch { switch: on } if *on == switch.name);
-        vec![
+        let uplink = switch.uplink.as_ref();
+        let mut cells = vec![
             switch.name.to_string(),
             self.nics.iter().filter(is_on).count().to_string(),
-            switch
-                .uplink
-                .as_ref()
-                .map_or("-".to_owned(), Uplink::to_string),
-        ]
+            uplink.map_or("-".to_owned(), Uplink::to_string),
+        ];
+        match &switch.state {
+            Some(state) => cells.extend(
+                [
+                    state.stations,
+                    state.flow_hits,
+                    state.flow_misses,
+                    state.floods,
+                ]
+                .map(|number| number.to_string()),
+            ),
+            None => cells.extend(row(&["?"; 4])),
+        }
+        cells
     }
 
     /// Every field under its own name.
@@ -81,6 +105,10 @@ impl NetStatus {
             Json::Object(vec![
                 ("name", Json::text(&switch.name)),
                 ("uplink", Json::or_null(switch.uplink.as_ref(), Json::text)),
+                (
+                    "state",
+                    Json::or_null(switch.state.as_ref(), switch_state_json),
+                ),
             ])
         };
         [
@@ -94,6 +122,42 @@ impl NetStatus {
             ),
         ]
     }
+}
+
+/// What there is to be seen of a switch that is not usual.
+fn switch_lines(switch: &SwitchEntry) -> String {
+    let mut out = String::new();
+    let Some(state) = &switch.state else {
+        return out;
+    };
+    // Writing to a String does not fail.
+    if state.moved > 0 {
+        let _ = writeln!(
+            out,
+            "  {}: {} stations went from one port to another",
+            switch.name, state.moved
+        );
+    }
+    if state.uplink_drops > 0 {
+        let _ = writeln!(
+            out,
+            "  {}: dropped of what came by the uplink: {}",
+            switch.name, state.uplink_drops
+        );
+    }
+    out
+}
+
+fn switch_state_json(state: &SwitchStatus) -> Json {
+    Json::Object(vec![
+        ("stations", Json::Number(state.stations)),
+        ("learned", Json::Number(state.learned)),
+        ("moved", Json::Number(state.moved)),
+        ("flow_hits", Json::Number(state.flow_hits)),
+        ("flow_misses", Json::Number(state.flow_misses)),
+        ("floods", Json::Number(state.floods)),
+        ("uplink_drops", Json::Number(state.uplink_drops)),
+    ])
 }
 
 fn nics(nics: &[NicEntry]) -> String {
@@ -345,6 +409,16 @@ mod tests {
                 uplink: Some(Uplink::Tap {
                     interface: "bh-lan".parse().expect("a name"),
                 }),
+                state: Some(SwitchStatus {
+                    name: "lan".parse().expect("a name"),
+                    stations: 3,
+                    learned: 5,
+                    moved: 1,
+                    flow_hits: 1000,
+                    flow_misses: 20,
+                    floods: 7,
+                    uplink_drops: 2,
+                }),
             }],
         }
     }
@@ -353,7 +427,10 @@ mod tests {
     fn the_tables_add_up_the_pairs_and_name_the_reasons() {
         let text = status().to_text();
         for expected in [
-            "  lan   1     TAP bh-lan\n",
+            "  NAME  NICS  UPLINK      STATIONS  CACHED  LOOKED UP  FLOODED\n",
+            "  lan   1     TAP bh-lan  3         1000    20         7\n",
+            "  lan: 1 stations went from one port to another\n",
+            "  lan: dropped of what came by the uplink: 2\n",
             "  net1  connected  52:54:00:00:00:01  switch lan  4       20  1.2 KiB   40  2.5 KiB   8        /run/vm1-net.sock\n",
             "  net2  unknown    52:54:00:00:00:01  null        ?",
             "  net1: limits sends 1000 packets/s (burst 100)\n",
@@ -381,7 +458,8 @@ mod tests {
         }
         assert_eq!(
             switches.to_line(),
-            "[{\"name\":\"lan\",\"uplink\":\"TAP bh-lan\"}]"
+            "[{\"name\":\"lan\",\"uplink\":\"TAP bh-lan\",\"state\":{\"stations\":3,\"learned\":5,\"moved\":1,\
+             \"flow_hits\":1000,\"flow_misses\":20,\"floods\":7,\"uplink_drops\":2}}]"
         );
     }
 }

@@ -4,7 +4,7 @@ use minicbor::{Decode, Encode};
 
 #[cfg(doc)]
 use crate::control::NICS_PER_MESSAGE;
-use crate::control::{NicStatus, VolumeStatus, WorkersStatus};
+use crate::control::{NicStatus, SwitchStatus, VolumeStatus, WorkersStatus};
 use crate::identity::{GroupName, NicId, SocketName, SwitchName, VolumeId};
 use crate::keys::{EnvelopeDigest, HostKeys};
 use crate::limits::{GroupGrant, Limits};
@@ -204,6 +204,9 @@ pub struct SwitchEntry {
     /// What connects it to the world.
     #[n(1)]
     pub uplink: Option<Uplink>,
+    /// What the data plane says; none while it does not answer, or does not have it.
+    #[n(2)]
+    pub state: Option<SwitchStatus>,
 }
 
 /// A network card of the applied bundle.
@@ -366,12 +369,16 @@ mod tests {
             },
             state: Some(crate::control::nic_status_at_its_longest()),
         };
-        let switch = |number: usize| SwitchEntry {
-            name: format!("{number:064}").parse().expect("a name"),
-            uplink: Some(Uplink::AfXdp {
-                interface: "i".repeat(15).parse().expect("a name"),
-                queue: u16::MAX,
-            }),
+        let switch = |number: usize| {
+            let name: SwitchName = format!("{number:064}").parse().expect("a name");
+            SwitchEntry {
+                name: name.clone(),
+                uplink: Some(Uplink::AfXdp {
+                    interface: "i".repeat(15).parse().expect("a name"),
+                    queue: u16::MAX,
+                }),
+                state: Some(crate::control::switch_status_at_its_longest(name)),
+            }
         };
         fits(&AdminReply::Nics {
             nics: (0..crate::control::NICS_PER_MESSAGE).map(entry).collect(),

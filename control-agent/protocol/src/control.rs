@@ -120,7 +120,7 @@ pub enum AgentToDataplane {
         #[n(0)]
         request_id: u64,
     },
-    /// What are the NICs doing? Answered for at most [`NICS_PER_MESSAGE`] of them.
+    /// What are the NICs doing, and the switches? Answered for at most [`NICS_PER_MESSAGE`] NICs.
     #[n(9)]
     Nics {
         /// Chosen by the agent, repeated in the answer.
@@ -241,14 +241,19 @@ pub enum DataplaneToAgent {
         /// One entry per granted NIC, by id.
         #[n(1)]
         nics: Vec<NicStatus>,
+        /// All switches that are attached.
+        #[n(2)]
+        #[cbor(default)]
+        switches: Vec<SwitchStatus>,
     },
 }
 
-#[cfg(test)]
-pub(crate) use nics::nic_status_at_its_longest;
 pub use nics::{
-    DropCount, MirrorStatus, NICS_PER_MESSAGE, Networks, NicStatus, PairCounts, Traffic,
+    DropCount, MirrorStatus, NICS_PER_MESSAGE, Networks, NicStatus, PairCounts, SwitchStatus,
+    Traffic,
 };
+#[cfg(test)]
+pub(crate) use nics::{nic_status_at_its_longest, switch_status_at_its_longest};
 
 pub use storage::{Latency, StorageState, StorageStatus};
 

@@ -152,7 +152,11 @@ impl Control {
             }
             AgentToDataplane::Nics { request_id, after } => {
                 let nics = self.nics.status(server, after);
-                let message = DataplaneToAgent::Nics { request_id, nics };
+                let message = DataplaneToAgent::Nics {
+                    request_id,
+                    nics,
+                    switches: self.nics.switch_status(),
+                };
                 answers.to_agent.push((agent, message));
             }
         }

@@ -247,6 +247,19 @@ fn beneath_their_frontends() -> Outcome {
     host.wait_until("no spoofed_mac is counted", |host| {
         drops(host, 1, "spoofed_mac") == 1
     })?;
+    // What the switch did stands beside them: two cards' own stations, one way looked up for each and known from then on.
+    from_one_to_the_other(&mut one, &mut two)?;
+    host.wait_until("the switch says something else", |host| {
+        let status = host.status().unwrap_or_default();
+        let state = &status["switches"][0]["state"];
+        let count = |name: &str| state[name].as_u64().unwrap_or(0);
+        let table = host.cli(&["status", "--admin", "run/admin.sock"]);
+        count("stations") == 2
+            && count("flow_hits") + count("flow_misses") == 4
+            && count("flow_misses") >= 2
+            && count("uplink_drops") == 0
+            && table.is_ok_and(|table| table.contains("STATIONS"))
+    })?;
     // Another IP address, which is not, until a bundle says so. The frontends stay.
     let other = ping(mac(2), mac(1), address(7), address(2));
     arrives(&mut one, &mut two, &other)?;

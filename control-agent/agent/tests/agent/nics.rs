@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use bulkhead_bundle::{HostBundle, Nic, SocketSpec, Switch};
 use bulkhead_protocol::admin::{AdminReply, AdminRequest, NicEntry, SwitchEntry};
 use bulkhead_protocol::control::{
-    AgentToDataplane, DataplaneToAgent, DropCount, Networks, NicStatus, PortFacts,
+    AgentToDataplane, DataplaneToAgent, DropCount, Networks, NicStatus, PortFacts, SwitchStatus,
 };
 use bulkhead_protocol::limits::Rate;
 use bulkhead_protocol::net::{MirrorSpec, NicLimits, PortSpec, SpoofChecks, Uplink};
@@ -197,7 +197,11 @@ impl Nics {
                     .keys()
                     .filter(|id| after.is_none_or(|a| **id > a));
                 let nics = above.take(32).map(|id| self.status(*id)).collect();
-                DataplaneToAgent::Nics { request_id, nics }
+                DataplaneToAgent::Nics {
+                    request_id,
+                    nics,
+                    switches: self.switches.keys().map(switch_status).collect(),
+                }
             }
             other => panic!("the agent does not ask this of NICs: {other:?}"),
         }
@@ -601,6 +605,19 @@ fn what_a_data_plane_is_busy_with_is_asked_about_again_and_not_opened() {
     assert!(!log.contains(&again), "{log:?}");
 }
 
+fn switch_status(name: &SwitchName) -> SwitchStatus {
+    SwitchStatus {
+        name: name.clone(),
+        stations: 3,
+        learned: 5,
+        moved: 1,
+        flow_hits: 1000,
+        flow_misses: 20,
+        floods: 7,
+        uplink_drops: 2,
+    }
+}
+
 /// The NICs, by pages.
 fn nics(world: &mut World) -> (Vec<NicEntry>, Vec<SwitchEntry>) {
     let mut all = Vec::new();
@@ -634,6 +651,7 @@ fn all_nics_are_told_of_page_by_page() {
     let ids: Vec<_> = all.iter().map(|entry| entry.nic).collect();
     assert_eq!(ids, (1..=70).map(nic_id).collect::<Vec<_>>());
     assert_eq!((switches.len(), switches[0].name.as_str()), (1, "lan"));
+    assert_eq!(switches[0].state, Some(switch_status(&switches[0].name)));
     let seventh = &all[6];
     assert!(
         seventh.socket_path.ends_with("run/vm7-net.sock"),
@@ -650,6 +668,7 @@ fn all_nics_are_told_of_page_by_page() {
         at: "dataplane NICs".to_owned(),
         handled: false,
     });
-    let (all, _) = nics(&mut world);
+    let (all, switches) = nics(&mut world);
     assert!(all.len() == 70 && all.iter().all(|entry| entry.state.is_none()));
+    assert!(switches.len() == 1 && switches[0].state.is_none());
 }

@@ -63,6 +63,35 @@ pub struct NicStatus {
     pub throttled_ms: u64,
 }
 
+/// What a switch has done since it was attached, or since the data plane was started.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct SwitchStatus {
+    /// Which switch.
+    #[n(0)]
+    pub name: SwitchName,
+    /// Stations that it knew when it last counted them, which it does once a second while it works.
+    #[n(1)]
+    pub stations: u64,
+    /// Stations that were not known before.
+    #[n(2)]
+    pub learned: u64,
+    /// Stations that went from one port to another.
+    #[n(3)]
+    pub moved: u64,
+    /// Frames to a single station whose way the flow cache knew.
+    #[n(4)]
+    pub flow_hits: u64,
+    /// Frames to a single station whose way it did not know.
+    #[n(5)]
+    pub flow_misses: u64,
+    /// Frames that went to all ports: they were for many, or for a station that wasn't known.
+    #[n(6)]
+    pub floods: u64,
+    /// Frames from the uplink that went no further.
+    #[n(7)]
+    pub uplink_drops: u64,
+}
+
 /// What a queue pair carried; the directions are the guest's.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]
 pub struct PairCounts {
@@ -148,6 +177,21 @@ impl NicStatus {
             rx: add(sum.rx, pair.rx),
             tx: add(sum.tx, pair.tx),
         })
+    }
+}
+
+/// As much as can be said of a switch.
+#[cfg(test)]
+pub(crate) fn switch_status_at_its_longest(name: SwitchName) -> SwitchStatus {
+    SwitchStatus {
+        name,
+        stations: u64::MAX,
+        learned: u64::MAX,
+        moved: u64::MAX,
+        flow_hits: u64::MAX,
+        flow_misses: u64::MAX,
+        floods: u64::MAX,
+        uplink_drops: u64::MAX,
     }
 }
 

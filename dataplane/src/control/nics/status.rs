@@ -5,11 +5,12 @@
 use std::ops::Bound;
 use std::sync::atomic::Ordering;
 
-use bulkhead_protocol::NicId;
 use bulkhead_protocol::control::{
-    DropCount, NICS_PER_MESSAGE, Networks, NicStatus, PairCounts, Traffic,
+    DropCount, NICS_PER_MESSAGE, Networks, NicStatus, PairCounts, SwitchStatus, Traffic,
 };
+use bulkhead_protocol::{NicId, SwitchName};
 
+use super::switches::Switch;
 use super::{Nic, Nics, mirror, ports};
 use crate::net::{Counts, NetDevice};
 use crate::port::{DropReason, OutsideSpec, PortSpec};
@@ -46,6 +47,25 @@ impl Nics {
         let range = self.table.range((from, Bound::Unbounded));
         let page = range.take(NICS_PER_MESSAGE);
         page.map(|(id, nic)| one(*id, nic, server)).collect()
+    }
+
+    /// All switches that are attached.
+    pub(in crate::control) fn switch_status(&self) -> Vec<SwitchStatus> {
+        let one = |(name, switch): (&SwitchName, &Switch)| {
+            let counters = &switch.spec.counters;
+            let counts = counters.counts();
+            SwitchStatus {
+                name: name.clone(),
+                stations: counters.stations(),
+                learned: counts.learned,
+                moved: counts.moved,
+                flow_hits: counts.flow_hits,
+                flow_misses: counts.flow_misses,
+                floods: counts.floods,
+                uplink_drops: counts.uplink_drops,
+            }
+        };
+        self.switches.iter().map(one).collect()
     }
 }
 

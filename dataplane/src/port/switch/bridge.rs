@@ -72,6 +72,8 @@ pub struct Bridge {
     next_second: u64,
     second_ticks: u64,
     pub(super) counts: Counts,
+    /// Stations that were known when this second began, or when a NIC last came or went.
+    pub(super) known: usize,
 }
 
 impl Default for Bridge {
@@ -90,6 +92,7 @@ impl Default for Bridge {
             next_second: 0,
             second_ticks: clock::ticks_in(std::time::Duration::from_secs(1)).max(1),
             counts: Counts::default(),
+            known: 0,
         }
     }
 }
@@ -119,6 +122,7 @@ impl Bridge {
         self.table.pin(station, nic.into())?;
         *place = Some(Flows::new(NIC_FLOWS, self.seeds));
         self.members.push(nic);
+        self.known = self.table.len();
         self.forget_decisions();
         Ok(())
     }
@@ -131,6 +135,7 @@ impl Bridge {
         if flows.take().is_some() {
             self.members.retain(|member| *member != nic);
             self.table.forget(nic.into());
+            self.known = self.table.len();
             self.forget_decisions();
         }
     }
@@ -162,6 +167,7 @@ impl Bridge {
             self.now.second = self.now.second.saturating_add(passed);
             self.next_second += (late + 1) * self.second_ticks;
             self.table.set_second(self.now.second);
+            self.known = self.table.len();
         } else {
             self.next_second = ticks.saturating_add(self.second_ticks);
         }

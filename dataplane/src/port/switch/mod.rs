@@ -85,6 +85,10 @@ impl<U: Port> Switch<U> {
     /// Takes a NIC off, with what was learned from it; nothing happens if it isn't connected.
     pub fn leave(&mut self, nic: Nic) {
         self.bridge.leave(nic);
+        // Without NICs it ends, and knows nothing any more.
+        let is_left = !self.bridge.members().is_empty();
+        let known = if is_left { self.bridge.known } else { 0 };
+        self.counters.set_stations(known);
     }
 
     /// Its NICs.
@@ -253,6 +257,7 @@ impl<U: Port> Port for Switch<U> {
         self.outward.end();
         self.counters.add(&self.counted, &self.bridge.counts);
         self.counted = self.bridge.counts;
+        self.counters.set_stations(self.bridge.known);
         if let Some(uplink) = &mut self.uplink {
             uplink.flush(ring);
         }
