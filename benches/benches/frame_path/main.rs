@@ -113,7 +113,13 @@ fn rows(c: &mut Criterion) {
             .iter()
             .map(|prefix| prefix.parse().unwrap())
             .collect();
-        let guard = Guard::new(mac(1), &SpoofChecks { mac: true, sources });
+        let guard = Guard::new(
+            mac(1),
+            &SpoofChecks {
+                sources,
+                ..SpoofChecks::default()
+            },
+        );
         group.bench_function(format!("guard: {name}"), |b| {
             b.iter(|| guard.check(black_box(&frame)).unwrap());
         });

@@ -73,6 +73,10 @@ const NIC_LIMITS: Shape = Shape {
     children: &[(0, "tx", &LIMITS), (1, "rx", &LIMITS)],
 };
 const CHECKS: Shape = Shape {
+    keys: 3,
+    children: &[(2, "trusted", &TRUSTED)],
+};
+const TRUSTED: Shape = Shape {
     keys: 2,
     children: &[],
 };

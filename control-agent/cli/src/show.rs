@@ -195,6 +195,9 @@ fn show_nic(nic: &Nic) {
         false => sources.join(" "),
     };
     println!("  may be     {mac}, {sources}");
+    if !nic.checks.trusted.is_nothing() {
+        println!("  trusted    {}", nic.checks.trusted.names().join(", "));
+    }
     if !nic.limits.is_none() {
         println!("  limits     {}", nic.limits);
     }

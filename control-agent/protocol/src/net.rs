@@ -178,15 +178,65 @@ pub struct SpoofChecks {
     #[n(1)]
     #[cbor(skip_if = "Vec::is_empty")]
     pub sources: Vec<IpPrefix>,
+    /// What it may be to others on its network.
+    #[n(2)]
+    #[cbor(skip_if = "Trusted::is_nothing")]
+    pub trusted: Trusted,
 }
 
 impl Default for SpoofChecks {
-    /// The MAC is checked, and no address.
+    /// The MAC is checked, and no address; it is trusted as nothing.
     fn default() -> Self {
         Self {
             mac: true,
             sources: Vec::new(),
+            trusted: Trusted::default(),
         }
+    }
+}
+
+/// What a NIC's guest may be to others on its network. Who isn't trusted as something, and says that it is, is not
+/// heard.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Encode, Decode)]
+#[cbor(map)]
+pub struct Trusted {
+    /// A router: it may send router advertisements and redirects.
+    #[n(0)]
+    pub router: bool,
+    /// A DHCP server: it may answer DHCP's clients and relays.
+    #[n(1)]
+    pub dhcp: bool,
+}
+
+impl Trusted {
+    /// What there is, as a bundle's source has it.
+    pub const NAMES: [&'static str; 2] = ["router", "dhcp"];
+
+    /// Whether it is nothing.
+    #[must_use]
+    pub fn is_nothing(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// What it is, by name.
+    #[must_use]
+    pub fn names(&self) -> Vec<&'static str> {
+        let all = Self::NAMES.into_iter().zip([self.router, self.dhcp]);
+        all.filter_map(|(name, is)| is.then_some(name)).collect()
+    }
+
+    /// What is named; none: something else is.
+    #[must_use]
+    pub fn from_names<'a>(names: impl IntoIterator<Item = &'a str>) -> Option<Self> {
+        let mut trusted = Self::default();
+        for name in names {
+            match name {
+                "router" => trusted.router = true,
+                "dhcp" => trusted.dhcp = true,
+                _ => return None,
+            }
+        }
+        Some(trusted)
     }
 }
 

@@ -14,6 +14,7 @@ use super::header::{
     NEEDS_CSUM,
 };
 use super::parse::{self, ETHERNET_BYTES, FrameInfo, Link, MOST_TAGS, Network, Transport, word};
+use super::roles::{self, Role};
 use crate::memory::{GuestBuffer, GuestSlice};
 use crate::port::DropReason;
 
@@ -397,6 +398,16 @@ impl<'a> Frame<'a> {
             }
             _ => 1,
         }
+    }
+
+    /// What it makes its sender to those who get it.
+    #[must_use]
+    #[inline]
+    pub fn role(&self) -> Option<Role> {
+        if roles::is_ordinary(self.head, &self.link) {
+            return None;
+        }
+        roles::role(self.head, !self.body.is_empty(), &self.info())
     }
 
     /// The addresses that it claims as its sender's, beside [`Link::src`].

@@ -10,6 +10,7 @@
 //! | `flow_hash` | which frames are of one flow |
 //! | [`parse`] | what a frame's first bytes say |
 //! | [`claims`] | whom a frame says to be from |
+//! | [`roles`] | what a frame makes its sender to others: a router, a server of addresses |
 //! | [`frame`] | a frame on its way, and its offloads, held against it |
 //! | [`receive`] | a frame into a driver's receive buffers |
 //! | [`checksum`], [`offload`] | checksums and segments in software |
@@ -27,6 +28,7 @@ mod metrics;
 pub mod offload;
 pub mod parse;
 pub mod receive;
+pub mod roles;
 
 pub use device::{Direction, MAX_QUEUE_PAIRS, MIN_MTU, NetDevice, Shape, part_of};
 pub use flow_hash::HashKey;

@@ -1,4 +1,5 @@
-//! Whether a guest sends as itself: each frame's source addresses against those that its NIC may have.
+//! Whether a guest sends as itself: each frame's source addresses against those that its NIC may have. And whether it is
+//! to others only what it is trusted to be.
 //!
 //! Two checks, each of which a NIC can be without:
 //!
@@ -18,6 +19,10 @@
 //!
 //! A NIC with a list of IP addresses sends nothing whose claim can't be told: broken headers, neighbour discovery
 //! in fragments or behind more extension headers than are followed. Ethernet frames that carry neither IP nor ARP pass.
+//!
+//! Who is not trusted as a router sends no router advertisements and redirects, and who is not trusted as a DHCP server
+//! none of its answers (RFC 6105, RFC 7610): [`crate::net::roles`] says what these are. That is so by default, and
+//! whatever else is checked. What can't be told is for those alone who are trusted as both.
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
@@ -29,6 +34,7 @@ use super::DropReason;
 use crate::net::claims::Claims;
 use crate::net::frame::Frame;
 use crate::net::parse::{FrameInfo, Mac, Network, Transport, ethertype, protocol};
+use crate::net::roles::Role;
 
 /// Where an IPv6 header says what follows it (RFC 8200, 3).
 const IPV6_NEXT_AT: usize = 6;
@@ -46,6 +52,10 @@ pub struct Guard {
     mac: Option<Mac>,
     /// None: any IP address.
     addresses: Option<Addresses>,
+    /// It is to be no router.
+    no_router: bool,
+    /// It is to be no DHCP server.
+    no_dhcp: bool,
 }
 
 #[derive(Debug)]
@@ -64,23 +74,39 @@ impl Guard {
         Self {
             mac: checks.mac.then_some(mac),
             addresses: (!sources.is_empty()).then(|| Addresses::new(mac, sources)),
+            no_router: !checks.trusted.router,
+            no_dhcp: !checks.trusted.dhcp,
         }
     }
 
     /// Whether a frame of its guest's may go on.
     ///
     /// # Errors
-    /// [`DropReason::SpoofedMac`], [`DropReason::SpoofedIp`], [`DropReason::Reserved`].
+    /// [`DropReason::SpoofedMac`], [`DropReason::SpoofedIp`], [`DropReason::Reserved`], [`DropReason::RogueRouter`],
+    /// [`DropReason::RogueDhcp`].
     #[inline]
     pub fn check(&self, frame: &Frame<'_>) -> Result<(), DropReason> {
         if self.mac.is_some_and(|mac| frame.link.src() != mac) {
             return Err(DropReason::SpoofedMac);
         }
         let is_done = self.addresses.is_none() && (self.mac.is_none() || names_no_sender(frame));
-        if is_done {
-            return Ok(());
+        if !is_done {
+            self.check_claims(frame)?;
         }
-        self.check_claims(frame)
+        frame.role().map_or(Ok(()), |role| self.check_role(role))
+    }
+
+    #[cold]
+    fn check_role(&self, role: Role) -> Result<(), DropReason> {
+        let is_router = matches!(role, Role::Router | Role::Unclear);
+        let is_server = matches!(role, Role::DhcpServer | Role::Unclear);
+        if is_router && self.no_router {
+            return Err(DropReason::RogueRouter);
+        }
+        if is_server && self.no_dhcp {
+            return Err(DropReason::RogueDhcp);
+        }
+        Ok(())
     }
 
     #[inline(never)]
@@ -215,9 +241,12 @@ fn link_local([a, b, c, d, e, f]: Mac) -> Ipv6Addr {
 mod tests {
     use proptest::prelude::*;
 
+    use bulkhead_protocol::net::Trusted;
+
     use super::*;
     use crate::net::HashKey;
     use crate::net::header::Header;
+    use crate::net::roles;
 
     const MAC: Mac = [2, 0, 0, 0, 0, 1];
 
@@ -247,11 +276,14 @@ mod tests {
         fn what_is_passed_quickly_would_be_passed_after_a_whole_look(bytes in noise()) {
             let frame = Frame::of_bytes(&Header::default(), &bytes, HashKey::new(1));
             let frame = frame.expect("a frame");
-            let checks = SpoofChecks { mac: true, sources: Vec::new() };
+            let trusted = Trusted { router: true, dhcp: true };
+            let checks = SpoofChecks { trusted, ..SpoofChecks::default() };
             let guard = Guard::new(MAC, &checks);
             let whole = guard.check_claims(&frame);
             prop_assert!(whole.is_ok() || !names_no_sender(&frame), "{:?}", frame.info());
             prop_assert_eq!(guard.check(&frame), whole);
+            let has_role = roles::role(&bytes, false, &frame.info()).is_some();
+            prop_assert!(!has_role || !roles::is_ordinary(&bytes, &frame.link));
         }
     }
 }

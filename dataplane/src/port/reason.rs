@@ -21,6 +21,10 @@ pub enum DropReason {
     SpoofedMac,
     /// The source is none of the NIC's IP addresses, in an IP header, ARP or neighbour discovery.
     SpoofedIp,
+    /// A router's advertisement or redirect, or what can't be told from one, from a guest that is not trusted to be one.
+    RogueRouter,
+    /// A DHCP server's answer, from a guest that is not trusted to be one.
+    RogueDhcp,
     /// A destination that bridges do not forward (IEEE 802.1Q, 8.6.3), such as that of spanning tree.
     Reserved,
     /// The destination is where it came from.
@@ -43,12 +47,14 @@ pub enum DropReason {
 
 impl DropReason {
     /// All of them; a reason's place here is its number.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 16] = [
         Self::Malformed,
         Self::BadOffload,
         Self::TooLong,
         Self::SpoofedMac,
         Self::SpoofedIp,
+        Self::RogueRouter,
+        Self::RogueDhcp,
         Self::Reserved,
         Self::Hairpin,
         Self::NoPort,
@@ -78,6 +84,8 @@ impl DropReason {
             Self::TooLong => "too_long",
             Self::SpoofedMac => "spoofed_mac",
             Self::SpoofedIp => "spoofed_ip",
+            Self::RogueRouter => "rogue_router",
+            Self::RogueDhcp => "rogue_dhcp",
             Self::Reserved => "reserved",
             Self::Hairpin => "hairpin",
             Self::NoPort => "no_port",

@@ -17,6 +17,7 @@ mod receive;
 )]
 mod rig;
 mod rings;
+mod roles;
 mod shared;
 
 use arena::{Arena, End, Run};
@@ -47,6 +48,7 @@ fn main() {
         offloads::cases(),
         receive::cases(),
         rings::cases(),
+        roles::cases(),
         messages::cases(),
         shared::cases(),
     ];

@@ -5,9 +5,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use bulkhead_dataplane::net::frame::{Frame, Offload};
 use bulkhead_dataplane::net::header::{Header, NEEDS_CSUM};
 use bulkhead_dataplane::port::DropReason;
-use bulkhead_dataplane::port::DropReason::{SpoofedIp, SpoofedMac};
+use bulkhead_dataplane::port::DropReason::{RogueDhcp, RogueRouter, SpoofedIp, SpoofedMac};
 use bulkhead_dataplane::port::guard::Guard;
-use bulkhead_protocol::net::SpoofChecks;
+use bulkhead_protocol::net::{SpoofChecks, Trusted};
 
 use crate::frames::{arp, ethernet, ip, mac, tagged};
 use crate::rig::key;
@@ -17,6 +17,7 @@ fn guard(mac_is_checked: bool, prefixes: &[&str]) -> Guard {
     let checks = SpoofChecks {
         mac: mac_is_checked,
         sources: prefixes.iter().map(prefix).collect(),
+        ..SpoofChecks::default()
     };
     Guard::new(mac(1), &checks)
 }
@@ -144,7 +145,7 @@ fn arp_says_nothing_about_others() {
     let behind_tags = [&foreign[..12], &tags, &foreign[12..]].concat();
     for hidden in [other_type, behind_tags] {
         assert_eq!(check(&guard(true, &[]), &hidden), Err(SpoofedMac));
-        assert_eq!(check(&guard(false, &[]), &hidden), Ok(()));
+        assert_eq!(check(&Guard::default(), &hidden), Ok(()));
     }
     // Cut short: nobody can tell what it says.
     let short = &arp(1, "10.0.0.1")[..30];
@@ -216,7 +217,7 @@ fn what_cannot_be_told_does_not_pass_where_it_matters() {
     extensions.extend(&neighbour(136, "2001:db8::1", "2001:db8::1", Some(mac(2)))[54..]);
     let hidden = packet(own, all, 60, &extensions);
     assert_eq!(check(&guard(true, &[]), &hidden), Err(SpoofedMac));
-    assert_eq!(check(&guard(false, &[]), &hidden), Ok(()));
+    assert_eq!(check(&Guard::default(), &hidden), Ok(()));
     // Says that it is IPv4, and is not.
     let broken = ethernet(mac(2), mac(1), 0x0800, &[0x65; 60]);
     assert_eq!(check(&strict(), &broken), Err(SpoofedIp));
@@ -339,4 +340,41 @@ fn no_guest_has_others_pause() {
         assert_eq!(check(&guard(true, &[]), &pause), Err(DropReason::Reserved));
         assert_eq!(check(&Guard::default(), &pause), Ok(()));
     }
+}
+
+#[test]
+fn only_who_is_trusted_routes_and_serves_dhcp() {
+    let [host, all] = ["2001:db8::1", "ff02::1"].map(|a| a.parse().expect("an address"));
+    let mut advertisement = vec![0; 16];
+    advertisement[0] = 134;
+    let advertisement = packet(host, all, 58, &advertisement);
+    let [client, server] = ["10.0.0.1", "10.0.0.9"].map(|a| a.parse().expect("an address"));
+    let offer = packet(client, server, 17, &[0, 67, 0, 68, 0, 9, 0, 0, 2]);
+    // Behind nine headers of options.
+    let mut hidden = [60, 0, 1, 4, 0, 0, 0, 0].repeat(9);
+    hidden.extend([58; 16]);
+    let hidden = packet(host, all, 60, &hidden);
+    for (router, dhcp) in [(false, false), (true, false), (false, true), (true, true)] {
+        let checks = SpoofChecks {
+            mac: false,
+            sources: Vec::new(),
+            trusted: Trusted { router, dhcp },
+        };
+        let guard = Guard::new(mac(1), &checks);
+        let unless = |is: bool, reason| if is { Ok(()) } else { Err(reason) };
+        assert_eq!(check(&guard, &advertisement), unless(router, RogueRouter));
+        assert_eq!(check(&guard, &offer), unless(dhcp, RogueDhcp));
+        let unclear = unless(router, RogueRouter).and(unless(dhcp, RogueDhcp));
+        assert_eq!(check(&guard, &hidden), unclear, "{router} {dhcp}");
+    }
+    // Whoever is trusted is so as itself.
+    let checks = SpoofChecks {
+        trusted: Trusted {
+            router: true,
+            dhcp: true,
+        },
+        ..SpoofChecks::default()
+    };
+    let other = Guard::new(mac(7), &checks);
+    assert_eq!(check(&other, &advertisement), Err(SpoofedMac));
 }

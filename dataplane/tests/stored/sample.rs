@@ -162,6 +162,7 @@ pub fn idle_nic<F>(pairs: u16, fd: &mut impl FnMut() -> F) -> StoredNic<F> {
             checks: SpoofChecks {
                 mac: true,
                 sources: vec!["192.0.2.0/24".parse().expect("a prefix")],
+                ..SpoofChecks::default()
             },
             mirror: None,
             epoch: 3,

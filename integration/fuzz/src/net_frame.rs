@@ -43,7 +43,7 @@ pub fn run(data: &[u8]) {
                 assert_eq!(frame.bytes(), head.len());
                 check_info(&frame);
                 check_offload(&frame, right);
-                let _ = frame.claims();
+                let _ = (frame.claims(), frame.role());
             }
             (Err(given), Err(right)) => assert_eq!(given, right),
             (given, right) => panic!("{given:?}, and right is {right:?}"),

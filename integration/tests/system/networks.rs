@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bulkhead_integration::card::{Card, Options};
 use bulkhead_integration::host::{BundleSpec, Host, own_uid, uid_of};
 use bulkhead_integration::network::{enter_namespace, has_taps, ip, make_tap};
-use bulkhead_integration::packets::{ARP, IPV4, Mac, sum};
+use bulkhead_integration::packets::{ARP, ICMPV6, IPV4, Ip, Mac, Packet, sum};
 use serde_json::Value;
 
 use crate::support::{Outcome, ensure, folder};
@@ -106,6 +106,19 @@ fn ping(dst: Mac, src: Mac, from: [u8; 4], to: [u8; 4]) -> Vec<u8> {
     frame.extend(header);
     frame.extend(icmp);
     frame
+}
+
+/// A router's advertisement (RFC 4861, 4.2) from the first card's own link-local address to the second card.
+fn advertisement() -> Vec<u8> {
+    let mut message = [0; 16];
+    message[0] = 134;
+    let mut own = [0; 16];
+    own[..2].copy_from_slice(&[0xfe, 0x80]);
+    own[8..].copy_from_slice(&[0x50, 0x54, 0, 0xff, 0xfe, 0, 0, 1]);
+    let mut packet = Packet::v6(ICMPV6, &message);
+    (packet.dst, packet.src) = (mac(2), mac(1));
+    packet.ip = Ip::V6(own, own);
+    packet.complete()
 }
 
 /// The next frame for which this holds; others, like what the host's kernel says by itself, are passed over.
@@ -241,6 +254,12 @@ fn beneath_their_frontends() -> Outcome {
     apply(&host, 1, &[&lan, &nic(1, ""), &nic(2, "")])?;
     let (mut one, mut two) = (card(&host, 1)?, card(&host, 2)?);
     from_one_to_the_other(&mut one, &mut two)?;
+    // A router's advertisement, by a guest that is none: nor is it one with an address that is its own.
+    let advertisement = advertisement();
+    is_kept_from(&mut one, &mut two, &advertisement)?;
+    host.wait_until("no rogue_router is counted", |host| {
+        drops(host, 1, "rogue_router") == 1
+    })?;
     // Somebody else's address, which is checked from the start.
     let spoofed = ping(mac(2), mac(9), address(1), address(2));
     is_kept_from(&mut one, &mut two, &spoofed)?;
@@ -263,7 +282,7 @@ fn beneath_their_frontends() -> Outcome {
     // Another IP address, which is not, until a bundle says so. The frontends stay.
     let other = ping(mac(2), mac(1), address(7), address(2));
     arrives(&mut one, &mut two, &other)?;
-    let mine = "sources = [\"10.99.0.11\"]\nlimits = { rx_packets = 1_000_000 }\n\
+    let mine = "sources = [\"10.99.0.11\"]\ntrusted = [\"router\"]\nlimits = { rx_packets = 1_000_000 }\n\
                 mirror = { file = \"net-1.pcapng\", bytes = \"1MiB\" }";
     let said = apply(&host, 2, &[&lan, &nic(1, mine), &nic(2, "")])?;
     ensure(
@@ -289,6 +308,7 @@ fn beneath_their_frontends() -> Outcome {
                 && !has(&other)
         })
     })?;
+    arrives(&mut one, &mut two, &advertisement)?;
     apply(&host, 3, &[&lan, &nic(1, ""), &nic(2, "")])?;
     arrives(&mut one, &mut two, &other)?;
     let log = host.log();

@@ -124,9 +124,16 @@ impl NicChanges {
 fn checks(nic: &Nic) -> String {
     let mac = if nic.checks.mac { "MAC" } else { "no MAC" };
     let sources: Vec<_> = nic.checks.sources.iter().map(ToString::to_string).collect();
-    match sources.is_empty() {
+    let checks = match sources.is_empty() {
         true => mac.to_owned(),
         false => format!("{mac} and {}", sources.join(" ")),
+    };
+    match nic.checks.trusted.is_nothing() {
+        true => checks,
+        false => format!(
+            "{checks}, trusted: {}",
+            nic.checks.trusted.names().join(" and ")
+        ),
     }
 }
 

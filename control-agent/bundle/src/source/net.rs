@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 
 use bulkhead_protocol::net::{
-    MirrorSpec, NicLimits, PortSpec, SNAP_BYTES, SpoofChecks, TrafficLimits, Uplink,
+    MirrorSpec, NicLimits, PortSpec, SNAP_BYTES, SpoofChecks, TrafficLimits, Trusted, Uplink,
 };
 use toml::de::DeValue;
 
@@ -67,11 +67,17 @@ pub(super) fn nic(table: &Table<'_, '_>) -> Result<Nic, SourceError> {
         checks: SpoofChecks {
             mac: table.boolean("check_mac", true)?,
             sources: parsed_list(table, "sources")?,
+            trusted: trusted(table)?,
         },
         mirror: mirror(table)?,
     };
     table.finish()?;
     Ok(nic)
+}
+
+fn trusted(nic: &Table<'_, '_>) -> Result<Trusted, SourceError> {
+    let trusted = Trusted::from_names(nic.strings("trusted")?);
+    trusted.ok_or_else(|| nic.error("trusted", "is a list of \"router\" and \"dhcp\""))
 }
 
 fn u16_field(
@@ -195,6 +201,10 @@ pub fn nic_to_toml(nic: &Nic) -> String {
     // Writing to a String does not fail.
     if !sources.is_empty() {
         let _ = writeln!(out, "sources = [{}]", sources.join(", "));
+    }
+    if !nic.checks.trusted.is_nothing() {
+        let names = nic.checks.trusted.names().join("\", \"");
+        let _ = writeln!(out, "trusted = [\"{names}\"]");
     }
     let rates = [
         ("tx_packets", nic.limits.tx.packets),

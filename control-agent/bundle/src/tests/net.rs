@@ -79,6 +79,7 @@ fn networked() -> HostBundle {
     bundle.nics[0].checks.sources = ["10.0.0.7", "fd00::/64"]
         .map(|text| text.parse().expect("a prefix"))
         .to_vec();
+    bundle.nics[0].checks.trusted.router = true;
     bundle.nics[1].port = tap("tap7");
     bundle.nics[1].mirror = Some(MirrorSpec {
         file: "net2.pcapng".to_owned(),
@@ -147,8 +148,10 @@ fn refused_fields_that_this_version_does_not_know() {
         encoding::decode(&bytes).expect_err("refused")
     };
     let unknown = |path: &str| encoding::DecodeError::UnknownField(path.to_owned());
-    let checks = refused(b"\x0a\xa2\x00\xf5\x01\x82", 4);
+    let checks = refused(b"\x0a\xa3\x00\xf5\x01\x82", 4);
     assert_eq!(checks, unknown("nics[0].checks.9"));
+    let trusted = refused(b"\x02\xa2\x00\xf5\x01\xf4", 4);
+    assert_eq!(trusted, unknown("nics[0].checks.trusted.9"));
     // A port or an uplink has no other field.
     let uplink = refused(b"\xa1\x00\x66bh-lan", 1);
     assert!(
@@ -359,6 +362,7 @@ socket = { name = "vm1-net", uid = 1000, gid = 1000, mode = "0660" }
 allowed_uid = 1000
 limits = { tx_packets = 10_000, rx_bandwidth = "100MiB" }
 sources = ["10.0.0.7", "fd00::/64"]
+trusted = ["router"]
 "#;
 
 /// The source with these changes, or why it is refused.
@@ -453,6 +457,11 @@ fn mistakes_in_networks_are_named_with_file_line_and_field() {
             "\"10.0.0.7\"",
             "\"10.0.0.7/24\"",
             "bundle.toml:25: nic[0].sources: IP prefix \"10.0.0.7/24\" is not valid",
+        ),
+        (
+            "[\"router\"]",
+            "[\"router\", \"bridge\"]",
+            "bundle.toml:26: nic[0].trusted: is a list of \"router\" and \"dhcp\"",
         ),
         (
             "tx_packets = 10_000",

@@ -8,7 +8,7 @@ use bulkhead_protocol::NicId;
 use bulkhead_protocol::limits::Rate;
 use bulkhead_protocol::net::{
     InterfaceName, IpPrefix, Mac, MirrorSpec, NicLimits, PortSpec, SpoofChecks, TrafficLimits,
-    Uplink,
+    Trusted, Uplink,
 };
 use bulkhead_protocol::workers::Workers;
 
@@ -167,10 +167,14 @@ fn any_nic() -> impl Strategy<Value = Nic> {
         port,
         ("[a-z0-9][a-z0-9._-]{0,63}", any::<(u32, u32, u32)>()),
         (traffic(), traffic()),
-        (vec(source, 0..3), proptest::option::of(mirror)),
+        (
+            vec(source, 0..3),
+            any::<(bool, bool)>(),
+            proptest::option::of(mirror),
+        ),
     )
         .prop_map(
-            |(ids, name, numbers, port, socket, (tx, rx), (sources, mirror))| {
+            |(ids, name, numbers, port, socket, (tx, rx), (sources, roles, mirror))| {
                 let ((id, mut mac), (mtu, queue_pairs, uid, force, check)) = (ids, numbers);
                 mac[0] = mac[0] & 0xfe | 2;
                 Nic {
@@ -192,6 +196,10 @@ fn any_nic() -> impl Strategy<Value = Nic> {
                     checks: SpoofChecks {
                         mac: check,
                         sources,
+                        trusted: Trusted {
+                            router: roles.0,
+                            dhcp: roles.1,
+                        },
                     },
                     mirror,
                 }

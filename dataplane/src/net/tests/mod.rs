@@ -6,6 +6,7 @@ mod offload;
 mod parse;
 mod receive;
 mod rig;
+mod roles;
 mod usual;
 
 use std::sync::Arc;
