@@ -18,7 +18,7 @@ use bulkhead_protocol::keys::HostKeys;
 use bulkhead_protocol::net::InterfaceName;
 use bulkhead_protocol::release::ProgramStatus;
 use bulkhead_protocol::rot::Role;
-use bulkhead_protocol::{ServedId, SocketName, VolumeId};
+use bulkhead_protocol::{NicId, ServedId, SocketName, VolumeId};
 
 use crate::apply::Apply;
 use crate::converge::Pass;
@@ -85,6 +85,8 @@ pub(crate) struct Known {
     pub(crate) networks: Option<Attached>,
     /// The files of the mirrors that this agent began.
     pub(crate) mirror_files: MirrorFiles,
+    /// NICs whose mirror has ended by itself: that was written down.
+    pub(crate) ended_mirrors: BTreeSet<NicId>,
     /// Volumes and NICs that may accept no frontend because of a removal that did not happen.
     pub(crate) cancel: BTreeSet<ServedId>,
 }
@@ -394,6 +396,8 @@ impl Agent {
         }
         if let Answer::Storage(volume, status) = &answer {
             self.tell_of_storage(*volume, status);
+        } else if let Answer::MirrorEnded(nic, status, problem) = &answer {
+            self.tell_of_ended_mirror(*nic, status, problem.as_deref());
         } else if self.is_of_upgrade(peer, request_id) {
             self.upgrade_answered(now, answer);
         } else if self.sample_question.take_if(is_it).is_some() {

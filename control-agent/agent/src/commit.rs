@@ -55,7 +55,8 @@ impl Agent {
             tracing::warn!("{warning}");
         }
         let old = self.known.accepted.as_ref().map(|stored| &*stored.bundle);
-        networks::tell_ended_mirrors(old, &candidate.bundle, &mut self.known.mirror_files);
+        let begun = (&mut self.known.mirror_files, &mut self.known.ended_mirrors);
+        networks::tell_ended_mirrors(old, &candidate.bundle, begun);
         self.known.accepted = Some(candidate);
         Ok(())
     }

@@ -2,15 +2,15 @@
 
 use std::os::fd::OwnedFd;
 
-use bulkhead_protocol::VolumeId;
 use bulkhead_protocol::admin::{AdminReply, AdminRequest, ProcessStatus};
 use bulkhead_protocol::control::{
-    AgentToDataplane, DataplaneToAgent, Networks, NicStatus, StorageStatus, SwitchStatus,
-    VolumeStatus, WorkersStatus,
+    AgentToDataplane, DataplaneToAgent, MirrorStatus, Networks, NicStatus, StorageStatus,
+    SwitchStatus, VolumeStatus, WorkersStatus,
 };
 use bulkhead_protocol::keys::{AgentToKeyd, HostKeys, KeydToAgent, MAX_SHREDS, Undelivered};
 use bulkhead_protocol::release::{ProgramStatus, Release};
 use bulkhead_protocol::rot::ToRot;
+use bulkhead_protocol::{NicId, VolumeId};
 
 use crate::text::plain;
 
@@ -69,6 +69,8 @@ pub enum Answer {
     GivenUp(u32),
     /// The storage of a volume does worse than before, or better. Nobody asked.
     Storage(VolumeId, StorageStatus),
+    /// The mirror of a NIC has ended by itself, with what it has, and why if not because its file is full. Nobody asked.
+    MirrorEnded(NicId, MirrorStatus, Option<String>),
 }
 
 /// Something that happened.
@@ -171,6 +173,11 @@ pub fn from_dataplane(message: DataplaneToAgent) -> (u64, Answer) {
         } => (request_id, Answer::Nics(nics, switches)),
         // No question has this number.
         DataplaneToAgent::Storage { volume, status } => (0, Answer::Storage(volume, status)),
+        DataplaneToAgent::MirrorEnded {
+            nic,
+            status,
+            problem,
+        } => (0, Answer::MirrorEnded(nic, status, problem)),
         DataplaneToAgent::GivenUp {
             request_id,
             requests,

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use bulkhead_bundle::{HostBundle, Nic, Verified};
-use bulkhead_protocol::control::{AgentToDataplane, Networks};
+use bulkhead_protocol::control::{AgentToDataplane, MirrorStatus, Networks};
 use bulkhead_protocol::net::PortSpec;
 use bulkhead_protocol::{NicId, SwitchName};
 
@@ -14,6 +14,7 @@ use crate::message::{Action, Peer};
 use crate::mirror_file::MirrorDirectory;
 use crate::ports::{self, Owner};
 use crate::step::Step;
+use crate::text::plain;
 
 /// Why nothing can be mirrored.
 const NO_DIRECTORY: &str = "there is no directory for mirrors: start bulkhead-rot with --mirror-dir and one that is the \
@@ -89,9 +90,12 @@ pub(crate) type MirrorFiles = BTreeMap<NicId, String>;
 pub(crate) fn tell_ended_mirrors(
     old: Option<&HostBundle>,
     new: &Verified<HostBundle>,
-    files: &mut MirrorFiles,
+    (files, ended): (&mut MirrorFiles, &mut BTreeSet<NicId>),
 ) {
     for (nic, file) in ended_mirrors(old, new, files) {
+        if ended.remove(&nic.id) {
+            continue;
+        }
         let (epoch, signers) = (new.epoch, new.signers().join(", "));
         tracing::info!(nic = %nic.id, name = nic.name, file, epoch, %signers, "mirror ends");
     }
@@ -159,6 +163,31 @@ impl Agent {
         checked.map_err(|problem| format!("NIC {}: {problem}", nic.name))
     }
 
+    /// Writes down that a mirror has ended by itself: its file is as long as it may be, or can't be written to.
+    pub(crate) fn tell_of_ended_mirror(
+        &mut self,
+        id: NicId,
+        status: &MirrorStatus,
+        problem: Option<&str>,
+    ) {
+        let bundle = self.known.accepted.as_ref().map(|stored| &stored.bundle);
+        let Some((bundle, nic)) = bundle.and_then(|bundle| Some((bundle, bundle.nic(id)?))) else {
+            return;
+        };
+        let Some(mirror) = &nic.mirror else {
+            return;
+        };
+        let file = self.known.mirror_files.remove(&id);
+        let file = file.unwrap_or_else(|| mirror.file.clone());
+        let (epoch, signers) = (bundle.epoch, bundle.signers().join(", "));
+        let because = problem.map_or("it is full".to_owned(), plain);
+        let (frames, bytes, missed) = (status.frames, status.bytes, status.missed);
+        tracing::info!(
+            nic = %id, name = nic.name, file, epoch, %signers, because, frames, bytes, missed, "mirror ends"
+        );
+        self.known.ended_mirrors.insert(id);
+    }
+
     /// Makes the file of a NIC's mirror and sends it. Who signed that is written down.
     pub(crate) fn begin_mirror(&mut self, now: Instant, id: NicId) -> Result<(), String> {
         let bundle = self.known.accepted.as_ref().map(|stored| &stored.bundle);
@@ -169,6 +198,7 @@ impl Agent {
         let directory = directory.ok_or(NO_DIRECTORY)?;
         let (file, name) = directory.create(&mirror.file)?;
         let (epoch, signers) = (bundle.epoch, bundle.signers().join(", "));
+        self.known.ended_mirrors.remove(&id);
         // The NIC was detached meanwhile, or a data plane ended.
         if let Some(file) = self.known.mirror_files.insert(id, name.clone()) {
             tracing::info!(nic = %id, name = nic.name, file, epoch, %signers, "mirror ends");

@@ -246,6 +246,19 @@ pub enum DataplaneToAgent {
         #[cbor(default)]
         switches: Vec<SwitchStatus>,
     },
+    /// The mirror of a NIC has ended by itself. Answers nothing: it comes unasked, once.
+    #[n(7)]
+    MirrorEnded {
+        /// Which NIC.
+        #[n(0)]
+        nic: NicId,
+        /// What it has recorded.
+        #[n(1)]
+        status: MirrorStatus,
+        /// Why its file can't be written to (for people); none: it is full.
+        #[n(2)]
+        problem: Option<String>,
+    },
 }
 
 pub use nics::{

@@ -39,7 +39,7 @@ mod workers;
 
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::sync::Arc;
 
 use bulkhead_crypto::SecretArena;
@@ -47,7 +47,9 @@ use bulkhead_protocol::control::DataplaneToAgent;
 use bulkhead_protocol::keys::{DataplaneToKeyd, KeydToDataplane};
 use bulkhead_protocol::rot::{FromRot, Role, ToRot};
 use bulkhead_protocol::{Received, ServedId};
-use mio::{Registry, Token};
+use mio::unix::SourceFd;
+use mio::{Interest, Registry, Token};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::server::{Event, MANAGER_TOKENS, Manager, Server};
 use crate::stored::Keeper;
@@ -66,6 +68,8 @@ pub use workers::Staff;
 const ROT: Token = Token(MANAGER_TOKENS);
 const KEYD: Token = Token(MANAGER_TOKENS + 1);
 const AGENT: Token = Token(MANAGER_TOKENS + 2);
+/// A NIC's mirror has ended by itself.
+const MIRRORS: Token = Token(MANAGER_TOKENS + 3);
 
 /// Messages taken from one channel before frontends have their turn.
 const TURN: usize = 64;
@@ -118,6 +122,12 @@ impl Control {
     ) -> io::Result<Self> {
         let registry = server.registry()?;
         let rot = Link::new(start.rot, None, "rot", 0, (&registry, ROT))?;
+        let mirrors_end = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
+        registry.register(
+            &mut SourceFd(&mirrors_end.as_fd().as_raw_fd()),
+            MIRRORS,
+            Interest::READABLE,
+        )?;
         Ok(Self {
             arena,
             registry,
@@ -125,7 +135,7 @@ impl Control {
             keyd: Peer::default(),
             agent: Peer::default(),
             volumes: Volumes::kept_by(keeper),
-            nics: Nics::default(),
+            nics: Nics::telling(Arc::new(mirrors_end)),
             staff,
             early: Some(start.early),
             resuming: BTreeSet::new(),
@@ -332,6 +342,19 @@ impl Control {
         self.send(answers);
     }
 
+    /// The agent hears of mirrors that have ended; if it is not there, as soon as it asks what is mirrored.
+    fn tell_of_mirrors(&mut self) {
+        if let Some(event) = &self.nics.mirrors_end {
+            // Nothing else reads it; how often it was written to says nothing.
+            let _ = event.read();
+        }
+        if self.agent.link.is_some() {
+            let mut answers = Answers::default();
+            self.nics.tell_ended_mirrors(&mut answers);
+            self.send(answers);
+        }
+    }
+
     /// Sends answers to those who asked, if they are still there.
     fn send(&mut self, answers: Answers) {
         for (keyd, message) in answers.to_keyd {
@@ -366,6 +389,7 @@ impl Manager for Control {
             ROT => self.read_rot(server),
             KEYD => self.read_keyd(server),
             AGENT => self.read_agent(server),
+            MIRRORS => self.tell_of_mirrors(),
             _ => tracing::error!("the event loop names a descriptor that nobody has: {token:?}"),
         }
     }

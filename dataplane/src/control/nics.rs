@@ -22,6 +22,7 @@ use std::sync::Arc;
 use bulkhead_protocol::control::PortFacts;
 use bulkhead_protocol::net::{MAX_NICS, NicGrant};
 use bulkhead_protocol::{NicId, SocketName, SwitchName};
+use nix::sys::eventfd::EventFd;
 
 use super::answer::{Agent, Answers, Keyd};
 use super::volumes::Volumes;
@@ -123,9 +124,19 @@ impl Nic {
 pub(super) struct Nics {
     table: BTreeMap<NicId, Nic>,
     switches: BTreeMap<SwitchName, Switch>,
+    /// Written to when a mirror ends by itself.
+    pub(super) mirrors_end: Option<Arc<EventFd>>,
 }
 
 impl Nics {
+    /// None yet; the end of their mirrors is written to this event.
+    pub(super) fn telling(mirrors_end: Arc<EventFd>) -> Self {
+        Self {
+            mirrors_end: Some(mirrors_end),
+            ..Self::default()
+        }
+    }
+
     /// Does what is asked of a NIC, or lets it wait until the NIC is settled.
     pub(super) fn ask(
         &mut self,

@@ -149,6 +149,7 @@ impl Control {
                     networks,
                 };
                 answers.to_agent.push((agent, message));
+                self.nics.tell_ended_mirrors(answers);
             }
             AgentToDataplane::Nics { request_id, after } => {
                 let nics = self.nics.status(server, after);

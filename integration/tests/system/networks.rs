@@ -318,7 +318,24 @@ fn beneath_their_frontends() -> Outcome {
         let right = found.is_some_and(|said| said.contains(epoch) && said.contains("net-1.pcapng"));
         ensure(right, || format!("{line}: {found:?}\n{log}"))?;
     }
-    Ok(())
+    // One that is full ends by itself, and is written down once, also when a bundle takes it out.
+    let full = "mirror = { file = \"net-2.pcapng\", bytes = \"64KiB\" }";
+    apply(&host, 4, &[&lan, &nic(1, ""), &nic(2, full)])?;
+    let mut long = ethernet(mac(2), mac(1), 0x88b5);
+    long.resize(1400, 7);
+    for _ in 0..64 {
+        arrives(&mut one, &mut two, &long)?;
+    }
+    let ends = |host: &Host| {
+        let log = host.log();
+        let lines = log.lines().filter(|line| line.contains("mirror ends"));
+        lines.filter(|line| line.contains("net-2.pcapng")).count()
+    };
+    host.wait_until("no mirror ends", |host| ends(host) == 1)?;
+    let log = host.log();
+    ensure(log.contains("it is full"), || log.clone())?;
+    apply(&host, 5, &[&lan, &nic(1, ""), &nic(2, "")])?;
+    ensure(ends(&host) == 1, || "it is said twice".to_owned())
 }
 
 fn refused() -> Outcome {

@@ -2,14 +2,18 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use bulkhead_protocol::NicId;
-use bulkhead_protocol::control::MirrorStatus;
+use bulkhead_protocol::control::{DataplaneToAgent, MirrorStatus};
 
 use super::{Nic, Nics};
+use crate::control::answer::Answers;
 use crate::net::NetDevice;
 use crate::port::MirrorFile;
+use crate::port::mirror::MirrorEnd;
 use crate::server::Server;
 
 impl Nics {
@@ -35,9 +39,36 @@ impl Nics {
         }
         let file = MirrorFile::begin(file, nic.grant.socket.as_str(), spec);
         let file = file.map_err(|error| format!("its mirror's file: {error}"))?;
+        if let Some(bell) = &self.mirrors_end {
+            file.ring_when_over(Arc::clone(bell));
+        }
         server.set_mirror(device_id, Some(file))?;
         tracing::info!(nic = %id, "mirrored from now on");
         Ok(())
+    }
+
+    /// Tells of mirrors that have ended by themselves, each once.
+    pub(in crate::control) fn tell_ended_mirrors(&self, answers: &mut Answers) {
+        for (id, nic) in &self.table {
+            let Some((_, device)) = nic.served() else {
+                continue;
+            };
+            let (Some(end), Some(status)) = (
+                device.mirror().and_then(|mirror| mirror.take_end()),
+                status(device),
+            ) else {
+                continue;
+            };
+            let problem = match end {
+                MirrorEnd::Full => None,
+                MirrorEnd::Failed(errno) => Some(io::Error::from_raw_os_error(errno).to_string()),
+            };
+            answers.unasked.push(DataplaneToAgent::MirrorEnded {
+                nic: *id,
+                status,
+                problem,
+            });
+        }
     }
 }
 

@@ -22,12 +22,13 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bulkhead_protocol::net::MirrorSpec;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::eventfd::EventFd;
 
 use super::Tokens;
 use crate::net::frame::{Body, Frame};
@@ -54,6 +55,10 @@ pub struct MirrorFile {
     frames: AtomicU64,
     dropped: AtomicU64,
     end: AtomicI32,
+    /// Its end was asked for.
+    is_told: AtomicBool,
+    /// Written to when it ends.
+    bell: OnceLock<Arc<EventFd>>,
 }
 
 /// How a mirror ended.
@@ -108,7 +113,21 @@ impl MirrorFile {
             frames: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
             end: AtomicI32::new(RUNNING),
+            is_told: AtomicBool::new(false),
+            bell: OnceLock::new(),
         }))
+    }
+
+    /// Has this event written to when the mirror ends by itself. To be said before it begins to record, and once.
+    pub fn ring_when_over(&self, bell: Arc<EventFd>) {
+        let _ = self.bell.set(bell);
+    }
+
+    /// How it ended, if it has and nobody was told yet.
+    #[must_use]
+    pub fn take_end(&self) -> Option<MirrorEnd> {
+        let end = self.counts().end?;
+        (!self.is_told.swap(true, Ordering::Relaxed)).then_some(end)
     }
 
     /// What it has recorded so far.
@@ -138,7 +157,11 @@ impl MirrorFile {
     /// The first end is the one that is told.
     fn end_as(&self, how: i32) {
         let order = Ordering::Relaxed;
-        let _ = self.end.compare_exchange(RUNNING, how, order, order);
+        let ended = self.end.compare_exchange(RUNNING, how, order, order);
+        if let (Ok(_), Some(bell)) = (ended, self.bell.get()) {
+            // Once for each mirror. Whoever waits counts nothing, so that it never overflows.
+            let _ = bell.write(1);
+        }
     }
 
     /// Whether it may have so many bytes more; if not, it is over.
