@@ -13,7 +13,9 @@ use super::header::{
     DATA_VALID, GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, Header, HeaderSize, MOST_BYTES,
     NEEDS_CSUM,
 };
-use super::parse::{self, ETHERNET_BYTES, FrameInfo, Link, MOST_TAGS, Network, Transport, word};
+use super::parse::{
+    self, ETHERNET_BYTES, FrameInfo, Link, MOST_TAGS, Network, Transport, protocol, word,
+};
 use super::roles::{self, Role};
 use crate::memory::{GuestBuffer, GuestSlice};
 use crate::port::DropReason;
@@ -58,7 +60,7 @@ impl Csum {
         match info.transport {
             Transport::Tcp => at(16),
             Transport::Udp => at(6),
-            Transport::Icmpv6 => at(2),
+            Transport::Icmpv6 | Transport::Other(protocol::ICMP) => at(2),
             Transport::Other(_) => self.start >= info.l4,
             Transport::Fragment | Transport::Hidden => false,
             Transport::None => self.start >= info.link.l3 && info.link.is_opaque(),

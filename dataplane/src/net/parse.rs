@@ -33,6 +33,8 @@ pub mod ethertype {
 
 /// IP protocol numbers.
 pub mod protocol {
+    /// ICMP for IPv4.
+    pub const ICMP: u8 = 1;
     /// TCP.
     pub const TCP: u8 = 6;
     /// UDP.

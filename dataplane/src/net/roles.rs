@@ -27,9 +27,6 @@ pub enum Role {
     Unclear,
 }
 
-/// ICMP for IPv4.
-const ICMP: u8 = 1;
-
 /// Where a transport begins, and what it means if it is not in the frame's head.
 #[derive(Clone, Copy)]
 struct At<'a> {
@@ -104,7 +101,7 @@ fn of_transport(at: At<'_>, transport: Transport) -> Option<Role> {
     match transport {
         Transport::Udp => dhcp(at),
         Transport::Icmpv6 if at.is_ipv6 => icmp(at, [134, 137]),
-        Transport::Other(ICMP) if !at.is_ipv6 => icmp(at, [9, 5]),
+        Transport::Other(protocol::ICMP) if !at.is_ipv6 => icmp(at, [9, 5]),
         Transport::Hidden | Transport::Fragment => Some(Role::Unclear),
         _ => None,
     }
@@ -145,7 +142,7 @@ fn ipv4_fragment(at: At<'_>, l3: usize) -> Option<Role> {
     };
     match *at.head.get(l3 + 9)? {
         protocol::UDP => of_transport(first, Transport::Udp),
-        ICMP => of_transport(first, Transport::Other(ICMP)),
+        protocol::ICMP => of_transport(first, Transport::Other(protocol::ICMP)),
         _ => None,
     }
 }

@@ -306,6 +306,15 @@ fn no_checksum_makes_a_frame_that_passed_into_another() {
         let [from, to] = [own, other].map(|address| address.parse().expect("an address"));
         packet(from, to, 44, &body)
     };
+    // A message of ICMP, and a datagram to a port.
+    let said = |src: &str, protocol, kind| {
+        let [from, to] = [src, src].map(|address| address.parse().expect("an address"));
+        packet(from, to, protocol, &[kind, 0, 0, 0, 0, 0, 0, 0])
+    };
+    let asked = |port| {
+        let from = v4("10.0.0.1").into();
+        packet(from, from, 17, &[0, 1, 0, port, 0, 8, 0, 0])
+    };
     // One that passes, one that doesn't, and where they differ.
     let pairs = [
         (from("10.0.0.1"), from("10.0.0.2"), 28),
@@ -317,6 +326,9 @@ fn no_checksum_makes_a_frame_that_passed_into_another() {
         (hidden(0x88b5), hidden(0x0806), 16),
         (snap(7), snap(6), 20),
         (fragment(17), fragment(58), 54),
+        (said("10.0.0.1", 1, 8), said("10.0.0.1", 1, 5), 34),
+        (said(own, 58, 128), said(own, 58, 134), 54),
+        (asked(2), asked(68), 36),
     ];
     for (number, (passes, spoofed, at)) in pairs.iter().enumerate() {
         assert_eq!(check(&strict(), passes), Ok(()), "pair {number}");

@@ -133,7 +133,7 @@ fn may_stand_at(found: &Layers, start: usize, offset: usize) -> bool {
     match (found.transport, found.ip, found.ethertype) {
         (Some((l4, 6)), ..) => (start, offset) == (l4, 16),
         (Some((l4, 17)), ..) => (start, offset) == (l4, 6),
-        (Some((l4, 58)), ..) => (start, offset) == (l4, 2),
+        (Some((l4, 1 | 58)), ..) => (start, offset) == (l4, 2),
         (Some((l4, _)), ..) => start >= l4,
         // Fragments, too many extension headers, ARP and RARP, IP that is none, lengths of 802.3.
         (None, 4 | 6, _) | (None, _, 0x0800 | 0x86dd | 0x0806 | 0x8035 | 0..0x600) => false,

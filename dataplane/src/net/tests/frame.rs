@@ -133,6 +133,16 @@ fn a_checksum_stands_where_its_transport_has_it_or_behind_all_that_is_looked_at(
             }
         }
     }
+    let icmp = Packet::v4(1, &pattern(600)).complete();
+    for (start, other, is_its) in [
+        (34, 2, true),
+        (34, 0, false),
+        (35, 0, false),
+        (36, 4, false),
+    ] {
+        let found = offload(&at(start, other), &icmp);
+        assert_eq!(found.is_ok(), is_its, "ICMP: {start}, {other}");
+    }
     // Of GRE, where its header may have it, and of what isn't IP; up to the head's end.
     let gre = Packet::v4(47, &pattern(600)).complete();
     let mut opaque = gre.clone();
