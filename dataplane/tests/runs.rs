@@ -307,6 +307,9 @@ impl Twins {
 
     /// What comes next: plain chains as a run on one side, one by one on the other.
     fn take_run(&mut self, random: &mut Random, most: usize) -> usize {
+        // A hint, which changes nothing.
+        let ahead = random.index(2 * MOST_CHAINS);
+        self.runs.queue.announce_run(ahead, 12, random.index(200));
         let count = self.runs.queue.pop_run(&mut self.run, most);
         assert!(count <= most.min(MOST_CHAINS) && count == self.run.len());
         assert_eq!((self.run.first_out(), self.run.out()), (0, count));

@@ -221,6 +221,14 @@ impl Virtqueue {
         either!(self, queue => queue.announce_next(but, bytes))
     }
 
+    /// Has the CPU fetch what the next `count` plain chains are going to be written to, as
+    /// [`GuestSlice::will_put`](crate::memory::GuestSlice::will_put) does, as far as the driver is known to have made them
+    /// available. Nothing is taken, and what is read of the ring here counts for nothing else.
+    #[inline]
+    pub fn announce_run(&self, count: usize, front: usize, most: usize) {
+        either!(self, queue => queue.announce_run(count, front, most));
+    }
+
     /// Has the CPU fetch what the next chain that is given back will be written to.
     #[inline]
     pub fn announce_used(&self) {

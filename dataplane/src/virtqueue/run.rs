@@ -28,7 +28,7 @@
 
 use std::ptr::NonNull;
 
-use super::chain::WRITE;
+use super::chain::{Descriptor, WRITE};
 use crate::memory::{GuestSlice, Lease, Window};
 
 /// Chains of a run at most.
@@ -214,4 +214,13 @@ pub(super) fn place(
 ) -> Option<NonNull<u8>> {
     let here = window.find(guest_addr, bytes);
     here.or_else(|| lease.find_elsewhere(window, guest_addr, bytes))
+}
+
+/// Has the CPU fetch what a plain chain is going to be written to, as [`GuestSlice::will_put`] does.
+#[inline(always)]
+pub(super) fn announce(lease: &Lease, descriptor: Descriptor, front: usize, most: usize) {
+    if let Some(host) = lease.window().find(descriptor.addr, descriptor.len) {
+        // SAFETY: just found, in memory that the lease holds.
+        unsafe { GuestSlice::new(lease, host, descriptor.len) }.will_put(front, most);
+    }
 }

@@ -17,6 +17,9 @@ const MOST: usize = 32;
 /// Bytes of a buffer that are asked for ahead: of a longer frame the CPU sees where it goes on.
 const AHEAD_BYTES: usize = 256;
 
+/// Bytes of the buffers of a turn that is yet to come: of more than most frames have, lines would come for nothing.
+const FIRST_BYTES: usize = 76;
+
 /// Room for the buffers of several frames.
 #[derive(Debug)]
 pub(super) struct Buffers {
@@ -87,6 +90,8 @@ impl Buffers {
         if run.out() > 0 {
             ring.unpop_run(run);
         }
+        // The next ones come while others have their turns: who got frames just now is likely to get more.
+        ring.announce_run(done, MOST_BYTES, FIRST_BYTES);
         done
     }
 }

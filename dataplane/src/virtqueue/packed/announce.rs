@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 use super::PackedQueue;
 use crate::memory::will_write;
 use crate::virtqueue::chain::INDIRECT;
+use crate::virtqueue::run;
 
 /// Descriptors of a cache line.
 pub(super) const DESCRIPTORS_OF_LINE: u16 = 4;
@@ -33,6 +34,23 @@ impl PackedQueue {
             self.lease.announce(descriptor.addr, descriptor.len, bytes);
         }
         true
+    }
+
+    /// As [`Virtqueue::announce_run`](super::super::Virtqueue::announce_run).
+    #[inline]
+    pub fn announce_run(&self, count: usize, front: usize, most: usize) {
+        let (mut at, size) = (self.avail, self.layout.size);
+        let count = u16::try_from(count).unwrap_or(size).min(size);
+        // Their own lines are going to be written as well.
+        self.announce_used_of(count);
+        for _ in 0..count {
+            let descriptor = self.descriptor_if_there(at);
+            if !at.is_available(descriptor.flags) {
+                return;
+            }
+            run::announce(&self.lease, descriptor, front, most);
+            at = at.advanced(1, size);
+        }
     }
 
     /// Has the CPU fetch the place of the next used descriptor.

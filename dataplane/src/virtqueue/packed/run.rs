@@ -93,7 +93,7 @@ impl PackedQueue {
 
     /// A descriptor, each byte read once: what is behind its flags holds if these say that it is available.
     #[inline(always)]
-    fn descriptor_if_there(&self, at: Cursor) -> Descriptor {
+    pub(super) fn descriptor_if_there(&self, at: Cursor) -> Descriptor {
         // Acquire: the address is read after the flags that announce it.
         let word = self.word(at).load(Ordering::Acquire);
         // SAFETY: as above.

@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 use super::SplitQueue;
 use crate::memory::{read_words, will_write};
 use crate::virtqueue::chain::{Descriptor, INDIRECT};
+use crate::virtqueue::run;
 
 /// Used entries of a cache line.
 const ENTRIES_OF_LINE: usize = 8;
@@ -33,6 +34,20 @@ impl SplitQueue {
             self.lease.announce(descriptor.addr, descriptor.len, bytes);
         }
         true
+    }
+
+    /// As [`Virtqueue::announce_run`](super::super::Virtqueue::announce_run).
+    #[inline]
+    pub fn announce_run(&self, count: usize, front: usize, most: usize) {
+        let mask = self.layout.size - 1;
+        let known = self.seen_avail.wrapping_sub(self.next_avail);
+        for step in (0..known).take(count) {
+            let index = self.next_avail.wrapping_add(step) & mask;
+            let head = self.avail(2 + usize::from(index)).load(Ordering::Relaxed);
+            // SAFETY: masked to the table's length; the lease keeps the table.
+            let words = unsafe { read_words(self.parts.desc.add(usize::from(head & mask)).cast()) };
+            run::announce(&self.lease, Descriptor::of_split(words), front, most);
+        }
     }
 
     /// Has the CPU fetch the place of the next used entry: the driver has read its line, if it has seen the
