@@ -145,6 +145,20 @@ fn switch_lines(switch: &SwitchEntry) -> String {
             switch.name, state.uplink_drops
         );
     }
+    if state.uplink_refused > 0 {
+        let _ = writeln!(
+            out,
+            "  {}: refused by the uplink: {}",
+            switch.name, state.uplink_refused
+        );
+    }
+    if state.uplink_removed {
+        let _ = writeln!(
+            out,
+            "  {}: the uplink's interface was removed: make it again, and apply the bundle without the uplink and then with it",
+            switch.name
+        );
+    }
     out
 }
 
@@ -157,6 +171,8 @@ fn switch_state_json(state: &SwitchStatus) -> Json {
         ("flow_misses", Json::Number(state.flow_misses)),
         ("floods", Json::Number(state.floods)),
         ("uplink_drops", Json::Number(state.uplink_drops)),
+        ("uplink_refused", Json::Number(state.uplink_refused)),
+        ("uplink_removed", Json::Bool(state.uplink_removed)),
     ])
 }
 
@@ -418,6 +434,8 @@ mod tests {
                     flow_misses: 20,
                     floods: 7,
                     uplink_drops: 2,
+                    uplink_refused: 4,
+                    uplink_removed: true,
                 }),
             }],
         }
@@ -431,6 +449,8 @@ mod tests {
             "  lan   1     TAP bh-lan  3         1000    20         7\n",
             "  lan: 1 stations went from one port to another\n",
             "  lan: dropped of what came by the uplink: 2\n",
+            "  lan: refused by the uplink: 4\n",
+            "  lan: the uplink's interface was removed: make it again, and apply",
             "  net1  connected  52:54:00:00:00:01  switch lan  4       20  1.2 KiB   40  2.5 KiB   8        /run/vm1-net.sock\n",
             "  net2  unknown    52:54:00:00:00:01  null        ?",
             "  net1: limits sends 1000 packets/s (burst 100)\n",
@@ -459,7 +479,7 @@ mod tests {
         assert_eq!(
             switches.to_line(),
             "[{\"name\":\"lan\",\"uplink\":\"TAP bh-lan\",\"state\":{\"stations\":3,\"learned\":5,\"moved\":1,\
-             \"flow_hits\":1000,\"flow_misses\":20,\"floods\":7,\"uplink_drops\":2}}]"
+             \"flow_hits\":1000,\"flow_misses\":20,\"floods\":7,\"uplink_drops\":2,\"uplink_refused\":4,\"uplink_removed\":true}}]"
         );
     }
 }

@@ -5,7 +5,7 @@ use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
 use bulkhead_integration::card::{Card, Options};
-use bulkhead_integration::host::nics::NicSpec;
+use bulkhead_integration::host::nics::{NicSpec, switch};
 use bulkhead_integration::host::{BundleSpec, Host, own_uid, uid_of};
 use bulkhead_integration::network::{enter_namespace, has_taps, ip, make_pair, make_tap};
 use bulkhead_integration::packets::{Ip, Packet, UDP, check};
@@ -88,8 +88,10 @@ fn tap_removed() -> Outcome {
             .stanza(),
         }
     });
+    make_tap("t1", uid_of("agent"));
+    let on_lan = NicSpec::on_switch("net3", "52:54:00:00:00:03", "lan").stanza();
     let spec = BundleSpec {
-        more: &nics.concat(),
+        more: &[nics.concat(), switch("lan", Some("t1")), on_lan].concat(),
         ..BundleSpec::new(1, &[])
     };
     host.apply(&host.sign(&spec)?)?;
@@ -99,6 +101,9 @@ fn tap_removed() -> Outcome {
     packet.src = [0x52, 0x54, 0, 0, 0, 1];
     ensure(fault(&host)?.is_empty(), || "it has its TAP".to_owned())?;
     ip("link del dev t0");
+    ensure(!uplink_removed(&host)?, || "it is there".to_owned())?;
+    ip("link del dev t1");
+    ensure(uplink_removed(&host)?, || "it is not told".to_owned())?;
     card.send(0, &packet.complete())?;
     let words = "TAP t0 was removed: make it again, and end the data plane";
     ensure(fault(&host)? == words, || format!("{:?}", fault(&host)))?;
@@ -119,6 +124,13 @@ fn tap_removed() -> Outcome {
     // Nobody else noticed.
     packet.src = [0x52, 0x54, 0, 0, 0, 2];
     Ok(other.send(0, &packet.complete())?)
+}
+
+/// What is said of the switch's way out.
+fn uplink_removed(host: &Host) -> Result<bool, Box<dyn std::error::Error>> {
+    let status = host.status()?;
+    let removed = status["switches"][0]["state"]["uplink_removed"].as_bool();
+    Ok(removed.ok_or_else(|| format!("nothing is said: {status}"))?)
 }
 
 /// What is said to be wrong with the card on the TAP.

@@ -615,6 +615,8 @@ fn switch_status(name: &SwitchName) -> SwitchStatus {
         flow_misses: 20,
         floods: 7,
         uplink_drops: 2,
+        uplink_refused: 0,
+        uplink_removed: false,
     }
 }
 

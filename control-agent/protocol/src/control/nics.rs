@@ -90,6 +90,14 @@ pub struct SwitchStatus {
     /// Frames from the uplink that went no further.
     #[n(7)]
     pub uplink_drops: u64,
+    /// Frames that its uplink's interface refused.
+    #[n(8)]
+    #[cbor(default)]
+    pub uplink_refused: u64,
+    /// Its uplink's interface was removed: nothing goes through it any more, also if there is another of its name.
+    #[n(9)]
+    #[cbor(default)]
+    pub uplink_removed: bool,
 }
 
 /// What a queue pair carried; the directions are the guest's.
@@ -192,6 +200,8 @@ pub(crate) fn switch_status_at_its_longest(name: SwitchName) -> SwitchStatus {
         flow_misses: u64::MAX,
         floods: u64::MAX,
         uplink_drops: u64::MAX,
+        uplink_refused: u64::MAX,
+        uplink_removed: true,
     }
 }
 

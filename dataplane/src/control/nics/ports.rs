@@ -4,6 +4,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bulkhead_protocol::control::PortFacts;
 use bulkhead_protocol::net::{
@@ -213,8 +214,8 @@ fn tap(
 
 /// Whether the interface behind a port was removed: a TAP's queues lead nowhere then, for ever, also if one of that name is made
 /// again. (A read of nothing takes no frame and waits for none.)
-pub(super) fn was_removed(port: &PortSpec) -> Option<String> {
-    let PortSpec::Outside(OutsideSpec::Tap(tap)) = port else {
+pub(super) fn was_removed(port: &OutsideSpec) -> Option<String> {
+    let OutsideSpec::Tap(tap) = port else {
         return None;
     };
     let reads = |queue: &OwnedFd| nix::unistd::read(queue, &mut []);
@@ -223,6 +224,15 @@ pub(super) fn was_removed(port: &PortSpec) -> Option<String> {
         .iter()
         .any(|queue| reads(queue) == Err(Errno::EBADFD));
     gone.then(|| format!("TAP {} was removed", tap.name))
+}
+
+/// What an interface refused after its port had taken it: it said so later.
+pub(super) fn refused(port: &OutsideSpec) -> u64 {
+    let counters = match port {
+        OutsideSpec::Tap(tap) => &tap.counters,
+        OutsideSpec::Xdp(xdp) => &xdp.counters,
+    };
+    counters.refused.load(Ordering::Relaxed)
 }
 
 /// Of a port that needs no descriptor.

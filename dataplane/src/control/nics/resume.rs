@@ -11,6 +11,7 @@ use super::ports::{self, Parts};
 use super::switches::Switch;
 use super::{Nic, Nics, Serving, grant};
 use crate::net::NetDevice;
+use crate::port::PortSpec;
 use crate::server::{Offer, Server};
 use crate::stored::{Fd, Place, StoredNic, StoredSwitch};
 use crate::worker::message::DeviceId;
@@ -91,7 +92,9 @@ impl Nics {
         granted.check()?;
         let (port, _) = self.port(granted, Parts::Stored(stored.port.clone()))?;
         // The agent gives it another, once there is one.
-        if let Some(reason) = ports::was_removed(&port) {
+        if let PortSpec::Outside(outside) = &port
+            && let Some(reason) = ports::was_removed(outside)
+        {
             return Err(reason);
         }
         let listener = stored.listener.try_clone();

@@ -3,7 +3,6 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
 use std::ops::Bound;
-use std::sync::atomic::Ordering;
 
 use bulkhead_protocol::control::{
     DropCount, NICS_PER_MESSAGE, Networks, NicStatus, PairCounts, SwitchStatus, Traffic,
@@ -54,6 +53,7 @@ impl Nics {
         let one = |(name, switch): (&SwitchName, &Switch)| {
             let counters = &switch.spec.counters;
             let counts = counters.counts();
+            let uplink = switch.spec.uplink.as_ref();
             SwitchStatus {
                 name: name.clone(),
                 stations: counters.stations(),
@@ -63,6 +63,8 @@ impl Nics {
                 flow_misses: counts.flow_misses,
                 floods: counts.floods,
                 uplink_drops: counts.uplink_drops,
+                uplink_refused: uplink.map_or(0, ports::refused),
+                uplink_removed: uplink.and_then(ports::was_removed).is_some(),
             }
         };
         self.switches.iter().map(one).collect()
@@ -80,13 +82,19 @@ fn one(id: NicId, nic: &Nic, server: &Server) -> NicStatus {
     status.running_queues = now.running_queues;
     status.retired_queues = now.retired_queues;
     // Only so much fits, and it may be a driver's doing.
-    let removed = ports::was_removed(&device.port);
+    let outside = match &device.port {
+        PortSpec::Outside(outside) => Some(outside),
+        PortSpec::Null | PortSpec::Source(_) | PortSpec::Switch(_) => None,
+    };
+    let removed = outside.and_then(ports::was_removed);
     let fault = removed.map(|what| format!("{what}: make it again, and end the data plane"));
     let fault = fault.or(now.fault);
     status.fault = fault.map(|text| text.chars().take(MAX_FAULT_CHARS).collect());
     status.pairs = pairs(device);
     status.tx_drops = drops(&device.metrics.sent());
-    add_refused(&mut status.tx_drops, &device.port);
+    if let Some(outside) = outside {
+        add_refused(&mut status.tx_drops, outside);
+    }
     status.rx_drops = drops(&device.metrics.received());
     status.mirror = mirror::status(device);
     let throttled = device.tx_qos().throttled().as_millis();
@@ -125,14 +133,9 @@ fn drops(counts: &Counts) -> Vec<DropCount> {
         .collect()
 }
 
-/// What an interface of the NIC's own refused after its port had taken it: it said so later.
-fn add_refused(drops: &mut Vec<DropCount>, port: &PortSpec) {
-    let counters = match port {
-        PortSpec::Outside(OutsideSpec::Tap(tap)) => &tap.counters,
-        PortSpec::Outside(OutsideSpec::Xdp(xdp)) => &xdp.counters,
-        PortSpec::Null | PortSpec::Source(_) | PortSpec::Switch(_) => return,
-    };
-    let frames = counters.refused.load(Ordering::Relaxed);
+/// What an interface of the NIC's own refused.
+fn add_refused(drops: &mut Vec<DropCount>, port: &OutsideSpec) {
+    let frames = ports::refused(port);
     let reason = DropReason::PortError.name();
     match drops.iter_mut().find(|count| count.reason == reason) {
         Some(count) => count.frames = count.frames.saturating_add(frames),
