@@ -8,6 +8,7 @@
 
 use std::ptr::NonNull;
 
+use super::copy::{copy_any, copy_apart};
 use super::{GuestMemory, Lease, read_words, will_read, will_write};
 
 /// Bytes of a cache line.
@@ -311,9 +312,7 @@ impl GuestBuffer {
         self.each(at, to.len(), |host, bytes| {
             if let Some(part) = to.get_mut(done..done + bytes) {
                 // SAFETY: `host` has that many bytes; `part` is ours and as long.
-                unsafe {
-                    std::ptr::copy_nonoverlapping(host.as_ptr(), part.as_mut_ptr(), bytes);
-                }
+                unsafe { copy_apart(host.as_ptr(), part.as_mut_ptr(), bytes) };
             }
             done += bytes;
         })
@@ -325,7 +324,7 @@ impl GuestBuffer {
         self.each(at, from.len(), |host, bytes| {
             if let Some(part) = from.get(done..done + bytes) {
                 // SAFETY: as in copy_out, the other way.
-                unsafe { std::ptr::copy_nonoverlapping(part.as_ptr(), host.as_ptr(), bytes) };
+                unsafe { copy_apart(part.as_ptr(), host.as_ptr(), bytes) };
             }
             done += bytes;
         })
@@ -375,7 +374,7 @@ impl GuestBuffer {
                 // SAFETY: both places have that many bytes. They may overlap: one guest can give the same bytes for
                 // both.
                 unsafe {
-                    std::ptr::copy(host.as_ptr(), place.as_ptr(), here);
+                    copy_any(host.as_ptr(), place.as_ptr(), here);
                     // At most to their ends.
                     (host, place) = (host.add(here), place.add(here));
                 }

@@ -14,13 +14,13 @@
 
 mod area;
 mod buffer;
+mod copy;
 mod dirty;
 mod flag;
 mod lease;
 mod mapping;
 mod prefetch;
 mod prepared;
-mod short;
 pub mod sigbus;
 mod slice;
 mod words;

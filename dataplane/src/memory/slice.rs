@@ -8,7 +8,7 @@
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 
-use super::short::copy_short;
+use super::copy::{copy_any, copy_apart};
 use super::{GuestBuffer, GuestMemory, will_read, will_write};
 
 /// Bytes of a cache line.
@@ -126,7 +126,7 @@ impl<'a> GuestSlice<'a> {
             return false;
         };
         // SAFETY: the range has that many bytes; `to` is memory of ours.
-        unsafe { copy_short(from.as_ptr(), to.as_mut_ptr(), to.len()) };
+        unsafe { copy_apart(from.as_ptr(), to.as_mut_ptr(), to.len()) };
         true
     }
 
@@ -138,7 +138,7 @@ impl<'a> GuestSlice<'a> {
             return false;
         };
         // SAFETY: the range has that many bytes; `from` is memory of ours.
-        unsafe { copy_short(from.as_ptr(), to.as_ptr(), from.len()) };
+        unsafe { copy_apart(from.as_ptr(), to.as_ptr(), from.len()) };
         true
     }
 
@@ -160,7 +160,7 @@ impl<'a> GuestSlice<'a> {
             return false;
         };
         // SAFETY: both ranges have that many bytes. They may overlap: one guest can give the same bytes for both.
-        unsafe { std::ptr::copy(from.host.as_ptr(), to.as_ptr(), from.bytes()) };
+        unsafe { copy_any(from.host.as_ptr(), to.as_ptr(), from.bytes()) };
         true
     }
 
@@ -180,7 +180,7 @@ impl<'a> GuestSlice<'a> {
         for (host, here) in runs {
             // SAFETY: together the runs have `bytes` bytes, as the place has; they may overlap.
             unsafe {
-                std::ptr::copy(host.as_ptr(), to.as_ptr(), here);
+                copy_any(host.as_ptr(), to.as_ptr(), here);
                 to = to.add(here);
             }
         }
@@ -197,7 +197,7 @@ impl GuestBuffer {
         self.each(at, from.bytes(), |to, here| {
             // SAFETY: together the ranges have as many bytes as the slice; they may overlap.
             unsafe {
-                std::ptr::copy(next.as_ptr(), to.as_ptr(), here);
+                copy_any(next.as_ptr(), to.as_ptr(), here);
                 next = next.add(here);
             }
         })

@@ -8,13 +8,17 @@
 //! | `lane` | how a worker serves cards |
 //! | [`header`] | the header in front of every frame |
 //! | `flow_hash` | which frames are of one flow |
+//! | `link` | Ethernet's header |
 //! | [`parse`] | what a frame's first bytes say |
 //! | [`claims`] | whom a frame says to be from |
 //! | [`roles`] | what a frame makes its sender to others: a router, a server of addresses |
-//! | [`frame`] | a frame on its way, and its offloads, held against it |
+//! | [`frame`] | a frame on its way |
+//! | `head` | the head of a driver's frame, copied |
+//! | `asked` | a frame's offloads, held against it |
 //! | [`receive`] | a frame into a driver's receive buffers |
 //! | [`checksum`], [`offload`] | checksums and segments in software |
 
+mod asked;
 pub mod checksum;
 pub mod claims;
 pub mod config_space;
@@ -22,8 +26,10 @@ pub mod current;
 mod device;
 mod flow_hash;
 pub mod frame;
+mod head;
 pub mod header;
 pub(crate) mod lane;
+mod link;
 mod metrics;
 pub mod offload;
 pub mod parse;

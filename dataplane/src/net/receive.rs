@@ -8,20 +8,21 @@
 #![forbid(unsafe_code)]
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing)]
 
+mod parts;
 mod run;
 
 use super::frame::{Body, Frame, GsoKind, Offload};
 use super::header::{HeaderSize, MOST_BYTES, feature};
 use super::offload::{Checksums, SegmentHead, Segments, Staging, complete};
 use super::parse::ETHERNET_BYTES;
-use crate::memory::GuestBuffer;
 use crate::port::DropReason;
 use crate::virtqueue::{Chain, RingError, Virtqueue};
+use parts::{Parts, header_of};
 use run::Buffers;
 
 /// Buffers that a frame may lie in: these, and one for each so many of its bytes. No driver's are shorter than a few
 /// hundred; of shorter ones a sender would look at hundreds for each frame, to find that they are too few.
-const FEW_BUFFERS: u64 = 32;
+const FEW_BUFFERS: usize = 32;
 const LEAST_OF_BUFFER: u64 = 64;
 /// Those that the longest frame may lie in.
 const MOST_BUFFERS: usize = 1100;
@@ -316,7 +317,7 @@ impl Place<'_> {
         };
         let here = parts.write(written, &self.next.writable);
         self.taken.push((id, length(here)));
-        let are_too_many = self.taken.len() as u64 > FEW_BUFFERS + parts.bytes() / LEAST_OF_BUFFER;
+        let are_too_many = self.taken.len() > most_buffers(parts.bytes());
         if here == 0 || (are_too_many && written + here < parts.bytes()) {
             // In the way of every frame that needs more than one chain: all go back without a byte.
             for (id, _) in self.taken.drain(..) {
@@ -334,86 +335,13 @@ impl Place<'_> {
     }
 }
 
-/// The header of a frame in one buffer.
+/// Buffers that a frame of so many bytes with its header may lie in.
 #[inline]
-fn header_of(offload: &Offload) -> [u8; MOST_BYTES] {
-    // Most frames have this one. Put together field by field it would be copied only once all of them are in the cache.
-    const PLAIN: [u8; MOST_BYTES] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
-    if let Offload::None = offload {
-        return PLAIN;
-    }
-    let mut header = offload.header();
-    header.num_buffers = 1;
-    header.bytes()
+fn most_buffers(bytes: u64) -> usize {
+    FEW_BUFFERS + usize::try_from(bytes / LEAST_OF_BUFFER).unwrap_or(0)
 }
 
 /// A length in a used entry.
 fn length(bytes: u64) -> u32 {
     u32::try_from(bytes).unwrap_or(u32::MAX)
-}
-
-/// A frame as the driver gets it.
-struct Parts<'a> {
-    header: &'a [u8],
-    head: &'a [u8],
-    body: Body<'a>,
-}
-
-impl Parts<'_> {
-    fn bytes(&self) -> u64 {
-        (self.header.len() + self.head.len() + self.body.bytes()) as u64
-    }
-
-    /// Writes all of it to the front of `to`, which has room for it.
-    #[inline]
-    fn write_whole(&self, to: &GuestBuffer) {
-        // Drivers give each buffer as one range, unless they have the header apart.
-        if !to.copy_front(self.header, self.head) {
-            self.write(0, to);
-            return;
-        }
-        let at = (self.header.len() + self.head.len()) as u64;
-        match self.body {
-            _ if self.body.is_empty() => true,
-            Body::Guest {
-                buffer,
-                at: begin,
-                bytes,
-            } => to.copy_from(at, buffer, begin, bytes as usize),
-            Body::Slice(slice) => to.copy_from_slice(at, slice),
-            Body::Bytes(own) => to.copy_in(at, own),
-        };
-        to.mark_front(self.header.len() + self.head.len() + self.body.bytes());
-    }
-
-    /// Writes from byte `from` on to the front of `to`: as much as there is, or has room.
-    #[inline]
-    fn write(&self, from: u64, to: &GuestBuffer) -> u64 {
-        let bytes = (self.bytes() - from).min(to.bytes());
-        // Below 2^17.
-        let (mut skip, bytes) = (
-            usize::try_from(from).unwrap_or(0),
-            usize::try_from(bytes).unwrap_or(0),
-        );
-        let mut done = 0;
-        for part in [self.header, self.head] {
-            let left = part.get(skip..).unwrap_or_default();
-            skip = skip.saturating_sub(part.len());
-            let here = left.get(..bytes - done).unwrap_or(left);
-            to.copy_in(done as u64, here);
-            done += here.len();
-        }
-        let (at, left) = (done as u64, bytes - done);
-        match self.body {
-            Body::Guest {
-                buffer, at: begin, ..
-            } => to.copy_from(at, buffer, begin + skip as u64, left),
-            Body::Slice(slice) => slice
-                .part(skip, left)
-                .is_some_and(|part| to.copy_from_slice(at, part)),
-            Body::Bytes(own) => to.copy_in(at, own.get(skip..skip + left).unwrap_or_default()),
-        };
-        to.mark_front(bytes);
-        bytes as u64
-    }
 }

@@ -250,9 +250,15 @@ impl Sink for Delivery<'_> {
         let (mut left, mut done) = (frames, 0);
         loop {
             let quickly = self.deliver_usual(to, left.clone());
-            done += quickly;
-            let next = left.nth(quickly);
-            match next {
+            if quickly > 0 {
+                done += quickly;
+                left.nth(quickly - 1);
+                if left.clone().next().is_none() {
+                    return done;
+                }
+                continue;
+            }
+            match left.next() {
                 Some(frame) if self.deliver(to, &frame).is_ok() => done += 1,
                 _ => return done,
             }

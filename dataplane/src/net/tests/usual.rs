@@ -87,7 +87,7 @@ fn what_is_longer_than_the_mtu_or_to_be_cut_or_completed_is_left() {
         (MERGEABLE, plains(&[1515]).remove(0), false),
         (MERGEABLE, unsummed.clone(), false),
         (ALL, unsummed, true),
-        (ALL, segment, false),
+        (MERGEABLE, segment, false),
     ] {
         each(features, |mut rig| {
             (0..3).for_each(|_| rig.offer_plain(4000));
@@ -117,5 +117,78 @@ fn what_is_written_together_is_marked_in_the_dirty_log_too() {
         let page = at / 4096;
         rig.log.read_exact_at(&mut byte, page / 8).expect("the log");
         assert_ne!(byte[0] & 1 << (page % 8), 0);
+    });
+}
+
+#[test]
+fn a_long_frame_comes_into_as_many_buffers_as_it_needs_and_the_others_are_put_back() {
+    let segment = tcp_segment(60_000, 1400);
+    each(ALL, |mut rig| {
+        rig.was_put_back = true;
+        for bytes in [4096, 4096, 5000, 4096, 4096, 3000, 4096].repeat(3) {
+            rig.offer_plain(bytes);
+        }
+        let given = [segment.clone(), plains(&[64]).remove(0)];
+        let (count, delivered) = rig.deliver_usual(&frames(&given[..1]), 1500);
+        assert_eq!((count, delivered.packets), (1, 1));
+        assert_eq!(delivered.bytes, segment.1.len() as u64);
+        assert_eq!(rig.queue.in_flight(), 0);
+        assert_eq!(rig.deliver_usual(&frames(&given[1..]), 1500).0, 1);
+        let got = rig.frames();
+        let [(told, bytes), (_, small)] = &got[..] else {
+            panic!("{} frames", got.len());
+        };
+        assert_eq!((told.num_buffers, told.gso_size), (15, 1400));
+        assert!(bytes == &segment.1 && small == &given[1].1);
+    });
+}
+
+#[test]
+fn what_a_long_frame_does_not_fit_into_is_put_back_as_a_whole() {
+    let segment = tcp_segment(60_000, 1400);
+    let total = 12 + segment.1.len();
+    for lengths in [
+        vec![4096; 14],
+        // The header and what was looked at are not in the first one.
+        [vec![60], vec![4096; 15]].concat(),
+        // Shorter ones than are usual: as many as are taken have not enough room.
+        vec![1536; total.div_ceil(1536)],
+    ] {
+        each(ALL, |mut rig| {
+            rig.was_put_back = true;
+            lengths.iter().for_each(|bytes| rig.offer_plain(*bytes));
+            let given = [segment.clone()];
+            assert_eq!(rig.deliver_usual(&frames(&given), 1500).0, 0);
+            assert_eq!(rig.queue.in_flight(), 0);
+            let room: usize = lengths.iter().sum();
+            let (header, bytes) = &segment;
+            let fits = rig.deliver(header, bytes).is_ok();
+            assert_eq!(fits, room >= total);
+            if fits {
+                let got = rig.frames();
+                assert_eq!(usize::from(got[0].0.num_buffers), lengths.len());
+                assert!(got[0].1 == *bytes);
+            }
+        });
+    }
+}
+
+#[test]
+fn how_long_buffers_are_is_learned() {
+    let segment = tcp_segment(20_000, 1400);
+    each(ALL, |mut rig| {
+        rig.was_put_back = true;
+        let given = [segment.clone()];
+        for expected in [0, 1] {
+            let buffers = (12 + segment.1.len()).div_ceil(1536);
+            (0..buffers).for_each(|_| rig.offer_plain(1536));
+            let (count, _) = rig.deliver_usual(&frames(&given), 1500);
+            assert_eq!(count, expected);
+            if count == 0 {
+                assert!(rig.deliver(&segment.0, &segment.1).is_ok());
+            }
+            let got = rig.frames();
+            assert!(got.len() == 1 && got[0].1 == segment.1);
+        }
     });
 }
