@@ -110,7 +110,8 @@ impl<'a> Frame<'a> {
         key: HashKey,
         copy: &'a mut HeadBuffer,
     ) -> Result<Self, DropReason> {
-        copy.look(readable, size, key)?;
+        copy.copy(readable, size)?;
+        copy.look(key)?;
         Ok(copy.frame(readable, key))
     }
 

@@ -88,17 +88,15 @@ impl Default for HeadBuffer {
 }
 
 impl HeadBuffer {
-    /// Copies the header and the first bytes of what is readable of a driver's chain, and holds them against each
-    /// other. [`HeadBuffer::frame`] is that frame then.
+    /// Copies the header and the first bytes of what is readable of a driver's chain.
     ///
     /// # Errors
-    /// As [`Frame::of_chain`].
+    /// [`DropReason::Malformed`] without a whole header and a whole Ethernet header, [`DropReason::TooLong`].
     #[inline(always)]
-    pub(crate) fn look<'a>(
+    pub(crate) fn copy<'a>(
         &mut self,
         readable: impl Readable<'a>,
         size: HeaderSize,
-        key: HashKey,
     ) -> Result<(), DropReason> {
         let total = readable.bytes();
         let begin = size.bytes();
@@ -115,11 +113,22 @@ impl HeadBuffer {
         if !readable.copy_front(copy) {
             return Err(DropReason::Malformed);
         }
-        let (_, head) = copy.split_at(begin);
-        self.link = Link::of(head).ok_or(DropReason::Malformed)?;
         (self.begin, self.end) = (begin, end);
         self.body_bytes = u32::try_from(total - end).unwrap_or(0);
-        self.offload = match copy.first_chunk() {
+        Ok(())
+    }
+
+    /// Holds what was copied against each other. [`HeadBuffer::frame`] is that frame then. Where there are several, all
+    /// are copied before the first is looked at: what is read right behind a copy, across its chunks, waits until all of
+    /// it is in the cache.
+    ///
+    /// # Errors
+    /// [`DropReason::BadOffload`].
+    #[inline(always)]
+    pub(crate) fn look(&mut self, key: HashKey) -> Result<(), DropReason> {
+        let head = self.bytes.get(self.begin..self.end).unwrap_or_default();
+        self.link = Link::of(head).ok_or(DropReason::Malformed)?;
+        self.offload = match self.bytes.first_chunk() {
             Some([0, GSO_NONE]) => Offload::None,
             _ => self.asked(key)?,
         };

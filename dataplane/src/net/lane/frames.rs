@@ -9,7 +9,9 @@ use std::cell::Cell;
 
 use super::MOST_FRAMES;
 use super::transmit::{Asked, Sent};
+use crate::net::Counts;
 use crate::net::frame::HeadBuffer;
+use crate::port::DropReason;
 use crate::virtqueue::{Chain, Run, Virtqueue};
 
 /// Bytes at the front of what is sent that are asked for as soon as they are known: the header, and what is looked at of
@@ -22,6 +24,17 @@ pub(super) struct Place {
     pub(super) head: HeadBuffer,
     /// It may go on.
     pub(super) goes: Cell<bool>,
+}
+
+impl Place {
+    /// Whether the frame goes on; if not, that is counted.
+    #[inline(always)]
+    pub(super) fn settle(&self, step: Result<(), DropReason>, counts: &mut Counts) {
+        self.goes.set(step.is_ok());
+        if let Err(reason) = step {
+            counts.dropped(reason);
+        }
+    }
 }
 
 /// How the frames of a turn were taken.

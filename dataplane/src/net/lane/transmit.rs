@@ -82,20 +82,20 @@ impl Sender<'_> {
         let mut counts = Counts::default();
         let Onward { port, to, ring } = onward;
         for (at, place) in places.iter_mut().enumerate() {
-            let looked = place.head.look(readable(at), self.header, self.key);
-            place.goes.set(looked.is_ok());
-            if let Err(reason) = looked {
-                counts.dropped(reason);
-            }
+            let copied = place.head.copy(readable(at), self.header);
+            place.settle(copied, &mut counts);
+        }
+        for place in places.iter_mut().filter(|place| place.goes.get()) {
+            let looked = place.head.look(self.key);
+            place.settle(looked, &mut counts);
         }
         let places: &'a [Place] = places;
         let (is_up, has_pairs) = (self.device.is_up(), to.has_pairs(self.nic));
         let good = |(_, place): &(usize, &Place)| place.goes.get();
         for (at, place) in places.iter().enumerate().filter(good) {
             let frame = place.head.frame(readable(at), self.key);
-            if let Err(reason) = self.may_go(&frame, is_up) {
-                counts.dropped(reason);
-                place.goes.set(false);
+            place.settle(self.may_go(&frame, is_up), &mut counts);
+            if !place.goes.get() {
                 continue;
             }
             to.mirrors.record(self.nic, Direction::Outbound, &frame);
