@@ -8,22 +8,24 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 
 use bulkhead_protocol::channel::MAX_FDS;
 
-/// The most that a message brings: a pidfd and the queues of a card, or two keys, or three of rot's.
-const COUNT: usize = MAX_FDS + 1;
+/// The most that a message of the agent's brings: a pidfd and the queues of a card.
+pub(super) const MOST_OF_AGENT: usize = MAX_FDS + 1;
+/// The same of the others: a pidfd and two keys, or three of rot's.
+pub(super) const MOST_OF_OTHERS: usize = 3;
 
 /// Descriptors that are there to be closed before a message is received.
 #[derive(Debug)]
-pub(super) struct Spare([Option<OwnedFd>; COUNT]);
+pub(super) struct Spare(Vec<Option<OwnedFd>>);
 
 impl Spare {
-    /// None yet.
-    pub(super) fn new() -> Self {
-        Self([const { None }; COUNT])
+    /// Room for so many, and none yet.
+    pub(super) fn new(count: usize) -> Self {
+        Self((0..count).map(|_| None).collect())
     }
 
     /// Makes room for a message's descriptors.
     pub(super) fn make_room(&mut self) {
-        self.0 = [const { None }; COUNT];
+        self.0.iter_mut().for_each(|place| *place = None);
     }
 
     /// Takes back what room is left, before anybody else can. Where that is less than before, the next call may find

@@ -93,7 +93,8 @@ pub struct Away {
     pub without_fence: Times,
     /// From the kill until the last request of the dead process had ended.
     pub fence: Times,
-    /// From there to the first completion of each disk.
+    /// From there to the first completion of each disk; where the successor was ready later than that, it waited for no
+    /// fence, and it is from then on.
     pub behind_fence: Times,
 }
 
@@ -114,7 +115,8 @@ impl Away {
         self.without_fence.extend(ready);
         self.fence.extend(fence);
         if let Some(fence) = fence {
-            let behind = times.iter().map(|time| time.saturating_sub(fence));
+            let both = ready.map_or(fence, |ready| ready.max(fence));
+            let behind = times.iter().map(|time| time.saturating_sub(both));
             self.behind_fence.extend(behind);
         }
         self.whole.extend(times.iter().copied());
