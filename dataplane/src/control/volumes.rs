@@ -211,7 +211,7 @@ impl Volumes {
         }
     }
 
-    /// Encrypted volumes that are served on with a predecessor's keys, or are about to be.
+    /// Encrypted volumes whose keys are held, those that are served on with a predecessor's among them.
     pub(super) fn with_keys(&self) -> Vec<VolumeId> {
         let is_held = |(_, volume): &(&VolumeId, &Volume)| volume.has_key();
         let held = self.table.iter().filter(is_held);

@@ -355,7 +355,7 @@ impl GuestBuffer {
     }
 
     /// Copies `bytes` bytes from offset `from_at` of another buffer, which may be of other memory, of the same or
-    /// overlap, to offset `at`; each byte is read once. False, with nothing copied, where either is too short.
+    /// overlap, to offset `at`; nothing is decided by what is copied so (a few bytes may be read twice). False, with nothing copied, where either is too short.
     #[inline]
     pub fn copy_from(&self, at: u64, from: &Self, from_at: u64, bytes: usize) -> bool {
         let (Some(mut to), Some(runs)) = (self.runs(at, bytes), from.runs(from_at, bytes)) else {

@@ -151,8 +151,8 @@ impl<'a> GuestSlice<'a> {
         self.copy_out(at, &mut there) && (there == *bytes || self.copy_in(at, bytes))
     }
 
-    /// Copies all of `from`, which may be of other memory, of the same or overlap, to offset `at`, each byte read once;
-    /// false, with nothing copied, where it is too short.
+    /// Copies all of `from`, which may be of other memory, of the same or overlap, to offset `at`. A few bytes may be read
+    /// twice, where chunks of the copy meet: nothing is decided by what is copied so. False, with nothing copied, where it is too short.
     #[must_use]
     #[inline]
     pub fn copy_from(self, at: usize, from: GuestSlice<'_>) -> bool {

@@ -29,7 +29,7 @@ pub const MOST_FRAME_BYTES: usize = ETHERNET_BYTES + 4 * MOST_TAGS + MOST_PACKET
 /// What follows a frame's head.
 #[derive(Debug, Clone, Copy)]
 pub enum Body<'a> {
-    /// Guest memory, which its guest may change at any time: to be read once.
+    /// Guest memory, which its guest may change at any time: to be copied once, and only the copy to be looked at.
     Guest {
         /// Where it lies.
         buffer: &'a GuestBuffer,
@@ -63,7 +63,7 @@ impl Body<'_> {
         self.bytes() == 0
     }
 
-    /// Copies all of it to the front of `to`, each byte read once; false, with nothing copied, where that is too short.
+    /// Copies all of it to the front of `to`, to be looked at there when all of it is there; false, with nothing copied, where that is too short.
     #[must_use]
     #[inline]
     pub fn copy_to(&self, to: &mut [u8]) -> bool {

@@ -22,7 +22,7 @@ impl Default for Staging {
 }
 
 impl Staging {
-    /// A copy of a frame, head and body; each byte of guest memory is read once. None if memory is shorter than the
+    /// A copy of a frame, head and body; guest memory is copied once, and only the copy is looked at. None if memory is shorter than the
     /// frame says, which it never is.
     #[must_use]
     pub fn stage(&mut self, frame: &Frame<'_>) -> Option<&mut [u8]> {
